@@ -1,0 +1,1 @@
+"""The Ray Serve application: OpenAI over HTTP in front of vLLM engines."""

@@ -1,0 +1,68 @@
+"""The application builder that `configs/*.yaml` name: `serving.app:build`."""
+
+import os
+from typing import Any
+
+from ray.serve import Application
+from ray.serve.config import BackpressureConfig
+
+from serving.config import AppConfig
+from serving.engine import Engine
+from serving.front_door import FrontDoorSettings
+from serving.ingress import Ingress
+
+
+def build(config: AppConfig) -> Application:
+    """Builds `Ingress -> Engine` from the YAML's `args`."""
+    engine = Engine.options(**engine_options(config)).bind(config)
+    ingress = Ingress.options(
+        num_replicas=config.ingress.count,
+        max_ongoing_requests=config.ingress.max_ongoing_requests,
+        graceful_shutdown_timeout_s=config.replica.graceful_shutdown_timeout_s,
+        ray_actor_options={"num_cpus": 0},
+    )
+    settings = FrontDoorSettings(
+        api_keys=api_keys(config),
+        max_body_bytes=config.ingress.max_body_bytes,
+        retry_after_s=config.ingress.retry_after_s,
+        health_timeout_s=config.ingress.health_timeout_s,
+    )
+    return ingress.bind(engine, settings)
+
+
+def engine_options(config: AppConfig) -> dict[str, Any]:
+    """Serve options of the `Engine` deployment: scale, placement, queueing, health."""
+    replica = config.replica
+    options: dict[str, Any] = {
+        "num_replicas": replica.count,
+        "max_ongoing_requests": replica.max_ongoing_requests,
+        "max_queued_requests": replica.max_queued_requests,
+        "backpressure_config": BackpressureConfig(
+            status_code=503, retry_after_s=config.ingress.retry_after_s
+        ),
+        "graceful_shutdown_timeout_s": replica.graceful_shutdown_timeout_s,
+        "health_check_period_s": replica.health_check_period_s,
+        "health_check_timeout_s": 10.0,
+        "ray_actor_options": {"num_cpus": replica.cpus},
+    }
+    if replica.placement_group_bundles:
+        # vLLM's own executor puts one worker into each bundle; the replica itself rides in the first.
+        options["placement_group_bundles"] = replica.placement_group_bundles
+        options["placement_group_strategy"] = replica.placement_group_strategy
+    elif gpus := _gpus(config):
+        options["ray_actor_options"]["num_gpus"] = gpus
+    return options
+
+
+def _gpus(config: AppConfig) -> float:
+    if config.replica.gpus is not None:
+        return config.replica.gpus
+    import torch
+
+    return config.tensor_parallel_size if torch.cuda.is_available() else 0
+
+
+def api_keys(config: AppConfig) -> tuple[str, ...]:
+    listed = [key.get_secret_value() for key in config.auth.api_keys]
+    from_environment = os.environ.get(config.auth.api_keys_env, "").split(",")
+    return tuple(key for key in (*listed, *(key.strip() for key in from_environment)) if key)

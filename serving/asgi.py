@@ -1,0 +1,86 @@
+"""ASGI over a handle call: one request in, batches of response messages out."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from typing import Any
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# Response messages that may wait for a slow reader before the app has to wait too.
+_QUEUED_MESSAGES = 256
+_PORTABLE_SCOPE_KEYS = (
+    "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path",
+    "headers", "client", "server",
+)  # fmt: skip
+
+
+def portable_scope(scope: Scope) -> dict[str, Any]:
+    """The part of an HTTP scope that means something in another process."""
+    return {key: scope[key] for key in _PORTABLE_SCOPE_KEYS if key in scope}
+
+
+async def call_app(app: ASGIApp, scope: Scope, body: bytes) -> AsyncIterator[list[Message]]:
+    """Runs one HTTP request against `app` and yields its response messages.
+
+    What has piled up since the last yield comes as one batch, consecutive body chunks joined. Closing or
+    cancelling the iterator is the client's disconnect: the app receives `http.disconnect`, then is
+    cancelled. An exception of the app is raised here, after the messages that it sent before.
+    """
+    queue: asyncio.Queue[Message] = asyncio.Queue(_QUEUED_MESSAGES)
+    disconnected = asyncio.Event()
+    body_read = False
+
+    async def receive() -> Message:
+        nonlocal body_read
+        if not body_read:
+            body_read = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        await disconnected.wait()
+        return {"type": "http.disconnect"}
+
+    task = asyncio.ensure_future(app(dict(scope), receive, queue.put))
+    task.add_done_callback(lambda _: _wake(queue))
+    try:
+        while True:
+            batch = [await queue.get()]
+            while not queue.empty():
+                batch.append(queue.get_nowait())
+            ended = batch[-1]["type"] == _END
+            messages = _joined(message for message in batch if message["type"] != _END)
+            if messages:
+                yield messages
+            if ended or (task.done() and queue.empty()):
+                break
+        await task
+    finally:
+        disconnected.set()
+        if not task.done():
+            task.cancel()
+
+
+_END = "adakv.end"
+
+
+def _wake(queue: asyncio.Queue[Message]) -> None:
+    # A full queue needs no wake-up: its reader looks at the task again after draining it.
+    if not queue.full():
+        queue.put_nowait({"type": _END})
+
+
+def _joined(messages: Any) -> list[Message]:
+    joined: list[Message] = []
+    for message in messages:
+        last = joined[-1] if joined else None
+        if last and last["type"] == message["type"] == "http.response.body":
+            joined[-1] = {
+                "type": "http.response.body",
+                "body": last.get("body", b"") + message.get("body", b""),
+                "more_body": message.get("more_body", False),
+            }
+        else:
+            joined.append(message)
+    return joined

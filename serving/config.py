@@ -1,0 +1,143 @@
+"""The application's configuration, as written under `args:` in `configs/*.yaml`."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from router import DEFAULT_KEY_PREFIX, DEFAULT_STORE_PORT
+
+
+def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.4)
+    hint = f": did you mean '{near[0]}'?" if near else ""
+    return f"unknown key '{key}' in {where}{hint}"
+
+
+class Section(BaseModel):
+    """A part of the configuration that refuses unknown keys and names the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key in values:
+                if key not in cls.model_fields:
+                    raise ValueError(unknown_key_message(str(key), cls.model_fields, cls.__name__))
+        return values
+
+
+class ModelConfig(Section):
+    path: str | None = Field(
+        default=None,
+        description="Local folder or hub id; None serves the embedded SmolLM2-135M-Instruct",
+    )
+    name: str | None = Field(
+        default=None, description="Name in the API; None derives it from the path"
+    )
+
+
+class ReplicaConfig(Section):
+    count: int = Field(default=2, ge=1)
+    cpus: float = Field(default=1.0, ge=0.0, description="CPUs that Ray reserves for each replica")
+    cpu_threads: int | None = Field(
+        default=None, ge=1, description="Engine threads on CPU; None takes `cpus`, at least 1"
+    )
+    gpus: float | None = Field(
+        default=None,
+        ge=0.0,
+        description="GPUs for each replica; None takes tensor_parallel_size on GPU nodes",
+    )
+    placement_group_bundles: list[dict[str, float]] | None = Field(
+        default=None,
+        description="One bundle per worker when a replica spans nodes (executor `ray`)",
+    )
+    placement_group_strategy: str = "PACK"
+    max_ongoing_requests: int = Field(default=64, ge=1)
+    max_queued_requests: int = Field(
+        default=256, ge=-1, description="Requests waiting for a replica before 503; -1 has no limit"
+    )
+    graceful_shutdown_timeout_s: float = Field(default=120.0, ge=0.0)
+    health_check_period_s: float = Field(default=2.0, gt=0.0)
+
+    @property
+    def threads(self) -> int:
+        return self.cpu_threads or max(1, int(self.cpus))
+
+
+class IngressConfig(Section):
+    count: int = Field(default=1, ge=1)
+    max_body_bytes: int = Field(default=16 * 1024 * 1024, ge=1)
+    max_ongoing_requests: int = Field(default=1000, ge=1)
+    retry_after_s: float = Field(default=1.0, ge=0.0, description="Retry-After of a 503")
+    health_timeout_s: float = Field(default=2.0, gt=0.0)
+
+
+class AuthConfig(Section):
+    api_keys: list[SecretStr] = Field(default_factory=list)
+    api_keys_env: str = Field(
+        default="ADAKV_API_KEYS", description="Environment variable with more keys, comma-separated"
+    )
+
+
+class StoreConfig(Section):
+    url: SecretStr | None = Field(
+        default=None, description="redis:// or rediss:// URL; None starts an embedded Valkey"
+    )
+    port: int = Field(
+        default=DEFAULT_STORE_PORT, ge=1, le=65535, description="Of the embedded Valkey"
+    )
+    key_prefix: str = Field(default=DEFAULT_KEY_PREFIX, min_length=1, pattern=r"^[^\s:{}*?\[\]]+$")
+    report_interval_s: float = Field(default=0.5, gt=0.0, le=1.0)
+
+    @field_validator("url")
+    @classmethod
+    def _check_scheme(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and not url.get_secret_value().startswith(("redis://", "rediss://")):
+            raise ValueError("store.url must begin with redis:// or rediss://")
+        return url
+
+
+class AppConfig(Section):
+    """Arguments of `serving.app:build`."""
+
+    model: ModelConfig = ModelConfig()
+    engine: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of vllm.AsyncEngineArgs, by their own names"
+    )
+    replica: ReplicaConfig = ReplicaConfig()
+    ingress: IngressConfig = IngressConfig()
+    auth: AuthConfig = AuthConfig()
+    store: StoreConfig = StoreConfig()
+
+    @field_validator("engine")
+    @classmethod
+    def _check_engine_keys(cls, engine: dict[str, Any]) -> dict[str, Any]:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+        for key in engine:
+            if key in ("model", "served_model_name"):
+                raise ValueError(f"engine.{key} is set by model.path and model.name")
+            if key not in known:
+                raise ValueError(unknown_key_message(key, known, "engine (vllm.AsyncEngineArgs)"))
+        return engine
+
+    @model_validator(mode="after")
+    def _check_placement(self) -> Self:
+        if (
+            self.replica.placement_group_bundles
+            and self.engine.get("distributed_executor_backend") != "ray"
+        ):
+            raise ValueError(
+                "replica.placement_group_bundles needs engine.distributed_executor_backend: ray"
+            )
+        return self
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        return int(self.engine.get("tensor_parallel_size", 1))

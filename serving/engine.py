@@ -1,0 +1,74 @@
+"""The `Engine` deployment: one vLLM engine per replica, with vLLM's own OpenAI app in process."""
+
+import logging
+import time
+from collections.abc import AsyncIterator
+
+from ray import serve
+
+from router.redis_ledger import LedgerKeys
+from serving.asgi import Message, call_app
+from serving.config import AppConfig
+from serving.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
+from serving.front_door import ReplicaLost
+from serving.reporter import OccupancyReporter
+from serving.store import store_url
+
+logger = logging.getLogger("ray.serve")
+
+
+@serve.deployment(name="Engine")
+class Engine:
+    async def __init__(self, config: AppConfig) -> None:
+        # Imported here: it is heavy, and thread counts must be set before torch loads.
+        from serving import vllm_host
+
+        vllm_host.limit_threads(config.replica.threads)
+        context = serve.get_replica_context()
+        path, name = model_path_and_name(config)
+        started = time.monotonic()
+        self._host = await vllm_host.VllmHost.start(path, name, config.engine)
+        logger.info(
+            "engine ready: model=%s path=%s seconds=%.0f", name, path, time.monotonic() - started
+        )
+        self._reporter = OccupancyReporter(
+            source=self._host,
+            url=store_url(config.store),
+            keys=LedgerKeys(config.store.key_prefix, context.app_name),
+            replica_id=context.replica_id.unique_id,
+            model=name,
+            interval_s=config.store.report_interval_s,
+        )
+        self._reporter.start()
+
+    async def asgi(self, scope: dict, body: bytes) -> AsyncIterator[list[Message]]:
+        """Answers one HTTP request; yields batches of ASGI response messages.
+
+        Raises:
+            ReplicaLost: the engine died before anything of the answer was sent.
+        """
+        begun = False
+        async for batch in call_app(self._host.app, scope, body):
+            if not begun and batch[0].get("status", 0) >= 500 and self._host.dead:
+                raise ReplicaLost("the engine process died")
+            begun = True
+            yield batch
+
+    async def ping(self) -> None:
+        await self._host.check()
+
+    async def check_health(self) -> None:
+        await self._host.check()
+
+    async def __del__(self) -> None:
+        if reporter := getattr(self, "_reporter", None):
+            await reporter.stop()
+        if host := getattr(self, "_host", None):
+            host.shutdown()
+
+
+def model_path_and_name(config: AppConfig) -> tuple[str, str]:
+    if config.model.path is None:
+        return str(embedded_model_path()), config.model.name or EMBEDDED_MODEL_NAME
+    path = config.model.path
+    return path, config.model.name or path.rstrip("/").rsplit("/", 1)[-1]

@@ -1,0 +1,70 @@
+"""The `Ingress` deployment: the front door on Ray Serve."""
+
+import asyncio
+import logging
+import pickle
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from serving.asgi import Message
+from serving.front_door import FrontDoor, FrontDoorSettings, NoReplica, Overloaded, ReplicaLost
+
+
+class HandleBackend:
+    """Calls the `Engine` deployment over gRPC and names its failures in the front door's terms."""
+
+    def __init__(self, engine: DeploymentHandle) -> None:
+        # By reference, every chunk of a stream would become a Ray object.
+        self._stream = engine.options(stream=True, _by_reference=False).asgi
+        self._ping = engine.options(_by_reference=False).ping
+
+    async def stream(self, scope: dict, body: bytes) -> AsyncIterator[list[Message]]:
+        response = self._stream.remote(scope, body)
+        finished = False
+        try:
+            async for item in response:
+                yield _batch(item)
+            finished = True
+        except Exception as error:
+            raise _translated(error) from error
+        finally:
+            if not finished:
+                response.cancel()
+
+    async def ping(self) -> None:
+        try:
+            await self._ping.remote()
+        except Exception as error:
+            raise _translated(error) from error
+
+
+def _batch(item: Any) -> list[Message]:
+    # Inside an HTTP request Serve hands gRPC results on as it received them, pickled.
+    return pickle.loads(item) if isinstance(item, bytes) else item
+
+
+def _translated(error: Exception) -> Exception:
+    if isinstance(error, BackPressureError):
+        return Overloaded(error.retry_after_s)
+    if isinstance(error, DeploymentUnavailableError):
+        return NoReplica(str(error))
+    if isinstance(error, RayActorError | ReplicaLost):
+        return ReplicaLost(str(error))
+    return error
+
+
+@serve.deployment(name="Ingress")
+@serve.ingress()
+class Ingress:
+    def __init__(self, engine: DeploymentHandle, settings: FrontDoorSettings) -> None:
+        self._backend = HandleBackend(engine)
+        self._settings = settings
+
+    async def __serve_build_asgi_app__(self) -> FrontDoor:
+        logging.getLogger("ray.serve").debug("ingress on loop %s", asyncio.get_running_loop())
+        return FrontDoor(self._backend, self._settings, logging.getLogger("ray.serve"))

@@ -1,0 +1,95 @@
+"""Publishes a replica's occupancy to the ledger: on change, and at least every interval."""
+
+import asyncio
+import logging
+import time
+from typing import Protocol
+
+import redis
+
+from router.occupancy import Occupancy
+from router.redis_ledger import LedgerKeys, LedgerWriter
+from serving.vllm_host import EngineLoad
+
+logger = logging.getLogger("ray.serve")
+
+# Changes come once per engine step; more reports than this tell nothing new.
+_MIN_GAP_S = 0.05
+
+
+class LoadSource(Protocol):
+    def load(self) -> EngineLoad: ...
+
+    @property
+    def changed(self) -> asyncio.Event: ...
+
+
+class OccupancyReporter:
+    """One background task per replica. A lost store costs a warning, never a request."""
+
+    def __init__(
+        self,
+        *,
+        source: LoadSource,
+        url: str,
+        keys: LedgerKeys,
+        replica_id: str,
+        model: str,
+        interval_s: float,
+    ) -> None:
+        self._source = source
+        self._writer = LedgerWriter(url, keys)
+        self._replica_id = replica_id
+        self._model = model
+        self._interval_s = interval_s
+        self._epoch = time.time_ns()
+        self._sequence = 0
+        self._store_lost = False
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        """Withdraws the report, so that nobody routes here any more."""
+        if self._task is not None:
+            self._task.cancel()
+        try:
+            await self._writer.withdraw(self._replica_id)
+            await self._writer.close()
+        except (redis.RedisError, OSError):
+            pass  # The report expires by itself.
+
+    async def _run(self) -> None:
+        while True:
+            await self._publish()
+            await asyncio.sleep(_MIN_GAP_S)
+            try:
+                await asyncio.wait_for(self._source.changed.wait(), self._interval_s - _MIN_GAP_S)
+            except TimeoutError:
+                pass
+            self._source.changed.clear()
+
+    async def _publish(self) -> None:
+        self._sequence += 1
+        try:
+            await self._writer.publish(self._occupancy())
+        except (redis.RedisError, OSError) as error:
+            if not self._store_lost:
+                logger.warning("occupancy store lost, serving goes on: %s", error)
+            self._store_lost = True
+            return
+        if self._store_lost:
+            logger.info("occupancy store is back")
+        self._store_lost = False
+
+    def _occupancy(self) -> Occupancy:
+        load = self._source.load()
+        return Occupancy(
+            replica_id=self._replica_id,
+            model=self._model,
+            epoch=self._epoch,
+            sequence=self._sequence,
+            blocks_uncompressed=load.blocks_total - load.blocks_free,
+            **load._asdict(),
+        )

@@ -1,0 +1,203 @@
+"""vLLM inside a replica: an `AsyncLLM` and vLLM's own FastAPI app around it.
+
+The one file of this package that knows vLLM's entry points.
+"""
+
+import asyncio
+import os
+import time
+from http import HTTPStatus
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.responses import Response
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+from vllm.v1.metrics.stats import SchedulerStats
+
+from kernels.blocks import blocks_for_tokens
+from serving.openai_error import error_body
+
+_RATE_WINDOW_S = 5.0
+
+
+class EngineLoad(NamedTuple):
+    """What stock vLLM tells about its KV memory. Blocks exclude vLLM's null block."""
+
+    block_size_tokens: int
+    blocks_total: int
+    blocks_free: int
+    running: int
+    waiting: int
+    waiting_blocks: int | None
+    prefill_tokens_queued: int
+    decode_tokens_per_s: float
+
+
+class _Server:
+    """Stands in for the uvicorn server that vLLM's dead-engine handler asks to exit."""
+
+    should_exit = False
+
+
+class VllmHost:
+    """Owns one engine and its app. Build it inside a running event loop."""
+
+    def __init__(self, engine: AsyncLLM, app: FastAPI, stats: "_LoadStats") -> None:
+        self.engine = engine
+        self.app = app
+        self._stats = stats
+
+    @classmethod
+    async def start(cls, model: str, served_name: str, engine_args: dict[str, Any]) -> "VllmHost":
+        """Starts the engine (about 25 s on CPU) and assembles the app.
+
+        Raises:
+            ValueError: vLLM refuses the configuration.
+        """
+        args = AsyncEngineArgs(model=model, served_model_name=[served_name], **engine_args)
+        config = args.create_engine_config()
+        stats = _LoadStats()
+        engine = AsyncLLM.from_vllm_config(
+            config,
+            stat_loggers=[RayPrometheusStatLogger, stats.logger],
+            enable_log_requests=args.enable_log_requests,
+        )
+        tasks = await engine.get_supported_tasks()
+        options = _server_options(model, served_name, args)
+        app = build_app(options, tasks, engine.model_config)
+        await init_app_state(engine, app.state, options, tasks)
+        app.state.server = _Server()
+        _mend_openai_surface(app)
+        return cls(engine, app, stats)
+
+    @property
+    def dead(self) -> bool:
+        return self.engine.errored
+
+    async def check(self) -> None:
+        """Raises vLLM's EngineDeadError when the engine process is gone."""
+        await self.engine.check_health()
+
+    def load(self) -> EngineLoad:
+        return self._stats.load(self.engine)
+
+    @property
+    def changed(self) -> asyncio.Event:
+        """Set when the load has changed; the reader clears it."""
+        return self._stats.changed
+
+    def shutdown(self) -> None:
+        self.engine.shutdown()
+
+
+class _LoadStats:
+    """Keeps the newest scheduler statistics; `logger` is the factory that vLLM calls."""
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Event()
+        self.latest = SchedulerStats()
+        self._tokens: list[tuple[float, int]] = []
+
+    def logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
+        return _LoadLogger(self)
+
+    def note(self, scheduler_stats: SchedulerStats, generated_tokens: int) -> None:
+        now = time.monotonic()
+        self.latest = scheduler_stats
+        self._tokens.append((now, generated_tokens))
+        while self._tokens and now - self._tokens[0][0] > _RATE_WINDOW_S:
+            self._tokens.pop(0)
+        self.changed.set()
+
+    def load(self, engine: AsyncLLM) -> EngineLoad:
+        cache = engine.vllm_config.cache_config
+        total = (cache.num_gpu_blocks or 1) - 1
+        requests = engine.output_processor.request_states
+        # An abort frees blocks without a step to report it: with no request left, nothing is held.
+        stats = self.latest if requests else SchedulerStats()
+        waiting = stats.num_waiting_reqs + stats.num_skipped_waiting_reqs
+        unstarted = [state.prompt_len or 0 for state in requests.values() if state.is_prefilling]
+        since = time.monotonic() - _RATE_WINDOW_S
+        recent = sum(count for at, count in self._tokens if at > since)
+        return EngineLoad(
+            block_size_tokens=cache.block_size,
+            blocks_total=total,
+            blocks_free=round((1 - stats.kv_cache_usage) * total),
+            running=stats.num_running_reqs,
+            waiting=waiting,
+            waiting_blocks=_waiting_blocks(unstarted, waiting, cache.block_size),
+            prefill_tokens_queued=sum(unstarted),
+            decode_tokens_per_s=recent / _RATE_WINDOW_S,
+        )
+
+
+class _LoadLogger(StatLoggerBase):
+    def __init__(self, stats: _LoadStats) -> None:
+        self._stats = stats
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
+        if scheduler_stats is not None:
+            generated = iteration_stats.num_generation_tokens if iteration_stats else 0
+            self._stats.note(scheduler_stats, generated)
+
+    def log_engine_initialized(self) -> None:
+        pass
+
+
+def _waiting_blocks(prompt_lens: list[int], waiting: int, block_size: int) -> int | None:
+    """Blocks that the waiting prompts need, when they can be told apart from those in prefill."""
+    if waiting == 0:
+        return 0
+    if len(prompt_lens) != waiting:
+        return None
+    return sum(blocks_for_tokens(length, block_size) for length in prompt_lens)
+
+
+def _server_options(model: str, served_name: str, engine_args: AsyncEngineArgs) -> Any:
+    """vLLM's server options at their defaults, with the engine's own fields laid over them."""
+    parser = make_arg_parser(FlexibleArgumentParser())
+    options = parser.parse_args(["--model", model, "--served-model-name", served_name])
+    for name, value in vars(engine_args).items():
+        if hasattr(options, name):
+            setattr(options, name, value)
+    # Keys are checked at the front door, before a request reaches a replica.
+    options.api_key = None
+    validate_parsed_serve_args(options)
+    return options
+
+
+def _mend_openai_surface(app: FastAPI) -> None:
+    async def http_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, StarletteHTTPException)
+        body = error_body(
+            error.status_code, str(error.detail), type_=HTTPStatus(error.status_code).phrase
+        )
+        return Response(body, error.status_code, error.headers, media_type="application/json")
+
+    async def show_model(model_id: str, request: Request) -> Response:
+        models = await request.app.state.openai_serving_models.show_available_models()
+        for card in models.data:
+            if card.id == model_id:
+                return JSONResponse(card.model_dump())
+        body = error_body(
+            404, f"The model `{model_id}` does not exist.", type_="NotFoundError", param="model"
+        )
+        return Response(body, 404, media_type="application/json")
+
+    app.add_exception_handler(StarletteHTTPException, http_error)
+    app.add_api_route("/v1/models/{model_id:path}", show_model, methods=["GET"])
+
+
+def limit_threads(threads: int) -> None:
+    """Gives CPU engines of this process `threads` threads, unless the operator bound them already."""
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ["OMP_NUM_THREADS"] = str(threads)
