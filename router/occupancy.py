@@ -17,9 +17,9 @@ class SchemaMismatch(ValueError):
 class Occupancy(BaseModel):
     """One replica's KV-memory report. Blocks are vLLM KV blocks; all counts are at one instant.
 
-    Fields that the engine cannot know are None (stock vLLM does not tell which free blocks are evictable
-    prefix blocks, nor which waiting request needs how many blocks). Readers ignore unknown fields, so a
-    minor version may add some; another major version is refused.
+    Fields that the engine cannot know are None (stock vLLM does not tell which free blocks are
+    evictable prefix blocks, nor which waiting request needs how many blocks). Readers ignore
+    unknown fields, so a minor version may add some; another major version is refused.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -29,7 +29,7 @@ class Occupancy(BaseModel):
     replica_id: str
     model: str
     epoch: int = Field(
-        description="Start of this replica's life, ns; a restarted replica has a higher one"
+        description="Start of this replica's life, ns; a later life has a higher one"
     )
     sequence: Count = Field(description="Reports sent in this epoch")
 
@@ -72,7 +72,8 @@ class Occupancy(BaseModel):
         version = _Version.model_validate_json(payload)
         if version.schema_major != SCHEMA_MAJOR:
             raise SchemaMismatch(
-                f"occupancy report has schema {version.schema_major}, this reader knows {SCHEMA_MAJOR}"
+                f"occupancy report has schema {version.schema_major}, "
+                f"this reader knows {SCHEMA_MAJOR}"
             )
         return cls.model_validate_json(payload)
 

@@ -3,12 +3,12 @@
 Keys, under `{prefix}:{application}:`
     replicas              set of replica ids seen lately
     replica:{id}          the report as JSON, expiring after `ttl_s`
-and a channel `occupancy` on which each report is published as well. Ages come from Redis' own remaining
-time to live, never from two machines' clocks.
+and a channel `occupancy` on which each report is published as well. Ages come from Redis' own
+remaining time to live, never from two machines' clocks.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import redis
 import redis.asyncio
@@ -37,7 +37,7 @@ class LedgerKeys(NamedTuple):
     application: str
 
     @property
-    def index(self) -> str:
+    def members(self) -> str:
         return f"{self.prefix}:{self.application}:replicas"
 
     @property
@@ -66,7 +66,7 @@ class LedgerWriter:
         payload = occupancy.model_dump_json()
         async with self._client.pipeline(transaction=True) as pipe:
             pipe.set(self._keys.replica(occupancy.replica_id), payload, px=self._ttl_ms)
-            pipe.sadd(self._keys.index, occupancy.replica_id)
+            pipe.sadd(self._keys.members, occupancy.replica_id)
             pipe.publish(self._keys.channel, payload)
             await pipe.execute()
 
@@ -74,7 +74,7 @@ class LedgerWriter:
         """Removes this replica's report at once, as on an orderly shutdown."""
         async with self._client.pipeline(transaction=True) as pipe:
             pipe.delete(self._keys.replica(replica_id))
-            pipe.srem(self._keys.index, replica_id)
+            pipe.srem(self._keys.members, replica_id)
             await pipe.execute()
 
     async def close(self) -> None:
@@ -97,7 +97,8 @@ class LedgerReader:
         Raises:
             redis.RedisError: the store is unreachable.
         """
-        ids = sorted(member.decode() for member in self._client.smembers(self._keys.index))
+        members = cast(set[bytes], self._client.smembers(self._keys.members))
+        ids = sorted(member.decode() for member in members)
         with self._client.pipeline(transaction=False) as pipe:
             for replica_id in ids:
                 pipe.get(self._keys.replica(replica_id))
@@ -107,7 +108,7 @@ class LedgerReader:
         dropped = 0
         for replica_id, payload, remaining_ms in _triples(ids, answers):
             if payload is None:
-                self._client.srem(self._keys.index, replica_id)
+                self._client.srem(self._keys.members, replica_id)
                 continue
             try:
                 occupancy = Occupancy.parse(payload)

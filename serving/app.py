@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 
@@ -14,8 +15,9 @@ from serving.ingress import Ingress
 
 def build(config: AppConfig) -> Application:
     """Builds `Ingress -> Engine` from the YAML's `args`."""
-    engine = Engine.options(**engine_options(config)).bind(config)
-    ingress = Ingress.options(
+    engine = serve.deployment(name="Engine", **engine_options(config))(Engine).bind(config)
+    ingress = serve.deployment(
+        name="Ingress",
         num_replicas=config.ingress.count,
         max_ongoing_requests=config.ingress.max_ongoing_requests,
         graceful_shutdown_timeout_s=config.replica.graceful_shutdown_timeout_s,
@@ -27,7 +29,7 @@ def build(config: AppConfig) -> Application:
         retry_after_s=config.ingress.retry_after_s,
         health_timeout_s=config.ingress.health_timeout_s,
     )
-    return ingress.bind(engine, settings)
+    return ingress(Ingress).bind(engine, settings)
 
 
 def engine_options(config: AppConfig) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def engine_options(config: AppConfig) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": replica.cpus},
     }
     if replica.placement_group_bundles:
-        # vLLM's own executor puts one worker into each bundle; the replica itself rides in the first.
+        # vLLM's Ray executor puts one worker into each bundle; the replica rides in the first.
         options["placement_group_bundles"] = replica.placement_group_bundles
         options["placement_group_strategy"] = replica.placement_group_strategy
     elif gpus := _gpus(config):

@@ -12,9 +12,10 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # Response messages that may wait for a slow reader before the app has to wait too.
 _QUEUED_MESSAGES = 256
+_DISCONNECT_GRACE_S = 5.0
 _PORTABLE_SCOPE_KEYS = (
-    "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path",
-    "headers", "client", "server",
+    "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string",
+    "root_path", "headers", "client", "server",
 )  # fmt: skip
 
 
@@ -26,9 +27,10 @@ def portable_scope(scope: Scope) -> dict[str, Any]:
 async def call_app(app: ASGIApp, scope: Scope, body: bytes) -> AsyncIterator[list[Message]]:
     """Runs one HTTP request against `app` and yields its response messages.
 
-    What has piled up since the last yield comes as one batch, consecutive body chunks joined. Closing or
-    cancelling the iterator is the client's disconnect: the app receives `http.disconnect`, then is
-    cancelled. An exception of the app is raised here, after the messages that it sent before.
+    What has piled up since the last yield comes as one batch, consecutive body chunks joined.
+    Closing or cancelling the iterator is the client's disconnect: the app receives
+    `http.disconnect`, and is cancelled if it has not ended within `_DISCONNECT_GRACE_S`. An
+    exception of the app is raised here, after the messages that it sent before.
     """
     queue: asyncio.Queue[Message] = asyncio.Queue(_QUEUED_MESSAGES)
     disconnected = asyncio.Event()
@@ -42,7 +44,11 @@ async def call_app(app: ASGIApp, scope: Scope, body: bytes) -> AsyncIterator[lis
         await disconnected.wait()
         return {"type": "http.disconnect"}
 
-    task = asyncio.ensure_future(app(dict(scope), receive, queue.put))
+    async def send(message: Message) -> None:
+        if not disconnected.is_set():
+            await queue.put(message)
+
+    task = asyncio.ensure_future(app(dict(scope), receive, send))
     task.add_done_callback(lambda _: _wake(queue))
     try:
         while True:
@@ -59,10 +65,25 @@ async def call_app(app: ASGIApp, scope: Scope, body: bytes) -> AsyncIterator[lis
     finally:
         disconnected.set()
         if not task.done():
-            task.cancel()
+            _end_after_disconnect(task, queue)
 
 
 _END = "adakv.end"
+
+
+def _end_after_disconnect(task: asyncio.Future[None], queue: asyncio.Queue[Message]) -> None:
+    # vLLM's non-streaming handlers abort their request on `http.disconnect`, but leave it running
+    # when they are cancelled: the message must come first.
+    while not queue.empty():
+        queue.get_nowait()
+    timer = asyncio.get_running_loop().call_later(_DISCONNECT_GRACE_S, task.cancel)
+
+    def settle(done: asyncio.Future[None]) -> None:
+        timer.cancel()
+        if not done.cancelled():
+            done.exception()
+
+    task.add_done_callback(settle)
 
 
 def _wake(queue: asyncio.Queue[Message]) -> None:

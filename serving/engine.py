@@ -17,9 +17,8 @@ from serving.store import store_url
 logger = logging.getLogger("ray.serve")
 
 
-@serve.deployment(name="Engine")
 class Engine:
-    async def __init__(self, config: AppConfig) -> None:
+    async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         # Imported here: it is heavy, and thread counts must be set before torch loads.
         from serving import vllm_host
 
@@ -27,7 +26,7 @@ class Engine:
         context = serve.get_replica_context()
         path, name = model_path_and_name(config)
         started = time.monotonic()
-        self._host = await vllm_host.VllmHost.start(path, name, config.engine)
+        self._host = await vllm_host.VllmHost.start(path, name, config.engine, config.server)
         logger.info(
             "engine ready: model=%s path=%s seconds=%.0f", name, path, time.monotonic() - started
         )

@@ -41,10 +41,10 @@ class ReplicaLost(Exception):
 
 
 class Backend(Protocol):
-    """Where requests go. Both methods raise `Overloaded`, `NoReplica` or `ReplicaLost`."""
+    """Where requests go. Its methods raise `Overloaded`, `NoReplica` or `ReplicaLost`."""
 
     def stream(self, scope: dict, body: bytes) -> AsyncIterator[list[Message]]:
-        """Sends one request to a replica and yields its response; closing it cancels the request."""
+        """Sends one request to a replica and yields its response; closing cancels the request."""
         ...
 
     async def ping(self) -> None:
@@ -118,6 +118,8 @@ class _Exchange:
         }
         given = self._headers.get("x-request-id", "")
         self._request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        # Serve's proxy sets the header on the way in and answers with it itself.
+        self._echo_request_id = not given
         self._scope = portable_scope(scope)
         self._scope["headers"] = [
             *((name, value) for name, value in scope["headers"] if name not in _REPLACED_HEADERS),
@@ -125,6 +127,7 @@ class _Exchange:
         ]
         self._status = 0
         self._is_event_stream = False
+        self._complete = False
 
     async def run(self) -> None:
         started = time.monotonic()
@@ -132,7 +135,7 @@ class _Exchange:
         try:
             await self._respond()
         except (_ClientGone, asyncio.CancelledError) as reason:
-            outcome = "client disconnected"
+            outcome = "ok" if self._complete else "client disconnected"
             if isinstance(reason, asyncio.CancelledError):
                 raise
         finally:
@@ -248,18 +251,18 @@ class _Exchange:
         for message in messages:
             if message["type"] == "http.response.start":
                 self._status = message["status"]
-                headers = [
-                    (name, value)
-                    for name, value in message.get("headers", ())
-                    if name.lower() != b"x-request-id"
-                ]
-                kind = dict(headers).get(b"content-type", b"")
-                self._is_event_stream = kind.startswith(b"text/event-stream")
-                message = {
-                    **message,
-                    "headers": [*headers, (b"x-request-id", self._request_id.encode())],
-                }
+                message = {**message, "headers": self._response_headers(message)}
+            elif not message.get("more_body", False):
+                self._complete = True
             await self._send(message)
+
+    def _response_headers(self, start: Message) -> list[tuple[bytes, bytes]]:
+        headers = [(name, value) for name, value in start.get("headers", ())]
+        kind = dict(headers).get(b"content-type", b"")
+        self._is_event_stream = kind.startswith(b"text/event-stream")
+        if self._echo_request_id:
+            headers.append((b"x-request-id", self._request_id.encode()))
+        return headers
 
     async def _fail(
         self, status: int, text: str, type_: str, headers: dict[str, str] | None = None
@@ -267,7 +270,7 @@ class _Exchange:
         await self._deliver(error_messages(status, text, type_=type_, headers=headers))
 
     async def _broken(self, text: str, type_: str) -> None:
-        """Ends a response that a replica cannot finish: by a 503, or inside the stream if it has begun."""
+        """Ends what a replica cannot finish: by a 503, or inside the stream if that has begun."""
         if self._status == 0:
             await self._fail(503, text, type_, self._retry_after(None))
         elif self._is_event_stream:

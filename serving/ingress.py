@@ -1,6 +1,5 @@
 """The `Ingress` deployment: the front door on Ray Serve."""
 
-import asyncio
 import logging
 import pickle
 from collections.abc import AsyncIterator
@@ -20,7 +19,7 @@ class HandleBackend:
 
     def __init__(self, engine: DeploymentHandle) -> None:
         # By reference, every chunk of a stream would become a Ray object.
-        self._stream = engine.options(stream=True, _by_reference=False).asgi
+        self._stream: Any = engine.options(stream=True, _by_reference=False).asgi
         self._ping = engine.options(_by_reference=False).ping
 
     async def stream(self, scope: dict, body: bytes) -> AsyncIterator[list[Message]]:
@@ -58,7 +57,6 @@ def _translated(error: Exception) -> Exception:
     return error
 
 
-@serve.deployment(name="Ingress")
 @serve.ingress()
 class Ingress:
     def __init__(self, engine: DeploymentHandle, settings: FrontDoorSettings) -> None:
@@ -66,5 +64,4 @@ class Ingress:
         self._settings = settings
 
     async def __serve_build_asgi_app__(self) -> FrontDoor:
-        logging.getLogger("ray.serve").debug("ingress on loop %s", asyncio.get_running_loop())
         return FrontDoor(self._backend, self._settings, logging.getLogger("ray.serve"))

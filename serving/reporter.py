@@ -1,6 +1,7 @@
 """Publishes a replica's occupancy to the ledger: on change, and at least every interval."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import Protocol
@@ -64,10 +65,8 @@ class OccupancyReporter:
         while True:
             await self._publish()
             await asyncio.sleep(_MIN_GAP_S)
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._source.changed.wait(), self._interval_s - _MIN_GAP_S)
-            except TimeoutError:
-                pass
             self._source.changed.clear()
 
     async def _publish(self) -> None:

@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 import redis
@@ -31,7 +32,7 @@ def store_url(config: StoreConfig) -> str:
     if config.url is not None:
         return config.url.get_secret_value()
     # Any number of replicas and redeploys may ask: the name makes them share one server.
-    actor = ray.remote(EmbeddedStore).options(
+    actor: Any = ray.remote(EmbeddedStore).options(
         name=f"store-{config.port}",
         namespace=ACTOR_NAMESPACE,
         lifetime="detached",
@@ -50,6 +51,7 @@ class EmbeddedStore:
         # The kernel ends Valkey with the thread that started it, so one thread starts it for good.
         self._supervisor = threading.Thread(target=self._supervise, name="valkey", daemon=True)
         self._error: str | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._supervisor.start()
         self._wait_until_ready()
 
@@ -69,9 +71,11 @@ class EmbeddedStore:
 
     def _answers(self) -> bool:
         try:
-            return bool(redis.Redis(port=self._port, socket_timeout=0.5).ping())
+            info: Any = redis.Redis(port=self._port, socket_timeout=0.5).info("server")
         except redis.RedisError:
             return False
+        # Somebody else's server on this port is no store of ours.
+        return self._process is not None and info.get("process_id") == self._process.pid
 
     def _supervise(self) -> None:
         # Only for the path of the server's binary: its own start() would not tie the child to us.
@@ -79,7 +83,7 @@ class EmbeddedStore:
         with tempfile.TemporaryDirectory(prefix="adakv-store-") as folder:
             while True:
                 started = time.monotonic()
-                process = _start_valkey(binary, self._port, folder)
+                self._process = process = _start_valkey(binary, self._port, folder)
                 output, _ = process.communicate()
                 lived = time.monotonic() - started
                 lines = output.decode(errors="replace").strip().splitlines()

@@ -4,6 +4,7 @@ The one file of this package that knows vLLM's entry points.
 """
 
 import asyncio
+import dataclasses
 import os
 import time
 from http import HTTPStatus
@@ -27,6 +28,16 @@ from kernels.blocks import blocks_for_tokens
 from serving.openai_error import error_body
 
 _RATE_WINDOW_S = 5.0
+# Settings of the socket that vLLM would listen on, and of access, which the front door guards.
+_SOCKET_OPTIONS = {
+    "api_key", "api_server_count", "config", "data_parallel_multi_port_external_lb",
+    "data_parallel_supervisor_port", "disable_access_log_for_endpoints",
+    "disable_uvicorn_access_log", "dp_supervisor_probe_failure_threshold",
+    "dp_supervisor_probe_interval_s", "dp_supervisor_probe_timeout_s", "enable_ssl_refresh", "grpc",
+    "grpc_port", "h11_max_header_count", "h11_max_incomplete_event_size", "headless", "host",
+    "model_tag", "port", "root_path", "ssl_ca_certs", "ssl_cert_reqs", "ssl_certfile",
+    "ssl_ciphers", "ssl_keyfile", "uds", "uvicorn_log_level",
+}  # fmt: skip
 
 
 class EngineLoad(NamedTuple):
@@ -57,7 +68,13 @@ class VllmHost:
         self._stats = stats
 
     @classmethod
-    async def start(cls, model: str, served_name: str, engine_args: dict[str, Any]) -> "VllmHost":
+    async def start(
+        cls,
+        model: str,
+        served_name: str,
+        engine_args: dict[str, Any],
+        server_args: dict[str, Any],
+    ) -> "VllmHost":
         """Starts the engine (about 25 s on CPU) and assembles the app.
 
         Raises:
@@ -72,7 +89,7 @@ class VllmHost:
             enable_log_requests=args.enable_log_requests,
         )
         tasks = await engine.get_supported_tasks()
-        options = _server_options(model, served_name, args)
+        options = _server_options(model, served_name, args, server_args)
         app = build_app(options, tasks, engine.model_config)
         await init_app_state(engine, app.state, options, tasks)
         app.state.server = _Server()
@@ -162,15 +179,28 @@ def _waiting_blocks(prompt_lens: list[int], waiting: int, block_size: int) -> in
     return sum(blocks_for_tokens(length, block_size) for length in prompt_lens)
 
 
-def _server_options(model: str, served_name: str, engine_args: AsyncEngineArgs) -> Any:
-    """vLLM's server options at their defaults, with the engine's own fields laid over them."""
-    parser = make_arg_parser(FlexibleArgumentParser())
-    options = parser.parse_args(["--model", model, "--served-model-name", served_name])
-    for name, value in vars(engine_args).items():
+def engine_arg_names() -> set[str]:
+    return {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+
+
+def server_arg_names() -> set[str]:
+    """Options of `vllm serve` that shape its API: not the engine's, not its socket's."""
+    return set(vars(_default_options())) - engine_arg_names() - _SOCKET_OPTIONS
+
+
+def _default_options() -> Any:
+    return make_arg_parser(FlexibleArgumentParser()).parse_args([])
+
+
+def _server_options(
+    model: str, served_name: str, engine_args: AsyncEngineArgs, server_args: dict[str, Any]
+) -> Any:
+    """vLLM's server options at their defaults, with the engine's fields and ours laid over them."""
+    options = _default_options()
+    for name, value in {**vars(engine_args), **server_args}.items():
         if hasattr(options, name):
             setattr(options, name, value)
-    # Keys are checked at the front door, before a request reaches a replica.
-    options.api_key = None
+    options.model, options.served_model_name = model, [served_name]
     validate_parsed_serve_args(options)
     return options
 
@@ -195,9 +225,11 @@ def _mend_openai_surface(app: FastAPI) -> None:
 
     app.add_exception_handler(StarletteHTTPException, http_error)
     app.add_api_route("/v1/models/{model_id:path}", show_model, methods=["GET"])
+    # vLLM has built the stack already, with the handlers of that moment.
+    app.middleware_stack = app.build_middleware_stack()
 
 
 def limit_threads(threads: int) -> None:
-    """Gives CPU engines of this process `threads` threads, unless the operator bound them already."""
+    """Gives CPU engines of this process `threads` threads, unless the operator bound them."""
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -1,0 +1,18 @@
+from typing import Any
+
+from router.occupancy import Occupancy
+
+
+def occupancy(replica_id: str = "r1", **changes: Any) -> Occupancy:
+    fields = {
+        "replica_id": replica_id,
+        "model": "m",
+        "epoch": 1,
+        "sequence": 1,
+        "block_size_tokens": 32,
+        "blocks_total": 100,
+        "blocks_free": 40,
+        "running": 2,
+        "waiting": 1,
+    }
+    return Occupancy.model_validate({**fields, **changes})

@@ -1,0 +1,41 @@
+import json
+
+import pytest
+import redis
+
+from router import DEFAULT_APPLICATION, DEFAULT_KEY_PREFIX, inspect
+from router.redis_ledger import LedgerKeys, LedgerWriter
+from tests.router.occupancies import occupancy
+
+
+@pytest.fixture
+async def reported(store_url: str, client: redis.Redis) -> str:
+    writer = LedgerWriter(store_url, LedgerKeys(DEFAULT_KEY_PREFIX, DEFAULT_APPLICATION))
+    await writer.publish(occupancy("abc"))
+    await writer.close()
+    return store_url
+
+
+async def test_json_names_every_replica(reported: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect.main(["--url", reported, "--json"]) == 0
+    (replica,) = json.loads(capsys.readouterr().out)["replicas"]
+    expected = {"id": "abc", "blocks_total": 100, "blocks_free": 40, "running": 2, "waiting": 1}
+    assert expected.items() <= replica.items()
+    assert replica["age_s"] <= 2.0
+
+
+async def test_the_table_shows_use(reported: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect.main(["--url", reported]) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split()[0] == "replica"
+    assert row.split()[:4] == ["abc", "100", "40", "60%"]
+
+
+def test_an_unreachable_store_is_one_line_and_exit_1(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert inspect.main(["--url", "redis://:secret@127.0.0.1:1"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert "secret" not in printed.err
