@@ -20,6 +20,7 @@ from serving.openai_error import error_event, error_messages
 _OPEN_PATHS = ("/health", "/version")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ATTEMPTS = 2
+_RETRY_PAUSE_S = 0.25
 # A replica that sent something this recently is known to answer, however long its queue is.
 _RECENT_ANSWER_S = 5.0
 
@@ -234,11 +235,18 @@ class _Exchange:
                 return
             except ReplicaLost:
                 if self._status == 0 and attempt < _ATTEMPTS:
+                    # Serve needs a moment to see that the replica is gone.
+                    await asyncio.sleep(_RETRY_PAUSE_S)
                     self._door._logger.warning(
                         "request_id=%s retrying: replica lost", self._request_id
                     )
                     continue
                 await self._broken("the replica that worked on this request died", "ReplicaLost")
+                return
+            except Exception:
+                # Its text may tell about our insides: it goes into the log only.
+                self._door._logger.exception("request_id=%s failed", self._request_id)
+                await self._broken("internal error", "InternalServerError", status=500)
                 return
 
     async def _forward_once(self, body: bytes) -> None:
@@ -269,12 +277,13 @@ class _Exchange:
     ) -> None:
         await self._deliver(error_messages(status, text, type_=type_, headers=headers))
 
-    async def _broken(self, text: str, type_: str) -> None:
-        """Ends what a replica cannot finish: by a 503, or inside the stream if that has begun."""
+    async def _broken(self, text: str, type_: str, status: int = 503) -> None:
+        """Ends what a replica cannot finish: by an error, inside the stream if that has begun."""
         if self._status == 0:
-            await self._fail(503, text, type_, self._retry_after(None))
+            headers = self._retry_after(None) if status == 503 else None
+            await self._fail(status, text, type_, headers)
         elif self._is_event_stream:
-            event = error_event(503, text, type_=type_)
+            event = error_event(status, text, type_=type_)
             await self._send({"type": "http.response.body", "body": event, "more_body": False})
         else:
             # Half a JSON body cannot be mended; closing the connection is the only honest end.

@@ -1,12 +1,13 @@
 """The `Ingress` deployment: the front door on Ray Serve."""
 
+import asyncio
 import logging
 import pickle
 from collections.abc import AsyncIterator
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -24,16 +25,14 @@ class HandleBackend:
 
     async def stream(self, scope: dict, body: bytes) -> AsyncIterator[list[Message]]:
         response = self._stream.remote(scope, body)
-        finished = False
         try:
             async for item in response:
                 yield _batch(item)
-            finished = True
+        except (GeneratorExit, asyncio.CancelledError):
+            response.cancel()
+            raise
         except Exception as error:
             raise _translated(error) from error
-        finally:
-            if not finished:
-                response.cancel()
 
     async def ping(self) -> None:
         try:
@@ -52,9 +51,10 @@ def _translated(error: Exception) -> Exception:
         return Overloaded(error.retry_after_s)
     if isinstance(error, DeploymentUnavailableError):
         return NoReplica(str(error))
-    if isinstance(error, RayActorError | ReplicaLost):
-        return ReplicaLost(str(error))
-    return error
+    if isinstance(error, RayTaskError) and not isinstance(error, ReplicaLost):
+        return error
+    # What the handle raises by itself, dead actors and broken connections alike.
+    return ReplicaLost(str(error))
 
 
 @serve.ingress()

@@ -81,8 +81,7 @@ async def test_an_exception_of_the_app_reaches_the_caller() -> None:
         await _start(send)
         raise RuntimeError("broken")
 
-    messages = []
+    batches = call_app(broken, SCOPE, b"")
+    assert [message["type"] for message in await anext(batches)] == ["http.response.start"]
     with pytest.raises(RuntimeError, match="broken"):
-        async for batch in call_app(broken, SCOPE, b""):
-            messages += batch
-    assert [message["type"] for message in messages] == ["http.response.start"]
+        await anext(batches)

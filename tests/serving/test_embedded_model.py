@@ -44,7 +44,7 @@ def test_a_killed_conversion_leaves_nothing_and_the_next_one_finishes(tmp_path: 
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
 
 
-def test_a_finished_conversion_is_used_as_it_is(
+def test_without_the_wheel_the_error_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

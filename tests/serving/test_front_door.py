@@ -153,6 +153,12 @@ async def test_a_second_loss_is_503() -> None:
     assert error_of(response)["type"] == "ReplicaLost"
 
 
+async def test_an_unforeseen_failure_is_500_and_tells_nothing_about_our_insides() -> None:
+    response = await client(ScriptedBackend([KeyError("secret")])).post("/v1/completions")
+    assert response.status_code == 500
+    assert "secret" not in error_of(response)["message"]
+
+
 async def test_a_replica_lost_in_mid_stream_ends_the_stream_with_an_error_event() -> None:
     backend = ScriptedBackend([[SSE_START, chunk(b"data: 1\n\n")], ReplicaLost()])
     response = await client(backend).post("/v1/completions")

@@ -1,0 +1,175 @@
+"""Starts the real application on its own Ray cluster and ports, and stops it by pid."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import yaml
+
+from router.redis_ledger import LedgerKeys, LedgerReader
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+API_KEY = "test-key"
+MODEL = "smollm2-135m-instruct"
+
+
+def eventually(check: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    """Polls until `check` returns something true and returns that."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if result := check():
+            return result
+        time.sleep(0.1)
+    raise AssertionError(f"{what}: not within {timeout_s:.0f} s")
+
+
+class Deployment:
+    """A Ray head node and `serve run` on it, as an operator would start them."""
+
+    def __init__(self, ray_port: int, http_port: int, store_port: int) -> None:
+        self.base_url = f"http://127.0.0.1:{http_port}"
+        self.store_url = f"redis://127.0.0.1:{store_port}"
+        self._ray_port = ray_port
+        self._token = secrets.token_hex(32)
+        self._processes: list[psutil.Popen] = []
+        # Unix sockets below it allow only a short path.
+        self._folder = tempfile.TemporaryDirectory(prefix="akv", dir="/tmp")
+        self._config = Path(self._folder.name) / "cluster.yaml"
+        self._config.write_text(yaml.safe_dump(_config(http_port, store_port)))
+        self.log_path = Path(self._folder.name) / "log"
+        self._log = self.log_path.open("wb")
+
+    def start(self) -> None:
+        self._spawn(
+            "ray", "start", "--head", "--block", f"--port={self._ray_port}", "--num-cpus=2",
+            "--node-ip-address=127.0.0.1", "--include-dashboard=false",
+            f"--temp-dir={self._folder.name}/ray",
+        )  # fmt: skip
+        eventually(self._ray_answers, 60, "the Ray head node")
+        self.serve_run()
+        eventually(self.healthy, 180, "the application")
+        eventually(lambda: len(self.occupancy()) == 2, 120, "two replicas")
+
+    def serve_run(self) -> psutil.Popen:
+        return self._spawn("serve", "run", "-a", f"127.0.0.1:{self._ray_port}", str(self._config))
+
+    def _ray_answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self._ray_port)) == 0
+
+    def _spawn(self, command: str, *args: str) -> psutil.Popen:
+        environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
+        environment.pop("RAY_ADDRESS", None)
+        process = psutil.Popen(
+            [str(BIN / command), *args],
+            cwd=ROOT,
+            env=environment,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._processes.append(process)
+        return process
+
+    def stop(self) -> None:
+        """Stops everything; returns when no process of the deployment is left."""
+        family = [
+            member
+            for process in self._processes
+            if process.is_running()
+            for member in (*process.children(recursive=True), process)
+        ]
+        for process in reversed(self._processes):
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(family, timeout=60)
+        for process in alive:
+            process.kill()
+        self._log.close()
+        self._folder.cleanup()
+        assert not alive, f"still there a minute after the stop: {alive}"
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.base_url}/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def occupancy(self) -> dict[str, Any]:
+        """The live table by replica id, straight from the ledger."""
+        reader = LedgerReader(self.store_url, LedgerKeys("adakv", "llm"))
+        try:
+            return {
+                report.occupancy.replica_id: report.occupancy for report in reader.read().reports
+            }
+        except Exception:
+            return {}
+        finally:
+            reader.close()
+
+    def running(self) -> int:
+        return sum(report.running + report.waiting for report in self.occupancy().values())
+
+    def inspect(self) -> list[dict[str, Any]]:
+        command = [sys.executable, "-m", "router.inspect", "--url", self.store_url, "--json"]
+        done = subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
+        return json.loads(done.stdout)["replicas"]
+
+    def pids(self, name: str) -> list[int]:
+        """Processes of this deployment whose command line holds `name`."""
+        head = psutil.Process(self._processes[0].pid)
+        return [
+            process.pid
+            for process in head.children(recursive=True)
+            if any(name in part for part in _command_line(process))
+        ]
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        defaults: dict[str, Any] = {"api_key": API_KEY, "max_retries": 0, "timeout": 120}
+        return openai.OpenAI(base_url=f"{self.base_url}/v1", **{**defaults, **options})
+
+    def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
+        defaults: dict[str, Any] = {
+            "headers": {"authorization": f"Bearer {API_KEY}"},
+            "timeout": 120,
+        }
+        return httpx.post(self.base_url + path, json=body, **{**defaults, **options})
+
+    def get(self, path: str) -> httpx.Response:
+        headers = {"authorization": f"Bearer {API_KEY}"}
+        return httpx.get(self.base_url + path, headers=headers, timeout=60)
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def _config(http_port: int, store_port: int) -> dict[str, Any]:
+    """The shipped configuration, on other ports, with a key and a short queue."""
+    config = yaml.safe_load((ROOT / "configs" / "cluster.yaml").read_text())
+    config["http_options"]["port"] = http_port
+    args = config["applications"][0]["args"]
+    args["auth"] = {"api_keys": [API_KEY]}
+    args["store"] = {"port": store_port}
+    args["replica"] |= {"max_ongoing_requests": 8, "max_queued_requests": 4}
+    args["engine"] |= {"kv_cache_memory_bytes": 402653184}
+    return config

@@ -1,0 +1,171 @@
+"""The running application while clients leave, replicas die and the store goes away."""
+
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.system.deployment import MODEL, Deployment, eventually
+
+ENDLESS: dict[str, Any] = {
+    "model": MODEL, "prompt": "Once upon a time", "max_tokens": 4000,
+    "extra_body": {"ignore_eos": True},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _whole_deployment(deployment: Deployment) -> None:
+    eventually(lambda: len(deployment.occupancy()) == 2, 120, "two replicas before the test")
+    eventually(lambda: deployment.running() == 0, 60, "an idle deployment before the test")
+
+
+def _finish(client: openai.OpenAI, number: int, max_tokens: int = 60) -> str:
+    """One streamed answer: its finish reason, or how it broke."""
+    try:
+        stream = client.completions.create(
+            model=MODEL, prompt=f"{number}. Once", max_tokens=60, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        reasons = [chunk.choices[0].finish_reason for chunk in stream if chunk.choices]
+        return reasons[-1] or "cut"
+    except openai.APIError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_concurrent_requests_use_both_replicas(
+    deployment: Deployment, client: openai.OpenAI
+) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(_finish, client, number, 400) for number in range(8)]
+        eventually(
+            lambda: all(r.running > 0 for r in deployment.occupancy().values()),
+            30, "both replicas running",
+        )  # fmt: skip
+        during = deployment.inspect()
+        assert {answer.result() for answer in answers} == {"length"}
+    assert len(during) == 2
+    assert sum(replica["running"] for replica in during) > 0
+    eventually(
+        lambda: all(r.blocks_free == r.blocks_total for r in deployment.occupancy().values()),
+        10, "all blocks free again",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_disconnects_stops_its_generation(
+    deployment: Deployment, client: openai.OpenAI, stream: bool
+) -> None:
+    with httpx.Client(timeout=60) as http:
+        body = {**ENDLESS, "ignore_eos": True, "stream": stream}
+        body.pop("extra_body")
+        request = http.build_request(
+            "POST", f"{deployment.base_url}/v1/completions", json=body,
+            headers={"authorization": f"Bearer {client.api_key}"},
+        )  # fmt: skip
+        sender = threading.Thread(target=_send_and_forget, args=(http, request))
+        sender.start()
+        eventually(lambda: deployment.running() == 1, 30, "the request running")
+    sender.join()
+    # It would run for more than a minute; a second is the promise, the rest is a slow machine's.
+    eventually(lambda: deployment.running() == 0, 10, "the generation stopped")
+
+
+def _send_and_forget(http: httpx.Client, request: httpx.Request) -> None:
+    try:
+        response = http.send(request, stream=True)
+        next(response.iter_raw())
+        response.close()
+    except (httpx.HTTPError, RuntimeError):
+        pass  # The other thread closed the connection under it: that is the point.
+
+
+def test_a_killed_replica_is_replaced_and_only_its_streams_break(
+    deployment: Deployment, client: openai.OpenAI
+) -> None:
+    before = set(deployment.occupancy())
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(_finish, client, number, 200) for number in range(6)]
+        eventually(
+            lambda: all(r.running > 0 for r in deployment.occupancy().values()),
+            30, "both replicas running",
+        )  # fmt: skip
+        os.kill(deployment.pids("ServeReplica:llm:Engine")[0], signal.SIGKILL)
+        outcomes = [answer.result() for answer in answers]
+    broken = {outcome for outcome in outcomes if outcome != "length"}
+    assert broken == {"APIError: the replica that worked on this request died"}
+    assert "length" in outcomes
+    assert deployment.healthy()
+    eventually(
+        lambda: len(now := set(deployment.occupancy())) == 2 and now != before,
+        120, "the killed replica replaced",
+    )  # fmt: skip
+
+
+def test_requests_without_a_first_byte_survive_a_killed_replica(
+    deployment: Deployment, client: openai.OpenAI
+) -> None:
+    def ask(number: int) -> str:
+        answer = client.completions.create(
+            model=MODEL, prompt=f"{number}. Once", max_tokens=60,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        return answer.choices[0].finish_reason
+
+    before = set(deployment.occupancy())
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(ask, number) for number in range(6)]
+        eventually(
+            lambda: all(r.running > 0 for r in deployment.occupancy().values()),
+            30, "both replicas running",
+        )  # fmt: skip
+        os.kill(deployment.pids("ServeReplica:llm:Engine")[0], signal.SIGKILL)
+        assert {answer.result() for answer in answers} == {"length"}
+    eventually(
+        lambda: len(now := set(deployment.occupancy())) == 2 and now != before,
+        120, "the killed replica replaced",
+    )  # fmt: skip
+
+
+def test_a_killed_engine_process_is_replaced(deployment: Deployment, client: openai.OpenAI) -> None:
+    before = set(deployment.occupancy())
+    os.kill(deployment.pids("VLLM::EngineCore")[0], signal.SIGKILL)
+    eventually(
+        lambda: len(now := set(deployment.occupancy())) == 2 and now != before,
+        150, "the replica with the dead engine replaced",
+    )  # fmt: skip
+    assert _finish(client, 0) == "length"
+
+
+def test_a_killed_store_comes_back_and_no_request_notices(
+    deployment: Deployment, client: openai.OpenAI
+) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(_finish, client, number) for number in range(4)]
+        (killed,) = deployment.pids("valkey-server")
+        os.kill(killed, signal.SIGKILL)
+        eventually(
+            lambda: deployment.pids("valkey-server") not in ([], [killed]), 30, "a new Valkey"
+        )
+        assert {answer.result() for answer in answers} == {"length"}
+    eventually(lambda: len(deployment.occupancy()) == 2, 30, "both replicas reporting again")
+
+
+def test_a_second_serve_run_on_top_of_the_first(
+    deployment: Deployment, client: openai.OpenAI
+) -> None:
+    stores = deployment.pids("valkey-server")
+    second = deployment.serve_run()
+    deadline = time.monotonic() + 20
+    outcomes = []
+    while time.monotonic() < deadline:
+        outcomes.append(_finish(client, len(outcomes)))
+    assert set(outcomes) == {"length"}
+    assert second.poll() is None
+    assert deployment.pids("valkey-server") == stores
+    assert len(deployment.occupancy()) == 2
