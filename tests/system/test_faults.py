@@ -29,7 +29,7 @@ def _finish(client: openai.OpenAI, number: int, max_tokens: int = 60) -> str:
     """One streamed answer: its finish reason, or how it broke."""
     try:
         stream = client.completions.create(
-            model=MODEL, prompt=f"{number}. Once", max_tokens=60, stream=True,
+            model=MODEL, prompt=f"{number}. Once", max_tokens=max_tokens, stream=True,
             extra_body={"ignore_eos": True},
         )  # fmt: skip
         reasons = [chunk.choices[0].finish_reason for chunk in stream if chunk.choices]

@@ -1,0 +1,115 @@
+"""Starts and stops the servers that a measurement compares, each in its own process group."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+BIN = Path(sys.executable).parent
+STOP_TIMEOUT_S = 90
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def started(
+    command: list[str], environment: dict[str, str], log_path: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs a server for the duration of the block, then ends its whole process group."""
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def wait_until_healthy(
+    base_url: str, process: subprocess.Popen[bytes], log_path: Path, timeout_s: float = 300
+) -> None:
+    """Returns when `/health` answers 200.
+
+    Raises:
+        RuntimeError: the process ended or the time is over; carries the end of its log.
+    """
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{base_url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise RuntimeError(f"{base_url} did not start:\n{log_path.read_text(errors='replace')[-3000:]}")
+
+
+@contextmanager
+def serve_run(config: dict[str, Any], log_path: Path) -> Iterator[str]:
+    """Runs `serve run` on a copy of `config` with free ports; yields its base URL."""
+    http_port, store_port = free_port(), free_port()
+    config = {**config, "http_options": {"host": "127.0.0.1", "port": http_port}}
+    (application,) = config["applications"]
+    application["args"] = {**application["args"], "store": {"port": store_port}}
+    with tempfile.TemporaryDirectory(prefix="adakv-loadtest-") as folder:
+        path = Path(folder) / "cluster.yaml"
+        path.write_text(yaml.safe_dump(config))
+        command = [str(BIN / "serve"), "run", str(path)]
+        with started(command, {}, log_path) as process:
+            base_url = f"http://127.0.0.1:{http_port}"
+            wait_until_healthy(base_url, process, log_path)
+            yield base_url
+
+
+@contextmanager
+def vllm_serve(
+    model: str, name: str, engine: dict[str, Any], threads: int, log_path: Path
+) -> Iterator[str]:
+    """Runs plain `vllm serve` with the same engine settings; yields its base URL."""
+    port = free_port()
+    command = [
+        str(BIN / "vllm"), "serve", model, "--served-model-name", name,
+        "--host", "127.0.0.1", "--port", str(port), *_flags(engine),
+    ]  # fmt: skip
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+    with started(command, environment, log_path) as process:
+        base_url = f"http://127.0.0.1:{port}"
+        wait_until_healthy(base_url, process, log_path)
+        yield base_url
+
+
+def _flags(engine: dict[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for key, value in engine.items():
+        name = "--" + key.replace("_", "-")
+        if value is True:
+            flags.append(name)
+        elif value is False:
+            flags.append(name.replace("--", "--no-", 1))
+        else:
+            flags += [name, str(value)]
+    return flags
