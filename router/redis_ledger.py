@@ -13,6 +13,9 @@ from typing import NamedTuple, cast
 import redis
 import redis.asyncio
 from pydantic import ValidationError
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from router.occupancy import Occupancy, SchemaMismatch
 
@@ -59,7 +62,11 @@ class LedgerWriter:
         self._keys = keys
         self._ttl_ms = round(ttl_s * 1000)
         self._client = redis.asyncio.Redis.from_url(
-            url, socket_timeout=SOCKET_TIMEOUT_S, socket_connect_timeout=SOCKET_TIMEOUT_S
+            url,
+            socket_timeout=SOCKET_TIMEOUT_S,
+            socket_connect_timeout=SOCKET_TIMEOUT_S,
+            # The client's own retries sleep for seconds; a report that late is worth nothing.
+            retry=AsyncRetry(NoBackoff(), 0),
         )
 
     async def publish(self, occupancy: Occupancy) -> None:
@@ -88,7 +95,10 @@ class LedgerReader:
         self._keys = keys
         self._ttl_ms = round(ttl_s * 1000)
         self._client = redis.Redis.from_url(
-            url, socket_timeout=SOCKET_TIMEOUT_S, socket_connect_timeout=SOCKET_TIMEOUT_S
+            url,
+            socket_timeout=SOCKET_TIMEOUT_S,
+            socket_connect_timeout=SOCKET_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
         )
 
     def read(self) -> LedgerView:
