@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -83,26 +84,44 @@ def _send_and_forget(http: httpx.Client, request: httpx.Request) -> None:
         http.send(request)
 
 
-def test_a_killed_replica_is_replaced_and_only_its_streams_break(
-    deployment: Deployment, client: openai.OpenAI
-) -> None:
+def _kill_a_replica_under_traffic(deployment: Deployment, ask: Callable[[int], str]) -> list[str]:
+    """Keeps six requests going, kills a replica that works on some; returns all outcomes."""
     before = set(deployment.occupancy())
+    enough = threading.Event()
+
+    def keep_asking(number: int) -> list[str]:
+        outcomes = []
+        while not enough.is_set():
+            outcomes.append(ask(number))
+        return outcomes
+
     with ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(_finish, client, number, 200) for number in range(6)]
-        eventually(
-            lambda: all(r.running > 0 for r in deployment.occupancy().values()),
-            30, "both replicas running",
-        )  # fmt: skip
-        os.kill(deployment.pids("ServeReplica:llm:Engine")[0], signal.SIGKILL)
-        outcomes = [answer.result() for answer in answers]
-    broken = {outcome for outcome in outcomes if outcome != "length"}
-    assert broken == {"APIError: the replica that worked on this request died"}
-    assert "length" in outcomes
+        traffic = [pool.submit(keep_asking, number) for number in range(6)]
+        try:
+            eventually(
+                lambda: all(r.running > 1 for r in deployment.occupancy().values()),
+                60, "both replicas running",
+            )  # fmt: skip
+            os.kill(deployment.pids("ServeReplica:llm:Engine")[0], signal.SIGKILL)
+            eventually(lambda: len(deployment.occupancy()) == 1, 30, "the killed one gone")
+        finally:
+            enough.set()
+        outcomes = [outcome for asked in traffic for outcome in asked.result()]
     assert deployment.healthy()
     eventually(
         lambda: len(now := set(deployment.occupancy())) == 2 and now != before,
         120, "the killed replica replaced",
     )  # fmt: skip
+    return outcomes
+
+
+def test_a_killed_replica_breaks_only_its_own_streams_and_says_so(
+    deployment: Deployment, client: openai.OpenAI
+) -> None:
+    outcomes = _kill_a_replica_under_traffic(deployment, lambda number: _finish(client, number))
+    broken = {outcome for outcome in outcomes if outcome != "length"}
+    assert broken == {"APIError: the replica that worked on this request died"}
+    assert "length" in outcomes
 
 
 def test_requests_without_a_first_byte_survive_a_killed_replica(
@@ -115,19 +134,7 @@ def test_requests_without_a_first_byte_survive_a_killed_replica(
         )  # fmt: skip
         return answer.choices[0].finish_reason
 
-    before = set(deployment.occupancy())
-    with ThreadPoolExecutor(6) as pool:
-        answers = [pool.submit(ask, number) for number in range(6)]
-        eventually(
-            lambda: all(r.running > 0 for r in deployment.occupancy().values()),
-            30, "both replicas running",
-        )  # fmt: skip
-        os.kill(deployment.pids("ServeReplica:llm:Engine")[0], signal.SIGKILL)
-        assert {answer.result() for answer in answers} == {"length"}
-    eventually(
-        lambda: len(now := set(deployment.occupancy())) == 2 and now != before,
-        120, "the killed replica replaced",
-    )  # fmt: skip
+    assert set(_kill_a_replica_under_traffic(deployment, ask)) == {"length"}
 
 
 def test_a_killed_engine_process_is_replaced(deployment: Deployment, client: openai.OpenAI) -> None:
