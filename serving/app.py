@@ -12,6 +12,13 @@ from serving.engine import Engine
 from serving.front_door import FrontDoorSettings
 from serving.ingress import Ingress
 
+# The ingress only passes chunks on and never blocks: handing each one between Serve's three event
+# loops, in three threads, would cost more than the work itself.
+_ONE_LOOP = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+
 
 def build(config: AppConfig) -> Application:
     """Builds `Ingress -> Engine` from the YAML's `args`."""
@@ -21,7 +28,7 @@ def build(config: AppConfig) -> Application:
         num_replicas=config.ingress.count,
         max_ongoing_requests=config.ingress.max_ongoing_requests,
         graceful_shutdown_timeout_s=config.replica.graceful_shutdown_timeout_s,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _ONE_LOOP}},
     )
     settings = FrontDoorSettings(
         api_keys=api_keys(config),

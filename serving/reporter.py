@@ -14,8 +14,8 @@ from serving.vllm_host import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 
-# Changes come once per engine step; more reports than this tell nothing new.
-_MIN_GAP_S = 0.05
+# A reader gains nothing from more reports than this, and each costs the engine's host time.
+_MIN_GAP_S = 0.1
 
 
 class LoadSource(Protocol):
@@ -46,6 +46,7 @@ class OccupancyReporter:
         self._epoch = time.time_ns()
         self._sequence = 0
         self._store_lost = False
+        self._reported: EngineLoad | None = None
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -64,10 +65,17 @@ class OccupancyReporter:
     async def _run(self) -> None:
         while True:
             await self._publish()
-            await asyncio.sleep(_MIN_GAP_S)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._source.changed.wait(), self._interval_s - _MIN_GAP_S)
+            await self._wait_for_news()
+
+    async def _wait_for_news(self) -> None:
+        """Returns when the load differs from the last report, or the interval is over."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + self._interval_s
+        await asyncio.sleep(_MIN_GAP_S)
+        while _what_matters(self._source.load()) == self._reported and loop.time() < due:
             self._source.changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._source.changed.wait(), due - loop.time())
 
     async def _publish(self) -> None:
         self._sequence += 1
@@ -84,6 +92,7 @@ class OccupancyReporter:
 
     def _occupancy(self) -> Occupancy:
         load = self._source.load()
+        self._reported = _what_matters(load)
         return Occupancy(
             replica_id=self._replica_id,
             model=self._model,
@@ -92,3 +101,8 @@ class OccupancyReporter:
             blocks_uncompressed=load.blocks_total - load.blocks_free,
             **load._asdict(),
         )
+
+
+def _what_matters(load: EngineLoad) -> EngineLoad:
+    """The load without its rate, which changes with every step and can wait for the interval."""
+    return load._replace(decode_tokens_per_s=0.0)

@@ -1,0 +1,35 @@
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PyramidLayers:
+    """PyramidKV (2406.02069): linearly fewer entries from the first layer to the last.
+
+    The last layer gets 1/beta of the mean and the first as much more; where that exceeds the
+    prompt, the first is clipped to it and the slope flattens, so that the mean holds. Unlike the
+    authors' floor division, the sum over the layers is exact.
+    """
+
+    beta: float = 20.0
+
+    def totals(self, scores: Tensor, quota: int) -> list[int]:
+        """Entries to keep in each layer of scores [L, H, m], `quota` for each head on average."""
+        layers, heads, m = scores.shape
+        if layers == 1:
+            return [heads * quota]
+        top = min(2 * quota - quota / self.beta, m)
+        step = 2 * (top - quota) / (layers - 1)
+        means = _rounded([top - layer * step for layer in range(layers)], layers * quota)
+        return [heads * mean for mean in means]
+
+
+def _rounded(values: list[float], total: int) -> list[int]:
+    """Integers next to `values` that sum to `total`; the largest remainders are rounded up."""
+    # The shift keeps a whole number whole when its float lies a rounding error below it.
+    floors = [int(value + 1e-9) for value in values]
+    by_remainder = sorted(range(len(values)), key=lambda i: (floors[i] - values[i], i))
+    for index in by_remainder[: total - sum(floors)]:
+        floors[index] += 1
+    return floors

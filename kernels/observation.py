@@ -1,0 +1,52 @@
+"""What a scorer may look at: one layer of one request after its prefill."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kernels.rotary import Rotary
+
+
+class Observation(NamedTuple):
+    """One layer's cache and the queries of the last prompt tokens. H KV heads, G queries per head.
+
+    queries: [H * G, s, D] of the last s positions, after RoPE, in head order.
+    keys, values: [H, n, D] of all n cached positions, keys after RoPE.
+    scale: the softmax scale, usually D ** -0.5.
+    rotary: the model's rotation, for scorers that need queries at other positions.
+    output_weight: [hidden, H * G * D] of the output projection, for scorers that project values.
+    layer: index of the layer, for scorers that draw random numbers.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    scale: float
+    rotary: Rotary | None = None
+    output_weight: Tensor | None = None
+    layer: int = 0
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        return self.queries.shape[0] // self.num_kv_heads
+
+    def grouped_queries(self, last: int) -> Tensor:
+        """The last `last` queries as [H, G, last, D].
+
+        Raises:
+            ValueError: fewer queries were captured.
+        """
+        heads, span, dim = self.queries.shape
+        if last > span:
+            raise ValueError(f"the scorer needs {last} queries, {span} were captured")
+        return self.queries[:, span - last :].reshape(
+            self.num_kv_heads, heads // self.num_kv_heads, last, dim
+        )

@@ -1,0 +1,87 @@
+"""A compression policy: scorer x layer budget x head allocation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kernels.observation import Observation
+from kernels.scorers.base import Scorer
+
+
+class LayerBudget(Protocol):
+    def totals(self, scores: Tensor, quota: int) -> list[int]:
+        """Entries to keep in each layer of scores [L, H, m]; the sum is L * H * quota."""
+        ...
+
+
+class HeadAllocation(Protocol):
+    def allocate(self, scores: Tensor, total: int) -> Tensor:
+        """Bool mask of scores [H, m] with exactly `total` set."""
+        ...
+
+
+class Selection(NamedTuple):
+    """What a request keeps: kept [L, H, n] bool, lens [L, H] int32 its counts."""
+
+    kept: Tensor
+    lens: Tensor
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Decides which entries of a request's cache stay. Pure: equal observations, equal selections."""
+
+    scorer: Scorer
+    layer_budget: LayerBudget
+    head_allocation: HeadAllocation
+
+    def select(self, observations: Sequence[Observation], keep_tokens: int) -> Selection:
+        """Keeps `keep_tokens` entries for each (layer, head) on average, the window included.
+
+        The total is exactly L * H * min(keep_tokens, n), however it is split.
+
+        Raises:
+            ValueError: `keep_tokens` is below the scorer's window, or the layers do not match.
+        """
+        n = observations[0].num_tokens
+        if any(layer.keys.shape[:2] != observations[0].keys.shape[:2] for layer in observations):
+            raise ValueError("all layers must have the same number of heads and entries")
+        if keep_tokens >= n:
+            return _everything(observations)
+        window = self.scorer.window_tokens
+        if keep_tokens < window:
+            raise ValueError(
+                f"keep_tokens={keep_tokens} is below window_tokens={window}: "
+                "raise the budget or lower the window"
+            )
+        scores = torch.stack([self.scorer.score(layer) for layer in observations])
+        totals = self.layer_budget.totals(scores, keep_tokens - window)
+        older = torch.stack(
+            [
+                self.head_allocation.allocate(layer_scores, total)
+                for layer_scores, total in zip(scores, totals, strict=True)
+            ]
+        )
+        recent = older.new_ones((*older.shape[:2], window))
+        kept = torch.cat((older, recent), dim=-1)
+        return Selection(kept, kept.sum(dim=-1, dtype=torch.int32))
+
+
+def _everything(observations: Sequence[Observation]) -> Selection:
+    first = observations[0]
+    shape = (len(observations), first.num_kv_heads, first.num_tokens)
+    kept = torch.ones(shape, dtype=torch.bool, device=first.keys.device)
+    return Selection(kept, kept.sum(dim=-1, dtype=torch.int32))
+
+
+def check_selection(selection: Selection, keep_tokens: int, window_tokens: int) -> None:
+    """Asserts every promise of `Policy.select` on its result."""
+    kept, lens = selection
+    layers, heads, n = kept.shape
+    assert torch.equal(kept.sum(dim=-1), lens.long()), "lens are not the counts"
+    assert int(lens.sum()) == layers * heads * min(keep_tokens, n), "the total is not conserved"
+    recent = kept[..., max(0, n - window_tokens) :]
+    assert bool(recent.all()), "the window is not kept"

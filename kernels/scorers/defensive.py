@@ -1,0 +1,32 @@
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kernels.attention import pool, window_attention
+from kernels.observation import Observation
+
+
+@dataclass(frozen=True)
+class DefensiveScorer:
+    """DefensiveKV (2510.13334): guards against the worst case instead of the mean.
+
+    An entry's worth is the largest attention that any query of the window and of the group pays to
+    it, floored by a share of its head's mean, so that an entry that looked idle in the window is
+    not written off altogether.
+
+    prior: share of the head's mean score that every entry keeps.
+    """
+
+    window_tokens: int = 32
+    kernel_size: int = 7
+    prior: float = 0.1
+
+    @property
+    def query_span_tokens(self) -> int:
+        return self.window_tokens
+
+    def score(self, observation: Observation) -> Tensor:
+        attention = window_attention(observation, self.window_tokens)[..., : -self.window_tokens]
+        worst = attention.amax(dim=(1, 2))
+        floor = self.prior * worst.mean(dim=-1, keepdim=True)
+        return pool(worst.maximum(floor), self.kernel_size, "max")

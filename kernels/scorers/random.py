@@ -1,0 +1,20 @@
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.observation import Observation
+
+
+@dataclass(frozen=True)
+class RandomScorer:
+    """A control: uniform scores, the same for the same seed, layer and shape on every device."""
+
+    seed: int = 0
+    window_tokens: int = 32
+    query_span_tokens: int = 0
+
+    def score(self, observation: Observation) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + observation.layer)
+        shape = (observation.num_kv_heads, observation.num_tokens - self.window_tokens)
+        return torch.rand(shape, generator=generator).to(observation.keys.device)
