@@ -32,7 +32,7 @@ class Selection(NamedTuple):
 
 @dataclass(frozen=True)
 class Policy:
-    """Decides which entries of a request's cache stay. Pure: equal observations, equal selections."""
+    """Decides which entries of a cache stay. Pure: equal observations, equal selections."""
 
     scorer: Scorer
     layer_budget: LayerBudget

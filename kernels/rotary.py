@@ -1,4 +1,4 @@
-"""Rotary position embedding as plain tensor operations, for scorers that move queries in position."""
+"""Rotary position embedding as plain tensor operations, to move queries in position."""
 
 from dataclasses import dataclass
 

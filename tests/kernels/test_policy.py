@@ -1,0 +1,209 @@
+"""Selections against brute force, against published implementations, and against their promises."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.attention import pool, window_attention
+from kernels.blocks import compressed_blocks_bound, kept_tokens
+from kernels.head_allocations.adaptive import AdaptiveHeads
+from kernels.head_allocations.uniform import UniformHeads
+from kernels.layer_budgets.joint import JointLayers
+from kernels.layer_budgets.pyramid import PyramidLayers
+from kernels.observation import Observation
+from kernels.policy import check_selection
+from kernels.presets import PRESETS, preset
+from kernels.rotary import Rotary
+from kernels.scorers.window import WindowScorer
+from kernels.top import top_mask, top_mask_reference
+
+CASES = json.loads((Path(__file__).parent / "data" / "selection_cases.json").read_text())
+AUTHORS = [case for case in CASES if case["case"] < 100]
+KVPRESS = [case for case in CASES if case["case"] >= 100]
+
+
+def observations(layers: int, heads: int, group: int, n: int, dim: int, seed: int) -> list:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    rotary = Rotary(10000.0 ** -(torch.arange(0, dim, 2) / dim))
+    return [
+        Observation(
+            normal(heads * group, min(n, 64), dim), normal(heads, n, dim), normal(heads, n, dim),
+            dim**-0.5, rotary, normal(24, heads * group * dim), layer,
+        )
+        for layer in range(layers)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("keep", [32, 33, 64, 99, 149, 150, 200])
+def test_every_preset_conserves_the_total_and_keeps_the_window(name: str, keep: int) -> None:
+    policy = preset(name)
+    layers = observations(4, 3, 2, 150, 16, seed=keep)
+    selection = policy.select(layers, keep)
+    check_selection(selection, keep, policy.scorer.window_tokens)
+    assert torch.equal(policy.select(layers, keep).kept, selection.kept)
+
+
+def test_an_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="ada_snapkv"):
+        preset("ada_snap")
+
+
+def test_a_budget_below_the_window_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match="raise the budget or lower the window"):
+        preset("snapkv").select(observations(1, 2, 1, 100, 8, seed=0), 31)
+
+
+scores = st.lists(st.integers(0, 6), min_size=1, max_size=60)
+
+
+@given(scores, st.data())
+@settings(max_examples=500, deadline=None)
+def test_threshold_selection_equals_the_stable_sort_under_ties(
+    values: list[int], data: st.DataObject
+) -> None:
+    row = torch.tensor(values, dtype=torch.float32)
+    count = data.draw(st.integers(0, len(values)))
+    best = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+    expected = torch.zeros(len(values), dtype=torch.bool)
+    expected[best] = True
+    assert torch.equal(top_mask_reference(row, count), expected)
+    assert torch.equal(top_mask(row, count), expected)
+
+
+@given(st.integers(1, 5), st.integers(1, 20), st.floats(0, 1), st.integers(0, 10**6), st.data())
+@settings(max_examples=300, deadline=None)
+def test_adaptive_heads_equal_brute_force(
+    heads: int, m: int, alpha: float, seed: int, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 5, (heads, m), generator=generator).float()
+    total = data.draw(st.integers(0, heads * m))
+    mask = AdaptiveHeads(alpha).allocate(values, total)
+    floor = int(alpha * total / heads)
+    kept: set[tuple[int, int]] = set()
+    for head in range(heads):
+        ranked = sorted(range(m), key=lambda i: (-values[head, i].item(), i))
+        kept |= {(head, i) for i in ranked[:floor]}
+    rest = [(h, i) for h in range(heads) for i in range(m) if (h, i) not in kept]
+    rest.sort(key=lambda at: (-values[at].item(), at))
+    kept |= set(rest[: total - len(kept)])
+    assert {(h, i) for h, i in mask.nonzero().tolist()} == kept
+
+
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(0, 500), st.integers(1, 600))
+@settings(max_examples=300, deadline=None)
+def test_pyramid_totals_fall_and_sum_exactly(layers: int, heads: int, quota: int, m: int) -> None:
+    quota = min(quota, m)
+    totals = PyramidLayers().totals(torch.zeros(layers, heads, m), quota)
+    assert sum(totals) == layers * heads * quota
+    assert totals == sorted(totals, reverse=True)
+    assert all(0 <= total <= heads * m for total in totals)
+
+
+def test_joint_layers_with_adaptive_heads_is_one_top_k_over_everything() -> None:
+    values = torch.rand(4, 3, 50, generator=torch.Generator().manual_seed(5))
+    totals = JointLayers().totals(values, 10)
+    split = [
+        AdaptiveHeads(0.0).allocate(layer, total)
+        for layer, total in zip(values, totals, strict=True)
+    ]
+    assert torch.equal(torch.stack(split).flatten(), top_mask(values.flatten(), 120))
+
+
+@pytest.mark.parametrize("case", KVPRESS, ids=lambda case: case["case"])
+def test_selections_equal_kvpress(case: dict[str, Any]) -> None:
+    heads, n, window = case["H"], case["S"], case["window"]
+    generator = np.random.Generator(np.random.PCG64(case["seed"]))
+    powers = np.linspace(1, 12, heads)[:, None]
+    values = torch.from_numpy((generator.random((heads, n)) ** powers).astype(np.float32))
+    values[:, -window:] = values.max() + 1
+    budget = case["budget_incl_window"]
+    # kvpress counts the window among the scores, so that its floor covers window entries.
+    adaptive = AdaptiveHeads(case["alpha_safeguard"]).allocate(values, heads * budget)
+    uniform = UniformHeads().allocate(values, heads * budget)
+    assert adaptive.sum(dim=-1).tolist() == case["ada_head_lens"]
+    for mask, kept in ((adaptive, case["ada_kept"]), (uniform, case["uniform_kept"])):
+        assert [row.nonzero().flatten().tolist() for row in mask] == [sorted(k) for k in kept]
+
+
+@pytest.mark.parametrize("case", AUTHORS, ids=lambda case: case["case"])
+def test_selections_follow_the_authors(case: dict[str, Any]) -> None:
+    generator = np.random.Generator(np.random.PCG64(case["seed"]))
+    n, dim, window = case["S"], case["head_dim"], case["window"]
+    queries = generator.standard_normal((case["num_q_heads"], n, dim)).astype(np.float32)
+    keys = generator.standard_normal((case["num_kv_heads"], n, dim)).astype(np.float32)
+    keys *= np.asarray(case["key_scale_per_kv_head"], dtype=np.float32)[:, None, None]
+    tensors = torch.from_numpy(queries), torch.from_numpy(keys)
+    observation = Observation(*tensors, tensors[1], dim**-0.5)
+    pooling = "max" if case["pooling"] == "maxpool" else "avg"
+    scorer = WindowScorer(window, case["kernel"], pooling)
+    values = scorer.score(observation)
+    for layer in case["layers"]:
+        if "snap_kept" not in layer:
+            continue
+        quota = min(layer["snap_cap"], n) - window
+        ours = UniformHeads().allocate(values, quota * case["num_kv_heads"])
+        _assert_equally_good(ours, layer["snap_kept"], values)
+        # The authors blend and round head capacities: a few entries and the total differ.
+        floor = AdaptiveHeads(case["floor_alpha"])
+        adaptive = floor.allocate(values, quota * case["num_kv_heads"])
+        theirs = sum(layer["ada_head_lens"]) - window * case["num_kv_heads"]
+        assert abs(int(adaptive.sum()) - theirs) <= 2 * case["num_kv_heads"]
+
+
+def _assert_equally_good(mask: torch.Tensor, kept: list[list[int]], scores: torch.Tensor) -> None:
+    """Same counts and same scores: pooled scores tie at the cut, where indices mean nothing."""
+    for row, theirs, worth in zip(mask, kept, scores, strict=True):
+        expected = [index for index in theirs if index < row.shape[0]]
+        assert int(row.sum()) == len(expected)
+        torch.testing.assert_close(worth[row].sort().values, worth[expected].sort().values)
+
+
+def test_window_attention_is_the_last_rows_of_causal_attention() -> None:
+    (observation,) = observations(1, 2, 3, 40, 8, seed=1)
+    full = torch.nn.functional.scaled_dot_product_attention(
+        observation.queries,
+        observation.keys.repeat_interleave(3, dim=0),
+        torch.eye(40).expand(6, 40, 40),
+        is_causal=True,
+        scale=observation.scale,
+    )
+    ours = window_attention(observation, 8).reshape(6, 8, 40)
+    torch.testing.assert_close(ours, full[:, -8:])
+
+
+def test_pooling_keeps_the_length() -> None:
+    row = torch.tensor([[0.0, 3.0, 0.0, 0.0]])
+    assert pool(row, 3, "max").tolist() == [[3.0, 3.0, 3.0, 0.0]]
+    assert pool(row, 3, "avg").tolist() == [[1.0, 1.0, 1.0, 0.0]]
+    assert pool(row, 3, "none") is row
+
+
+@given(st.integers(0, 4000), st.integers(0, 4000), st.floats(0, 1))
+def test_kept_tokens_never_exceed_the_prompt(n: int, budget: int, ratio: float) -> None:
+    kept = kept_tokens(n, budget, ratio)
+    assert min(n, budget) <= kept <= n
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=30), st.integers(0, 200), st.data())
+def test_the_block_bound_holds_for_any_split_and_wastes_one_block_at_most(
+    lens: list[int], decoded: int, data: st.DataObject
+) -> None:
+    page = data.draw(st.sampled_from([1, 16, 32]))
+    lens[0] += -sum(lens) % len(lens)  # The mean is whole, as policies conserve it.
+    bound = compressed_blocks_bound(sum(lens) // len(lens), decoded, page)
+    needed_pages = sum(-(-(length + decoded) // page) for length in lens)
+    needed_blocks = -(-needed_pages // len(lens))
+    assert needed_blocks <= bound
+    assert bound <= (sum(lens) // len(lens) + decoded) / page + 2
