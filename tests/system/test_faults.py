@@ -40,19 +40,46 @@ def _finish(client: openai.OpenAI, number: int, max_tokens: int = 60) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+def _under_traffic(ask: Callable[[int], str], meanwhile: Callable[[], None]) -> list[str]:
+    """Keeps six requests going for as long as `meanwhile` takes; returns all outcomes."""
+    enough = threading.Event()
+
+    def keep_asking(number: int) -> list[str]:
+        outcomes = []
+        while not enough.is_set():
+            outcomes.append(ask(number))
+        return outcomes
+
+    with ThreadPoolExecutor(6) as pool:
+        traffic = [pool.submit(keep_asking, number) for number in range(6)]
+        try:
+            meanwhile()
+        finally:
+            enough.set()
+        return [outcome for asked in traffic for outcome in asked.result()]
+
+
+def _wait_until_both_work(deployment: Deployment) -> None:
+    # A new replica reports before Serve sends it anything.
+    eventually(
+        lambda: all(report.running > 1 for report in deployment.occupancy().values()),
+        60, "both replicas running",
+    )  # fmt: skip
+
+
 def test_concurrent_requests_use_both_replicas(
     deployment: Deployment, client: openai.OpenAI
 ) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        answers = [pool.submit(_finish, client, number, 400) for number in range(8)]
-        eventually(
-            lambda: all(r.running > 0 for r in deployment.occupancy().values()),
-            30, "both replicas running",
-        )  # fmt: skip
-        during = deployment.inspect()
-        assert {answer.result() for answer in answers} == {"length"}
-    assert len(during) == 2
-    assert sum(replica["running"] for replica in during) > 0
+    inspected: list[dict[str, Any]] = []
+
+    def look() -> None:
+        _wait_until_both_work(deployment)
+        inspected.extend(deployment.inspect())
+
+    outcomes = _under_traffic(lambda number: _finish(client, number), look)
+    assert set(outcomes) == {"length"}
+    assert len(inspected) == 2
+    assert sum(replica["running"] for replica in inspected) > 0
     eventually(
         lambda: all(r.blocks_free == r.blocks_total for r in deployment.occupancy().values()),
         10, "all blocks free again",
@@ -85,28 +112,15 @@ def _send_and_forget(http: httpx.Client, request: httpx.Request) -> None:
 
 
 def _kill_a_replica_under_traffic(deployment: Deployment, ask: Callable[[int], str]) -> list[str]:
-    """Keeps six requests going, kills a replica that works on some; returns all outcomes."""
+    """Kills a replica that works on some requests; returns what became of all of them."""
     before = set(deployment.occupancy())
-    enough = threading.Event()
 
-    def keep_asking(number: int) -> list[str]:
-        outcomes = []
-        while not enough.is_set():
-            outcomes.append(ask(number))
-        return outcomes
+    def kill() -> None:
+        _wait_until_both_work(deployment)
+        os.kill(deployment.pids("ServeReplica:llm:Engine")[0], signal.SIGKILL)
+        eventually(lambda: len(deployment.occupancy()) == 1, 30, "the killed one gone")
 
-    with ThreadPoolExecutor(6) as pool:
-        traffic = [pool.submit(keep_asking, number) for number in range(6)]
-        try:
-            eventually(
-                lambda: all(r.running > 1 for r in deployment.occupancy().values()),
-                60, "both replicas running",
-            )  # fmt: skip
-            os.kill(deployment.pids("ServeReplica:llm:Engine")[0], signal.SIGKILL)
-            eventually(lambda: len(deployment.occupancy()) == 1, 30, "the killed one gone")
-        finally:
-            enough.set()
-        outcomes = [outcome for asked in traffic for outcome in asked.result()]
+    outcomes = _under_traffic(ask, kill)
     assert deployment.healthy()
     eventually(
         lambda: len(now := set(deployment.occupancy())) == 2 and now != before,
