@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import NamedTuple, Protocol
 
@@ -44,7 +44,7 @@ class ReplicaLost(Exception):
 class Backend(Protocol):
     """Where requests go. Its methods raise `Overloaded`, `NoReplica` or `ReplicaLost`."""
 
-    def stream(self, scope: dict, body: bytes) -> AsyncIterator[list[Message]]:
+    def stream(self, scope: dict, body: bytes) -> AsyncGenerator[list[Message], None]:
         """Sends one request to a replica and yields its response; closing cancels the request."""
         ...
 
@@ -250,7 +250,7 @@ class _Exchange:
                 return
 
     async def _forward_once(self, body: bytes) -> None:
-        async with aclosing(self._door._backend.stream(self._scope, body)) as batches:  # type: ignore[type-var]
+        async with aclosing(self._door._backend.stream(self._scope, body)) as batches:
             async for batch in batches:
                 self._door._last_answer_at = time.monotonic()
                 await self._deliver(batch)

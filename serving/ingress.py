@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import pickle
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from ray import serve
@@ -23,7 +23,7 @@ class HandleBackend:
         self._stream: Any = engine.options(stream=True, _by_reference=False).asgi
         self._ping = engine.options(_by_reference=False).ping
 
-    async def stream(self, scope: dict, body: bytes) -> AsyncIterator[list[Message]]:
+    async def stream(self, scope: dict, body: bytes) -> AsyncGenerator[list[Message], None]:
         response = self._stream.remote(scope, body)
         try:
             async for item in response:

@@ -8,7 +8,9 @@ from kernels.observation import Observation
 
 @dataclass(frozen=True)
 class DefensiveScorer:
-    """DefensiveKV (2510.13334): guards against the worst case instead of the mean.
+    """Guards against the worst case, after the idea of DefensiveKV (2510.13334).
+
+    Our own reading of it, not checked against the authors' code.
 
     An entry's worth is the largest attention that any query of the window and of the group pays to
     it, floored by a share of its head's mean, so that an entry that looked idle in the window is

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import httpx
@@ -39,7 +39,7 @@ class ScriptedBackend:
         self.calls: list[tuple[dict, bytes]] = []
         self.closed = asyncio.Event()
 
-    async def stream(self, scope: dict, body: bytes) -> AsyncIterator[list[Message]]:
+    async def stream(self, scope: dict, body: bytes) -> AsyncGenerator[list[Message], None]:
         self.calls.append((scope, body))
         try:
             for step in self.scripts[len(self.calls) - 1]:
