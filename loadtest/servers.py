@@ -103,7 +103,12 @@ def vllm_serve(
         sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", model,
         "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port), *_flags(engine),
     ]  # fmt: skip
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+    # As our replicas run their engines, so that only the doors differ.
+    environment = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(threads),
+    }
     with started(command, environment, log_path) as process:
         base_url = f"http://127.0.0.1:{port}"
         wait_until_healthy(base_url, process, log_path)

@@ -22,7 +22,7 @@ class Engine:
         # Imported here: it is heavy, and thread counts must be set before torch loads.
         from serving import vllm_host
 
-        vllm_host.limit_threads(config.replica.threads)
+        vllm_host.set_up_cpu(config.replica.threads, config.tensor_parallel_size)
         context = serve.get_replica_context()
         path, name = model_path_and_name(config)
         started = time.monotonic()

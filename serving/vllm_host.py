@@ -229,7 +229,14 @@ def _mend_openai_surface(app: FastAPI) -> None:
     app.middleware_stack = app.build_middleware_stack()
 
 
-def limit_threads(threads: int) -> None:
-    """Gives CPU engines of this process `threads` threads, unless the operator bound them."""
+def set_up_cpu(threads: int, tensor_parallel_size: int) -> None:
+    """Prepares this process for CPU engines of `threads` threads; call it before torch loads.
+
+    What the operator has set in the environment stays.
+    """
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    if tensor_parallel_size == 1:
+        # A single worker then runs inside the engine's process. In one of its own, vLLM's choice
+        # for binding threads, both processes spin on their queue and take a core each.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

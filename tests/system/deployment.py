@@ -164,12 +164,15 @@ def _command_line(process: psutil.Process) -> list[str]:
 
 
 def _config(http_port: int, store_port: int) -> dict[str, Any]:
-    """The shipped configuration, on other ports, with a key and a short queue."""
+    """The shipped configuration, on other ports, with a key and a short queue.
+
+    The queue holds what the tests send at once: all of it queues while a dead replica is found out.
+    """
     config = yaml.safe_load((ROOT / "configs" / "cluster.yaml").read_text())
     config["http_options"]["port"] = http_port
     args = config["applications"][0]["args"]
     args["auth"] = {"api_keys": [API_KEY]}
     args["store"] = {"port": store_port}
-    args["replica"] |= {"max_ongoing_requests": 8, "max_queued_requests": 4}
+    args["replica"] |= {"max_ongoing_requests": 8, "max_queued_requests": 8}
     args["engine"] |= {"kv_cache_memory_bytes": 402653184}
     return config
