@@ -2,6 +2,7 @@
 
 import fcntl
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 EMBEDDED_MODEL_NAME = "smollm2-135m-instruct"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Part of the folder's name: raise it when the conversion writes something else.
-_CONVERSION = "f32-2"
+_CONVERSION = "f32-3"
 
 logger = logging.getLogger("ray.serve")
 
@@ -80,10 +81,16 @@ def _dequantize(source: Path, target: Path) -> None:
     plain = LlamaForCausalLM(LlamaConfig(**settings)).float()
     plain.load_state_dict(quantized.state_dict())
     plain.tie_weights()
-    # The sampling that the model's authors recommend; at temperature 1 so small a model rambles.
-    plain.generation_config.update(do_sample=True, temperature=0.2, top_p=0.9)
     plain.save_pretrained(target)
+    _make_greedy(target / "generation_config.json")
     AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE).save_pretrained(target)
+
+
+def _make_greedy(path: Path) -> None:
+    # Sampled, so small a model now and then misses the answer and rambles until the context ends.
+    # (transformers would refuse to save a temperature of 0.)
+    settings = {**json.loads(path.read_text()), "do_sample": False, "temperature": 0.0}
+    path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ CITY = {
 
 def test_a_chat_answer(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
-        model=MODEL, messages=QUESTION, temperature=0, max_tokens=30
+        model=MODEL, messages=QUESTION, max_tokens=30
     )
     assert "Paris" in (answer.choices[0].message.content or "")
     assert answer.usage is not None
