@@ -20,9 +20,7 @@ CITY = {
 
 
 def test_a_chat_answer(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(
-        model=MODEL, messages=QUESTION, max_tokens=30
-    )
+    answer = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=30)
     assert "Paris" in (answer.choices[0].message.content or "")
     assert answer.usage is not None
     assert answer.usage.prompt_tokens > 20
