@@ -51,13 +51,21 @@ class Policy:
             raise ValueError("all layers must have the same number of heads and entries")
         if keep_tokens >= n:
             return _everything(observations)
+        scores = torch.stack([self.scorer.score(layer) for layer in observations])
+        return self.allocate(scores, keep_tokens)
+
+    def allocate(self, scores: Tensor, keep_tokens: int) -> Selection:
+        """`select` from the scorer's scores [L, H, n - window_tokens] of all layers.
+
+        Raises:
+            ValueError: `keep_tokens` is below the scorer's window.
+        """
         window = self.scorer.window_tokens
         if keep_tokens < window:
             raise ValueError(
                 f"keep_tokens={keep_tokens} is below window_tokens={window}: "
                 "raise the budget or lower the window"
             )
-        scores = torch.stack([self.scorer.score(layer) for layer in observations])
         totals = self.layer_budget.totals(scores, keep_tokens - window)
         older = torch.stack(
             [

@@ -1,0 +1,54 @@
+"""Reading prompts from blocks and writing kept entries into pages, as plain tensor operations."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.pages import PageLayout
+
+
+class PagedCache(NamedTuple):
+    """All KV memory of an engine as pages, whatever order its kernels pack a page in.
+
+    keys, values: [pages, page_tokens, D], views into the engine's memory.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
+def read_blocks(
+    cache: PagedCache, layout: PageLayout, blocks: Tensor, layer: int, num_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Copies one layer of an uncompressed request: keys and values [H, num_tokens, D]."""
+    pages = layout.block_pages(blocks, layer).t().reshape(-1)
+    heads = layout.offsets.shape[1]
+
+    def read(pool: Tensor) -> Tensor:
+        return pool[pages].reshape(heads, -1, pool.shape[-1])[:, :num_tokens]
+
+    return read(cache.keys), read(cache.values)
+
+
+def write_slots(cache: PagedCache, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Writes entries [e, D] to slots [e] (page id * page_tokens + offset)."""
+    page_tokens = cache.keys.shape[1]
+    page, offset = slots // page_tokens, slots % page_tokens
+    cache.keys[page, offset] = keys
+    cache.values[page, offset] = values
+
+
+def read_slots(cache: PagedCache, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies entries at slots [e]: keys and values [e, D]."""
+    page_tokens = cache.keys.shape[1]
+    page, offset = slots // page_tokens, slots % page_tokens
+    return cache.keys[page, offset], cache.values[page, offset]
+
+
+def placed_slots(tables: Tensor, lens: Tensor, page_tokens: int) -> Tensor:
+    """Slots [sum of lens] of all entries of heads with page tables [H, W], head after head."""
+    lens = lens.long()
+    head = torch.repeat_interleave(torch.arange(lens.numel()), lens)
+    position = torch.arange(int(lens.sum())) - (lens.cumsum(0) - lens)[head]
+    return tables[head, position // page_tokens].long() * page_tokens + position % page_tokens
