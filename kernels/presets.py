@@ -1,6 +1,9 @@
 """The known policies by their known names, with the authors' defaults."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from kernels.head_allocations.adaptive import AdaptiveHeads
 from kernels.head_allocations.uniform import UniformHeads
@@ -49,3 +52,43 @@ def preset(name: str) -> Policy:
     if name not in PRESETS:
         raise ValueError(f"unknown policy '{name}': known are {', '.join(sorted(PRESETS))}")
     return PRESETS[name]()
+
+
+class PolicyChoice(NamedTuple):
+    """A preset and what is changed of it; hashable and cheap to send."""
+
+    preset: str
+    alpha: float | None = None
+    window_tokens: int | None = None
+
+    def build(self) -> Policy:
+        """The policy; the same object every time.
+
+        Raises:
+            ValueError: unknown preset, or one that does not take the value given.
+        """
+        return configured(self)
+
+
+@functools.cache
+def configured(choice: PolicyChoice) -> Policy:
+    """The preset with its floor share and observation window replaced where given."""
+    policy = preset(choice.preset)
+    if choice.alpha is not None:
+        if not isinstance(policy.head_allocation, AdaptiveHeads):
+            raise ValueError(f"policy '{choice.preset}' takes no alpha: its heads are uniform")
+        policy = dataclasses.replace(policy, head_allocation=AdaptiveHeads(choice.alpha))
+    if choice.window_tokens is not None:
+        scorer = _with_window(policy.scorer, choice.preset, choice.window_tokens)
+        policy = dataclasses.replace(policy, scorer=scorer)
+    return policy
+
+
+def _with_window(scorer: Any, name: str, window_tokens: int) -> Any:
+    fields = {field.name for field in dataclasses.fields(scorer)}
+    if "base" in fields:
+        base = dataclasses.replace(scorer.base, window_tokens=window_tokens)
+        return dataclasses.replace(scorer, base=base)
+    if "window_tokens" not in fields:
+        raise ValueError(f"policy '{name}' takes no window_tokens")
+    return dataclasses.replace(scorer, window_tokens=window_tokens)

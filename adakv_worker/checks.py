@@ -1,0 +1,36 @@
+"""Invariants of the bookkeeping, for tests and for the setting `check_invariants`."""
+
+from collections import Counter
+
+from adakv_worker.manager import AdaKVManager
+from adakv_worker.plan import Phase
+
+
+def check_blocks(manager: AdaKVManager) -> None:
+    """Asserts that every block is owned as often as it is counted and that none is lost."""
+    pool = manager.block_pool
+    owners = Counter(
+        block.block_id
+        for blocks in manager.req_to_blocks.values()
+        for block in blocks
+        if not block.is_null
+    )
+    for block in pool.blocks:
+        if not block.is_null:
+            assert block.ref_cnt == owners[block.block_id], f"block {block.block_id} is miscounted"
+    used = sum(1 for block in pool.blocks if block.ref_cnt > 0 and not block.is_null)
+    # The null block is neither free nor used.
+    assert pool.get_num_free_blocks() + used == pool.num_gpu_blocks - 1, "blocks are lost"
+    for request_id, plan in manager.plans.items():
+        if plan.phase is not Phase.PREFILL:
+            _check_slabs(manager, request_id)
+
+
+def _check_slabs(manager: AdaKVManager, request_id: str) -> None:
+    plan = manager.plans[request_id]
+    blocks = manager.req_to_blocks[request_id]
+    slabs = blocks[plan.prompt_blocks :] if plan.phase is Phase.RESERVED else blocks
+    assert len(slabs) >= plan.slabs, f"{request_id} holds too few slabs"
+    for block in slabs:
+        assert block.ref_cnt == 1, f"slab {block.block_id} is shared"
+        assert block.block_hash is None, f"slab {block.block_id} can be found as a prefix"

@@ -1,0 +1,48 @@
+"""What the scheduler tells the workers, and what they answer.
+
+Both ride as attributes on vLLM's own messages of the step (plain dataclasses, which keep them when
+pickled).
+"""
+
+from typing import Any, NamedTuple
+
+from kernels.presets import PolicyChoice
+
+ATTRIBUTE = "adakv"
+
+
+class Capture(NamedTuple):
+    """Keep the queries of the last `query_span` of `prompt_tokens` tokens of a request."""
+
+    prompt_tokens: int
+    query_span: int
+
+
+class Compress(NamedTuple):
+    """After this step's forward pass, move what the policy keeps into `slabs`."""
+
+    choice: PolicyChoice
+    prompt_tokens: int
+    keep: int
+    slabs: list[int]
+
+
+class StepCommands(NamedTuple):
+    """One scheduler step, by request id. Empty dicts are the common case."""
+
+    capture: dict[str, Capture]
+    compress: dict[str, Compress]
+
+
+NOTHING = StepCommands({}, {})
+
+# Mean, least and most entries that the heads of a compressed request keep, by request id.
+Kept = dict[str, tuple[float, int, int]]
+
+
+def commands_of(scheduler_output: Any) -> StepCommands:
+    return getattr(scheduler_output, ATTRIBUTE, NOTHING)
+
+
+def kept_of(runner_output: Any) -> Kept:
+    return getattr(runner_output, ATTRIBUTE, None) or {}

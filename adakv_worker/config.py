@@ -1,0 +1,172 @@
+"""Settings of the compression: the operator's, and what one request may change of them."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kernels.blocks import kept_tokens
+from kernels.presets import DEFAULT_PRESET, PRESETS, PolicyChoice
+
+CONFIG_KEY = "adakv"
+FULL = "full"
+
+
+class CompressionConfig(BaseModel):
+    """`additional_config["adakv"]` of the engine. What is kept of n tokens: see `kept_tokens`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enabled: bool = True
+    policy: str = Field(default=DEFAULT_PRESET, description="A preset's name, or `full`")
+    budget_tokens: int = Field(
+        default=256, ge=1, description="Mean entries per (layer, KV head) that are kept at least"
+    )
+    keep_ratio: float = Field(
+        default=0.5, ge=0.0, le=1.0, description="Share of the prompt that is kept at least"
+    )
+    alpha: float | None = Field(default=None, ge=0.0, le=1.0)
+    window_tokens: int | None = Field(default=None, ge=1)
+    min_budget_tokens: int = Field(default=64, ge=1, description="Least that a request may ask for")
+    max_budget_tokens: int | None = Field(default=None, ge=1)
+    allow_full: bool = Field(default=True, description="Whether a request may ask for `full`")
+    check_invariants: bool = Field(
+        default=False, description="Check all bookkeeping after every step: slow, for debugging"
+    )
+    record_selections: bool = Field(
+        default=False, description="Keep the kept positions of running requests, for debugging"
+    )
+
+    @model_validator(mode="after")
+    def _policy_exists(self) -> "CompressionConfig":
+        check_policy_name(self.policy)
+        if self.policy != FULL:
+            self.default_choice.build()
+        return self
+
+    @property
+    def default_choice(self) -> PolicyChoice:
+        return PolicyChoice(self.policy, self.alpha, self.window_tokens)
+
+
+class RequestBudget(BaseModel):
+    """What one request gets: the operator's settings with its own laid over them."""
+
+    model_config = ConfigDict(frozen=True)
+
+    choice: PolicyChoice
+    budget_tokens: int
+    keep_ratio: float
+
+    def keep_of(self, num_tokens: int) -> int:
+        return kept_tokens(num_tokens, self.budget_tokens, self.keep_ratio)
+
+
+class RequestOptions(BaseModel):
+    """The `adakv_*` values of a request's `vllm_xargs` (`SamplingParams.extra_args`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    policy: str | None = None
+    budget_tokens: int | None = Field(default=None, ge=1)
+    keep_ratio: float | None = Field(default=None, gt=0.0, le=1.0)
+    alpha: float | None = Field(default=None, ge=0.0, le=1.0)
+    window_tokens: int | None = Field(default=None, ge=1)
+
+    @classmethod
+    def of(cls, extra_args: Mapping[str, Any] | None) -> "RequestOptions":
+        """Reads the values.
+
+        Raises:
+            ValueError: an unknown name or a bad value; the text names it as the request did.
+        """
+        prefix = f"{CONFIG_KEY}_"
+        given = {
+            name.removeprefix(prefix): value
+            for name, value in (extra_args or {}).items()
+            if name.startswith(prefix)
+        }
+        for name in given:
+            if name not in cls.model_fields:
+                near = difflib.get_close_matches(name, cls.model_fields, n=1)
+                hint = f": did you mean {prefix}{near[0]}?" if near else ""
+                raise ValueError(f"unknown option {prefix}{name}{hint}")
+        try:
+            options = cls(**given)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise ValueError(f"{prefix}{problem['loc'][0]}: {problem['msg']}") from None
+        if options.policy is not None:
+            check_policy_name(options.policy)
+        return options
+
+    def budget(self, config: CompressionConfig) -> RequestBudget:
+        """Lays the options over the operator's settings.
+
+        A request that names a budget or a ratio gets exactly that; one that names neither gets the
+        operator's.
+
+        Raises:
+            ValueError: the operator's bounds forbid it, or the policy does not take it.
+        """
+        name = self.policy if self.policy is not None else config.policy
+        if name == FULL and config.policy != FULL and not config.allow_full:
+            raise ValueError("adakv_policy: this server does not allow `full`")
+        budget, ratio = config.budget_tokens, config.keep_ratio
+        if self.budget_tokens is not None or self.keep_ratio is not None:
+            budget, ratio = self.budget_tokens or config.min_budget_tokens, self.keep_ratio or 0.0
+        _check_bounds(self.budget_tokens, config)
+        choice = PolicyChoice(
+            name,
+            self.alpha if self.alpha is not None else _if_same(config.alpha, name, config.policy),
+            self.window_tokens
+            if self.window_tokens is not None
+            else _if_same(config.window_tokens, name, config.policy),
+        )
+        if name != FULL:
+            window = choice.build().scorer.window_tokens
+            if budget < window:
+                raise ValueError(
+                    f"adakv_budget_tokens={budget} is below the observation window of {window}"
+                )
+        return RequestBudget(choice=choice, budget_tokens=budget, keep_ratio=ratio)
+
+
+def check_policy_name(name: str) -> None:
+    """Raises ValueError, naming the known ones, if there is no such policy."""
+    if name != FULL and name not in PRESETS:
+        known = ", ".join(sorted([*PRESETS, FULL]))
+        raise ValueError(f"unknown policy '{name}': known are {known}")
+
+
+def _if_same(value: Any, name: str, default: str) -> Any:
+    # The operator's fine settings belong to the operator's policy.
+    return value if name == default else None
+
+
+def _check_bounds(budget_tokens: int | None, config: CompressionConfig) -> None:
+    if budget_tokens is None:
+        return
+    if budget_tokens < config.min_budget_tokens:
+        raise ValueError(
+            f"adakv_budget_tokens={budget_tokens} is below this server's least, "
+            f"{config.min_budget_tokens}"
+        )
+    if config.max_budget_tokens is not None and budget_tokens > config.max_budget_tokens:
+        raise ValueError(
+            f"adakv_budget_tokens={budget_tokens} is above this server's most, "
+            f"{config.max_budget_tokens}"
+        )
+
+
+def compression_config(additional_config: Any) -> CompressionConfig | None:
+    """The settings inside an engine's `additional_config`, or None where compression is off.
+
+    Raises:
+        pydantic.ValidationError: unknown keys or bad values.
+    """
+    if not isinstance(additional_config, Mapping) or CONFIG_KEY not in additional_config:
+        return None
+    config = CompressionConfig.model_validate(additional_config[CONFIG_KEY])
+    return config if config.enabled else None

@@ -1,0 +1,116 @@
+"""KV-cache spec and manager: ordinary blocks until the prompt is complete, slabs afterwards."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.request import Request
+
+from adakv_worker.plan import Phase, Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaKVSpec(FullAttentionSpec):
+    """Full attention whose block-table rows also hold slabs, for the step that compresses."""
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        # Slabs are fewer than the blocks they replace, else the request is not compressed.
+        return 2 * super().max_num_blocks_per_req(vllm_config, max_len)
+
+
+class AdaKVManager(FullAttentionManager):
+    """Gives out and takes back blocks according to each request's plan.
+
+    While a request is RESERVED its blocks are its prompt's blocks followed by its slabs.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.plans: dict[str, Plan] = {}
+        self._reserved: list[str] = []
+
+    def slabs_of(self, request_id: str) -> list[int]:
+        """Block ids of the slabs of a RESERVED or COMPRESSED request."""
+        blocks, plan = self.req_to_blocks[request_id], self.plans[request_id]
+        if plan.phase is Phase.RESERVED:
+            blocks = blocks[plan.prompt_blocks :]
+        return [block.block_id for block in blocks]
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        plan = self.plans.get(request_id)
+        if plan is not None and plan.phase is Phase.COMPRESSED:
+            return max(plan.blocks_at(num_tokens) - len(self.req_to_blocks[request_id]), 0)
+        needed = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, *args, **kwargs
+        )
+        if plan is None or not plan.active or num_tokens < plan.prompt_tokens:
+            return needed
+        plan.skip_if_taken_now = self._shared(plan, request_id, new_computed_blocks)
+        return needed + (plan.slabs if plan.skip_if_taken_now is None else 0)
+
+    def _shared(
+        self, plan: Plan, request_id: str, new_computed_blocks: Sequence[KVCacheBlock]
+    ) -> str | None:
+        """Why compressing would free no more than it takes: others hold the prompt's blocks too."""
+        own = self.req_to_blocks.get(request_id, ())
+        shared = sum(block.ref_cnt > 1 for block in own)
+        shared += sum(block.ref_cnt > 0 for block in new_computed_blocks)
+        return "shared_prefix" if plan.prompt_blocks - shared <= plan.slabs else None
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        plan = self.plans.get(request_id)
+        if plan is not None and plan.phase is Phase.COMPRESSED:
+            blocks = self.req_to_blocks[request_id]
+            grown = self._take(plan.blocks_at(num_tokens) - len(blocks))
+            blocks.extend(grown)
+            return grown
+        new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        if plan is None or not plan.active or num_tokens < plan.prompt_tokens:
+            return new_blocks
+        if plan.skip_if_taken_now is not None:
+            plan.skipped = plan.skip_if_taken_now
+            return new_blocks
+        slabs = self._take(plan.slabs)
+        self.req_to_blocks[request_id].extend(slabs)
+        plan.phase = Phase.RESERVED
+        self._reserved.append(request_id)
+        return new_blocks + slabs
+
+    def _take(self, count: int) -> list[KVCacheBlock]:
+        return self.block_pool.get_new_blocks(count) if count > 0 else []
+
+    def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        plan = self.plans.get(request.request_id)
+        # A slab's content belongs to no prefix: it must never be found by one.
+        if plan is None or plan.phase is not Phase.COMPRESSED:
+            super().cache_blocks(request, *args, **kwargs)
+
+    def new_step_starts(self) -> None:
+        """Frees the prompt blocks of what the last step compressed; they stay evictable."""
+        for request_id in self._reserved:
+            plan = self.plans.get(request_id)
+            if plan is None or plan.phase is not Phase.RESERVED:
+                continue
+            blocks = self.req_to_blocks[request_id]
+            self.req_to_blocks[request_id] = blocks[plan.prompt_blocks :]
+            self.block_pool.free_blocks(reversed(blocks[: plan.prompt_blocks]))
+            plan.phase = Phase.COMPRESSED
+        self._reserved.clear()
+        super().new_step_starts()
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self.plans.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)

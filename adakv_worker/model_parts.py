@@ -1,0 +1,58 @@
+"""What scorers need of a loaded model's attention layers, found beside them by vLLM's names."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.attention import Attention
+
+from kernels.rotary import Rotary
+
+_OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+
+
+class LayerParts(NamedTuple):
+    """One attention layer of this rank. `index` counts the model's layers."""
+
+    index: int
+    num_heads: int
+    scale: float
+    rotary: Rotary | None
+    output_weight: Tensor | None
+
+
+def layer_parts(model: nn.Module, layer_names: list[str]) -> list[LayerParts]:
+    """The parts of the attention layers in the order of `layer_names`."""
+    modules = dict(model.named_modules())
+    by_layer = {
+        module.layer_name: (module, modules[name.rpartition(".")[0]])
+        for name, module in modules.items()
+        if isinstance(module, Attention)
+    }
+    return [_parts(index, *by_layer[name]) for index, name in enumerate(layer_names)]
+
+
+def _parts(index: int, attention: Attention, around: nn.Module) -> LayerParts:
+    output = next(
+        (getattr(around, name) for name in _OUTPUT_PROJECTIONS if hasattr(around, name)), None
+    )
+    weight = getattr(output, "weight", None)
+    width = attention.num_heads * attention.head_size
+    if weight is not None and (weight.dim() != 2 or weight.shape[1] != width):
+        weight = None
+    return LayerParts(
+        index,
+        attention.num_heads,
+        float(attention.impl.scale),
+        _rotary(getattr(around, "rotary_emb", None)),
+        weight,
+    )
+
+
+def _rotary(embedding: nn.Module | None) -> Rotary | None:
+    cache = getattr(embedding, "cos_sin_cache", None)
+    if cache is None or cache.dim() != 2 or cache.shape[0] < 2:
+        return None
+    # Read from the table, whatever scaling made it: at position 1 the angle is the frequency.
+    cos, sin = cache[1].float().chunk(2)
+    return Rotary(torch.atan2(sin, cos), interleaved=not getattr(embedding, "is_neox_style", True))

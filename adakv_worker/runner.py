@@ -1,0 +1,203 @@
+"""Model-runner mixin: keeps the compressed rows first, plans their step, compresses after it."""
+
+from typing import Any
+
+import torch
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.logger import init_logger
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from adakv_worker.commands import ATTRIBUTE, Kept, StepCommands, commands_of
+from adakv_worker.config import CompressionConfig, compression_config
+from adakv_worker.cpu_backend import AdaKVCPUMetadataBuilder, Pages, Step, paged_cache
+from adakv_worker.model_parts import layer_parts
+from adakv_worker.state import CompressionState
+from kernels.pages import PageLayout
+
+logger = init_logger(__name__)
+
+
+class AdaKVRunnerMixin(GPUModelRunner):
+    """For vLLM's V1 model runner. A platform adds `_bind_pages`."""
+
+    adakv: CompressionState
+    _adakv_config: CompressionConfig
+    _adakv_pages: Pages
+    # None outside a real step, so that profiling and warm-up stay stock.
+    _adakv_step: SchedulerOutput | None = None
+    _adakv_kept: Kept
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kw: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kw)
+        config = compression_config(self.vllm_config.additional_config)
+        if config is None or not self.kv_caches:
+            return
+        self._adakv_config = config
+        self._adakv_kept = {}
+        self._bind_pages(config)
+
+    def _bind_pages(self, config: CompressionConfig) -> None:
+        raise NotImplementedError
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        cached = scheduler_output.scheduled_cached_reqs
+        gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
+        for request_id in gone | cached.resumed_req_ids:
+            self.adakv.forget(request_id)
+        for request_id, new_blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if new_blocks is not None and request_id in self.adakv:
+                self.adakv.add_slabs(request_id, new_blocks[0])
+        return super()._update_states(scheduler_output)
+
+    def _may_reorder_batch(self, scheduler_output: SchedulerOutput) -> None:
+        super()._may_reorder_batch(scheduler_output)
+        batch = self.input_batch
+        first_other = 0
+        for index in range(batch.num_reqs):
+            if batch.req_ids[index] in self.adakv:
+                if index != first_other:
+                    batch.swap_states(index, first_other)
+                first_other += 1
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        if self._adakv_step is not None:
+            step = self._plan_step(self._adakv_step, commands_of(self._adakv_step))
+            for group in self.attn_groups[0]:
+                group.get_metadata_builder().next_step = step
+        return super()._build_attention_metadata(*args, **kwargs)
+
+    def _plan_step(self, output: SchedulerOutput, commands: StepCommands) -> Step | None:
+        request_ids = self.input_batch.req_ids
+        compressed = [request_id for request_id in request_ids if request_id in self.adakv]
+        captures = []
+        start = 0
+        for index, request_id in enumerate(request_ids):
+            count = output.num_scheduled_tokens[request_id]
+            if command := commands.capture.get(request_id):
+                first = int(self.input_batch.num_computed_tokens_cpu[index])
+                captures.append(self.adakv.capture(request_id, command, start, first, count))
+            start += count
+        wanted = [capture for capture in captures if capture is not None]
+        if not compressed and not wanted:
+            return None
+        folded = None
+        if compressed:
+            assert request_ids[: len(compressed)] == compressed, "compressed rows must come first"
+            builder = self.attn_groups[0][0].get_metadata_builder()
+            assert isinstance(builder, AdaKVCPUMetadataBuilder)
+            grown = self.adakv.grow(compressed)
+            folded = builder.fold(grown, len(compressed), self._adakv_pages)
+        return Step(folded, wanted)
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        self._adakv_step = scheduler_output
+        try:
+            result = super().execute_model(scheduler_output, *args, **kwargs)
+        finally:
+            self._adakv_step = None
+        commands = commands_of(scheduler_output)
+        self._adakv_kept = self._compress(commands)
+        for request_id in commands.capture:
+            if self._prefill_done(request_id, scheduler_output):
+                self.adakv.drop_queries(request_id)
+        if self._adakv_config.check_invariants:
+            self.adakv.check()
+        return result
+
+    def _prefill_done(self, request_id: str, output: SchedulerOutput) -> bool:
+        request = self.requests[request_id]
+        computed = request.num_computed_tokens + output.num_scheduled_tokens[request_id]
+        return computed >= commands_of(output).capture[request_id].prompt_tokens
+
+    def _compress(self, commands: StepCommands) -> Kept:
+        kept: Kept = {}
+        for request_id, command in commands.compress.items():
+            request = self.requests[request_id]
+            (blocks,) = request.block_ids
+            prompt_blocks = blocks[: len(blocks) - len(command.slabs)]
+            kept |= self.adakv.compress(request_id, command, prompt_blocks)
+            request.block_ids = (list(command.slabs),)
+            row = self.input_batch.req_id_to_index[request_id]
+            self.input_batch.block_table.add_row((command.slabs,), row)
+        return _over_ranks(kept)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().sample_tokens(*args, **kwargs)
+        if self._adakv_kept:
+            kept, self._adakv_kept = self._adakv_kept, {}
+            if isinstance(output, ModelRunnerOutput):
+                setattr(output, ATTRIBUTE, kept)
+            elif output is not None:
+                _attach_later(output, kept)
+        return output
+
+
+def _attach_later(output: Any, kept: Kept) -> None:
+    """Attaches to an asynchronous output's result, once it is there."""
+    get_output = output.get_output
+
+    def with_kept() -> ModelRunnerOutput:
+        result = get_output()
+        setattr(result, ATTRIBUTE, kept)
+        return result
+
+    output.get_output = with_kept
+
+
+def _over_ranks(kept: Kept) -> Kept:
+    """Least and most over all tensor-parallel ranks; the mean is the same on each."""
+    group = get_tp_group()
+    if not kept or group.world_size == 1:
+        return kept
+    extremes = torch.tensor([[-least, most] for _, least, most in kept.values()])
+    torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=group.cpu_group)
+    return {
+        request_id: (kept[request_id][0], -least, most)
+        for request_id, (least, most) in zip(kept, extremes.tolist(), strict=True)
+    }
+
+
+class AdaKVCPUModelRunner(AdaKVRunnerMixin, CPUModelRunner):
+    """CPU: one allocation for all layers, layers outermost."""
+
+    def _bind_pages(self, config: CompressionConfig) -> None:
+        (group,) = self.kv_cache_config.kv_cache_groups
+        context = self.vllm_config.compilation_config.static_forward_context
+        layers = [context[name] for name in group.layer_names]
+        layers.sort(key=lambda layer: layer.kv_cache.data_ptr())
+        for index, layer in enumerate(layers):
+            layer.adakv_index = index
+        self._adakv_pages = _all_pages([layer.kv_cache for layer in layers])
+        blocks, heads, _, _ = layers[0].kv_cache.shape
+        self.adakv = CompressionState(
+            paged_cache(self._adakv_pages, layers[0].isa),
+            PageLayout.layers_outermost(len(layers), heads, blocks),
+            layer_parts(self.get_model(), [layer.layer_name for layer in layers]),
+            self.vllm_config.scheduler_config.max_num_seqs,
+            record_selections=config.record_selections,
+        )
+
+
+def _all_pages(caches: list[torch.Tensor]) -> Pages:
+    """Views the layers' caches [NB, H, page_tokens, 2 * D] as one pool of pages.
+
+    Raises:
+        RuntimeError: they do not lie one after the other in one allocation.
+    """
+    first = caches[0]
+    size = first.numel() * first.element_size()
+    for index, cache in enumerate(caches):
+        if not cache.is_contiguous() or cache.data_ptr() != first.data_ptr() + index * size:
+            raise RuntimeError("adakv: the layers' KV caches are not one contiguous allocation")
+    blocks, heads, page_tokens, width = first.shape
+    pages = len(caches) * blocks * heads
+    pool = first.as_strided(
+        (pages, 1, 2 * page_tokens, width // 2),
+        (page_tokens * width, page_tokens * width, width // 2, 1),
+    )
+    return Pages(*pool.chunk(2, dim=2))

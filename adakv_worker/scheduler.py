@@ -1,0 +1,145 @@
+"""Scheduler mixin: plans compressions, commands the workers, and attaches the proof to outputs."""
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from adakv_worker.checks import check_blocks
+from adakv_worker.commands import ATTRIBUTE, Capture, Compress, StepCommands, kept_of
+from adakv_worker.config import CompressionConfig, RequestOptions, compression_config
+from adakv_worker.manager import AdaKVManager
+from adakv_worker.plan import Phase, Plan, make_plan
+from adakv_worker.support import refuse_unsupported
+
+logger = init_logger(__name__)
+
+REPORT_KEY = "kv_compression"
+
+
+class AdaKVSchedulerMixin(Scheduler):
+    """Knows vLLM's scheduler only; everything about memory is in `AdaKVManager`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = compression_config(self.vllm_config.additional_config)
+        self._adakv = config or CompressionConfig(enabled=False)
+        self._reports: dict[str, dict[str, Any]] = {}
+        self._manager: AdaKVManager | None = None
+        if config is None:
+            return
+        refuse_unsupported(self.vllm_config)
+        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        if not isinstance(manager, AdaKVManager):
+            raise ValueError(
+                "adakv: the attention backend did not announce compressed KV caches; set worker_cls"
+            )
+        self._manager = manager
+        self._log_plan()
+
+    def _log_plan(self) -> None:
+        config = self._adakv
+        budget = RequestOptions().budget(config)
+        pool = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
+        example = make_plan(budget, 4096, 1024, self.block_size, pool)
+        logger.info(
+            "adakv: model %s, policy %s, budget %d tokens, keep ratio %g: a prompt of 4096 tokens "
+            "holds %d blocks, then %d (%s)",
+            self.vllm_config.model_config.model, config.policy, config.budget_tokens,
+            config.keep_ratio, example.prompt_blocks,
+            example.slabs if example.active else example.prompt_blocks,
+            "compressed" if example.active else example.skipped,
+        )  # fmt: skip
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        plan = self._plan(request)
+        blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        if plan is not None and plan.active and hit > plan.longest_hit():
+            hit = plan.longest_hit()
+            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, hit)
+        return blocks, hit, boundary, diverged
+
+    def _plan(self, request: Request) -> Plan | None:
+        """Plans a request that is about to start, or to start again after a preemption."""
+        params = request.sampling_params
+        if self._manager is None or params is None:
+            return None
+        plan = make_plan(
+            RequestOptions.of(params.extra_args).budget(self._adakv),
+            request.num_tokens,
+            request.max_tokens - request.num_output_tokens,
+            self.block_size,
+            self.kv_cache_manager.block_pool.num_gpu_blocks - 1,
+        )
+        self._manager.plans[request.request_id] = plan
+        return plan
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = super().schedule(*args, **kwargs)
+        if self._manager is not None:
+            setattr(output, ATTRIBUTE, self._commands(output, self._manager))
+        return output
+
+    def _commands(self, output: SchedulerOutput, manager: AdaKVManager) -> StepCommands:
+        commands = StepCommands({}, {})
+        for request_id in output.num_scheduled_tokens:
+            plan = manager.plans.get(request_id)
+            if plan is None or not plan.active or plan.phase is Phase.COMPRESSED:
+                continue
+            computed = self.requests[request_id].num_computed_tokens
+            if computed > plan.prompt_tokens - plan.query_span:
+                commands.capture[request_id] = Capture(plan.prompt_tokens, plan.query_span)
+            if plan.phase is Phase.RESERVED:
+                commands.compress[request_id] = Compress(
+                    plan.choice, plan.prompt_tokens, plan.keep, manager.slabs_of(request_id)
+                )
+        return commands
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        if self._manager is not None:
+            self._note_reports(scheduler_output, model_runner_output, self._manager)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for batch in outputs.values():
+            for output in batch.outputs:
+                # On every output: a stop string is found in the front end, after the fact.
+                if report := self._reports.get(output.request_id):
+                    output.kv_transfer_params = {REPORT_KEY: report}
+                    if output.finish_reason is not None:
+                        del self._reports[output.request_id]
+        if self._adakv.check_invariants and self._manager is not None:
+            check_blocks(self._manager)
+        return outputs
+
+    def _note_reports(
+        self, step: SchedulerOutput, output: ModelRunnerOutput, manager: AdaKVManager
+    ) -> None:
+        kept = kept_of(output)
+        for request_id in step.num_scheduled_tokens:
+            if request_id in self._reports and request_id not in kept:
+                continue
+            plan = manager.plans.get(request_id)
+            # A compressed request is reported with what the worker really kept.
+            if plan is not None and (request_id in kept or not plan.active):
+                self._reports[request_id] = plan.report(kept.get(request_id))
+
+    def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
+        finished = super().finish_requests(*args, **kwargs)
+        for request in finished:
+            self._reports.pop(request.request_id, None)
+        return finished
+
+
+class AdaKVScheduler(AdaKVSchedulerMixin):
+    """The synchronous scheduler with compression."""
+
+
+class AdaKVAsyncScheduler(AdaKVSchedulerMixin, AsyncScheduler):
+    """The asynchronous scheduler with compression."""

@@ -1,0 +1,36 @@
+"""What cannot work with compressed caches is refused at start-up, by the name of its setting."""
+
+from vllm.config import VllmConfig
+from vllm.utils.torch_utils import is_quantized_kv_cache
+
+
+def refuse_unsupported(config: VllmConfig) -> None:
+    """Raises ValueError that names the first setting which compression cannot honour."""
+    parallel, cache = config.parallel_config, config.cache_config
+    model = config.model_config
+    refusals = {
+        "speculative_config (one token a step)": config.speculative_config is not None,
+        "pipeline_parallel_size > 1 (pages are shared by all layers)": (
+            parallel.pipeline_parallel_size > 1
+        ),
+        "decode_context_parallel_size > 1": parallel.decode_context_parallel_size > 1,
+        "prefill_context_parallel_size > 1": parallel.prefill_context_parallel_size > 1,
+        "kv_transfer_config (KV connectors)": config.kv_transfer_config is not None,
+        "kv_cache_dtype (a quantized cache cannot be scored yet)": is_quantized_kv_cache(
+            cache.cache_dtype
+        ),
+        "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
+        "a model with multi-head latent attention": model.use_mla,
+        "a model with sliding-window attention": model.get_sliding_window() is not None,
+        "a hybrid or attention-free model": model.is_hybrid or model.is_attention_free,
+        "an encoder-decoder model": model.is_encoder_decoder,
+        "enable_dbo (micro-batches)": parallel.enable_dbo,
+    }
+    for setting, present in refusals.items():
+        if present:
+            raise ValueError(f"adakv: compression does not work with {setting}")
+    hash_unit = getattr(cache, "prefix_match_unit", None)
+    if hash_unit is not None and hash_unit != cache.block_size:
+        raise ValueError(
+            "adakv: compression does not work with prefix_match_unit other than block_size"
+        )
