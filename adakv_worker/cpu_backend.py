@@ -24,6 +24,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from adakv_worker.config import compression_config
 from adakv_worker.manager import AdaKVSpec
 from adakv_worker.state import CaptureSlice
+from adakv_worker.support import require_classes
 from kernels.paged_cache import PagedCache
 from kernels.pages import GrownStep
 
@@ -259,7 +260,10 @@ class AdaKVCPUBackend(CPUAttentionBackend):
 
 def _is_on() -> bool:
     config = get_current_vllm_config_or_none()
-    return config is not None and compression_config(config.additional_config) is not None
+    if config is None or compression_config(config.additional_config) is None:
+        return False
+    require_classes(config)
+    return True
 
 
 def paged_cache(pages: Pages, isa: str) -> PagedCache:

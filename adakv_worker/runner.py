@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -31,8 +32,14 @@ class AdaKVRunnerMixin(GPUModelRunner):
     _adakv_step: SchedulerOutput | None = None
     _adakv_kept: Kept
 
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        # The backend looks there for whether it is on.
+        with set_current_vllm_config(self.vllm_config):
+            return super().get_kv_cache_spec()
+
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kw: Any) -> None:
-        super().initialize_kv_cache(kv_cache_config, *args, **kw)
+        with set_current_vllm_config(self.vllm_config):
+            super().initialize_kv_cache(kv_cache_config, *args, **kw)
         config = compression_config(self.vllm_config.additional_config)
         if config is None or not self.kv_caches:
             return

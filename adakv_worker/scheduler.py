@@ -16,7 +16,7 @@ from adakv_worker.commands import ATTRIBUTE, Capture, Compress, StepCommands, ke
 from adakv_worker.config import CompressionConfig, RequestOptions, compression_config
 from adakv_worker.manager import AdaKVManager
 from adakv_worker.plan import Phase, Plan, make_plan
-from adakv_worker.support import refuse_unsupported
+from adakv_worker.support import refuse_unsupported, require_classes
 
 logger = init_logger(__name__)
 
@@ -35,10 +35,11 @@ class AdaKVSchedulerMixin(Scheduler):
         if config is None:
             return
         refuse_unsupported(self.vllm_config)
+        require_classes(self.vllm_config)
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
         if not isinstance(manager, AdaKVManager):
             raise ValueError(
-                "adakv: the attention backend did not announce compressed KV caches; set worker_cls"
+                "adakv: compression does not work with this attention backend"
             )
         self._manager = manager
         self._log_plan()

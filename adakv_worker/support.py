@@ -1,6 +1,7 @@
 """What cannot work with compressed caches is refused at start-up, by the name of its setting."""
 
 from vllm.config import VllmConfig
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import is_quantized_kv_cache
 
 
@@ -34,3 +35,21 @@ def refuse_unsupported(config: VllmConfig) -> None:
         raise ValueError(
             "adakv: compression does not work with prefix_match_unit other than block_size"
         )
+
+
+def require_classes(config: VllmConfig) -> None:
+    """Raises ValueError if the settings are there but the classes that act on them are not.
+
+    Configured and yet not run would be the worst of all outcomes.
+    """
+    for setting, value in (
+        ("scheduler_cls", config.scheduler_config.scheduler_cls),
+        ("worker_cls", config.parallel_config.worker_cls),
+    ):
+        cls = resolve_obj_by_qualname(value) if isinstance(value, str) else value
+        names = {base.__module__.partition(".")[0] for base in getattr(cls, "__mro__", ())}
+        if "adakv_worker" not in names:
+            raise ValueError(
+                f"adakv: additional_config turns compression on, but {setting} is not one of "
+                "adakv_worker's (see docs/compression.md)"
+            )
