@@ -38,9 +38,7 @@ class AdaKVSchedulerMixin(Scheduler):
         require_classes(self.vllm_config)
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
         if not isinstance(manager, AdaKVManager):
-            raise ValueError(
-                "adakv: compression does not work with this attention backend"
-            )
+            raise ValueError("adakv: compression does not work with this attention backend")
         self._manager = manager
         self._log_plan()
 

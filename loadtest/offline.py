@@ -1,0 +1,201 @@
+"""`python -m loadtest.offline`: stock vLLM against compression at the same KV bytes, without HTTP.
+
+Every arm is an engine in a process of its own, all of the same vLLM, model, thread count and KV
+bytes; rounds alternate between the arms. What compression holds beside the KV blocks is taken off
+its KV bytes.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from loadtest.folded_attention import folded_over_dense
+
+KV_BYTES = 190 << 20
+# Page tables and captured queries of the arms that compress; the report shows what they took.
+RESERVED_BYTES = 6 << 20
+REQUESTS = 12
+MIXES = ("1500/192", "512/512")
+BUDGETS = (512, 256, 128)
+
+
+class Arm:
+    """One engine process, driven by a line of JSON at a time."""
+
+    def __init__(self, name: str, threads: int, log: IO[str]) -> None:
+        compressing = name not in ("stock", "off")
+        settings = {
+            "name": name,
+            "kv_bytes": KV_BYTES - (RESERVED_BYTES if compressing else 0),
+            "compression": None,
+        }
+        if name != "stock":
+            settings["compression"] = (
+                {"policy": "full"}
+                if name == "off"
+                else {"budget_tokens": int(name), "keep_ratio": 0}
+            )
+        environment = {
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(threads),
+            "VLLM_LOGGING_LEVEL": "WARNING",
+        }
+        if name == "stock":
+            environment["VLLM_PLUGINS"] = ""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "loadtest.offline_arm", json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        )
+
+    def ask(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Raises RuntimeError when the engine process has died."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError("an engine process died: see the log")
+
+    def stop(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+class Bound(NamedTuple):
+    """What a budget could reach on a mix (docs/compression.md has the formula)."""
+
+    ratio: float
+    decode_gain: float
+
+
+def bound(stock: dict[str, Any], ours: dict[str, Any]) -> Bound:
+    gain = ours["decode_tokens_per_s"] / stock["decode_tokens_per_s"]
+    prefill, decode = stock["prefill_s"], stock["decode_s"]
+    return Bound((prefill + decode) / (prefill + decode / gain), gain)
+
+
+def run_mix(arms: dict[str, Arm], mix: str, repeat: int) -> dict[str, Any]:
+    prompt_tokens, output_tokens = (int(part) for part in mix.split("/"))
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    for turn in range(repeat):
+        # The order flips each time, so that drift of the machine falls on all.
+        for name in list(arms) if turn % 2 == 0 else reversed(arms):
+            done = arms[name].ask(
+                {
+                    "requests": REQUESTS,
+                    "prompt_tokens": prompt_tokens,
+                    "output_tokens": output_tokens,
+                    "seed": turn,
+                }
+            )
+            rounds[name].append(done)
+            print(
+                f"{mix}, round {turn + 1}/{repeat}, {name:5}: {done['tokens_per_s']:6.1f} tokens/s",
+                flush=True,
+            )
+    return _summary(rounds)
+
+
+def _summary(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {name: _medians(done) for name, done in rounds.items()}
+    stock = summary.get("stock")
+    names = [name for name in rounds if name.isdigit()]
+    if stock is not None:
+        summary["bound"] = {name: round(bound(stock, summary[name]).ratio, 3) for name in names}
+        summary["ratio"] = {
+            name: _ratio(rounds[name], rounds["stock"]) for name in rounds if name != "stock"
+        }
+        summary["ratio_of_bound"] = {
+            name: round(summary["ratio"][name] / summary["bound"][name], 3) for name in names
+        }
+    totals = {done["output_tokens"] for turns in rounds.values() for done in turns}
+    summary["output_tokens_equal"] = len(totals) == 1
+    summary["extra_bytes"] = max(done["extra_bytes"] for turns in rounds.values() for done in turns)
+    return summary
+
+
+def _ratio(ours: list[dict[str, Any]], stock: list[dict[str, Any]]) -> float:
+    pairs = zip(ours, stock, strict=True)
+    return round(statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs), 3)
+
+
+def _medians(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    medians: dict[str, Any] = {
+        key: round(statistics.median(turn[key] for turn in turns), 4) for key in turns[0]
+    }
+    rates = [turn["tokens_per_s"] for turn in turns]
+    medians["tokens_per_s_range"] = [round(min(rates), 2), round(max(rates), 2)]
+    return medians
+
+
+def _print(mix: str, summary: dict[str, Any], names: list[str]) -> None:
+    print(f"\n{mix}: {REQUESTS} requests, {KV_BYTES >> 20} MiB of KV")
+    print("arm    tok/s   ratio  bound  running  blocks/req  preempt  prefill  compress  decode")
+    for name in names:
+        row = summary[name]
+        ratio = summary.get("ratio", {}).get(name, 1.0 if name == "stock" else float("nan"))
+        limit = summary.get("bound", {}).get(name)
+        print(
+            f"{name:5} {row['tokens_per_s']:6.1f} {ratio:7.2f} "
+            f"{'' if limit is None else format(limit, '.2f'):>6} {row['peak_running']:8.0f} "
+            f"{row['blocks_per_request']:11.1f} {row['preemptions']:8.0f} {row['prefill_s']:7.1f}s "
+            f"{row['compress_s']:8.2f}s {row['decode_s']:6.1f}s"
+        )
+    equal = "equal" if summary["output_tokens_equal"] else "NOT equal"
+    print(f"output tokens of all arms: {equal}; held beside KV: {summary['extra_bytes']} bytes")
+
+
+def run(mixes: list[str], budgets: list[int], repeat: int, threads: int) -> dict[str, Any]:
+    names = ["stock", "off", *(str(budget) for budget in budgets)]
+    result: dict[str, Any] = {"mixes": {}}
+    with Path("offline-arms.log").open("w") as log:
+        arms = {name: Arm(name, threads, log) for name in names}
+        try:
+            for name, arm in arms.items():
+                arm.ask({"requests": 2, "prompt_tokens": 300, "output_tokens": 8, "seed": -1})
+                print(f"{name}: engine ready", flush=True)
+            for mix in mixes:
+                result["mixes"][mix] = run_mix(arms, mix, repeat)
+                _print(mix, result["mixes"][mix], names)
+        finally:
+            for arm in arms.values():
+                arm.stop()
+    ours = [mix[str(budget)] for mix in result["mixes"].values() for budget in budgets]
+    result["compress_share_of_prefill"] = round(max(o["compress_share"] for o in ours), 4)
+    result["prepare_share_of_decode_step"] = round(max(o["prepare_share"] for o in ours), 4)
+    result["folded_over_dense"] = round(folded_over_dense(), 3)
+    for key in ("compress_share_of_prefill", "prepare_share_of_decode_step", "folded_over_dense"):
+        print(f"{key}: {result[key]}")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m loadtest.offline", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--mix", nargs="+", choices=MIXES, default=list(MIXES))
+    parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
+    parser.add_argument("--repeat", type=int, default=3, help="rounds for each arm")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each engine")
+    args = parser.parse_args(argv)
+    result = run(args.mix, args.budgets, args.repeat, args.threads)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
