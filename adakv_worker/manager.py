@@ -46,18 +46,39 @@ class AdaKVManager(FullAttentionManager):
         num_tokens: int,
         new_computed_blocks: Sequence[KVCacheBlock],
         *args: Any,
+        apply_admission_cap: bool = False,
         **kwargs: Any,
     ) -> int:
         plan = self.plans.get(request_id)
         if plan is not None and plan.phase is Phase.COMPRESSED:
             return max(plan.blocks_at(num_tokens) - len(self.req_to_blocks[request_id]), 0)
         needed = super().get_num_blocks_to_allocate(
-            request_id, num_tokens, new_computed_blocks, *args, **kwargs
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            *args,
+            apply_admission_cap=apply_admission_cap,
+            **kwargs,
         )
+        if apply_admission_cap:
+            needed += self._promised_to_others(request_id)
         if plan is None or not plan.active or num_tokens < plan.prompt_tokens:
             return needed
         plan.skip_if_taken_now = self._shared(plan, request_id, new_computed_blocks)
         return needed + (plan.slabs if plan.skip_if_taken_now is None else 0)
+
+    def _promised_to_others(self, request_id: str) -> int:
+        """Blocks that admitted requests still take before their prompts are complete.
+
+        Stock vLLM admits a prompt against blocks that a half-prefilled one was admitted against
+        too, and preempts. A compressed victim would pay with its whole prompt.
+        """
+        promised = 0
+        for other, plan in self.plans.items():
+            held = len(self.req_to_blocks.get(other, ()))
+            if other != request_id and held and plan.active and plan.phase is Phase.PREFILL:
+                promised += plan.prompt_blocks - held + plan.slabs
+        return promised
 
     def _shared(
         self, plan: Plan, request_id: str, new_computed_blocks: Sequence[KVCacheBlock]

@@ -1,5 +1,7 @@
 """What scorers need of a loaded model's attention layers, found beside them by vLLM's names."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ class LayerParts(NamedTuple):
     num_heads: int
     scale: float
     rotary: Rotary | None
-    output_weight: Tensor | None
+    output_weight: Callable[[], Tensor] | None
 
 
 def layer_parts(model: nn.Module, layer_names: list[str]) -> list[LayerParts]:
@@ -36,17 +38,21 @@ def _parts(index: int, attention: Attention, around: nn.Module) -> LayerParts:
     output = next(
         (getattr(around, name) for name in _OUTPUT_PROJECTIONS if hasattr(around, name)), None
     )
-    weight = getattr(output, "weight", None)
     width = attention.num_heads * attention.head_size
-    if weight is not None and (weight.dim() != 2 or weight.shape[1] != width):
-        weight = None
     return LayerParts(
         index,
         attention.num_heads,
         float(attention.impl.scale),
         _rotary(getattr(around, "rotary_emb", None)),
-        weight,
+        None if output is None else functools.partial(_weight, output, width),
     )
+
+
+def _weight(projection: nn.Module, width: int) -> Tensor:
+    """This rank's [hidden, width] of a linear layer, whatever its kernels have made of it."""
+    dtype = next(projection.parameters()).dtype
+    identity = torch.eye(width, dtype=dtype)
+    return projection.quant_method.apply(projection, identity, bias=None).t()
 
 
 def _rotary(embedding: nn.Module | None) -> Rotary | None:

@@ -126,8 +126,10 @@ class CompressionState:
         queries = self._queries.pop(request_id, None)
         scores = torch.stack(
             [
-                policy.scorer.score(self._observe(layer, part, queries, block_ids, n))
-                for layer, part in enumerate(self._parts)
+                policy.scorer.score(
+                    self._observe(layer, queries, block_ids, n, policy.scorer.needs_values)
+                )
+                for layer in range(len(self._parts))
             ]
         )
         selection = policy.allocate(scores, command.keep)
@@ -141,9 +143,13 @@ class CompressionState:
         return {request_id: (float(lens.float().mean()), int(lens.min()), int(lens.max()))}
 
     def _observe(
-        self, layer: int, part: LayerParts, queries: _Queries | None, blocks: Tensor, n: int
+        self, layer: int, queries: _Queries | None, blocks: Tensor, n: int, with_values: bool
     ) -> Observation:
-        keys, values = read_blocks(self._cache, self._layout, blocks, layer, n)
+        part = self._parts[layer]
+        keys = read_blocks(self._cache.keys, self._layout, blocks, layer, n)
+        values = keys.new_empty((*keys.shape[:2], 0))
+        if with_values:
+            values = read_blocks(self._cache.values, self._layout, blocks, layer, n)
         if queries is None:
             seen = keys.new_empty((part.num_heads, 0, keys.shape[-1]))
         else:

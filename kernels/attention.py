@@ -12,12 +12,13 @@ def window_attention(observation: Observation, window: int) -> Tensor:
     Query i of the window sees positions up to n - w + i, as in the prefill itself.
     """
     n = observation.num_tokens
-    queries = observation.grouped_queries(window).float()
+    queries = observation.grouped_queries(window).float() * observation.scale
     keys = observation.keys.float()
-    logits = torch.einsum("hgwd,hnd->hgwn", queries, keys) * observation.scale
-    columns = torch.arange(n, device=keys.device)
-    rows = torch.arange(n - window, n, device=keys.device)
-    logits.masked_fill_(columns > rows[:, None], float("-inf"))
+    heads, group, _, dim = queries.shape
+    flat = queries.reshape(heads, group * window, dim)
+    logits = torch.bmm(flat, keys.transpose(1, 2)).view(heads, group, window, n)
+    future = torch.ones((window, window), dtype=torch.bool, device=keys.device).triu(1)
+    logits[..., n - window :].masked_fill_(future, float("-inf"))
     return logits.softmax(dim=-1)
 
 

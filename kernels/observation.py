@@ -1,5 +1,6 @@
 """What a scorer may look at: one layer of one request after its prefill."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,7 +15,8 @@ class Observation(NamedTuple):
     keys, values: [H, n, D] of all n cached positions, keys after RoPE.
     scale: the softmax scale, usually D ** -0.5.
     rotary: the model's rotation, for scorers that need queries at other positions.
-    output_weight: [hidden, H * G * D] of the output projection, for scorers that project values.
+    output_weight: gives [hidden, H * G * D] of the output projection, for scorers that project
+        values; a call, because engines repack weights.
     layer: index of the layer, for scorers that draw random numbers.
     """
 
@@ -23,7 +25,7 @@ class Observation(NamedTuple):
     values: Tensor
     scale: float
     rotary: Rotary | None = None
-    output_weight: Tensor | None = None
+    output_weight: Callable[[], Tensor] | None = None
     layer: int = 0
 
     @property

@@ -19,16 +19,17 @@ class PagedCache(NamedTuple):
 
 
 def read_blocks(
-    cache: PagedCache, layout: PageLayout, blocks: Tensor, layer: int, num_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Copies one layer of an uncompressed request: keys and values [H, num_tokens, D]."""
+    pool: Tensor, layout: PageLayout, blocks: Tensor, layer: int, num_tokens: int
+) -> Tensor:
+    """Copies one layer of an uncompressed request's keys or values: [H, num_tokens, D]."""
     pages = layout.block_pages(blocks, layer).t().reshape(-1)
-    heads = layout.offsets.shape[1]
-
-    def read(pool: Tensor) -> Tensor:
-        return pool[pages].reshape(heads, -1, pool.shape[-1])[:, :num_tokens]
-
-    return read(cache.keys), read(cache.values)
+    heads, dim = layout.offsets.shape[1], pool.shape[-1]
+    if pool.stride(1) == 1:
+        # Packed dimension-major: gathered as it lies, and only then turned.
+        packed = pool.transpose(1, 2)[pages].view(heads, -1, dim, pool.shape[1])
+        turned = packed.transpose(1, 2).reshape(heads, dim, -1)
+        return turned[..., :num_tokens].transpose(1, 2)
+    return pool[pages].view(heads, -1, dim)[:, :num_tokens]
 
 
 def write_slots(cache: PagedCache, slots: Tensor, keys: Tensor, values: Tensor) -> None:

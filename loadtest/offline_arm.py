@@ -100,6 +100,8 @@ class Engine:
                 return call(*args, **kwargs)
             finally:
                 spent = time.perf_counter() - started
+                held = self._runner.adakv.extra_bytes
+                self._times.extra_bytes = max(self._times.extra_bytes, held)
                 # Preparation is a share of pure decode steps, so only theirs counts.
                 if name != "prepare_s" or self._decoding:
                     setattr(self._times, name, getattr(self._times, name) + spent)
@@ -138,8 +140,6 @@ class Engine:
         if decoding:
             used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
             self._times.held.append(used / running)
-        if state := getattr(self._runner, "adakv", None):
-            self._times.extra_bytes = max(self._times.extra_bytes, state.extra_bytes)
 
     def round(self, command: dict[str, Any]) -> dict[str, Any]:
         from vllm import SamplingParams

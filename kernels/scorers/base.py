@@ -20,6 +20,11 @@ class Scorer(Protocol):
         """Most recent entries that are always kept."""
         ...
 
+    @property
+    def needs_values(self) -> bool:
+        """Whether it looks at values; else the observation may leave them out."""
+        ...
+
     def score(self, observation: Observation) -> Tensor:
         """Scores [H, n - window_tokens] float32 of the entries before the window.
 

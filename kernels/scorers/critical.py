@@ -24,6 +24,10 @@ class CriticalScorer:
     epsilon: float = 1e-4
 
     @property
+    def needs_values(self) -> bool:
+        return True
+
+    @property
     def window_tokens(self) -> int:
         return self.base.window_tokens
 
@@ -50,7 +54,7 @@ def projected_value_norms(observation: Observation) -> Tensor:
     assert observation.output_weight is not None
     heads, group = observation.num_kv_heads, observation.group_size
     values = observation.values.float()
-    weight = observation.output_weight.float()
+    weight = observation.output_weight().float()
     slices = weight.reshape(weight.shape[0], heads, group, values.shape[-1])
     norms = torch.zeros(values.shape[:2], dtype=torch.float32, device=values.device)
     for member in range(group):

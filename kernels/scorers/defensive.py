@@ -24,6 +24,10 @@ class DefensiveScorer:
     prior: float = 0.1
 
     @property
+    def needs_values(self) -> bool:
+        return False
+
+    @property
     def query_span_tokens(self) -> int:
         return self.window_tokens
 

@@ -30,6 +30,10 @@ class ExpectedAttentionScorer:
     epsilon: float = 1e-2
     window_tokens: int = 0
 
+    @property
+    def needs_values(self) -> bool:
+        return True
+
     def score(self, observation: Observation) -> Tensor:
         if observation.rotary is None:
             raise ValueError("expected_attention needs the model's rotary embedding")

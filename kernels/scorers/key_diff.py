@@ -16,6 +16,10 @@ class KeyDiffScorer:
     window_tokens: int = 0
     query_span_tokens: int = 0
 
+    @property
+    def needs_values(self) -> bool:
+        return False
+
     def score(self, observation: Observation) -> Tensor:
         unit = torch.nn.functional.normalize(observation.keys.float(), dim=-1)
         anchor = unit.mean(dim=1, keepdim=True)

@@ -12,6 +12,10 @@ class KeyNormScorer:
     window_tokens: int = 0
     query_span_tokens: int = 0
 
+    @property
+    def needs_values(self) -> bool:
+        return False
+
     def score(self, observation: Observation) -> Tensor:
         norms = observation.keys.float().norm(dim=-1)
         return -norms[:, : observation.num_tokens - self.window_tokens]

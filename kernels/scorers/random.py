@@ -14,6 +14,10 @@ class RandomScorer:
     window_tokens: int = 32
     query_span_tokens: int = 0
 
+    @property
+    def needs_values(self) -> bool:
+        return False
+
     def score(self, observation: Observation) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + observation.layer)
         shape = (observation.num_kv_heads, observation.num_tokens - self.window_tokens)

@@ -14,6 +14,10 @@ class SinkRecencyScorer:
     window_tokens: int = 0
     query_span_tokens: int = 0
 
+    @property
+    def needs_values(self) -> bool:
+        return False
+
     def score(self, observation: Observation) -> Tensor:
         n = observation.num_tokens
         recency = torch.arange(n, dtype=torch.float32, device=observation.keys.device)

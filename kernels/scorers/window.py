@@ -24,6 +24,10 @@ class WindowScorer:
     group_reduction: Literal["mean", "max"] = "mean"
 
     @property
+    def needs_values(self) -> bool:
+        return False
+
+    @property
     def query_span_tokens(self) -> int:
         return self.window_tokens
 

@@ -19,6 +19,10 @@ class WindowL2Scorer:
     pooling: Literal["max", "avg", "none"] = "max"
 
     @property
+    def needs_values(self) -> bool:
+        return False
+
+    @property
     def query_span_tokens(self) -> int:
         return self.window_tokens
 

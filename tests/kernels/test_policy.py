@@ -1,6 +1,7 @@
 """Selections against brute force, against published implementations, and against their promises."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ AUTHORS = [case for case in CASES if case["case"] < 100]
 KVPRESS = [case for case in CASES if case["case"] >= 100]
 
 
+def _weight(hidden: int, width: int, layer: int) -> torch.Tensor:
+    return torch.randn((hidden, width), generator=torch.Generator().manual_seed(layer))
+
+
 def observations(layers: int, heads: int, group: int, n: int, dim: int, seed: int) -> list:
     generator = torch.Generator().manual_seed(seed)
 
@@ -38,7 +43,7 @@ def observations(layers: int, heads: int, group: int, n: int, dim: int, seed: in
     return [
         Observation(
             normal(heads * group, min(n, 64), dim), normal(heads, n, dim), normal(heads, n, dim),
-            dim**-0.5, rotary, normal(24, heads * group * dim), layer,
+            dim**-0.5, rotary, partial(_weight, 24, heads * group * dim, layer), layer,
         )
         for layer in range(layers)
     ]  # fmt: skip

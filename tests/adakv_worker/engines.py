@@ -1,0 +1,199 @@
+"""Real engines in this process, and a Hugging Face forward pass with the same entries kept."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adakv_worker.checks import check_blocks
+from adakv_worker.plugin import engine_args
+
+VOCABULARY = 320
+
+
+def make_tiny_model(folder: Path, heads: int, kv_heads: int, layers: int = 4) -> Path:
+    """A random Llama with sharp enough logits to tell tokens apart."""
+    torch.manual_seed(heads * 100 + kv_heads)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32 * heads, intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=32,
+        max_position_embeddings=4096, initializer_range=0.15, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "torch_dtype": "float32"}))
+    return folder
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+
+class Result(NamedTuple):
+    """One finished request. `kept` [L, H, n] bool, or None where nothing was compressed."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
+    proof: dict[str, Any] | None
+    kept: torch.Tensor | None
+    finish_reason: str | None
+
+
+class Engine:
+    """An `LLM` whose scheduler and worker live in this process."""
+
+    def __init__(self, model: Path, compression: dict[str, Any] | None, **options: Any) -> None:
+        from vllm import LLM
+
+        settings: dict[str, Any] = {
+            "dtype": "float32", "max_model_len": 2048, "block_size": 32, "enforce_eager": True,
+            "kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 512, "max_num_seqs": 16,
+            "skip_tokenizer_init": True, "enable_prefix_caching": True, "max_logprobs": 20,
+            "disable_log_stats": True, "seed": 0,
+        }  # fmt: skip
+        if compression is not None:
+            debug = {"check_invariants": True, "record_selections": True, "min_budget_tokens": 1}
+            settings |= engine_args({**debug, **compression})
+        self.llm = LLM(model=str(model), **{**settings, **options})
+        core: Any = self.llm.llm_engine.engine_core
+        self.scheduler = core.engine_core.scheduler
+        self.runner = core.engine_core.model_executor.driver_worker.worker.model_runner
+        self.preemptions = 0
+        self._kept: dict[str, torch.Tensor] = {}
+        self._watch()
+
+    def _watch(self) -> None:
+        preempt = self.scheduler._preempt_request
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.preemptions += 1
+            return preempt(*args, **kwargs)
+
+        self.scheduler._preempt_request = counted
+        if state := getattr(self.runner, "adakv", None):
+            forget = state.forget
+
+            def remembered(request_id: str) -> None:
+                if request_id in state.selections:
+                    self._kept[request_id.rpartition("-")[0]] = state.selections[request_id]
+                forget(request_id)
+
+            state.forget = remembered
+
+    @property
+    def free_blocks(self) -> int:
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    @property
+    def manager(self) -> Any:
+        return self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+
+    def params(self, max_tokens: int = 12, **options: Any) -> Any:
+        from vllm import SamplingParams
+
+        settings = {"temperature": 0.0, "logprobs": 5, "ignore_eos": True, "detokenize": False}
+        return SamplingParams(max_tokens=max_tokens, **{**settings, **options})
+
+    def run(self, prompts: list[list[int]], params: Any = None) -> list[Result]:
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": ids} for ids in prompts],
+            params if params is not None else self.params(),
+            use_tqdm=False,
+        )
+        # Finished requests are forgotten with the next step; an empty one does it now.
+        self.flush()
+        return [self._result(output) for output in outputs]
+
+    def flush(self) -> None:
+        output = self.scheduler.schedule()
+        self.runner.execute_model(output)
+        self.scheduler.update_from_output(output, _NoOutput())
+
+    def _result(self, output: Any) -> Result:
+        answer = output.outputs[0]
+        proof = (output.kv_transfer_params or {}).get("kv_compression")
+        return Result(
+            list(output.prompt_token_ids),
+            list(answer.token_ids),
+            [{t: entry.logprob for t, entry in step.items()} for step in answer.logprobs or []],
+            proof,
+            self._kept.pop(output.request_id, None),
+            answer.finish_reason,
+        )
+
+    def assert_nothing_leaked(self) -> None:
+        pool = self.scheduler.kv_cache_manager.block_pool
+        assert self.free_blocks == pool.num_gpu_blocks - 1
+        if hasattr(self.runner, "adakv"):
+            check_blocks(self.manager)
+            assert not self.manager.plans
+            assert not self.scheduler._reports
+            assert not self.runner.adakv._rows
+            assert not self.runner.adakv._queries
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+class _NoOutput:
+    """The runner's answer to a step without tokens."""
+
+    sampled_token_ids: list = []  # noqa: RUF012
+    logprobs = pooler_output = num_nans_in_logits = kv_connector_output = None
+    ec_connector_output = cudagraph_stats = None
+    prompt_logprobs_dict: dict = {}  # noqa: RUF012
+    prompt_token_id_logprobs_dict: dict = {}  # noqa: RUF012
+
+
+class Reference:
+    """A Hugging Face model that sees of a prompt's entries only those kept, per layer and head."""
+
+    def __init__(self, model: Path) -> None:
+        self.model = LlamaForCausalLM.from_pretrained(
+            model, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self._masks: list[torch.Tensor] = []
+        for index, layer in enumerate(self.model.model.layers):
+            layer.self_attn.register_forward_pre_hook(self._hook(index), with_kwargs=True)
+
+    def _hook(self, index: int) -> Any:
+        def use_mask(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, {**kwargs, "attention_mask": self._masks[index]}
+
+        return use_mask
+
+    @torch.inference_mode()
+    def logprobs(self, result: Result) -> torch.Tensor:
+        """Log-probabilities [len(tokens), V] of the steps that made `result.tokens`."""
+        ids = torch.tensor([[*result.prompt, *result.tokens[:-1]]])
+        n, total = len(result.prompt), ids.shape[1]
+        causal = torch.ones((total, total), dtype=torch.bool).tril()
+        layers = len(self.model.model.layers)
+        heads = self.model.config.num_attention_heads
+        group = heads // self.model.config.num_key_value_heads
+        self._masks = []
+        for layer in range(layers):
+            seen = causal.expand(heads, -1, -1).clone()
+            if result.kept is not None:
+                # Steps after the first see the kept entries and everything since.
+                kept = result.kept[layer].repeat_interleave(group, dim=0)
+                seen[:, n:, :n] &= kept[:, None, :]
+            self._masks.append(torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))[None])
+        logits = self.model(input_ids=ids, use_cache=False).logits[0]
+        return logits[n - 1 :].log_softmax(dim=-1)
+
+
+def assert_equals_reference(result: Result, reference: Reference, tolerance: float) -> None:
+    expected = reference.logprobs(result)
+    for step, (token, logprobs) in enumerate(zip(result.tokens, result.logprobs, strict=True)):
+        for candidate, logprob in logprobs.items():
+            difference = abs(logprob - float(expected[step, candidate]))
+            assert difference < tolerance, f"step {step}: off by {difference}"
+        best = expected[step].max()
+        assert float(best - expected[step, token]) < tolerance, f"step {step}: another token"
