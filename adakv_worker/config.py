@@ -113,9 +113,6 @@ class RequestOptions(BaseModel):
         name = self.policy if self.policy is not None else config.policy
         if name == FULL and config.policy != FULL and not config.allow_full:
             raise ValueError("adakv_policy: this server does not allow `full`")
-        budget, ratio = config.budget_tokens, config.keep_ratio
-        if self.budget_tokens is not None or self.keep_ratio is not None:
-            budget, ratio = self.budget_tokens or config.min_budget_tokens, self.keep_ratio or 0.0
         _check_bounds(self.budget_tokens, config)
         choice = PolicyChoice(
             name,
@@ -124,12 +121,15 @@ class RequestOptions(BaseModel):
             if self.window_tokens is not None
             else _if_same(config.window_tokens, name, config.policy),
         )
-        if name != FULL:
-            window = choice.build().scorer.window_tokens
-            if budget < window:
-                raise ValueError(
-                    f"adakv_budget_tokens={budget} is below the observation window of {window}"
-                )
+        window = 0 if name == FULL else choice.build().scorer.window_tokens
+        budget, ratio = config.budget_tokens, config.keep_ratio
+        if self.budget_tokens is not None or self.keep_ratio is not None:
+            budget = self.budget_tokens or max(config.min_budget_tokens, window)
+            ratio = self.keep_ratio or 0.0
+        if budget < window:
+            raise ValueError(
+                f"adakv_budget_tokens={budget} is below the observation window of {window}"
+            )
         return RequestBudget(choice=choice, budget_tokens=budget, keep_ratio=ratio)
 
 

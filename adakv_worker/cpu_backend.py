@@ -99,7 +99,7 @@ class AdaKVCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 num_kv_heads=1,
                 head_dim=self.head_dim,
                 seq_lens=lens,
-                dtype=self.dtype,
+                dtype=self.kv_cache_spec.dtype,
                 query_start_loc=query_start_loc,
                 causal=True,
                 sliding_window_size=-1,
@@ -146,7 +146,7 @@ def _only_folded(common: CommonAttentionMetadata, step: Step) -> AdaKVCPUMetadat
 class AdaKVCPUImpl(CPUAttentionBackendImpl):
     def do_kv_cache_update(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,

@@ -45,9 +45,11 @@ class AdaKVManager(FullAttentionManager):
         request_id: str,
         num_tokens: int,
         new_computed_blocks: Sequence[KVCacheBlock],
-        *args: Any,
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
         apply_admission_cap: bool = False,
-        **kwargs: Any,
+        prefill_end: int = 0,
     ) -> int:
         plan = self.plans.get(request_id)
         if plan is not None and plan.phase is Phase.COMPRESSED:
@@ -56,9 +58,11 @@ class AdaKVManager(FullAttentionManager):
             request_id,
             num_tokens,
             new_computed_blocks,
-            *args,
-            apply_admission_cap=apply_admission_cap,
-            **kwargs,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+            prefill_end,
         )
         if apply_admission_cap:
             needed += self._promised_to_others(request_id)

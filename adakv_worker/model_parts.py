@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import LinearBase
 
 from kernels.rotary import Rotary
 
@@ -14,9 +15,9 @@ _OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 
 
 class LayerParts(NamedTuple):
-    """One attention layer of this rank. `index` counts the model's layers."""
+    """One attention layer of this rank. `layer` counts the model's layers."""
 
-    index: int
+    layer: int
     num_heads: int
     scale: float
     rotary: Rotary | None
@@ -35,9 +36,8 @@ def layer_parts(model: nn.Module, layer_names: list[str]) -> list[LayerParts]:
 
 
 def _parts(index: int, attention: Attention, around: nn.Module) -> LayerParts:
-    output = next(
-        (getattr(around, name) for name in _OUTPUT_PROJECTIONS if hasattr(around, name)), None
-    )
+    candidates = (getattr(around, name, None) for name in _OUTPUT_PROJECTIONS)
+    output = next((module for module in candidates if isinstance(module, LinearBase)), None)
     width = attention.num_heads * attention.head_size
     return LayerParts(
         index,
@@ -48,10 +48,11 @@ def _parts(index: int, attention: Attention, around: nn.Module) -> LayerParts:
     )
 
 
-def _weight(projection: nn.Module, width: int) -> Tensor:
+def _weight(projection: LinearBase, width: int) -> Tensor:
     """This rank's [hidden, width] of a linear layer, whatever its kernels have made of it."""
     dtype = next(projection.parameters()).dtype
     identity = torch.eye(width, dtype=dtype)
+    assert projection.quant_method is not None
     return projection.quant_method.apply(projection, identity, bias=None).t()
 
 

@@ -74,7 +74,9 @@ class AdaKVRunnerMixin(GPUModelRunner):
         if self._adakv_step is not None:
             step = self._plan_step(self._adakv_step, commands_of(self._adakv_step))
             for group in self.attn_groups[0]:
-                group.get_metadata_builder().next_step = step
+                builder = group.get_metadata_builder()
+                assert isinstance(builder, AdaKVCPUMetadataBuilder)
+                builder.next_step = step
         return super()._build_attention_metadata(*args, **kwargs)
 
     def _plan_step(self, output: SchedulerOutput, commands: StepCommands) -> Step | None:
@@ -133,6 +135,7 @@ class AdaKVRunnerMixin(GPUModelRunner):
             self.input_batch.block_table.add_row((command.slabs,), row)
         return _over_ranks(kept)
 
+    @torch.inference_mode()
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         output = super().sample_tokens(*args, **kwargs)
         if self._adakv_kept:

@@ -155,7 +155,7 @@ class CompressionState:
         else:
             seen = queries.buffer[layer].transpose(0, 1)
         return Observation(
-            seen, keys, values, part.scale, part.rotary, part.output_weight, part.index
+            seen, keys, values, part.scale, part.rotary, part.output_weight, part.layer
         )
 
     def _move(self, layer: int, row: int, kept: Tensor, blocks: Tensor) -> None:
@@ -169,12 +169,14 @@ class CompressionState:
         )
         write_slots(self._cache, target, *read_slots(self._cache, source))
 
+    @torch.inference_mode()
     def export(self, request_id: str) -> CompressedState:
         """Copies a compressed request's cache out, between two steps."""
         row = self._rows[request_id]
         keys, values = read_slots(self._cache, self._all_slots(row))
         return CompressedState(self.tables.lens[row].clone(), keys, values)
 
+    @torch.inference_mode()
     def restore(self, request_id: str, state: CompressedState, slabs: list[int]) -> None:
         """Places an exported cache into `slabs`.
 

@@ -138,6 +138,7 @@ class Engine:
             assert not self.runner.adakv._queries
 
     def close(self) -> None:
+        """Ends the process groups that all engines of this process share: one engine at a time."""
         self.llm.llm_engine.engine_core.shutdown()
 
 
