@@ -99,7 +99,7 @@ class AdaKVCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 num_kv_heads=1,
                 head_dim=self.head_dim,
                 seq_lens=lens,
-                dtype=self.kv_cache_spec.dtype,
+                dtype=pages.keys.dtype,
                 query_start_loc=query_start_loc,
                 causal=True,
                 sliding_window_size=-1,

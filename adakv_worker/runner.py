@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.logger import init_logger
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -18,8 +17,6 @@ from adakv_worker.cpu_backend import AdaKVCPUMetadataBuilder, Pages, Step, paged
 from adakv_worker.model_parts import layer_parts
 from adakv_worker.state import CompressionState
 from kernels.pages import PageLayout
-
-logger = init_logger(__name__)
 
 
 class AdaKVRunnerMixin(GPUModelRunner):
@@ -135,9 +132,9 @@ class AdaKVRunnerMixin(GPUModelRunner):
             self.input_batch.block_table.add_row((command.slabs,), row)
         return _over_ranks(kept)
 
-    @torch.inference_mode()
-    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().sample_tokens(*args, **kwargs)
+    # vLLM's decorator hides the method's signature from the type checker.
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:  # type: ignore[override]
+        output = super().sample_tokens(grammar_output)  # type: ignore[type-var]
         if self._adakv_kept:
             kept, self._adakv_kept = self._adakv_kept, {}
             if isinstance(output, ModelRunnerOutput):

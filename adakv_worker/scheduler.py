@@ -18,7 +18,8 @@ from adakv_worker.manager import AdaKVManager
 from adakv_worker.plan import Phase, Plan, make_plan
 from adakv_worker.support import refuse_unsupported, require_classes
 
-logger = init_logger(__name__)
+# Below vLLM's own logger, so that its settings show it.
+logger = init_logger("vllm.adakv")
 
 REPORT_KEY = "kv_compression"
 

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from adakv_worker.config import CompressionConfig
 from router import DEFAULT_KEY_PREFIX, DEFAULT_STORE_PORT
 
 
@@ -111,6 +112,9 @@ class AppConfig(Section):
     server: dict[str, Any] = Field(
         default_factory=dict,
         description="API options of `vllm serve`, such as tool_call_parser, with underscores",
+    )
+    compression: CompressionConfig | None = Field(
+        default=None, description="Compressed KV caches: see docs/compression.md; None is off"
     )
     replica: ReplicaConfig = ReplicaConfig()
     ingress: IngressConfig = IngressConfig()

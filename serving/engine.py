@@ -1,16 +1,20 @@
 """The `Engine` deployment: one vLLM engine per replica, with vLLM's own OpenAI app in process."""
 
+import json
 import logging
 import time
 from collections.abc import AsyncIterator
 
 from ray import serve
 
+from adakv_worker.config import RequestOptions
 from router.redis_ledger import LedgerKeys
 from serving.asgi import Message, call_app
+from serving.compression_metrics import CompressionMetrics
 from serving.config import AppConfig
 from serving.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from serving.front_door import ReplicaLost
+from serving.openai_error import error_messages
 from serving.reporter import OccupancyReporter
 from serving.store import store_url
 
@@ -24,9 +28,18 @@ class Engine:
 
         vllm_host.set_up_cpu(config.replica.threads, config.tensor_parallel_size)
         context = serve.get_replica_context()
+        compression = config.compression
+        self._compression = compression if compression and compression.enabled else None
         path, name = model_path_and_name(config)
         started = time.monotonic()
-        self._host = await vllm_host.VllmHost.start(path, name, config.engine, config.server)
+        self._host = await vllm_host.VllmHost.start(
+            path,
+            name,
+            config.engine,
+            config.server,
+            config.compression,
+            CompressionMetrics().note,
+        )
         logger.info(
             "engine ready: model=%s path=%s seconds=%.0f", name, path, time.monotonic() - started
         )
@@ -46,12 +59,30 @@ class Engine:
         Raises:
             ReplicaLost: the engine died before anything of the answer was sent.
         """
+        if problem := self._bad_options(body):
+            yield list(error_messages(400, problem, type_="BadRequestError", param="vllm_xargs"))
+            return
         begun = False
         async for batch in call_app(self._host.app, scope, body):
             if not begun and batch[0].get("status", 0) >= 500 and self._host.dead:
                 raise ReplicaLost("the engine process died")
             begun = True
             yield batch
+
+    def _bad_options(self, body: bytes) -> str | None:
+        """What is wrong with the request's compression options.
+
+        vLLM would say so too, but in a stream only after it has answered 200.
+        """
+        if self._compression is None or b"adakv_" not in body:
+            return None
+        try:
+            options = json.loads(body).get("vllm_xargs")
+            RequestOptions.of(options).budget(self._compression)
+        except (ValueError, AttributeError, TypeError) as error:
+            # Anything but an option is vLLM's to refuse.
+            return str(error) if type(error) is ValueError else None
+        return None
 
     async def ping(self) -> None:
         await self._host.check()

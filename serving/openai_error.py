@@ -20,10 +20,15 @@ def error_body(
 
 
 def error_messages(
-    status: int, message: str, *, type_: str | None = None, headers: dict[str, str] | None = None
+    status: int,
+    message: str,
+    *,
+    type_: str | None = None,
+    param: str | None = None,
+    headers: dict[str, str] | None = None,
 ) -> list[Message]:
     """A whole ASGI response that carries one error."""
-    body = error_body(status, message, type_=type_)
+    body = error_body(status, message, type_=type_, param=param)
     sent = {
         "content-type": "application/json",
         "content-length": str(len(body)),

@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import os
 import time
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
@@ -18,13 +19,19 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 from vllm.v1.metrics.stats import SchedulerStats
 
+from adakv_worker.config import CompressionConfig, compression_config
+from adakv_worker.plugin import engine_args as compression_engine_args
+from adakv_worker.support import refuse_unsupported
 from kernels.blocks import blocks_for_tokens
+from serving.asgi import ASGIApp
+from serving.compression_proof import ProofMiddleware, noting
 from serving.openai_error import error_body
 
 _RATE_WINDOW_S = 5.0
@@ -62,7 +69,7 @@ class _Server:
 class VllmHost:
     """Owns one engine and its app. Build it inside a running event loop."""
 
-    def __init__(self, engine: AsyncLLM, app: FastAPI, stats: "_LoadStats") -> None:
+    def __init__(self, engine: AsyncLLM, app: ASGIApp, stats: "_LoadStats") -> None:
         self.engine = engine
         self.app = app
         self._stats = stats
@@ -74,14 +81,22 @@ class VllmHost:
         served_name: str,
         engine_args: dict[str, Any],
         server_args: dict[str, Any],
+        compression: CompressionConfig | None = None,
+        on_proof: Callable[[dict[str, Any]], None] = lambda proof: None,
     ) -> "VllmHost":
         """Starts the engine (about 25 s on CPU) and assembles the app.
+
+        Args:
+            on_proof: called with the compression proof of every finished request.
 
         Raises:
             ValueError: vLLM refuses the configuration.
         """
-        args = AsyncEngineArgs(model=model, served_model_name=[served_name], **engine_args)
+        settings = _with_compression(engine_args, compression)
+        args = AsyncEngineArgs(model=model, served_model_name=[served_name], **settings)
         config = args.create_engine_config()
+        if compression_config(config.additional_config) is not None:
+            refuse_unsupported(config)
         stats = _LoadStats()
         engine = AsyncLLM.from_vllm_config(
             config,
@@ -94,7 +109,8 @@ class VllmHost:
         await init_app_state(engine, app.state, options, tasks)
         app.state.server = _Server()
         _mend_openai_surface(app)
-        return cls(engine, app, stats)
+        engine.generate = noting(engine.generate, on_proof)  # type: ignore[method-assign]
+        return cls(engine, ProofMiddleware(app), stats)
 
     @property
     def dead(self) -> bool:
@@ -177,6 +193,21 @@ def _waiting_blocks(prompt_lens: list[int], waiting: int, block_size: int) -> in
     if len(prompt_lens) != waiting:
         return None
     return sum(blocks_for_tokens(length, block_size) for length in prompt_lens)
+
+
+def _with_compression(
+    engine_args: dict[str, Any], compression: CompressionConfig | None
+) -> dict[str, Any]:
+    """The engine's arguments with those that compression needs; what the operator set stays."""
+    if compression is None or not compression.enabled:
+        return engine_args
+    if not current_platform.is_cpu():
+        raise ValueError(
+            "compression: there is no backend for this platform yet; set compression.enabled: false"
+        )
+    needed = compression_engine_args(compression.model_dump(exclude_unset=True))
+    additional = {**needed.pop("additional_config"), **engine_args.get("additional_config", {})}
+    return {**needed, **engine_args, "additional_config": additional}
 
 
 def engine_arg_names() -> set[str]:

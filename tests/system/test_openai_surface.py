@@ -169,3 +169,57 @@ def test_an_over_full_queue_is_503_with_retry_after(deployment: Deployment) -> N
     for response in refused:
         _assert_error(response, 503)
         assert int(response.headers["retry-after"]) >= 1
+
+
+LONG_PROMPT = "The keeper of the lighthouse wrote down every ship that passed. " * 60
+
+
+def test_a_long_prompt_is_compressed_and_the_answer_says_so(
+    deployment: Deployment, client: openai.OpenAI
+) -> None:
+    options: dict[str, Any] = {
+        "model": MODEL, "prompt": LONG_PROMPT, "max_tokens": 16,
+        "extra_body": {"vllm_xargs": {"adakv_budget_tokens": 128}},
+    }  # fmt: skip
+    whole = client.completions.create(**options).model_dump()["kv_compression"]
+    assert whole["policy"] == "ada_snapkv"
+    assert whole["skipped"] is None
+    assert whole["kept_mean"] == 128
+    assert whole["kept_min"] < 128 < whole["kept_max"]
+    assert whole["blocks_after"] == 5
+    assert whole["blocks_before"] > 20
+    stream = client.completions.create(
+        **options, stream=True, stream_options={"include_usage": True}
+    )
+    *others, last = [chunk.model_dump() for chunk in stream]
+    assert last["kv_compression"] == whole
+    assert not any("kv_compression" in chunk for chunk in others)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("xargs", "reason"),
+    [
+        ({"adakv_policy": "ada_snap"}, "known are"),
+        ({"adakv_budget_tokens": 3}, "least"),
+        ({"adakv_budget_tokens": "many"}, "integer"),
+        ({"adakv_keep_ratio": 2}, "less than"),
+        ({"adakv_buget_tokens": 300}, "did you mean adakv_budget_tokens"),
+        ({"adakv_alpha": 0.5, "adakv_policy": "snapkv"}, "takes no alpha"),
+    ],
+)
+def test_bad_compression_options_are_400(
+    deployment: Deployment, xargs: dict[str, Any], reason: str, stream: bool
+) -> None:
+    body = {"model": MODEL, "prompt": "Once", "stream": stream, "vllm_xargs": xargs}
+    response = deployment.post("/v1/completions", body)
+    _assert_error(response, 400)
+    assert reason in response.json()["error"]["message"]
+
+
+def test_a_request_may_ask_for_its_whole_cache(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model=MODEL, prompt=LONG_PROMPT, max_tokens=2,
+        extra_body={"vllm_xargs": {"adakv_policy": "full"}},
+    )  # fmt: skip
+    assert answer.model_dump()["kv_compression"]["skipped"] == "full_requested"
