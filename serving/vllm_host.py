@@ -5,6 +5,7 @@ The one file of this package that knows vLLM's entry points.
 
 import asyncio
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -33,6 +34,8 @@ from kernels.blocks import blocks_for_tokens
 from serving.asgi import ASGIApp
 from serving.compression_proof import ProofMiddleware, noting
 from serving.openai_error import error_body
+
+logger = logging.getLogger("ray.serve")
 
 _RATE_WINDOW_S = 5.0
 # Settings of the socket that vLLM would listen on, and of access, which the front door guards.
@@ -202,9 +205,10 @@ def _with_compression(
     if compression is None or not compression.enabled:
         return engine_args
     if not current_platform.is_cpu():
-        raise ValueError(
-            "compression: there is no backend for this platform yet; set compression.enabled: false"
+        logger.warning(
+            "compression is configured but NOT running: it has a CPU backend only so far"
         )
+        return engine_args
     needed = compression_engine_args(compression.model_dump(exclude_unset=True))
     additional = {**needed.pop("additional_config"), **engine_args.get("additional_config", {})}
     return {**needed, **engine_args, "additional_config": additional}

@@ -1,0 +1,151 @@
+"""Random lives of many requests in the real scheduler, with a worker that only answers."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adakv_worker.checks import check_blocks
+from adakv_worker.commands import ATTRIBUTE, commands_of
+from adakv_worker.plan import Phase
+from adakv_worker.scheduler import AdaKVScheduler
+from tests.adakv_worker.engines import Engine, prompt
+
+
+@pytest.fixture(scope="module")
+def small(in_process: None, gqa_model: Any) -> Iterator[Engine]:
+    """Only its configuration is used: 48 blocks, little for what the tests ask of it."""
+    engine = Engine(
+        gqa_model, {"budget_tokens": 64, "keep_ratio": 0.0},
+        kv_cache_memory_bytes=48 * 32 * 2 * 4 * 2 * 32 * 4, max_model_len=1024, max_num_seqs=6,
+    )  # fmt: skip
+    yield engine
+    engine.close()
+
+
+class Fake:
+    """A scheduler and a worker that keeps no cache but answers every step."""
+
+    def __init__(self, engine: Engine) -> None:
+        real = engine.scheduler
+        self.scheduler = AdaKVScheduler(
+            vllm_config=real.vllm_config,
+            kv_cache_config=real.kv_cache_config,
+            structured_output_manager=real.structured_output_manager,
+            block_size=real.block_size,
+            hash_block_size=real.hash_block_size,
+        )
+        (self.manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        self._params = engine.params
+        self._hasher = engine.llm.llm_engine.engine_core.engine_core.request_block_hasher
+        self.count = 0
+        self.slabs: dict[str, set[int]] = {}
+
+    def add(self, length: int, max_tokens: int, seed: int, options: dict[str, Any]) -> None:
+        from vllm.v1.request import Request
+
+        params = self._params(max_tokens=max_tokens, logprobs=None, extra_args=options)
+        request = Request(
+            request_id=f"r{self.count}",
+            prompt_token_ids=prompt(length, seed),
+            sampling_params=params,
+            pooling_params=None,
+            block_hasher=self._hasher,
+        )
+        self.count += 1
+        self.scheduler.add_request(request)
+
+    def abort(self, which: int) -> None:
+        from vllm.v1.request import RequestStatus
+
+        live = sorted(self.scheduler.requests)
+        if live:
+            self.scheduler.finish_requests(live[which % len(live)], RequestStatus.FINISHED_ABORTED)
+
+    def step(self) -> None:
+        output = self.scheduler.schedule()
+        commands = commands_of(output)
+        for request_id, command in commands.compress.items():
+            # The worker writes slabs in this step: all must still be the request's.
+            blocks = self.manager.req_to_blocks[request_id]
+            assert {*command.slabs} <= {block.block_id for block in blocks}
+            assert request_id in commands.capture
+        scheduled = list(output.num_scheduled_tokens)
+        done = [
+            self.scheduler.requests[request_id].num_computed_tokens
+            >= self.scheduler.requests[request_id].num_tokens
+            for request_id in scheduled
+        ]
+        answer = SimpleNamespace(
+            req_id_to_index={request_id: index for index, request_id in enumerate(scheduled)},
+            sampled_token_ids=[[7] if finished else [] for finished in done],
+            logprobs=None, pooler_output=None, num_nans_in_logits=None, kv_connector_output=None,
+            ec_connector_output=None, cudagraph_stats=None, prompt_logprobs_dict={},
+            prompt_token_id_logprobs_dict={}, sampling_masks=None,
+        )  # fmt: skip
+        setattr(answer, ATTRIBUTE, dict.fromkeys(commands.compress, (64.0, 1, 99)))
+        self.scheduler.update_from_output(output, answer)  # type: ignore[arg-type]
+        check_blocks(self.manager)
+        self._check_running()
+
+    def _check_running(self) -> None:
+        for request in self.scheduler.running:
+            plan = self.manager.plans[request.request_id]
+            if plan.phase is Phase.COMPRESSED:
+                held = len(self.manager.req_to_blocks[request.request_id])
+                assert held >= plan.blocks_at(request.num_computed_tokens)
+
+
+OPTIONS = st.sampled_from(
+    [{}, {}, {"adakv_policy": "full"}, {"adakv_budget_tokens": 200}, {"adakv_keep_ratio": 0.3}]
+)
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("add"), st.integers(1, 700), st.integers(1, 60), st.integers(0, 3), OPTIONS
+        ),
+        st.tuples(st.just("step")),
+        st.tuples(st.just("step")),
+        st.tuples(st.just("abort"), st.integers(0, 9)),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(actions=ACTIONS)
+def test_random_lives_lose_no_block(small: Engine, actions: list[Any]) -> None:
+    fake = Fake(small)
+    total = fake.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    for name, *values in actions:
+        getattr(fake, name)(*values)
+    for _ in range(3000):
+        if not fake.scheduler.has_unfinished_requests():
+            break
+        fake.step()
+    assert not fake.scheduler.has_unfinished_requests()
+    fake.step()
+    assert fake.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == total
+    assert not fake.manager.plans
+    assert not fake.scheduler._reports
+
+
+def test_the_pool_is_tight_enough_to_preempt(small: Engine) -> None:
+    fake = Fake(small)
+    preempted = 0
+    preempt = fake.scheduler._preempt_request
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal preempted
+        preempted += 1
+        return preempt(*args, **kwargs)
+
+    fake.scheduler._preempt_request = counted  # type: ignore[method-assign]
+    for seed in range(6):
+        fake.add(600, 300, seed, {"adakv_budget_tokens": 200})
+    while fake.scheduler.has_unfinished_requests():
+        fake.step()
+    assert preempted > 0
