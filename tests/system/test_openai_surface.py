@@ -223,3 +223,28 @@ def test_a_request_may_ask_for_its_whole_cache(client: openai.OpenAI) -> None:
         extra_body={"vllm_xargs": {"adakv_policy": "full"}},
     )  # fmt: skip
     assert answer.model_dump()["kv_compression"]["skipped"] == "full_requested"
+
+
+def test_schemas_stop_strings_and_samples_on_a_compressed_cache(client: openai.OpenAI) -> None:
+    budget = {"vllm_xargs": {"adakv_budget_tokens": 96}}
+    question = [{"role": "user", "content": LONG_PROMPT + "Which city has the lighthouse?"}]
+    answer = client.chat.completions.create(
+        model=MODEL, messages=question, max_tokens=60, extra_body=budget,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "city", "schema": CITY, "strict": True},
+        },
+    )  # fmt: skip
+    assert answer.model_dump()["kv_compression"]["skipped"] is None
+    assert set(json.loads(answer.choices[0].message.content or "")) == {"city"}
+    stopped = client.completions.create(
+        model=MODEL, prompt=LONG_PROMPT, max_tokens=60, stop=["passed"], logprobs=2,
+        extra_body=budget,
+    )  # fmt: skip
+    assert stopped.choices[0].finish_reason == "stop"
+    assert stopped.model_dump()["kv_compression"]["kept_mean"] == 96
+    several = client.completions.create(
+        model=MODEL, prompt=LONG_PROMPT, max_tokens=5, n=3, temperature=1.0, extra_body=budget
+    )
+    assert len(several.choices) == 3
+    assert several.model_dump()["kv_compression"]["policy"] == "ada_snapkv"
