@@ -13,10 +13,17 @@ from vllm.v1.request import Request
 
 from adakv_worker.checks import check_blocks
 from adakv_worker.commands import ATTRIBUTE, Capture, Compress, StepCommands, kept_of
-from adakv_worker.config import CompressionConfig, RequestOptions, compression_config
+from adakv_worker.config import (
+    FULL,
+    CompressionConfig,
+    RequestBudget,
+    RequestOptions,
+    compression_config,
+)
 from adakv_worker.manager import AdaKVManager
 from adakv_worker.plan import Phase, Plan, make_plan
 from adakv_worker.support import refuse_unsupported, require_classes
+from kernels.presets import PolicyChoice
 
 # Below vLLM's own logger, so that its settings show it.
 logger = init_logger("vllm.adakv")
@@ -71,7 +78,7 @@ class AdaKVSchedulerMixin(Scheduler):
         if self._manager is None or params is None:
             return None
         plan = make_plan(
-            RequestOptions.of(params.extra_args).budget(self._adakv),
+            self._budget(request.request_id, params.extra_args),
             request.num_tokens,
             request.max_tokens - request.num_output_tokens,
             self.block_size,
@@ -79,6 +86,16 @@ class AdaKVSchedulerMixin(Scheduler):
         )
         self._manager.plans[request.request_id] = plan
         return plan
+
+    def _budget(self, request_id: str, extra_args: dict[str, Any] | None) -> RequestBudget:
+        try:
+            return RequestOptions.of(extra_args).budget(self._adakv)
+        except ValueError as error:
+            # Servers refuse it at admission. `vllm.LLM` does not know the operator's bounds there,
+            # and an engine must not die of a request: it keeps its whole cache, and its proof
+            # says `full_requested`.
+            logger.warning("adakv: request %s keeps its whole cache: %s", request_id, error)
+            return RequestBudget(choice=PolicyChoice(FULL), budget_tokens=1, keep_ratio=1.0)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)

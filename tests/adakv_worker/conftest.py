@@ -24,7 +24,13 @@ def gqa_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(in_process: None, gqa_model: Path) -> Iterator[Engine]:
     """Compresses to 48 entries, whatever the prompt."""
-    engine = Engine(gqa_model, {"budget_tokens": 48, "keep_ratio": 0.0, "window_tokens": 16})
+    engine = Engine(
+        gqa_model,
+        {
+            "budget_tokens": 48, "keep_ratio": 0.0, "window_tokens": 16,
+            "max_budget_tokens": 100_000,
+        },
+    )  # fmt: skip
     yield engine
     engine.assert_nothing_leaked()
     engine.close()

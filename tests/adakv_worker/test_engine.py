@@ -180,3 +180,12 @@ def test_an_exported_cache_can_be_restored_elsewhere(engine: Engine, reference: 
     assert moved
     (undisturbed,) = engine.run([prompt(500, seed=16)], engine.params(max_tokens=30))
     assert tokens == undisturbed.tokens
+
+
+def test_a_value_out_of_bounds_that_gets_through_harms_nobody(engine: Engine) -> None:
+    # The validator of an offline engine does not know the operator's bounds.
+    (result,) = engine.run(
+        [prompt(300, seed=17)], engine.params(extra_args={"adakv_budget_tokens": 100_001})
+    )
+    assert result.proof is not None
+    assert result.proof["skipped"] == "full_requested"
