@@ -103,6 +103,8 @@ def _summary(rounds: dict[str, list[Round]]) -> dict[str, Any]:
 def _one_replica(path: Path) -> dict[str, Any]:
     config = yaml.safe_load(path.read_text())
     args = config["applications"][0]["args"]
+    # The same engine on both sides: only the doors differ.
+    args["compression"] = {"enabled": False}
     args["replica"] = {**args.get("replica", {}), "count": 1, "cpus": 1, "cpu_threads": THREADS}
     return config
 
