@@ -98,7 +98,8 @@ class VllmHost:
         settings = _with_compression(engine_args, compression)
         args = AsyncEngineArgs(model=model, served_model_name=[served_name], **settings)
         config = args.create_engine_config()
-        if compression_config(config.additional_config) is not None:
+        compressing = compression_config(config.additional_config) is not None
+        if compressing:
             refuse_unsupported(config)
         stats = _LoadStats()
         engine = AsyncLLM.from_vllm_config(
@@ -112,6 +113,8 @@ class VllmHost:
         await init_app_state(engine, app.state, options, tasks)
         app.state.server = _Server()
         _mend_openai_surface(app)
+        if not compressing:
+            return cls(engine, app, stats)
         engine.generate = noting(engine.generate, on_proof)  # type: ignore[method-assign]
         return cls(engine, ProofMiddleware(app), stats)
 
