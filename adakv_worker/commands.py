@@ -12,17 +12,21 @@ ATTRIBUTE = "adakv"
 
 
 class Capture(NamedTuple):
-    """Keep the queries of the last `query_span` of `prompt_tokens` tokens of a request."""
+    """Keep the queries of the last `query_span` of `prompt_tokens` tokens for a later step."""
 
     prompt_tokens: int
     query_span: int
 
 
 class Compress(NamedTuple):
-    """After this step's forward pass, move what the policy keeps into `slabs`."""
+    """In this step's forward pass, copy what the policy keeps into `slabs`.
+
+    The scorer wants the queries of the last `query_span` of `prompt_tokens` tokens.
+    """
 
     choice: PolicyChoice
     prompt_tokens: int
+    query_span: int
     keep: int
     slabs: list[int]
 

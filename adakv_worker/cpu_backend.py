@@ -21,9 +21,9 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
+from adakv_worker.compression import Watcher
 from adakv_worker.config import compression_config
 from adakv_worker.manager import AdaKVSpec
-from adakv_worker.state import CaptureSlice
 from adakv_worker.support import require_classes
 from kernels.paged_cache import PagedCache
 from kernels.pages import GrownStep
@@ -54,7 +54,7 @@ class Step(NamedTuple):
     """What the runner adds to a step's attention metadata."""
 
     folded: FoldedDecode | None
-    captures: list[CaptureSlice]
+    watchers: list[Watcher]
 
 
 @dataclass
@@ -191,8 +191,6 @@ class AdaKVCPUImpl(CPUAttentionBackendImpl):
                 output_scale, output_block_scale,
             )  # fmt: skip
         index = layer.adakv_index  # type: ignore[attr-defined]
-        for capture in step.captures:
-            capture.target[index] = query[capture.start : capture.stop]
         count = 0
         if step.folded is not None:
             count = step.folded.requests
@@ -202,6 +200,8 @@ class AdaKVCPUImpl(CPUAttentionBackendImpl):
                 layer, query[count:], key, value, kv_cache, attn_metadata, output[count:],
                 output_scale, output_block_scale,
             )  # fmt: skip
+        for watcher in step.watchers:
+            watcher.see(index, query)
         return output
 
     def _attend_folded(

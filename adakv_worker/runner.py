@@ -11,7 +11,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from adakv_worker.commands import ATTRIBUTE, Kept, StepCommands, commands_of
+from adakv_worker.commands import ATTRIBUTE, Compress, Kept, StepCommands, commands_of
+from adakv_worker.compression import Watcher
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.cpu_backend import AdaKVCPUMetadataBuilder, Pages, Step, paged_cache
 from adakv_worker.model_parts import layer_parts
@@ -79,16 +80,8 @@ class AdaKVRunnerMixin(GPUModelRunner):
     def _plan_step(self, output: SchedulerOutput, commands: StepCommands) -> Step | None:
         request_ids = self.input_batch.req_ids
         compressed = [request_id for request_id in request_ids if request_id in self.adakv]
-        captures = []
-        start = 0
-        for index, request_id in enumerate(request_ids):
-            count = output.num_scheduled_tokens[request_id]
-            if command := commands.capture.get(request_id):
-                first = int(self.input_batch.num_computed_tokens_cpu[index])
-                captures.append(self.adakv.capture(request_id, command, start, first, count))
-            start += count
-        wanted = [capture for capture in captures if capture is not None]
-        if not compressed and not wanted:
+        watchers = self._watchers(output, commands)
+        if not compressed and not watchers:
             return None
         folded = None
         if compressed:
@@ -97,7 +90,28 @@ class AdaKVRunnerMixin(GPUModelRunner):
             assert isinstance(builder, AdaKVCPUMetadataBuilder)
             grown = self.adakv.grow(compressed)
             folded = builder.fold(grown, len(compressed), self._adakv_pages)
-        return Step(folded, wanted)
+        return Step(folded, watchers)
+
+    def _watchers(self, output: SchedulerOutput, commands: StepCommands) -> list[Watcher]:
+        if not commands.capture and not commands.compress:
+            return []
+        watchers: list[Watcher] = []
+        start = 0
+        for index, request_id in enumerate(self.input_batch.req_ids):
+            count = output.num_scheduled_tokens[request_id]
+            first = int(self.input_batch.num_computed_tokens_cpu[index])
+            if compress := commands.compress.get(request_id):
+                blocks = self._prompt_blocks(request_id, compress)
+                watchers.append(self.adakv.compress(request_id, compress, blocks, start, first))
+            elif capture := commands.capture.get(request_id):
+                watcher = self.adakv.capture(request_id, capture, start, first, count)
+                watchers += [watcher] if watcher is not None else []
+            start += count
+        return watchers
+
+    def _prompt_blocks(self, request_id: str, command: Compress) -> list[int]:
+        (blocks,) = self.requests[request_id].block_ids
+        return blocks[: len(blocks) - len(command.slabs)]
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
@@ -107,27 +121,18 @@ class AdaKVRunnerMixin(GPUModelRunner):
         finally:
             self._adakv_step = None
         commands = commands_of(scheduler_output)
-        self._adakv_kept = self._compress(commands)
-        for request_id in commands.capture:
-            if self._prefill_done(request_id, scheduler_output):
-                self.adakv.drop_queries(request_id)
+        self._adakv_kept = self._finish_compressions(commands)
+        self.adakv.drop_windows(scheduler_output.num_scheduled_tokens.keys() - commands.capture)
         if self._adakv_config.check_invariants:
             self.adakv.check()
         return result
 
-    def _prefill_done(self, request_id: str, output: SchedulerOutput) -> bool:
-        request = self.requests[request_id]
-        computed = request.num_computed_tokens + output.num_scheduled_tokens[request_id]
-        return computed >= commands_of(output).capture[request_id].prompt_tokens
-
-    def _compress(self, commands: StepCommands) -> Kept:
-        kept: Kept = {}
+    def _finish_compressions(self, commands: StepCommands) -> Kept:
+        if not commands.compress:
+            return {}
+        kept = self.adakv.finish_compressions()
         for request_id, command in commands.compress.items():
-            request = self.requests[request_id]
-            (blocks,) = request.block_ids
-            prompt_blocks = blocks[: len(blocks) - len(command.slabs)]
-            kept |= self.adakv.compress(request_id, command, prompt_blocks)
-            request.block_ids = (list(command.slabs),)
+            self.requests[request_id].block_ids = (list(command.slabs),)
             row = self.input_batch.req_id_to_index[request_id]
             self.input_batch.block_table.add_row((command.slabs,), row)
         return _over_ranks(kept)

@@ -109,13 +109,18 @@ class AdaKVSchedulerMixin(Scheduler):
             plan = manager.plans.get(request_id)
             if plan is None or not plan.active or plan.phase is Phase.COMPRESSED:
                 continue
+            if plan.phase is Phase.RESERVED:
+                commands.compress[request_id] = Compress(
+                    plan.choice,
+                    plan.prompt_tokens,
+                    plan.query_span,
+                    plan.keep,
+                    manager.slabs_of(request_id),
+                )
+                continue
             computed = self.requests[request_id].num_computed_tokens
             if computed > plan.prompt_tokens - plan.query_span:
                 commands.capture[request_id] = Capture(plan.prompt_tokens, plan.query_span)
-            if plan.phase is Phase.RESERVED:
-                commands.compress[request_id] = Compress(
-                    plan.choice, plan.prompt_tokens, plan.keep, manager.slabs_of(request_id)
-                )
         return commands
 
     def update_from_output(

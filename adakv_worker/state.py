@@ -1,32 +1,17 @@
-"""The worker's side of compressed requests: captured queries, page tables, and compression."""
+"""The worker's side of compressed requests: their page tables, and what watches their prefills."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from adakv_worker.commands import Capture, Compress, Kept
+from adakv_worker import commands
+from adakv_worker.commands import Compress, Kept
+from adakv_worker.compression import Capture, Compression, Window
 from adakv_worker.model_parts import LayerParts
-from kernels.observation import Observation
-from kernels.paged_cache import PagedCache, placed_slots, read_blocks, read_slots, write_slots
+from kernels.paged_cache import PagedCache, placed_slots, read_slots, write_slots
 from kernels.pages import GrownStep, PageLayout, PageTables, check_page_tables
-
-
-class _Queries(NamedTuple):
-    """Queries of the last `span` of `prompt_tokens` tokens: buffer [L, span, Hq, D]."""
-
-    prompt_tokens: int
-    span: int
-    buffer: Tensor
-
-
-class CaptureSlice(NamedTuple):
-    """Copy the queries of batch tokens [start, stop) to `target` [L, stop - start, Hq, D]."""
-
-    start: int
-    stop: int
-    target: Tensor
 
 
 class CompressedState(NamedTuple):
@@ -53,11 +38,11 @@ class CompressionState:
         record_selections: bool = False,
     ) -> None:
         self._cache = cache
-        self._layout = layout
         self._parts = parts
         self.tables = PageTables(layout, cache.keys.shape[1], max_requests)
         self._rows: dict[str, int] = {}
-        self._queries: dict[str, _Queries] = {}
+        self._windows: dict[str, Window] = {}
+        self._compressing: dict[str, Compression] = {}
         # Kept positions [L, H, n] bool by request, when recorded for debugging.
         self.selections: dict[str, Tensor] | None = {} if record_selections else None
 
@@ -66,13 +51,15 @@ class CompressionState:
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes held beside the engine's KV memory: page tables and captured queries."""
-        captured = (queries.buffer for queries in self._queries.values())
-        return self.tables.nbytes + sum(t.numel() * t.element_size() for t in captured)
+        """Bytes held beside the engine's KV memory: tables, queries and scores."""
+        windows = [window.queries for window in self._windows.values()]
+        held = sum(queries.numel() * queries.element_size() for queries in windows)
+        running = sum(compression.nbytes for compression in self._compressing.values())
+        return self.tables.nbytes + held + running
 
     def forget(self, request_id: str) -> None:
         """The request ended or was preempted: its blocks are no longer its own."""
-        self._queries.pop(request_id, None)
+        self._windows.pop(request_id, None)
         if self.selections is not None:
             self.selections.pop(request_id, None)
         if request_id in self._rows:
@@ -86,8 +73,13 @@ class CompressionState:
         return self.tables.grow([self._rows[request_id] for request_id in request_ids])
 
     def capture(
-        self, request_id: str, capture: Capture, start: int, first_token: int, num_tokens: int
-    ) -> CaptureSlice | None:
+        self,
+        request_id: str,
+        command: commands.Capture,
+        start: int,
+        first_token: int,
+        num_tokens: int,
+    ) -> Capture | None:
         """Prepares to keep the queries of this step's tokens that a scorer will want.
 
         Args:
@@ -95,79 +87,75 @@ class CompressionState:
             first_token: its position in the request.
             num_tokens: its tokens in this step.
         """
-        prompt_tokens, span = capture
-        if span == 0:
-            return None
+        prompt_tokens, span = command
         window_start = prompt_tokens - span
         first = max(first_token, window_start)
-        last = min(first_token + num_tokens, prompt_tokens)
+        last = first_token + num_tokens
         if first >= last:
             return None
-        have = self._queries.get(request_id)
-        if have is None or have.prompt_tokens != prompt_tokens:
-            part = self._parts[0]
-            shape = (len(self._parts), span, part.num_heads, self._cache.keys.shape[-1])
-            have = _Queries(prompt_tokens, span, self._cache.keys.new_empty(shape))
-            self._queries[request_id] = have
-        return CaptureSlice(
+        window = self._windows.get(request_id)
+        if window is None or window.prompt_tokens != prompt_tokens:
+            shape = (len(self._parts), span, self._parts[0].num_heads, self._cache.keys.shape[-1])
+            window = Window(prompt_tokens, span, self._cache.keys.new_empty(shape))
+            self._windows[request_id] = window
+        return Capture(
             start + first - first_token,
             start + last - first_token,
-            have.buffer[:, first - window_start : last - window_start],
+            window.queries[:, first - window_start : last - window_start],
         )
 
-    def drop_queries(self, request_id: str) -> None:
-        self._queries.pop(request_id, None)
+    def drop_windows(self, request_ids: Iterable[str]) -> None:
+        """Forgets queries kept for compressions that were skipped in the end."""
+        if self._windows:
+            for request_id in request_ids:
+                self._windows.pop(request_id, None)
 
-    def compress(self, request_id: str, command: Compress, blocks: list[int]) -> Kept:
-        """Scores the prompt in `blocks` and copies what is kept into pages of the slabs."""
-        n = command.prompt_tokens
-        block_ids = torch.tensor(blocks, dtype=torch.int64)
-        policy = command.choice.build()
-        queries = self._queries.pop(request_id, None)
-        scores = torch.stack(
-            [
-                policy.scorer.score(
-                    self._observe(layer, queries, block_ids, n, policy.scorer.needs_values)
-                )
-                for layer in range(len(self._parts))
-            ]
-        )
-        selection = policy.allocate(scores, command.keep)
-        row = self.tables.place(selection.lens, command.slabs)
-        self._rows[request_id] = row
-        for layer in range(len(self._parts)):
-            self._move(layer, row, selection.kept[layer], block_ids)
-        if self.selections is not None:
-            self.selections[request_id] = selection.kept
-        lens = selection.lens
-        return {request_id: (float(lens.float().mean()), int(lens.min()), int(lens.max()))}
+    def compress(
+        self,
+        request_id: str,
+        command: Compress,
+        blocks: Sequence[int],
+        start: int,
+        first_token: int,
+    ) -> Compression:
+        """Begins the compression of a request whose prompt this step completes.
 
-    def _observe(
-        self, layer: int, queries: _Queries | None, blocks: Tensor, n: int, with_values: bool
-    ) -> Observation:
-        part = self._parts[layer]
-        keys = read_blocks(self._cache.keys, self._layout, blocks, layer, n)
-        values = keys.new_empty((*keys.shape[:2], 0))
-        if with_values:
-            values = read_blocks(self._cache.values, self._layout, blocks, layer, n)
-        if queries is None:
-            seen = keys.new_empty((part.num_heads, 0, keys.shape[-1]))
-        else:
-            seen = queries.buffer[layer].transpose(0, 1)
-        return Observation(
-            seen, keys, values, part.scale, part.rotary, part.output_weight, part.layer
+        Args:
+            blocks: the prompt's blocks.
+            start: index of the request's first token in the batch.
+            first_token: its position in the request.
+        """
+        window = self._windows.pop(request_id, None)
+        before = first_token - (command.prompt_tokens - command.query_span)
+        earlier = None
+        if before > 0:
+            assert window is not None, "the scheduler asked for no queries of the chunks before"
+            earlier = window.queries[:, :before]
+        compression = Compression(
+            command,
+            blocks,
+            start + command.prompt_tokens - first_token,
+            earlier,
+            self._cache,
+            self.tables,
+            self._parts,
+            record=self.selections is not None,
         )
+        self._compressing[request_id] = compression
+        return compression
 
-    def _move(self, layer: int, row: int, kept: Tensor, blocks: Tensor) -> None:
-        """Copies the kept [H, n] entries of one layer, in order of position."""
-        page_tokens = self.tables.page_tokens
-        head, position = kept.nonzero(as_tuple=True)
-        pages = self._layout.block_pages(blocks, layer)
-        source = pages[position // page_tokens, head] * page_tokens + position % page_tokens
-        target = placed_slots(
-            self.tables.tables[row, layer], self.tables.lens[row, layer], page_tokens
-        )
-        write_slots(self._cache, target, *read_slots(self._cache, source))
+    def finish_compressions(self) -> Kept:
+        """After the forward pass: the requests are compressed from the next step on."""
+        kept: Kept = {}
+        for request_id, compression in self._compressing.items():
+            positions = compression.finish()
+            if self.selections is not None and positions is not None:
+                self.selections[request_id] = positions
+            self._rows[request_id] = compression.row
+            lens = self.tables.lens[compression.row]
+            kept[request_id] = (float(lens.float().mean()), int(lens.min()), int(lens.max()))
+        self._compressing.clear()
+        return kept
 
     @torch.inference_mode()
     def export(self, request_id: str) -> CompressedState:

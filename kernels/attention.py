@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels.dispatch import Operation
 from kernels.observation import Observation
 
 
@@ -11,15 +12,55 @@ def window_attention(observation: Observation, window: int) -> Tensor:
 
     Query i of the window sees positions up to n - w + i, as in the prefill itself.
     """
-    n = observation.num_tokens
-    queries = observation.grouped_queries(window).float() * observation.scale
-    keys = observation.keys.float()
-    heads, group, _, dim = queries.shape
-    flat = queries.reshape(heads, group * window, dim)
-    logits = torch.bmm(flat, keys.transpose(1, 2)).view(heads, group, window, n)
-    future = torch.ones((window, window), dtype=torch.bool, device=keys.device).triu(1)
-    logits[..., n - window :].masked_fill_(future, float("-inf"))
+    return _window_attention(
+        observation.grouped_queries(window), observation.keys, observation.scale
+    )
+
+
+@Operation
+def mean_window_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Mean attention [H, G, n - w] float32 that a window pays to the entries before it.
+
+    Args:
+        queries: [H, G, w, D] of the last w positions.
+        keys: [H, n, D].
+        scale: the softmax scale.
+    """
+    window = queries.shape[2]
+    return _window_attention(queries, keys, scale)[..., :-window].mean(dim=2)
+
+
+@mean_window_attention.on("cpu")
+def _mean_window_attention_by_head(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    # One KV head at a time in one buffer, in place: fresh memory costs more than the arithmetic.
+    heads, group, window, dim = queries.shape
+    n = keys.shape[1]
+    scaled = (queries.float() * scale).reshape(heads, group * window, dim)
+    keys = keys.float()
+    future = _future(window, keys)
+    mean = scaled.new_empty((heads, group, n - window))
+    buffer = scaled.new_empty((group * window, n))
+    rows = buffer.view(group, window, n)
+    for head in range(heads):
+        torch.mm(scaled[head], keys[head].t(), out=buffer)
+        rows[..., n - window :].masked_fill_(future, float("-inf"))
+        torch.softmax(buffer, dim=-1, out=buffer)
+        torch.mean(rows[..., : n - window], dim=1, out=mean[head])
+    return mean
+
+
+def _window_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    heads, group, window, dim = queries.shape
+    n = keys.shape[1]
+    flat = (queries.float() * scale).reshape(heads, group * window, dim)
+    logits = torch.bmm(flat, keys.float().transpose(1, 2)).view(heads, group, window, n)
+    logits[..., n - window :].masked_fill_(_future(window, keys), float("-inf"))
     return logits.softmax(dim=-1)
+
+
+def _future(window: int, keys: Tensor) -> Tensor:
+    """[w, w] bool: which keys of the window lie after which of its queries."""
+    return torch.ones((window, window), dtype=torch.bool, device=keys.device).triu(1)
 
 
 def pool(scores: Tensor, kernel_size: int, mode: str) -> Tensor:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.dispatch import Operation
 from kernels.pages import PageLayout
 
 
@@ -45,6 +46,34 @@ def read_slots(cache: PagedCache, slots: Tensor) -> tuple[Tensor, Tensor]:
     page_tokens = cache.keys.shape[1]
     page, offset = slots // page_tokens, slots % page_tokens
     return cache.keys[page, offset], cache.values[page, offset]
+
+
+@Operation
+def compact(kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, lens: Tensor) -> None:
+    """Copies the entries of one layer that stay, in order of position.
+
+    Args:
+        kept: [H, n] bool.
+        source: [nb, H] int64, the pages that hold them.
+        tables, lens: [H, W] int32 and [H], the pages that shall.
+    """
+    page_tokens = cache.keys.shape[1]
+    for head in range(kept.shape[0]):
+        for entry, position in enumerate(kept[head].nonzero()[:, 0].tolist()):
+            old = source[position // page_tokens, head], position % page_tokens
+            new = tables[head, entry // page_tokens].long(), entry % page_tokens
+            cache.keys[new] = cache.keys[old]
+            cache.values[new] = cache.values[old]
+
+
+@compact.on("cpu")
+def _compact_at_once(
+    kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, lens: Tensor
+) -> None:
+    page_tokens = cache.keys.shape[1]
+    head, position = kept.nonzero(as_tuple=True)
+    slots = source[position // page_tokens, head] * page_tokens + position % page_tokens
+    write_slots(cache, placed_slots(tables, lens, page_tokens), *read_slots(cache, slots))
 
 
 def placed_slots(tables: Tensor, lens: Tensor, page_tokens: int) -> Tensor:

@@ -5,10 +5,13 @@ the engine is L * H pages. Blocks that belong to one compressed request alone ar
 page of a slab may serve any (layer, head).
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels.growth import grow_tables
 
 
 class PageLayout(NamedTuple):
@@ -57,6 +60,20 @@ class GrownStep(NamedTuple):
     lens: Tensor
 
 
+@dataclass
+class _Batch:
+    """A decode batch's part of the tables, in the order of attention.
+
+    lens: [L, R, H]. tables: [L, R, H, W]. steps_left: entries that surely fit into W columns.
+    """
+
+    rows: list[int]
+    index: Tensor
+    lens: Tensor
+    tables: Tensor
+    steps_left: int
+
+
 class PageTables:
     """Page tables of up to `rows` compressed requests; grows in width with what they hold.
 
@@ -74,40 +91,59 @@ class PageTables:
         self.num_pages = torch.zeros(rows, dtype=torch.int64)
         self.used_pages = torch.zeros(rows, dtype=torch.int64)
         self._free_rows = list(range(rows - 1, -1, -1))
-        # The last step's batch and its gathered tables: decode batches rarely change.
-        self._gathered_rows: list[int] = []
-        self._gathered = torch.zeros(0, dtype=torch.int32)
+        # Decode batches rarely change from step to step.
+        self._batch: _Batch | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held beside the engine's KV memory."""
-        tensors = (self.lens, self.tables, self.pages, self._gathered)
+        tensors = [self.lens, self.tables, self.pages]
+        if self._batch is not None:
+            tensors += [self._batch.lens, self._batch.tables]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    def open(self, slabs: list[int]) -> int:
+        """Gives a request without entries the pages of its slabs; returns its row."""
+        row = self._free_rows.pop()
+        self._batch = None
+        self.add_slabs(row, slabs)
+        return row
+
     def place(self, lens: Tensor, slabs: list[int]) -> int:
-        """Gives a request with `lens` [L, H] entries its pages in `slabs`; returns its row.
+        """`open` and `place_layer` for lens [L, H] of all layers.
+
+        Raises:
+            ValueError: the slabs are too few; nothing has changed then.
+        """
+        row = self.open(slabs)
+        try:
+            for layer, layer_lens in enumerate(lens):
+                self.place_layer(row, layer, layer_lens)
+        except ValueError:
+            self.release(row)
+            raise
+        return row
+
+    def place_layer(self, row: int, layer: int, lens: Tensor) -> Tensor:
+        """Gives the heads of a layer pages for `lens` [H] entries; returns their tables [H, W].
 
         Raises:
             ValueError: the slabs are too few.
         """
         needed = -(-lens.long() // self.page_tokens)
-        row = self._free_rows.pop()
-        self.lens[row] = lens
-        self.num_pages[row] = 0
-        self.add_slabs(row, slabs)
-        total = int(needed.sum())
-        if total > int(self.num_pages[row]):
-            self.release(row)
-            raise ValueError(f"{total} pages do not fit into {len(slabs)} slabs")
-        self._widen(int(needed.max()))
-        columns = torch.arange(self.tables.shape[-1])
-        owned = columns < needed[..., None]
-        first = (needed.view(-1).cumsum(0) - needed.view(-1)).view(needed.shape)
-        ordinals = (first[..., None] + columns).clamp_(max=max(total - 1, 0))
-        self.tables[row] = torch.where(owned, self.pages[row][ordinals], 0).int()
-        self.used_pages[row] = total
-        self._gathered_rows = []
-        return row
+        ends = needed.cumsum(0)
+        used, total, widest = int(self.used_pages[row]), int(ends[-1]), int(needed.max())
+        if used + total > int(self.num_pages[row]):
+            raise ValueError(f"{used + total} pages do not fit into {int(self.num_pages[row])}")
+        self._widen(widest)
+        columns = torch.arange(widest)
+        ordinals = (ends - needed)[:, None] + columns
+        owned = columns < needed[:, None]
+        table = self.tables[row, layer]
+        table[:, :widest][owned] = self.pages[row, used : used + total][ordinals[owned]].int()
+        self.lens[row, layer] = lens
+        self.used_pages[row] = used + total
+        return table
 
     def add_slabs(self, row: int, slabs: list[int]) -> None:
         """Appends blocks that the scheduler granted for growth."""
@@ -126,7 +162,7 @@ class PageTables:
         self.num_pages[row] = 0
         self.used_pages[row] = 0
         self._free_rows.append(row)
-        self._gathered_rows = []
+        self._batch = None
 
     def grow(self, rows: list[int]) -> GrownStep:
         """Adds one entry to every head of the requests at `rows` [R].
@@ -134,34 +170,28 @@ class PageTables:
         Raises:
             ValueError: a request has no page left; nothing has changed then.
         """
-        index = torch.tensor(rows)
-        lens = self.lens[index]
-        count = len(rows)
-        full = (lens % self.page_tokens == 0).view(count, -1)
-        wanted = full.sum(dim=1)
-        if bool((self.used_pages[index] + wanted > self.num_pages[index]).any()):
-            raise ValueError("a compressed request outgrew its slabs")
-        column = (lens // self.page_tokens).long()
-        if bool(full.any()):
-            self._widen(int(column.max()) + 1)
-        tables = self._gather(rows, index)
-        if bool(full.any()):
-            ordinals = self.used_pages[index][:, None] + full.long().cumsum(dim=1) - 1
-            r, head = full.nonzero(as_tuple=True)
-            fresh = self.pages[index[r], ordinals[r, head]].int()
-            layer, kv_head = head // self.heads, head % self.heads
-            at = column.view(count, -1)[r, head]
-            self.tables[index[r], layer, kv_head, at] = fresh
-            tables[layer, r, kv_head, at] = fresh
-            self.used_pages[index] += wanted
-        page = tables.gather(3, column.permute(1, 0, 2)[..., None])[..., 0].long()
-        slots = page * self.page_tokens + (lens % self.page_tokens).permute(1, 0, 2)
-        grown = lens + 1
-        self.lens[index] = grown
+        batch = self._gather(rows)
+        index = batch.index
+        used = self.used_pages[index]
+        growth = grow_tables(
+            batch.lens,
+            batch.tables,
+            self.pages[index],
+            used,
+            self.num_pages[index],
+            self.page_tokens,
+        )
+        if growth.fresh.shape[0]:
+            request, layer, head, column = growth.fresh.unbind(1)
+            fresh = batch.tables[layer, request, head, column]
+            self.tables[index[request], layer, head, column] = fresh
+            self.used_pages[index] = used
+        self.lens[index] = batch.lens.transpose(0, 1)
+        batch.steps_left -= 1
         return GrownStep(
-            slots.reshape(self.layers, -1),
-            tables.view(self.layers, count * self.heads, -1),
-            grown.permute(1, 0, 2).reshape(self.layers, -1),
+            growth.slots.view(self.layers, -1),
+            batch.tables.view(self.layers, len(rows) * self.heads, -1),
+            batch.lens.view(self.layers, -1),
         )
 
     def entries(self, row: int, layer: int, head: int) -> Tensor:
@@ -170,12 +200,19 @@ class PageTables:
         pages = self.tables[row, layer, head].long()[positions // self.page_tokens]
         return pages * self.page_tokens + positions % self.page_tokens
 
-    def _gather(self, rows: list[int], index: Tensor) -> Tensor:
-        """Tables [L, R, H, W] of `rows`, kept from step to step."""
-        if rows != self._gathered_rows or self._gathered.shape[-1] != self.tables.shape[-1]:
-            self._gathered = self.tables[index].permute(1, 0, 2, 3).contiguous()
-            self._gathered_rows = list(rows)
-        return self._gathered
+    def _gather(self, rows: list[int]) -> "_Batch":
+        """The batch of `rows`, kept from step to step, wide enough for one more entry."""
+        batch = self._batch
+        if batch is not None and batch.rows == rows and batch.steps_left > 0:
+            return batch
+        index = torch.tensor(rows)
+        lens = self.lens[index].transpose(0, 1).contiguous()
+        longest = int(lens.max())
+        self._widen(longest // self.page_tokens + 1)
+        tables = self.tables[index].transpose(0, 1).contiguous()
+        room = self.tables.shape[-1] * self.page_tokens - longest
+        self._batch = _Batch(list(rows), index, lens, tables, room)
+        return self._batch
 
     def _widen(self, width: int) -> None:
         have = self.tables.shape[-1]

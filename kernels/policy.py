@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +12,17 @@ from kernels.scorers.base import Scorer
 
 
 class LayerBudget(Protocol):
-    def totals(self, scores: Tensor, quota: int) -> list[int]:
-        """Entries to keep in each layer of scores [L, H, m]; the sum is L * H * quota."""
+    """needs_scores: whether one layer's share depends on the scores of all."""
+
+    needs_scores: ClassVar[bool]
+
+    def totals(
+        self, shape: tuple[int, int, int], quota: int, scores: Tensor | None = None
+    ) -> list[int]:
+        """Entries to keep in each layer of scores of `shape` [L, H, m].
+
+        The sum is L * H * quota: `quota` for each head on average.
+        """
         ...
 
 
@@ -60,22 +69,44 @@ class Policy:
         Raises:
             ValueError: `keep_tokens` is below the scorer's window.
         """
+        layers, heads, entries = scores.shape
+        totals = self.layer_budget.totals(
+            (layers, heads, entries), self._quota(keep_tokens), scores
+        )
+        kept = torch.stack(
+            [
+                self.allocate_layer(layer_scores, total)
+                for layer_scores, total in zip(scores, totals, strict=True)
+            ]
+        )
+        return Selection(kept, kept.sum(dim=-1, dtype=torch.int32))
+
+    def layer_totals(self, shape: tuple[int, int, int], keep_tokens: int) -> list[int] | None:
+        """What each layer keeps besides the window; None if all layers' scores decide it.
+
+        Raises:
+            ValueError: `keep_tokens` is below the scorer's window.
+        """
+        quota = self._quota(keep_tokens)
+        return None if self.layer_budget.needs_scores else self.layer_budget.totals(shape, quota)
+
+    def allocate_layer(self, scores: Tensor, total: int) -> Tensor:
+        """Kept [H, n] bool of one layer: `total` of scores [H, n - window_tokens], and the window.
+
+        For layers one by one, with `layer_totals`.
+        """
+        older = self.head_allocation.allocate(scores, total)
+        recent = older.new_ones((older.shape[0], self.scorer.window_tokens))
+        return torch.cat((older, recent), dim=-1)
+
+    def _quota(self, keep_tokens: int) -> int:
         window = self.scorer.window_tokens
         if keep_tokens < window:
             raise ValueError(
                 f"keep_tokens={keep_tokens} is below window_tokens={window}: "
                 "raise the budget or lower the window"
             )
-        totals = self.layer_budget.totals(scores, keep_tokens - window)
-        older = torch.stack(
-            [
-                self.head_allocation.allocate(layer_scores, total)
-                for layer_scores, total in zip(scores, totals, strict=True)
-            ]
-        )
-        recent = older.new_ones((*older.shape[:2], window))
-        kept = torch.cat((older, recent), dim=-1)
-        return Selection(kept, kept.sum(dim=-1, dtype=torch.int32))
+        return keep_tokens - window
 
 
 def _everything(observations: Sequence[Observation]) -> Selection:

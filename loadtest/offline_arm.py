@@ -9,6 +9,7 @@ from pydoc_data import topics
 from typing import Any
 
 # A plug-in of vLLM, loaded in every process; imported here only for its settings' names.
+from adakv_worker.compression import Compression
 from adakv_worker.plugin import engine_args
 from serving.embedded_model import embedded_model_path
 
@@ -91,6 +92,9 @@ class Engine:
         self._scheduler._preempt_request = counted
         if state := getattr(self._runner, "adakv", None):
             state.compress = self._timed(state.compress, "compress_s")
+            state.finish_compressions = self._timed(state.finish_compressions, "compress_s")
+            watched: Any = Compression
+            watched.see = self._timed(Compression.see, "compress_s")
             self._runner._plan_step = self._timed(self._runner._plan_step, "prepare_s")
 
     def _timed(self, call: Callable, name: str) -> Callable:

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -9,8 +10,13 @@ from kernels.top import top_mask
 class JointLayers:
     """KV-Compress (2410.00161): one top-k over all layers and heads decides each layer's share."""
 
-    def totals(self, scores: Tensor, quota: int) -> list[int]:
-        """Entries to keep in each layer of scores [L, H, m], `quota` for each head on average."""
-        layers, heads, _ = scores.shape
+    needs_scores: ClassVar[bool] = True
+
+    def totals(
+        self, shape: tuple[int, int, int], quota: int, scores: Tensor | None = None
+    ) -> list[int]:
+        if scores is None:
+            raise ValueError("joint layers need the scores of all layers")
+        layers, heads, _ = shape
         kept = top_mask(scores.flatten(), layers * heads * quota)
         return [int(count) for count in kept.view(layers, -1).sum(dim=-1)]

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -12,11 +13,13 @@ class PyramidLayers:
     authors' floor division, the sum over the layers is exact.
     """
 
+    needs_scores: ClassVar[bool] = False
     beta: float = 20.0
 
-    def totals(self, scores: Tensor, quota: int) -> list[int]:
-        """Entries to keep in each layer of scores [L, H, m], `quota` for each head on average."""
-        layers, heads, m = scores.shape
+    def totals(
+        self, shape: tuple[int, int, int], quota: int, scores: Tensor | None = None
+    ) -> list[int]:
+        layers, heads, m = shape
         if layers == 1:
             return [heads * quota]
         top = min(2 * quota - quota / self.beta, m)

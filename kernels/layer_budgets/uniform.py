@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -7,7 +8,10 @@ from torch import Tensor
 class UniformLayers:
     """Every layer keeps equally many entries."""
 
-    def totals(self, scores: Tensor, quota: int) -> list[int]:
-        """Entries to keep in each layer of scores [L, H, m], `quota` for each head on average."""
-        layers, heads, _ = scores.shape
+    needs_scores: ClassVar[bool] = False
+
+    def totals(
+        self, shape: tuple[int, int, int], quota: int, scores: Tensor | None = None
+    ) -> list[int]:
+        layers, heads, _ = shape
         return [heads * quota] * layers

@@ -1,6 +1,6 @@
 """The contract of a scorer."""
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -8,7 +8,12 @@ from kernels.observation import Observation
 
 
 class Scorer(Protocol):
-    """Gives every cached entry of a layer a worth. Pure: the same observation, the same scores."""
+    """Gives every cached entry of a layer a worth. Pure: the same observation, the same scores.
+
+    needs_values: whether it looks at values; else the observation may leave them out.
+    """
+
+    needs_values: ClassVar[bool]
 
     @property
     def query_span_tokens(self) -> int:
@@ -18,11 +23,6 @@ class Scorer(Protocol):
     @property
     def window_tokens(self) -> int:
         """Most recent entries that are always kept."""
-        ...
-
-    @property
-    def needs_values(self) -> bool:
-        """Whether it looks at values; else the observation may leave them out."""
         ...
 
     def score(self, observation: Observation) -> Tensor:

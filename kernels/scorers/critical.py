@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,13 +20,10 @@ class CriticalScorer:
     epsilon: added to the score, so that the value's norm counts for unattended entries too.
     """
 
+    needs_values: ClassVar[bool] = True
     base: WindowScorer = field(default_factory=WindowScorer)
     first_stage_ratio: float = 0.1
     epsilon: float = 1e-4
-
-    @property
-    def needs_values(self) -> bool:
-        return True
 
     @property
     def window_tokens(self) -> int:

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,13 +20,10 @@ class DefensiveScorer:
     prior: share of the head's mean score that every entry keeps.
     """
 
+    needs_values: ClassVar[bool] = False
     window_tokens: int = 32
     kernel_size: int = 7
     prior: float = 0.1
-
-    @property
-    def needs_values(self) -> bool:
-        return False
 
     @property
     def query_span_tokens(self) -> int:

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ class ExpectedAttentionScorer:
     epsilon: added to the probability, so that the value norm counts for unattended keys too.
     """
 
+    needs_values: ClassVar[bool] = True
     query_span_tokens: int = 512
     future_tokens: int = 512
     sink_tokens: int = 4
@@ -29,10 +31,6 @@ class ExpectedAttentionScorer:
     use_value_norm: bool = True
     epsilon: float = 1e-2
     window_tokens: int = 0
-
-    @property
-    def needs_values(self) -> bool:
-        return True
 
     def score(self, observation: Observation) -> Tensor:
         if observation.rotary is None:

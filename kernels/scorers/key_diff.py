@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,12 +14,9 @@ class KeyDiffScorer:
     The score is the negative cosine similarity of a key to the mean of the unit keys of its head.
     """
 
+    needs_values: ClassVar[bool] = False
     window_tokens: int = 0
     query_span_tokens: int = 0
-
-    @property
-    def needs_values(self) -> bool:
-        return False
 
     def score(self, observation: Observation) -> Tensor:
         unit = torch.nn.functional.normalize(observation.keys.float(), dim=-1)

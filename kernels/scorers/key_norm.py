@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -9,12 +10,9 @@ from kernels.observation import Observation
 class KeyNormScorer:
     """Small key norms draw attention (2406.11430): the score is the negative L2 norm of the key."""
 
+    needs_values: ClassVar[bool] = False
     window_tokens: int = 0
     query_span_tokens: int = 0
-
-    @property
-    def needs_values(self) -> bool:
-        return False
 
     def score(self, observation: Observation) -> Tensor:
         norms = observation.keys.float().norm(dim=-1)

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,13 +11,10 @@ from kernels.observation import Observation
 class RandomScorer:
     """A control: uniform scores, the same for the same seed, layer and shape on every device."""
 
+    needs_values: ClassVar[bool] = False
     seed: int = 0
     window_tokens: int = 32
     query_span_tokens: int = 0
-
-    @property
-    def needs_values(self) -> bool:
-        return False
 
     def score(self, observation: Observation) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + observation.layer)

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,13 +11,10 @@ from kernels.observation import Observation
 class SinkRecencyScorer:
     """StreamingLLM (2309.17453): the first `sink_tokens` entries, then the most recent ones."""
 
+    needs_values: ClassVar[bool] = False
     sink_tokens: int = 4
     window_tokens: int = 0
     query_span_tokens: int = 0
-
-    @property
-    def needs_values(self) -> bool:
-        return False
 
     def score(self, observation: Observation) -> Tensor:
         n = observation.num_tokens

@@ -1,9 +1,9 @@
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from kernels.attention import pool, window_attention
+from kernels.attention import mean_window_attention, pool
 from kernels.observation import Observation
 
 
@@ -18,22 +18,19 @@ class WindowScorer:
     group_reduction: how the G query heads of a KV head become one score.
     """
 
+    needs_values: ClassVar[bool] = False
     window_tokens: int = 32
     kernel_size: int = 7
     pooling: Literal["max", "avg", "none"] = "max"
     group_reduction: Literal["mean", "max"] = "mean"
 
     @property
-    def needs_values(self) -> bool:
-        return False
-
-    @property
     def query_span_tokens(self) -> int:
         return self.window_tokens
 
     def score(self, observation: Observation) -> Tensor:
-        attention = window_attention(observation, self.window_tokens)
-        per_query_head = attention[..., : -self.window_tokens].mean(dim=2)
+        queries = observation.grouped_queries(self.window_tokens)
+        per_query_head = mean_window_attention(queries, observation.keys, observation.scale)
         if self.group_reduction == "mean":
             scores = per_query_head.mean(dim=1)
         else:

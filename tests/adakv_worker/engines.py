@@ -135,7 +135,7 @@ class Engine:
             assert not self.manager.plans
             assert not self.scheduler._reports
             assert not self.runner.adakv._rows
-            assert not self.runner.adakv._queries
+            assert not self.runner.adakv._windows
 
     def close(self) -> None:
         """Ends the process groups that all engines of this process share: one engine at a time."""

@@ -171,7 +171,7 @@ def test_an_exported_cache_can_be_restored_elsewhere(engine: Engine, reference: 
             slabs = engine.manager.slabs_of(request_id)
             kept = state.selections[request_id]
             # The same slabs in another order: every page lands somewhere else.
-            for page in state._layout.slab_pages(torch.tensor(slabs)).tolist():
+            for page in state.tables.layout.slab_pages(torch.tensor(slabs)).tolist():
                 state._cache.keys[page] = float("nan")
             state.restore(request_id, exported, slabs[::-1])
             state.selections[request_id] = kept

@@ -42,7 +42,8 @@ class Fake:
         self._params = engine.params
         self._hasher = engine.llm.llm_engine.engine_core.engine_core.request_block_hasher
         self.count = 0
-        self.slabs: dict[str, set[int]] = {}
+        # Position of the first token of the chunks whose queries were kept, by request.
+        self._captured: dict[str, int] = {}
 
     def add(self, length: int, max_tokens: int, seed: int, options: dict[str, Any]) -> None:
         from vllm.v1.request import Request
@@ -72,7 +73,17 @@ class Fake:
             # The worker writes slabs in this step: all must still be the request's.
             blocks = self.manager.req_to_blocks[request_id]
             assert {*command.slabs} <= {block.block_id for block in blocks}
-            assert request_id in commands.capture
+            # Window tokens of chunks before were captured then.
+            first = command.prompt_tokens - output.num_scheduled_tokens[request_id]
+            assert (
+                self._captured.pop(request_id, first) <= command.prompt_tokens - command.query_span
+            )
+        for request_id in commands.capture:
+            computed = self.scheduler.requests[request_id].num_computed_tokens
+            first = computed - output.num_scheduled_tokens[request_id]
+            self._captured[request_id] = min(first, self._captured.get(request_id, first))
+        for request_id in {*(output.preempted_req_ids or ()), *output.finished_req_ids}:
+            self._captured.pop(request_id, None)
         scheduled = list(output.num_scheduled_tokens)
         done = [
             self.scheduler.requests[request_id].num_computed_tokens
