@@ -80,13 +80,13 @@ def serve_run(config: dict[str, Any], log_path: Path) -> Iterator[str]:
         path = Path(folder) / "cluster.yaml"
         path.write_text(yaml.safe_dump(config))
         command = [str(BIN / "serve"), "run", str(path)]
-        with started(command, _ray_environment(), log_path) as process:
+        with started(command, ray_environment(), log_path) as process:
             base_url = f"http://127.0.0.1:{http_port}"
             wait_until_healthy(base_url, process, log_path)
             yield base_url
 
 
-def _ray_environment() -> dict[str, str]:
+def ray_environment() -> dict[str, str]:
     """What `make serve` sets."""
     lines = RAY_ENV.read_text().splitlines()
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))

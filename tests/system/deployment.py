@@ -18,6 +18,7 @@ import openai
 import psutil
 import yaml
 
+from loadtest.servers import ray_environment
 from router.redis_ledger import LedgerKeys, LedgerReader
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +72,12 @@ class Deployment:
             return probe.connect_ex(("127.0.0.1", self._ray_port)) == 0
 
     def _spawn(self, command: str, *args: str) -> psutil.Popen:
-        environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
+        environment = {
+            **os.environ,
+            **ray_environment(),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self._token,
+        }
         environment.pop("RAY_ADDRESS", None)
         process = psutil.Popen(
             [str(BIN / command), *args],
