@@ -13,6 +13,9 @@ from kernels.paged_cache import PagedCache, compact, read_blocks
 from kernels.pages import PageTables
 from kernels.policy import Policy
 
+# Scores held before their layers are copied: a few layers of a long prompt, all of a short one.
+_HELD_BYTES = 4 << 20
+
 
 class Watcher(Protocol):
     def see(self, layer: int, query: Tensor) -> None:
@@ -50,8 +53,9 @@ class Capture(NamedTuple):
 class Compression:
     """One request's compression during the forward pass that completes its prompt.
 
-    Each layer is scored when it has attended, while its keys and queries are at hand, and copied at
-    once unless the policy must see all layers first. So no queries are stored.
+    Each layer is scored when it has attended, while its keys and queries are at hand, so that no
+    queries need be stored. Scores are held until there are enough of them to be worth the overhead
+    of selecting and copying, or until all layers are scored where the policy must see all.
     """
 
     def __init__(
@@ -87,31 +91,51 @@ class Compression:
         )
         self._totals = self._policy.layer_totals(shape, command.keep)
         self._scores: dict[int, Tensor] = {}
+        self._held_bytes = 0
         self._kept: dict[int, Tensor] | None = {} if record else None
         self.row = tables.open(command.slabs)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held from layer to layer: queries of chunks before, and scores not yet used."""
-        held = [*self._scores.values(), *([] if self._earlier is None else [self._earlier])]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        """Bytes held from layer to layer: scores, and queries of chunks before."""
+        earlier = self._earlier
+        return self._held_bytes + (
+            0 if earlier is None else earlier.numel() * earlier.element_size()
+        )
 
     def see(self, layer: int, query: Tensor) -> None:
         scores = self._policy.scorer.score(self._observe(layer, query))
-        if self._totals is None:
-            self._scores[layer] = scores
-        else:
-            self._move(layer, self._policy.allocate_layer(scores, self._totals[layer]))
+        self._scores[layer] = scores
+        self._held_bytes += scores.numel() * scores.element_size()
+        if self._totals is not None and self._held_bytes >= _HELD_BYTES:
+            self._copy_scored(self._totals)
 
     def finish(self) -> Tensor | None:
         """After the last layer. Returns kept [L, H, n] bool, if recorded."""
-        layers = range(len(self._parts))
-        if self._totals is None:
-            scores = torch.stack([self._scores[layer] for layer in layers])
-            selection = self._policy.allocate(scores, self._command.keep)
-            for layer in layers:
-                self._move(layer, selection.kept[layer])
-        return None if self._kept is None else torch.stack([self._kept[layer] for layer in layers])
+        totals = self._totals
+        if totals is None:
+            scores = torch.stack([self._scores[layer] for layer in sorted(self._scores)])
+            totals = self._policy.totals(scores, self._command.keep)
+        self._copy_scored(totals)
+        if self._kept is None:
+            return None
+        return torch.stack([self._kept[layer] for layer in sorted(self._kept)])
+
+    def _copy_scored(self, totals: list[int]) -> None:
+        """Selects and copies the layers whose scores are held."""
+        layers = sorted(self._scores)
+        if not layers:
+            return
+        scores = torch.stack([self._scores[layer] for layer in layers])
+        self._scores.clear()
+        self._held_bytes = 0
+        kept = self._policy.allocate_layers(scores, [totals[layer] for layer in layers])
+        lens = kept.sum(dim=-1, dtype=torch.int32)
+        tables = self._tables.place_layers(self.row, layers, lens)
+        source = self._tables.layout.blocks_pages(self._blocks, torch.tensor(layers))
+        compact(kept, self._cache, source, tables, lens)
+        if self._kept is not None:
+            self._kept |= zip(layers, kept, strict=True)
 
     def _observe(self, layer: int, query: Tensor) -> Observation:
         part, n = self._parts[layer], self._command.prompt_tokens
@@ -137,11 +161,3 @@ class Compression:
         if self._earlier is not None:
             fresh = torch.cat((self._earlier[layer], fresh))
         return fresh.transpose(0, 1)
-
-    def _move(self, layer: int, kept: Tensor) -> None:
-        lens = kept.sum(dim=-1, dtype=torch.int32)
-        tables = self._tables.place_layer(self.row, layer, lens)
-        source = self._tables.layout.block_pages(self._blocks, layer)
-        compact(kept, self._cache, source, tables, lens)
-        if self._kept is not None:
-            self._kept[layer] = kept

@@ -25,8 +25,8 @@ from adakv_worker.compression import Watcher
 from adakv_worker.config import compression_config
 from adakv_worker.manager import AdaKVSpec
 from adakv_worker.support import require_classes
+from kernels.growth import GrownStep
 from kernels.paged_cache import PagedCache
-from kernels.pages import GrownStep
 
 
 class Pages(NamedTuple):

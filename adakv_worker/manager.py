@@ -10,7 +10,12 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 
+from adakv_worker.admission import Life, OutputLengths, peak_blocks
 from adakv_worker.plan import Phase, Plan
+from kernels.blocks import blocks_for_tokens
+
+# Length that outputs are assumed to have until some have ended.
+_PRIOR_OUTPUT_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,7 @@ class AdaKVManager(FullAttentionManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.plans: dict[str, Plan] = {}
+        self.output_lengths = OutputLengths(_PRIOR_OUTPUT_TOKENS)
         self._reserved: list[str] = []
 
     def slabs_of(self, request_id: str) -> list[int]:
@@ -52,8 +58,10 @@ class AdaKVManager(FullAttentionManager):
         prefill_end: int = 0,
     ) -> int:
         plan = self.plans.get(request_id)
-        if plan is not None and plan.phase is Phase.COMPRESSED:
-            return max(plan.blocks_at(num_tokens) - len(self.req_to_blocks[request_id]), 0)
+        if plan is not None:
+            plan.num_tokens = num_tokens
+            if plan.phase is Phase.COMPRESSED:
+                return max(plan.blocks_at(num_tokens) - len(self.req_to_blocks[request_id]), 0)
         needed = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -69,7 +77,34 @@ class AdaKVManager(FullAttentionManager):
         if plan is None or not plan.active or num_tokens < plan.prompt_tokens:
             return needed
         plan.skip_if_taken_now = self._shared(plan, request_id, new_computed_blocks)
-        return needed + (plan.slabs if plan.skip_if_taken_now is None else 0)
+        if plan.skip_if_taken_now is None:
+            needed += plan.slabs
+            if apply_admission_cap:
+                needed = max(needed, self._needed_for_peak(plan, request_id))
+        return needed
+
+    def _needed_for_peak(self, plan: Plan, request_id: str) -> int:
+        """Blocks that must be free now, so that all will fit when they have grown.
+
+        An uncompressed request that vLLM preempts finds most of its blocks in the prefix cache when
+        it resumes; a compressed one computes its whole prompt again. It is worth waiting instead.
+        """
+        running = [
+            self._life(other)
+            for name, other in self.plans.items()
+            if name != request_id and self.req_to_blocks.get(name)
+        ]
+        if not running:
+            return 0
+        peak = peak_blocks([*running, self._life(plan)], self.block_size)
+        used = self.block_pool.num_gpu_blocks - 1 - self.block_pool.get_num_free_blocks()
+        return peak - used
+
+    def _life(self, plan: Plan) -> Life:
+        to_come = self.output_lengths.to_come(plan.generated, plan.max_outputs - plan.generated)
+        if plan.active:
+            return Life(plan.blocks_at(plan.num_tokens), to_come)
+        return Life(blocks_for_tokens(plan.num_tokens, self.block_size), to_come)
 
     def _promised_to_others(self, request_id: str) -> int:
         """Blocks that admitted requests still take before their prompts are complete.

@@ -24,6 +24,8 @@ class Plan:
     prompt_tokens: tokens cached when it compresses; after a preemption outputs are among them.
     keep: mean entries per (layer, KV head) that stay.
     slabs: blocks that hold them.
+    max_outputs: tokens that it may generate from then on.
+    num_tokens: tokens that it had blocks for when they were last counted.
     skipped: why it will not compress, or None.
     """
 
@@ -32,6 +34,8 @@ class Plan:
     keep: int
     query_span: int
     block_size: int
+    max_outputs: int
+    num_tokens: int = 0
     skipped: str | None = None
     phase: Phase = Phase.PREFILL
     # Set when the last chunk is sized up, final when its blocks are taken.
@@ -44,6 +48,10 @@ class Plan:
     @property
     def prompt_blocks(self) -> int:
         return blocks_for_tokens(self.prompt_tokens, self.block_size)
+
+    @property
+    def generated(self) -> int:
+        return max(0, self.num_tokens - self.prompt_tokens)
 
     @property
     def active(self) -> bool:
@@ -94,7 +102,9 @@ def make_plan(
         scorer = budget.choice.build().scorer
         span = max(scorer.query_span_tokens, scorer.window_tokens)
     keep = budget.keep_of(num_tokens)
-    plan = Plan(budget.choice, num_tokens, keep, min(span, num_tokens), block_size)
+    plan = Plan(
+        budget.choice, num_tokens, keep, min(span, num_tokens), block_size, remaining_outputs
+    )
     if budget.choice.preset == FULL:
         plan.skipped = "full_requested"
     elif keep >= num_tokens:

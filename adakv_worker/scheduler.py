@@ -152,6 +152,11 @@ class AdaKVSchedulerMixin(Scheduler):
             if plan is not None and (request_id in kept or not plan.active):
                 self._reports[request_id] = plan.report(kept.get(request_id))
 
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        if self._manager is not None:
+            self._manager.output_lengths.note(request.num_output_tokens)
+        return super()._free_request(request, *args, **kwargs)
+
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         finished = super().finish_requests(*args, **kwargs)
         for request in finished:

@@ -10,8 +10,9 @@ from adakv_worker import commands
 from adakv_worker.commands import Compress, Kept
 from adakv_worker.compression import Capture, Compression, Window
 from adakv_worker.model_parts import LayerParts
+from kernels.growth import GrownStep
 from kernels.paged_cache import PagedCache, placed_slots, read_slots, write_slots
-from kernels.pages import GrownStep, PageLayout, PageTables, check_page_tables
+from kernels.pages import PageLayout, PageTables, check_page_tables
 
 
 class CompressedState(NamedTuple):
@@ -152,7 +153,7 @@ class CompressionState:
             if self.selections is not None and positions is not None:
                 self.selections[request_id] = positions
             self._rows[request_id] = compression.row
-            lens = self.tables.lens[compression.row]
+            lens = self.tables.lens(compression.row)
             kept[request_id] = (float(lens.float().mean()), int(lens.min()), int(lens.max()))
         self._compressing.clear()
         return kept
@@ -162,7 +163,7 @@ class CompressionState:
         """Copies a compressed request's cache out, between two steps."""
         row = self._rows[request_id]
         keys, values = read_slots(self._cache, self._all_slots(row))
-        return CompressedState(self.tables.lens[row].clone(), keys, values)
+        return CompressedState(self.tables.lens(row).clone(), keys, values)
 
     @torch.inference_mode()
     def restore(self, request_id: str, state: CompressedState, slabs: list[int]) -> None:
@@ -178,8 +179,8 @@ class CompressionState:
 
     def _all_slots(self, row: int) -> Tensor:
         return placed_slots(
-            self.tables.tables[row].flatten(0, 1),
-            self.tables.lens[row].flatten(),
+            self.tables.tables(row).flatten(0, 1),
+            self.tables.lens(row).flatten(),
             self.tables.page_tokens,
         )
 

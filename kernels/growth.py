@@ -1,82 +1,123 @@
 """One more entry for every head of a decode batch: the page tables' work of each step."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Operation
+# The page id of request r's k-th page, or None where it has none.
+NextPage = Callable[[int, int], int | None]
 
 
-class Growth(NamedTuple):
-    """slots: [L, R, H] int64, page id * page_tokens + offset of each head's new entry.
+class GrownStep(NamedTuple):
+    """One more entry for every head of R requests. Order of sequences: request, then head.
 
-    fresh: [k, 4] int64, where a page was handed out: (request, layer, head, column).
+    Good until the next step.
+
+    slots: [L, R * H] int64, page id * page_tokens + offset of the new entry.
+    tables: [L, R * H, W] int32 page ids.
+    lens: [L, R * H] int32 entries, the new one included.
     """
 
     slots: Tensor
-    fresh: Tensor
+    tables: Tensor
+    lens: Tensor
 
 
-@Operation
-def grow_tables(
-    lens: Tensor, tables: Tensor, pages: Tensor, used: Tensor, granted: Tensor, page_tokens: int
-) -> Growth:
-    """Adds one entry to each of lens [L, R, H] int32, in place.
+class DecodeBatch:
+    """Page tables of R requests that decode together, in the order of attention, on the CPU.
 
-    A head whose last page is full takes its request's next page, in the order of layer and head.
+    Every head grows by one entry in each step. So it is known beforehand which heads will need a
+    page in which of the next `page_tokens` steps, and a step touches those alone.
 
-    Args:
-        tables: [L, R, H, W] int32 page ids, wide enough; changed in place.
-        pages: [R, N] int64, the pages granted to each request; `used` [R] of `granted` [R] are
-            handed out. `used` is changed in place.
+    lens: [L, R, H] int32. tables: [L, R, H, W] int32. used: pages that each request has taken.
+    """
 
-    Raises:
-        ValueError: a request has no page left; nothing has changed then.
+    def __init__(self, lens: Tensor, tables: Tensor, used: list[int], page_tokens: int) -> None:
+        self.lens = lens
+        self.tables = tables
+        self.used = used
+        self._page_tokens = page_tokens
+        _, self._requests, self._heads = lens.shape
+        flat = lens.flatten().long()
+        columns = ((flat - 1) // page_tokens).clamp_(min=0)
+        page = tables.view(flat.numel(), -1).gather(1, columns[:, None])[:, 0].long()
+        # Of the last entry. Where its page is full, the next step's is another.
+        self._slots = page * page_tokens + (flat - 1) % page_tokens
+        phase = flat % page_tokens
+        counts = phase.bincount(minlength=page_tokens).tolist()
+        self._by_phase = phase.argsort(stable=True).split(counts)
+        self._steps = 0
+        self._room = tables.shape[-1] * page_tokens - int(flat.max())
+
+    @property
+    def nbytes(self) -> int:
+        held = (self.lens, self.tables, self._slots, *self._by_phase)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    @property
+    def is_wide_enough(self) -> bool:
+        """Whether the tables have the columns for one more entry of the longest head."""
+        return self._steps < self._room
+
+    def grow(self, next_page: NextPage) -> GrownStep:
+        """What `grow_reference` does, in place.
+
+        Raises:
+            ValueError: a request has no page left; nothing has changed then.
+        """
+        full = self._by_phase[-self._steps % self._page_tokens]
+        fresh = self._take(full, next_page)
+        self._slots += 1
+        if fresh:
+            pages = torch.tensor(fresh)
+            self._slots[full] = pages * self._page_tokens
+            columns = self.lens.view(-1)[full] // self._page_tokens
+            self.tables.view(self._slots.numel(), -1)[full, columns] = pages.int()
+        self.lens += 1
+        self._steps += 1
+        layers = self.lens.shape[0]
+        return GrownStep(
+            self._slots.view(layers, -1),
+            self.tables.view(layers, self._requests * self._heads, -1),
+            self.lens.view(layers, -1),
+        )
+
+    def _take(self, full: Tensor, next_page: NextPage) -> list[int]:
+        used = list(self.used)
+        fresh = []
+        for index in full.tolist():
+            request = index // self._heads % self._requests
+            page = next_page(request, used[request])
+            if page is None:
+                raise ValueError("a compressed request outgrew its slabs")
+            fresh.append(page)
+            used[request] += 1
+        self.used = used
+        return fresh
+
+
+def grow_reference(
+    lens: Tensor, tables: Tensor, used: list[int], page_tokens: int, next_page: NextPage
+) -> Tensor:
+    """Adds one entry to each of lens [L, R, H], in place; returns its slots [L, R * H].
+
+    A head whose last page is full takes its request's next page, in the order of layer and head,
+    into tables [L, R, H, W]; `used` [R] counts them.
     """
     layers, requests, heads = lens.shape
-    wanted = (lens % page_tokens == 0).sum(dim=(0, 2))
-    _check_room(used + wanted, granted)
     slots = torch.empty((layers, requests, heads), dtype=torch.int64)
-    fresh = []
-    for r in range(requests):
-        for layer in range(layers):
+    for layer in range(layers):
+        for request in range(requests):
             for head in range(heads):
-                column, offset = divmod(int(lens[layer, r, head]), page_tokens)
+                column, offset = divmod(int(lens[layer, request, head]), page_tokens)
                 if offset == 0:
-                    tables[layer, r, head, column] = pages[r, used[r]]
-                    used[r] += 1
-                    fresh.append((r, layer, head, column))
-                slots[layer, r, head] = tables[layer, r, head, column] * page_tokens + offset
-                lens[layer, r, head] += 1
-    return Growth(slots, torch.tensor(fresh, dtype=torch.int64).view(-1, 4))
-
-
-@grow_tables.on("cpu")
-def _grow_tables_at_once(
-    lens: Tensor, tables: Tensor, pages: Tensor, used: Tensor, granted: Tensor, page_tokens: int
-) -> Growth:
-    column = (lens // page_tokens).long()
-    offset = lens % page_tokens
-    fresh = (offset == 0).transpose(0, 1).nonzero()
-    if fresh.shape[0]:
-        request, layer, head = fresh.unbind(1)
-        wanted = request.bincount(minlength=used.shape[0])
-        _check_room(used + wanted, granted)
-        before = wanted.cumsum(0) - wanted
-        ordinal = torch.arange(request.shape[0]) + (used - before)[request]
-        at = column[layer, request, head]
-        tables[layer, request, head, at] = pages[request, ordinal].int()
-        used += wanted
-        fresh = torch.cat((fresh, at[:, None]), dim=1)
-    else:
-        fresh = fresh.new_empty((0, 4))
-    page = tables.gather(3, column[..., None]).squeeze(3).long()
-    slots = page * page_tokens + offset
-    lens += 1
-    return Growth(slots, fresh)
-
-
-def _check_room(needed: Tensor, granted: Tensor) -> None:
-    if bool((needed > granted).any()):
-        raise ValueError("a compressed request outgrew its slabs")
+                    page = next_page(request, used[request])
+                    assert page is not None
+                    tables[layer, request, head, column] = page
+                    used[request] += 1
+                page = int(tables[layer, request, head, column])
+                slots[layer, request, head] = page * page_tokens + offset
+                lens[layer, request, head] += 1
+    return slots.view(layers, -1)

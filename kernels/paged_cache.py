@@ -50,18 +50,18 @@ def read_slots(cache: PagedCache, slots: Tensor) -> tuple[Tensor, Tensor]:
 
 @Operation
 def compact(kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, lens: Tensor) -> None:
-    """Copies the entries of one layer that stay, in order of position.
+    """Copies the entries of K layers that stay, in order of position.
 
     Args:
-        kept: [H, n] bool.
-        source: [nb, H] int64, the pages that hold them.
-        tables, lens: [H, W] int32 and [H], the pages that shall.
+        kept: [K, H, n] bool.
+        source: [K, nb, H] int64, the pages that hold them.
+        tables, lens: [K, H, W] int32 and [K, H], the pages that shall.
     """
     page_tokens = cache.keys.shape[1]
-    for head in range(kept.shape[0]):
-        for entry, position in enumerate(kept[head].nonzero()[:, 0].tolist()):
-            old = source[position // page_tokens, head], position % page_tokens
-            new = tables[head, entry // page_tokens].long(), entry % page_tokens
+    for k, head in torch.cartesian_prod(*map(torch.arange, kept.shape[:2])).tolist():
+        for entry, position in enumerate(kept[k, head].nonzero()[:, 0].tolist()):
+            old = source[k, position // page_tokens, head], position % page_tokens
+            new = tables[k, head, entry // page_tokens].long(), entry % page_tokens
             cache.keys[new] = cache.keys[old]
             cache.values[new] = cache.values[old]
 
@@ -71,9 +71,10 @@ def _compact_at_once(
     kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, lens: Tensor
 ) -> None:
     page_tokens = cache.keys.shape[1]
-    head, position = kept.nonzero(as_tuple=True)
-    slots = source[position // page_tokens, head] * page_tokens + position % page_tokens
-    write_slots(cache, placed_slots(tables, lens, page_tokens), *read_slots(cache, slots))
+    k, head, position = kept.nonzero(as_tuple=True)
+    slots = source[k, position // page_tokens, head] * page_tokens + position % page_tokens
+    targets = placed_slots(tables.flatten(0, 1), lens.flatten(), page_tokens)
+    write_slots(cache, targets, *read_slots(cache, slots))
 
 
 def placed_slots(tables: Tensor, lens: Tensor, page_tokens: int) -> Tensor:

@@ -27,8 +27,8 @@ class LayerBudget(Protocol):
 
 
 class HeadAllocation(Protocol):
-    def allocate(self, scores: Tensor, total: int) -> Tensor:
-        """Bool mask of scores [H, m] with exactly `total` set."""
+    def allocate(self, scores: Tensor, totals: list[int]) -> Tensor:
+        """Bool mask of scores [L, H, m] with exactly `totals` [L] set in each layer."""
         ...
 
 
@@ -69,20 +69,20 @@ class Policy:
         Raises:
             ValueError: `keep_tokens` is below the scorer's window.
         """
-        layers, heads, entries = scores.shape
-        totals = self.layer_budget.totals(
-            (layers, heads, entries), self._quota(keep_tokens), scores
-        )
-        kept = torch.stack(
-            [
-                self.allocate_layer(layer_scores, total)
-                for layer_scores, total in zip(scores, totals, strict=True)
-            ]
-        )
+        kept = self.allocate_layers(scores, self.totals(scores, keep_tokens))
         return Selection(kept, kept.sum(dim=-1, dtype=torch.int32))
 
+    def totals(self, scores: Tensor, keep_tokens: int) -> list[int]:
+        """What each layer keeps of scores [L, H, n - window_tokens], the window left out.
+
+        Raises:
+            ValueError: `keep_tokens` is below the scorer's window.
+        """
+        layers, heads, entries = scores.shape
+        return self.layer_budget.totals((layers, heads, entries), self._quota(keep_tokens), scores)
+
     def layer_totals(self, shape: tuple[int, int, int], keep_tokens: int) -> list[int] | None:
-        """What each layer keeps besides the window; None if all layers' scores decide it.
+        """`totals` before there are scores [L, H, m] of `shape`; None if they decide it.
 
         Raises:
             ValueError: `keep_tokens` is below the scorer's window.
@@ -90,13 +90,13 @@ class Policy:
         quota = self._quota(keep_tokens)
         return None if self.layer_budget.needs_scores else self.layer_budget.totals(shape, quota)
 
-    def allocate_layer(self, scores: Tensor, total: int) -> Tensor:
-        """Kept [H, n] bool of one layer: `total` of scores [H, n - window_tokens], and the window.
+    def allocate_layers(self, scores: Tensor, totals: list[int]) -> Tensor:
+        """Kept [K, H, n] bool: `totals` [K] of scores [K, H, n - window_tokens], and the window.
 
-        For layers one by one, with `layer_totals`.
+        For some layers at a time, with `layer_totals`.
         """
-        older = self.head_allocation.allocate(scores, total)
-        recent = older.new_ones((older.shape[0], self.scorer.window_tokens))
+        older = self.head_allocation.allocate(scores, totals)
+        recent = older.new_ones((*older.shape[:2], self.scorer.window_tokens))
         return torch.cat((older, recent), dim=-1)
 
     def _quota(self, keep_tokens: int) -> int:

@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--config", type=Path, default=Path("configs/cluster.yaml"))
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--repeat", type=int, default=5, help="rounds for each arm")
+    parser.add_argument("--repeat", type=int, default=9, help="rounds for each arm")
     parser.add_argument("--output-tokens", type=int, default=128)
     args = parser.parse_args(argv)
     result = run(args.config, args.streams, args.repeat, args.output_tokens)

@@ -1,5 +1,6 @@
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kernels.top import top_mask
@@ -19,11 +20,11 @@ class AdaptiveHeads:
 
     alpha: float = 0.2
 
-    def allocate(self, scores: Tensor, total: int) -> Tensor:
-        """Marks exactly `total` of scores [H, m]."""
-        heads = scores.shape[0]
-        floor = int(self.alpha * total / heads)
-        secured = top_mask(scores, floor)
-        rest = scores.masked_fill(secured, float("-inf")).flatten()
-        joint = top_mask(rest, total - floor * heads)
-        return secured | joint.view_as(scores)
+    def allocate(self, scores: Tensor, totals: list[int]) -> Tensor:
+        layers, heads, _ = scores.shape
+        floors = [int(self.alpha * total / heads) for total in totals]
+        rest = [total - floor * heads for total, floor in zip(totals, floors, strict=True)]
+        device = scores.device
+        secured = top_mask(scores, torch.tensor(floors, device=device)[:, None].expand(-1, heads))
+        others = scores.masked_fill(secured, float("-inf")).view(layers, -1)
+        return secured | top_mask(others, torch.tensor(rest, device=device)).view_as(scores)

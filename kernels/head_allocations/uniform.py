@@ -10,10 +10,8 @@ from kernels.top import top_mask
 class UniformHeads:
     """Every head of the layer keeps equally many entries, each its own best."""
 
-    def allocate(self, scores: Tensor, total: int) -> Tensor:
-        """Marks `total` of scores [H, m]; a remainder goes one each to the first heads."""
-        heads = scores.shape[0]
-        each, extra = divmod(total, heads)
-        if extra == 0:
-            return top_mask(scores, each)
-        return torch.cat((top_mask(scores[:extra], each + 1), top_mask(scores[extra:], each)))
+    def allocate(self, scores: Tensor, totals: list[int]) -> Tensor:
+        # A remainder goes one each to the first heads.
+        heads = scores.shape[1]
+        counts = [[total // heads + (h < total % heads) for h in range(heads)] for total in totals]
+        return top_mask(scores, torch.tensor(counts, device=scores.device))

@@ -1,6 +1,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from kernels.top import top_mask
@@ -18,5 +19,5 @@ class JointLayers:
         if scores is None:
             raise ValueError("joint layers need the scores of all layers")
         layers, heads, _ = shape
-        kept = top_mask(scores.flatten(), layers * heads * quota)
+        kept = top_mask(scores.flatten(), torch.tensor(layers * heads * quota))
         return [int(count) for count in kept.view(layers, -1).sum(dim=-1)]

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.blocks import compressed_blocks_bound
+from kernels.growth import GrownStep
 from kernels.paged_cache import PagedCache, placed_slots, read_blocks, read_slots, write_slots
 from kernels.pages import PageLayout, PageTables, check_page_tables
 
@@ -58,10 +59,10 @@ def test_random_lives_keep_every_entry_and_fit_the_bound(
                 request["slabs"] += granted
                 tables.add_slabs(row, granted)
             before = {row: _slots(tables, row) for row in rows}
-            step = tables.grow(rows)
+            step = GrownStep(*(tensor.clone() for tensor in tables.grow(rows)))
             for index, row in enumerate(rows):
                 for (layer, head), old in before[row].items():
-                    now = tables.entries(row, layer, head).tolist()
+                    now = _entries(tables, row, layer, head)
                     assert now[:-1] == old
                     assert now[-1] == int(step.slots[layer, index * HEADS + head])
                     assert len(now) == int(step.lens[layer, index * HEADS + head])
@@ -71,15 +72,22 @@ def test_random_lives_keep_every_entry_and_fit_the_bound(
             tables.release(row)
         check_page_tables(tables, sorted(live))
         for row, request in live.items():
-            assert torch.equal(tables.lens[row], request["lens"] + request["grown"])
+            assert torch.equal(tables.lens(row), request["lens"] + request["grown"])
 
 
 def _slots(tables: PageTables, row: int) -> dict[tuple[int, int], list[int]]:
     return {
-        (layer, head): tables.entries(row, layer, head).tolist()
+        (layer, head): _entries(tables, row, layer, head)
         for layer in range(LAYERS)
         for head in range(HEADS)
     }
+
+
+def _entries(tables: PageTables, row: int, layer: int, head: int) -> list[int]:
+    """Slots of one head's entries, in the order they were placed."""
+    positions = torch.arange(int(tables.lens(row)[layer, head]))
+    pages = tables.tables(row)[layer, head].long()[positions // PAGE]
+    return (pages * PAGE + positions % PAGE).tolist()
 
 
 def test_too_few_slabs_change_nothing() -> None:
@@ -89,7 +97,7 @@ def test_too_few_slabs_change_nothing() -> None:
     row = tables.place(torch.full((LAYERS, HEADS), 4, dtype=torch.int32), [1])
     with pytest.raises(ValueError, match="outgrew"):
         tables.grow([row])
-    assert int(tables.lens[row].max()) == 4
+    assert int(tables.lens(row).max()) == 4
     check_page_tables(tables, [row])
 
 
@@ -111,10 +119,10 @@ def test_what_is_read_from_blocks_and_written_to_pages_comes_back(layout: PageLa
     page = int(layout.block_pages(torch.tensor([20]), 1)[0, 1])
     assert torch.equal(keys[1, 4:8], cache.keys[page])
     kept = torch.tensor([0, 2, 3, 10])
-    slots = placed_slots(tables.tables[row, 1], tables.lens[row, 1], PAGE)
-    assert slots.tolist() == [*tables.entries(row, 1, 0), *tables.entries(row, 1, 1)]
+    slots = placed_slots(tables.tables(row)[1], tables.lens(row)[1], PAGE)
+    assert slots.tolist() == [*_entries(tables, row, 1, 0), *_entries(tables, row, 1, 1)]
     write_slots(cache, slots, keys[:, kept].reshape(-1, dim), values[:, kept].reshape(-1, dim))
     for head in range(HEADS):
-        back = read_slots(cache, tables.entries(row, 1, head))
+        back = read_slots(cache, torch.tensor(_entries(tables, row, 1, head)))
         assert torch.equal(back[0], keys[head, kept])
         assert torch.equal(back[1], values[head, kept])

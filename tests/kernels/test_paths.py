@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.attention import mean_window_attention
-from kernels.growth import grow_tables
+from kernels.growth import DecodeBatch, grow_reference
 from kernels.paged_cache import PagedCache, compact
 from kernels.top import top_mask
 
@@ -33,12 +33,14 @@ def test_mean_window_attention(heads: int, group: int, window: int, older: int, 
     torch.testing.assert_close(fast, mean_window_attention.reference(queries, keys, 0.3))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(rows=st.integers(1, 3), m=st.integers(1, 40), seed=st.integers(0, 10**6), data=st.data())
-def test_top_mask_of_many_rows(rows: int, m: int, seed: int, data: st.DataObject) -> None:
+def test_top_mask(rows: int, m: int, seed: int, data: st.DataObject) -> None:
     scores = torch.randint(0, 5, (rows, m), generator=_generator(seed)).float()
-    count = data.draw(st.integers(0, m))
-    assert torch.equal(top_mask(scores, count), top_mask.reference(scores, count))
+    counts = torch.tensor(data.draw(st.lists(st.integers(0, m), min_size=rows, max_size=rows)))
+    mask = top_mask(scores, counts)
+    assert torch.equal(mask.sum(dim=1), counts)
+    assert torch.equal(mask, top_mask.reference(scores, counts))
 
 
 @settings(max_examples=60, deadline=None)
@@ -47,51 +49,54 @@ def test_top_mask_of_many_rows(rows: int, m: int, seed: int, data: st.DataObject
     requests=st.integers(1, 3),
     heads=st.integers(1, 3),
     seed=st.integers(0, 10**6),
-    steps=st.integers(1, 9),
+    steps=st.integers(1, 12),
 )
-def test_grow_tables(layers: int, requests: int, heads: int, seed: int, steps: int) -> None:
+def test_a_decode_batch(layers: int, requests: int, heads: int, seed: int, steps: int) -> None:
     generator = _generator(seed)
-    lens = torch.randint(1, 12, (layers, requests, heads), generator=generator, dtype=torch.int32)
+    shape = (layers, requests, heads)
+    lens = torch.randint(0, 12, shape, generator=generator, dtype=torch.int32)
     width = 12 // PAGE + steps // PAGE + 2
-    tables = torch.randint(
-        0, 99, (layers, requests, heads, width), generator=generator, dtype=torch.int32
-    )
-    room = layers * heads * width
-    pages = torch.randperm(requests * room, generator=generator).view(requests, room) + 100
-    used = torch.randint(0, 3, (requests,), generator=generator)
-    granted = torch.full((requests,), room)
-    state = (lens, tables, used)
-    reference = tuple(tensor.clone() for tensor in state)
+    tables = torch.randint(0, 99, (*shape, width), generator=generator, dtype=torch.int32)
+    used = torch.randint(0, 3, (requests,), generator=generator).tolist()
+
+    def next_page(request: int, ordinal: int) -> int:
+        return 1000 * request + ordinal
+
+    batch = DecodeBatch(lens.clone(), tables.clone(), list(used), PAGE)
     for _ in range(steps):
-        fast = grow_tables(lens, tables, pages, used, granted, PAGE)
-        slow = grow_tables.reference(*reference[:2], pages, reference[2], granted, PAGE)
-        assert all(torch.equal(a, b) for a, b in zip(fast, slow, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(state, reference, strict=True))
+        slots = grow_reference(lens, tables, used, PAGE, next_page)
+        assert batch.is_wide_enough
+        step = batch.grow(next_page)
+        assert torch.equal(step.slots, slots)
+        assert torch.equal(step.lens.view(shape), lens)
+        assert torch.equal(step.tables.view(tables.shape), tables)
+        assert batch.used == used
 
 
-@pytest.mark.parametrize("grow", [grow_tables, grow_tables.reference], ids=["fast", "reference"])
-def test_without_a_page_nothing_grows(grow) -> None:  # type: ignore[no-untyped-def]
+def test_without_a_page_nothing_grows() -> None:
     lens = torch.tensor([[[PAGE, 1]], [[PAGE, PAGE]]], dtype=torch.int32)
     tables = torch.zeros((2, 1, 2, 3), dtype=torch.int32)
-    used = torch.tensor([2])
-    before = lens.clone(), tables.clone(), used.clone()
+    batch = DecodeBatch(lens.clone(), tables.clone(), [2], PAGE)
     with pytest.raises(ValueError, match="outgrew its slabs"):
-        grow(lens, tables, torch.arange(9)[None], used, torch.tensor([4]), PAGE)
-    assert all(map(torch.equal, (lens, tables, used), before))
+        batch.grow(lambda request, ordinal: ordinal if ordinal < 4 else None)
+    assert torch.equal(batch.lens, lens)
+    assert torch.equal(batch.tables, tables)
+    assert batch.used == [2]
 
 
 @settings(max_examples=60, deadline=None)
 @given(heads=st.integers(1, 3), n=st.integers(1, 20), seed=st.integers(0, 10**6))
 def test_compact(heads: int, n: int, seed: int) -> None:
     generator = _generator(seed)
-    blocks = -(-n // PAGE)
-    memory = torch.randn((4 * heads * blocks, 2, PAGE, 3), generator=generator)
+    layers, blocks = 2, -(-n // PAGE)
+    half = layers * heads * blocks
+    memory = torch.randn((3 * half, 2, PAGE, 3), generator=generator)
     order = torch.randperm(memory.shape[0], generator=generator)
-    source = order[: heads * blocks].view(blocks, heads)
-    tables = order[heads * blocks : 2 * heads * blocks].view(heads, blocks).int()
-    kept = torch.rand((heads, n), generator=generator) < 0.5
-    kept[:, -1] = True
-    lens = kept.sum(dim=1, dtype=torch.int32)
+    source = order[:half].view(layers, blocks, heads)
+    tables = order[half : 2 * half].view(layers, heads, blocks).int()
+    kept = torch.rand((layers, heads, n), generator=generator) < 0.5
+    kept[..., -1] = True
+    lens = kept.sum(dim=-1, dtype=torch.int32)
     other = memory.clone()
     compact(kept, PagedCache(memory[:, 0], memory[:, 1]), source, tables, lens)
     compact.reference(kept, PagedCache(other[:, 0], other[:, 1]), source, tables, lens)

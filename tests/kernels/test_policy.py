@@ -82,8 +82,8 @@ def test_threshold_selection_equals_the_stable_sort_under_ties(
     best = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
     expected = torch.zeros(len(values), dtype=torch.bool)
     expected[best] = True
-    assert torch.equal(top_mask.reference(row, count), expected)
-    assert torch.equal(top_mask(row, count), expected)
+    assert torch.equal(top_mask.reference(row, torch.tensor(count)), expected)
+    assert torch.equal(top_mask(row, torch.tensor(count)), expected)
 
 
 @given(st.integers(1, 5), st.integers(1, 20), st.floats(0, 1), st.integers(0, 10**6), st.data())
@@ -94,7 +94,7 @@ def test_adaptive_heads_equal_brute_force(
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(0, 5, (heads, m), generator=generator).float()
     total = data.draw(st.integers(0, heads * m))
-    mask = AdaptiveHeads(alpha).allocate(values, total)
+    mask = AdaptiveHeads(alpha).allocate(values[None], [total])[0]
     floor = int(alpha * total / heads)
     kept: set[tuple[int, int]] = set()
     for head in range(heads):
@@ -119,11 +119,8 @@ def test_pyramid_totals_fall_and_sum_exactly(layers: int, heads: int, quota: int
 def test_joint_layers_with_adaptive_heads_is_one_top_k_over_everything() -> None:
     values = torch.rand(4, 3, 50, generator=torch.Generator().manual_seed(5))
     totals = JointLayers().totals((4, 3, 50), 10, values)
-    split = [
-        AdaptiveHeads(0.0).allocate(layer, total)
-        for layer, total in zip(values, totals, strict=True)
-    ]
-    assert torch.equal(torch.stack(split).flatten(), top_mask(values.flatten(), 120))
+    split = AdaptiveHeads(0.0).allocate(values, totals)
+    assert torch.equal(split.flatten(), top_mask(values.flatten(), torch.tensor(120)))
 
 
 @pytest.mark.parametrize("case", KVPRESS, ids=lambda case: case["case"])
@@ -135,8 +132,8 @@ def test_selections_equal_kvpress(case: dict[str, Any]) -> None:
     values[:, -window:] = values.max() + 1
     budget = case["budget_incl_window"]
     # kvpress counts the window among the scores, so that its floor covers window entries.
-    adaptive = AdaptiveHeads(case["alpha_safeguard"]).allocate(values, heads * budget)
-    uniform = UniformHeads().allocate(values, heads * budget)
+    adaptive = AdaptiveHeads(case["alpha_safeguard"]).allocate(values[None], [heads * budget])[0]
+    uniform = UniformHeads().allocate(values[None], [heads * budget])[0]
     assert adaptive.sum(dim=-1).tolist() == case["ada_head_lens"]
     for mask, kept in ((adaptive, case["ada_kept"]), (uniform, case["uniform_kept"])):
         assert [row.nonzero().flatten().tolist() for row in mask] == [sorted(k) for k in kept]
@@ -158,11 +155,11 @@ def test_selections_follow_the_authors(case: dict[str, Any]) -> None:
         if "snap_kept" not in layer:
             continue
         quota = min(layer["snap_cap"], n) - window
-        ours = UniformHeads().allocate(values, quota * case["num_kv_heads"])
+        ours = UniformHeads().allocate(values[None], [quota * case["num_kv_heads"]])[0]
         _assert_equally_good(ours, layer["snap_kept"], values)
         # The authors blend and round head capacities: a few entries and the total differ.
         floor = AdaptiveHeads(case["floor_alpha"])
-        adaptive = floor.allocate(values, quota * case["num_kv_heads"])
+        adaptive = floor.allocate(values[None], [quota * case["num_kv_heads"]])[0]
         theirs = sum(layer["ada_head_lens"]) - window * case["num_kv_heads"]
         assert abs(int(adaptive.sum()) - theirs) <= 2 * case["num_kv_heads"]
 
