@@ -6,23 +6,22 @@ from typing import NamedTuple
 
 
 class Life(NamedTuple):
-    """A request from now on: the blocks that it holds, and the tokens that it will still append."""
+    """A request from now on: tokens that fill its blocks, and tokens that it will still append."""
 
-    blocks: int
+    tokens: int
     tokens_to_come: int
 
 
-def peak_blocks(lives: Iterable[Life], block_size: int) -> int:
-    """Most blocks that the requests hold together, each growing by a token per step to its end.
+def peak_tokens(lives: Iterable[Life]) -> int:
+    """Most tokens that the requests hold together, each growing by one per step to its end.
 
-    Blocks are filled evenly on average, so that growth is counted in tokens; after Past-Future
-    scheduling (2507.10150), which sizes a batch by its future instead of its present.
+    After Past-Future scheduling (2507.10150), which sizes a batch by its future, not its present.
     """
     peak = held = 0
     for count, life in enumerate(sorted(lives, key=lambda life: -life.tokens_to_come), start=1):
         # When this one ends, those that last longer are still there.
-        held += life.blocks
-        peak = max(peak, held + -(-count * life.tokens_to_come // block_size))
+        held += life.tokens
+        peak = max(peak, held + count * life.tokens_to_come)
     return peak
 
 

@@ -10,7 +10,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 
-from adakv_worker.admission import Life, OutputLengths, peak_blocks
+from adakv_worker.admission import Life, OutputLengths, peak_tokens
 from adakv_worker.plan import Phase, Plan
 from kernels.blocks import blocks_for_tokens
 
@@ -96,15 +96,13 @@ class AdaKVManager(FullAttentionManager):
         ]
         if not running:
             return 0
-        peak = peak_blocks([*running, self._life(plan)], self.block_size)
+        peak = blocks_for_tokens(peak_tokens([*running, self._life(plan)]), self.block_size)
         used = self.block_pool.num_gpu_blocks - 1 - self.block_pool.get_num_free_blocks()
         return peak - used
 
     def _life(self, plan: Plan) -> Life:
         to_come = self.output_lengths.to_come(plan.generated, plan.max_outputs - plan.generated)
-        if plan.active:
-            return Life(plan.blocks_at(plan.num_tokens), to_come)
-        return Life(blocks_for_tokens(plan.num_tokens, self.block_size), to_come)
+        return Life(plan.held_tokens, to_come)
 
     def _promised_to_others(self, request_id: str) -> int:
         """Blocks that admitted requests still take before their prompts are complete.

@@ -54,6 +54,14 @@ class Plan:
         return max(0, self.num_tokens - self.prompt_tokens)
 
     @property
+    def held_tokens(self) -> int:
+        """Tokens whose blocks it holds now, or will once it is compressed."""
+        if self.skipped is not None:
+            return self.num_tokens
+        # A page that is only partly filled is its head's all the same.
+        return self.keep + self.generated + self.block_size - 1
+
+    @property
     def active(self) -> bool:
         return self.skipped is None
 

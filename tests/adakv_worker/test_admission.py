@@ -3,21 +3,18 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adakv_worker.admission import Life, OutputLengths, peak_blocks
+from adakv_worker.admission import Life, OutputLengths, peak_tokens
 
 LIVES = st.lists(st.builds(Life, st.integers(1, 50), st.integers(0, 300)), max_size=12)
 
 
-@given(LIVES, st.sampled_from([1, 16, 32]))
-def test_the_peak_is_the_most_that_they_ever_hold_together(
-    lives: list[Life], block_size: int
-) -> None:
+@given(LIVES)
+def test_the_peak_is_the_most_that_they_ever_hold_together(lives: list[Life]) -> None:
     held = [
-        sum(life.blocks for life in alive) + -(-len(alive) * step // block_size)
+        sum(life.tokens + step for life in lives if life.tokens_to_come >= step)
         for step in range(301)
-        if (alive := [life for life in lives if life.tokens_to_come >= step])
     ]
-    assert peak_blocks(lives, block_size) == max(held, default=0)
+    assert peak_tokens(lives) == max(held)
 
 
 def test_outputs_are_as_long_as_the_last_ones_that_were_longer() -> None:
