@@ -15,7 +15,7 @@ from adakv_worker.plan import Phase, Plan
 from kernels.blocks import blocks_for_tokens
 
 # Length that outputs are assumed to have until some have ended.
-_PRIOR_OUTPUT_TOKENS = 256
+_PRIOR_OUTPUT_TOKENS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
