@@ -1,5 +1,6 @@
 """Starts and stops the servers that a measurement compares, each in its own process group."""
 
+import json
 import os
 import signal
 import socket
@@ -124,5 +125,5 @@ def _flags(engine: dict[str, Any]) -> list[str]:
         elif value is False:
             flags.append(name.replace("--", "--no-", 1))
         else:
-            flags += [name, str(value)]
+            flags += [name, json.dumps(value) if isinstance(value, dict) else str(value)]
     return flags

@@ -1,0 +1,70 @@
+"""vLLM's own server with the documented flags, over HTTP."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from adakv_worker.plugin import engine_args
+from loadtest.servers import vllm_serve
+from serving.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
+
+PROMPT = "The keeper of the lighthouse wrote down every ship that passed. " * 40
+ENGINE = {
+    "dtype": "float32", "max_model_len": 2048, "block_size": 32, "enforce_eager": True,
+    "kv_cache_memory_bytes": 190 << 20, "max_num_batched_tokens": 1024,
+    **engine_args({"budget_tokens": 256, "keep_ratio": 0.0, "max_budget_tokens": 512}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("vllm_serve") / "log"
+    model = str(embedded_model_path())
+    with vllm_serve(model, EMBEDDED_MODEL_NAME, ENGINE, threads=1, log_path=Path(log)) as url:
+        yield url
+
+
+def _ask(url: str, **options: Any) -> httpx.Response:
+    body = {"model": EMBEDDED_MODEL_NAME, "prompt": PROMPT, "max_tokens": 16, **options}
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+
+
+def test_the_proof_is_in_kv_transfer_params(url: str) -> None:
+    answer = _ask(url).json()
+    proof = answer["kv_transfer_params"]["kv_compression"]
+    assert proof["policy"] == "ada_snapkv"
+    assert proof["original_tokens"] == answer["usage"]["prompt_tokens"]
+    assert proof["kept_mean"] == 256
+    assert proof["kept_min"] < 256 < proof["kept_max"]
+    assert proof["blocks_after"] < proof["blocks_before"]
+    assert proof["skipped"] is None
+
+
+def test_a_request_chooses_for_itself(url: str) -> None:
+    answer = _ask(url, vllm_xargs={"adakv_budget_tokens": 128, "adakv_policy": "snapkv"}).json()
+    proof = answer["kv_transfer_params"]["kv_compression"]
+    assert (proof["policy"], proof["kept_mean"], proof["kept_min"]) == ("snapkv", 128, 128)
+    full = _ask(url, vllm_xargs={"adakv_policy": "full"}).json()
+    assert full["kv_transfer_params"]["kv_compression"]["skipped"] == "full_requested"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"adakv_budget_tokens": 1024}, "above this server's most, 512"),
+        ({"adakv_budget_tokens": "many"}, "adakv_budget_tokens"),
+        ({"adakv_polcy": "snapkv"}, "did you mean adakv_policy"),
+        ({"adakv_policy": "best"}, "unknown policy 'best'"),
+        ({"adakv_window_tokens": 300}, "observation window"),
+    ],
+)
+def test_a_bad_option_is_a_400_and_the_engine_lives(
+    url: str, options: dict[str, Any], reason: str
+) -> None:
+    refused = _ask(url, vllm_xargs=options)
+    assert refused.status_code == 400
+    assert reason in refused.json()["error"]["message"]
+    assert _ask(url, prompt="Once", max_tokens=2).status_code == 200
