@@ -11,7 +11,7 @@ from adakv_worker.model_parts import LayerParts
 from kernels.observation import Observation
 from kernels.paged_cache import PagedCache, compact, read_blocks
 from kernels.pages import PageTables
-from kernels.policy import Policy
+from kernels.policy import Policy, Scored, stacked
 
 # Scores held before their layers are copied: a few layers of a long prompt, all of a short one.
 _HELD_BYTES = 4 << 20
@@ -90,7 +90,7 @@ class Compression:
             command.prompt_tokens - self._policy.scorer.window_tokens,
         )
         self._totals = self._policy.layer_totals(shape, command.keep)
-        self._scores: dict[int, Tensor] = {}
+        self._scored: dict[int, Scored] = {}
         self._held_bytes = 0
         self._kept: dict[int, Tensor] | None = {} if record else None
         self.row = tables.open(command.slabs)
@@ -104,9 +104,9 @@ class Compression:
         )
 
     def see(self, layer: int, query: Tensor) -> None:
-        scores = self._policy.scorer.score(self._observe(layer, query))
-        self._scores[layer] = scores
-        self._held_bytes += scores.numel() * scores.element_size()
+        scored = self._policy.score(self._observe(layer, query))
+        self._scored[layer] = scored
+        self._held_bytes += sum(t.numel() * t.element_size() for t in scored if t is not None)
         if self._totals is not None and self._held_bytes >= _HELD_BYTES:
             self._copy_scored(self._totals)
 
@@ -114,8 +114,8 @@ class Compression:
         """After the last layer. Returns kept [L, H, n] bool, if recorded."""
         totals = self._totals
         if totals is None:
-            scores = torch.stack([self._scores[layer] for layer in sorted(self._scores)])
-            totals = self._policy.totals(scores, self._command.keep)
+            all_layers = stacked([self._scored[layer] for layer in sorted(self._scored)])
+            totals = self._policy.totals(all_layers.scores, self._command.keep)
         self._copy_scored(totals)
         if self._kept is None:
             return None
@@ -123,13 +123,13 @@ class Compression:
 
     def _copy_scored(self, totals: list[int]) -> None:
         """Selects and copies the layers whose scores are held."""
-        layers = sorted(self._scores)
+        layers = sorted(self._scored)
         if not layers:
             return
-        scores = torch.stack([self._scores[layer] for layer in layers])
-        self._scores.clear()
+        scored = stacked([self._scored[layer] for layer in layers])
+        self._scored.clear()
         self._held_bytes = 0
-        kept = self._policy.allocate_layers(scores, [totals[layer] for layer in layers])
+        kept = self._policy.allocate_layers(scored, [totals[layer] for layer in layers])
         lens = kept.sum(dim=-1, dtype=torch.int32)
         tables = self._tables.place_layers(self.row, layers, lens)
         source = self._tables.layout.blocks_pages(self._blocks, torch.tensor(layers))
@@ -142,7 +142,7 @@ class Compression:
         layout = self._tables.layout
         keys = read_blocks(self._cache.keys, layout, self._blocks, layer, n)
         values = keys.new_empty((*keys.shape[:2], 0))
-        if self._policy.scorer.needs_values:
+        if self._policy.needs_values:
             values = read_blocks(self._cache.values, layout, self._blocks, layer, n)
         return Observation(
             self._window(layer, query),

@@ -1,4 +1,4 @@
-"""A compression policy: scorer x layer budget x head allocation."""
+"""A compression policy: scorer x layer budget x head allocation, and CriticalKV's second stage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.observation import Observation
+from kernels.projected_values import ProjectedValues
 from kernels.scorers.base import Scorer
 
 
@@ -32,6 +33,13 @@ class HeadAllocation(Protocol):
         ...
 
 
+class Scored(NamedTuple):
+    """Scores [..., H, n - window_tokens], and the weights of the second stage, if there is one."""
+
+    scores: Tensor
+    weights: Tensor | None
+
+
 class Selection(NamedTuple):
     """What a request keeps: kept [L, H, n] bool, lens [L, H] int32 its counts."""
 
@@ -46,6 +54,19 @@ class Policy:
     scorer: Scorer
     layer_budget: LayerBudget
     head_allocation: HeadAllocation
+    second_stage: ProjectedValues | None = None
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether it looks at values; else observations may leave them out."""
+        return self.scorer.needs_values or self.second_stage is not None
+
+    def score(self, observation: Observation) -> Scored:
+        """What `allocate` needs to know of one layer."""
+        scores = self.scorer.score(observation)
+        if self.second_stage is None:
+            return Scored(scores, None)
+        return Scored(scores, self.second_stage.weights(observation, scores.shape[-1]))
 
     def select(self, observations: Sequence[Observation], keep_tokens: int) -> Selection:
         """Keeps `keep_tokens` entries for each (layer, head) on average, the window included.
@@ -60,16 +81,15 @@ class Policy:
             raise ValueError("all layers must have the same number of heads and entries")
         if keep_tokens >= n:
             return _everything(observations)
-        scores = torch.stack([self.scorer.score(layer) for layer in observations])
-        return self.allocate(scores, keep_tokens)
+        return self.allocate(stacked([self.score(layer) for layer in observations]), keep_tokens)
 
-    def allocate(self, scores: Tensor, keep_tokens: int) -> Selection:
-        """`select` from the scorer's scores [L, H, n - window_tokens] of all layers.
+    def allocate(self, scored: Scored, keep_tokens: int) -> Selection:
+        """`select` from the scores [L, H, n - window_tokens] of all layers.
 
         Raises:
             ValueError: `keep_tokens` is below the scorer's window.
         """
-        kept = self.allocate_layers(scores, self.totals(scores, keep_tokens))
+        kept = self.allocate_layers(scored, self.totals(scored.scores, keep_tokens))
         return Selection(kept, kept.sum(dim=-1, dtype=torch.int32))
 
     def totals(self, scores: Tensor, keep_tokens: int) -> list[int]:
@@ -90,12 +110,15 @@ class Policy:
         quota = self._quota(keep_tokens)
         return None if self.layer_budget.needs_scores else self.layer_budget.totals(shape, quota)
 
-    def allocate_layers(self, scores: Tensor, totals: list[int]) -> Tensor:
+    def allocate_layers(self, scored: Scored, totals: list[int]) -> Tensor:
         """Kept [K, H, n] bool: `totals` [K] of scores [K, H, n - window_tokens], and the window.
 
         For some layers at a time, with `layer_totals`.
         """
+        scores, weights = scored
         older = self.head_allocation.allocate(scores, totals)
+        if self.second_stage is not None and weights is not None:
+            older = self.second_stage.reselect(older, scores, weights)
         recent = older.new_ones((*older.shape[:2], self.scorer.window_tokens))
         return torch.cat((older, recent), dim=-1)
 
@@ -107,6 +130,14 @@ class Policy:
                 "raise the budget or lower the window"
             )
         return keep_tokens - window
+
+
+def stacked(layers: Sequence[Scored]) -> Scored:
+    """The layers' scores [H, m] as [K, H, m]."""
+    weights = [layer.weights for layer in layers if layer.weights is not None]
+    return Scored(
+        torch.stack([layer.scores for layer in layers]), torch.stack(weights) if weights else None
+    )
 
 
 def _everything(observations: Sequence[Observation]) -> Selection:

@@ -11,7 +11,7 @@ from kernels.layer_budgets.joint import JointLayers
 from kernels.layer_budgets.pyramid import PyramidLayers
 from kernels.layer_budgets.uniform import UniformLayers
 from kernels.policy import Policy
-from kernels.scorers.critical import CriticalScorer
+from kernels.projected_values import ProjectedValues
 from kernels.scorers.defensive import DefensiveScorer
 from kernels.scorers.expected_attention import ExpectedAttentionScorer
 from kernels.scorers.key_diff import KeyDiffScorer
@@ -34,7 +34,9 @@ PRESETS: dict[str, Callable[[], Policy]] = {
     "ada_expected_attention": lambda: Policy(
         ExpectedAttentionScorer(), UniformLayers(), AdaptiveHeads()
     ),
-    "critical_ada_snapkv": lambda: Policy(CriticalScorer(), UniformLayers(), AdaptiveHeads()),
+    "critical_ada_snapkv": lambda: Policy(
+        WindowScorer(), UniformLayers(), AdaptiveHeads(), ProjectedValues()
+    ),
     "defensive": lambda: Policy(DefensiveScorer(), UniformLayers(), AdaptiveHeads()),
     "key_norm": lambda: Policy(KeyNormScorer(), UniformLayers(), UniformHeads()),
     "key_diff": lambda: Policy(KeyDiffScorer(), UniformLayers(), UniformHeads()),
@@ -86,9 +88,6 @@ def configured(choice: PolicyChoice) -> Policy:
 
 def _with_window(scorer: Any, name: str, window_tokens: int) -> Any:
     fields = {field.name for field in dataclasses.fields(scorer)}
-    if "base" in fields:
-        base = dataclasses.replace(scorer.base, window_tokens=window_tokens)
-        return dataclasses.replace(scorer, base=base)
     if "window_tokens" not in fields:
         raise ValueError(f"policy '{name}' takes no window_tokens")
     return dataclasses.replace(scorer, window_tokens=window_tokens)

@@ -15,10 +15,11 @@ class ExpectedAttentionScorer:
     Queries before RoPE are taken as Gaussian with the mean and covariance of the captured span.
     Averaged over the rotations of the next `future_tokens` positions they give, for each key k,
     log E[exp(q.k)] = mu.k * scale + k.Sigma.k * scale^2 / 2. Query-agnostic: it needs no question
-    at the end of the prompt.
+    at the end of the prompt. As kvpress' ExpectedAttentionPress, but for the span: there the whole
+    prompt gives the statistics, here its end.
 
     query_span_tokens: captured queries that the statistics come from.
-    sink_tokens: first entries, left out of the statistics' reach by always being kept.
+    sink_tokens: first entries, always kept and left out of the statistics and the softmax.
     use_value_norm: weigh by the norm of the value.
     epsilon: added to the probability, so that the value norm counts for unattended keys too.
     """
@@ -29,24 +30,26 @@ class ExpectedAttentionScorer:
     sink_tokens: int = 4
     use_covariance: bool = True
     use_value_norm: bool = True
-    epsilon: float = 1e-2
+    epsilon: float = 0.0
     window_tokens: int = 0
 
     def score(self, observation: Observation) -> Tensor:
         if observation.rotary is None:
             raise ValueError("expected_attention needs the model's rotary embedding")
-        span = min(self.query_span_tokens, observation.queries.shape[1])
+        n, sinks = observation.num_tokens, min(self.sink_tokens, observation.num_tokens - 1)
+        span = min(self.query_span_tokens, observation.queries.shape[1], n - sinks)
         mean, covariance = self._future_queries(observation, observation.rotary, span)
-        keys = observation.keys[:, None].float()
+        keys = observation.keys[:, None, sinks:].float()
         logits = torch.einsum("hgd,hknd->hgn", mean, keys) * observation.scale
         if self.use_covariance:
             quadratic = torch.einsum("hknd,hgde,hkne->hgn", keys, covariance, keys)
             logits += quadratic * observation.scale**2 / 2
         scores = logits.softmax(dim=-1).mean(dim=1)
         if self.use_value_norm:
-            scores = (scores + self.epsilon) * observation.values.float().norm(dim=-1)
-        scores[:, : self.sink_tokens] = scores.amax() + 1.0
-        return scores[:, : observation.num_tokens - self.window_tokens]
+            values = observation.values[:, sinks:].float()
+            scores = (scores + self.epsilon) * values.norm(dim=-1)
+        scores = torch.nn.functional.pad(scores, (sinks, 0), value=float(scores.amax()) + 1.0)
+        return scores[:, : n - self.window_tokens]
 
     def _future_queries(
         self, observation: Observation, rotary: Rotary, span: int

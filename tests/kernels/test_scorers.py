@@ -1,0 +1,163 @@
+"""Scorers against their papers' formulas, written out entry by entry."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.observation import Observation
+from kernels.presets import preset
+from kernels.projected_values import ProjectedValues
+from kernels.rotary import Rotary
+from kernels.scorers.defensive import DefensiveScorer
+from kernels.scorers.expected_attention import ExpectedAttentionScorer
+from kernels.scorers.key_diff import KeyDiffScorer
+from kernels.scorers.key_norm import KeyNormScorer
+
+HEADS, GROUP, N, DIM, HIDDEN = 2, 3, 24, 8, 10
+WINDOW = 6
+
+
+@pytest.fixture
+def observation() -> Observation:
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    weight = normal(HIDDEN, HEADS * GROUP * DIM)
+    return Observation(
+        normal(HEADS * GROUP, N, DIM), normal(HEADS, N, DIM), normal(HEADS, N, DIM), DIM**-0.5,
+        Rotary(100.0 ** -(torch.arange(0, DIM, 2) / DIM)), lambda: weight, 0,
+    )  # fmt: skip
+
+
+def _projected_norm(observation: Observation, head: int, position: int) -> float:
+    assert observation.output_weight is not None
+    weight = observation.output_weight()
+    norms = []
+    for member in range(GROUP):
+        start = (head * GROUP + member) * DIM
+        norms.append((weight[:, start : start + DIM] @ observation.values[head, position]).abs())
+    return float(torch.stack(norms).sum(dim=1).mean())
+
+
+def _attention(observation: Observation, head: int, member: int, query: int) -> Tensor:
+    """Probabilities over all positions of window query `query`."""
+    row = observation.queries[head * GROUP + member, N - WINDOW + query]
+    seen = N - WINDOW + query + 1
+    logits = observation.keys[head, :seen] @ row * observation.scale
+    return torch.cat((logits.softmax(0), torch.zeros(N - seen)))
+
+
+def _rotation(rotary: Rotary, position: int) -> Tensor:
+    matrix = torch.zeros((DIM, DIM))
+    for pair, frequency in enumerate(rotary.inv_freq.tolist()):
+        cos, sin = math.cos(position * frequency), math.sin(position * frequency)
+        other = pair + DIM // 2
+        matrix[pair, pair] = matrix[other, other] = cos
+        matrix[pair, other], matrix[other, pair] = -sin, sin
+    return matrix
+
+
+def test_expected_attention(observation: Observation) -> None:
+    scorer = ExpectedAttentionScorer(query_span_tokens=N, future_tokens=7, epsilon=0.1)
+    assert observation.rotary is not None
+    sinks = scorer.sink_tokens
+    turn = torch.stack([_rotation(observation.rotary, N + step) for step in range(7)]).mean(dim=0)
+    expected = torch.empty((HEADS, N - sinks))
+    for head in range(HEADS):
+        shares = []
+        for member in range(GROUP):
+            before = torch.stack(
+                [
+                    _rotation(observation.rotary, -position)
+                    @ observation.queries[head * GROUP + member, position]
+                    for position in range(sinks, N)
+                ]
+            )
+            mean, covariance = (
+                turn @ before.mean(dim=0),
+                turn @ torch.cov(before.T, correction=0) @ turn.T,
+            )
+            keys = observation.keys[head, sinks:]
+            logits = [
+                float(mean @ key * DIM**-0.5 + key @ covariance @ key / DIM / 2) for key in keys
+            ]
+            shares.append(torch.tensor(logits).softmax(dim=0))
+        norms = observation.values[head, sinks:].norm(dim=-1)
+        expected[head] = (torch.stack(shares).mean(dim=0) + 0.1) * norms
+    scores = scorer.score(observation)
+    torch.testing.assert_close(scores[:, sinks:], expected)
+    assert bool((scores[:, :sinks] > expected.amax()).all())
+
+
+def test_defensive(observation: Observation) -> None:
+    m = N - WINDOW
+    scorer = DefensiveScorer(window_tokens=WINDOW, secured_mass=0.6)
+    scores = scorer.score(observation)
+    worst, mean = torch.zeros((HEADS, m)), torch.zeros((HEADS, m))
+    for head in range(HEADS):
+        for member in range(GROUP):
+            for query in range(WINDOW):
+                row = _attention(observation, head, member, query)[:m]
+                mean[head] += row / (GROUP * WINDOW)
+                padded = torch.cat((torch.zeros(2), row, torch.zeros(2)))
+                pooled = torch.stack([padded[i : i + 5].mean() for i in range(m)])
+                worst[head] = worst[head].maximum(pooled * row.sum() / pooled.sum())
+    worst = worst.maximum(worst.mean(dim=1, keepdim=True))
+    norms = torch.tensor(
+        [[_projected_norm(observation, head, i) for i in range(m)] for head in range(HEADS)]
+    )
+    expected = worst * norms / norms.sum(dim=0)
+    for head in range(HEADS):
+        mass = 1 - float(mean[head].sum())
+        secured = []
+        for position in mean[head].argsort(descending=True).tolist():
+            if mass >= 0.6:
+                break
+            secured.append(position)
+            mass += float(mean[head, position])
+        others = [i for i in range(m) if i not in secured]
+        assert 0 < len(secured) < m
+        torch.testing.assert_close(scores[head, others], expected[head, others])
+        assert bool((scores[head, secured] > expected.amax()).all())
+
+
+def test_the_second_stage_goes_by_the_projected_value(observation: Observation) -> None:
+    stage = ProjectedValues(first_stage_ratio=0.5, epsilon=0.01)
+    scores = torch.rand((1, HEADS, N), generator=torch.Generator().manual_seed(5))
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    kept[0, 0, :9] = kept[0, 1, :4] = True
+    weights = stage.weights(observation, N)
+    mask = stage.reselect(kept, scores, weights[None])[0]
+    for head, count in ((0, 9), (1, 4)):
+        ranked = scores[0, head].argsort(descending=True).tolist()
+        first, rest = ranked[: count // 2], ranked[count // 2 :]
+        rest.sort(
+            key=lambda i, head=head: (
+                -(float(scores[0, head, i]) + 0.01)  # type: ignore[misc]
+                * _projected_norm(observation, head, i)
+            )
+        )
+        expected = sorted(first + rest[: count - len(first)])
+        assert mask[head].nonzero()[:, 0].tolist() == expected
+
+
+def test_key_scorers(observation: Observation) -> None:
+    norms, diffs = KeyNormScorer().score(observation), KeyDiffScorer().score(observation)
+    for head in range(HEADS):
+        unit = [key / key.norm() for key in observation.keys[head]]
+        anchor = torch.stack(unit).mean(dim=0)
+        for position in range(N):
+            key = observation.keys[head, position]
+            assert norms[head, position] == pytest.approx(-float(key.norm()), rel=1e-5)
+            cosine = float(unit[position] @ anchor / anchor.norm())
+            assert diffs[head, position] == pytest.approx(-cosine, abs=1e-5)
+
+
+def test_policies_that_need_values_say_so() -> None:
+    assert preset("critical_ada_snapkv").needs_values
+    assert preset("defensive").needs_values
+    assert not preset("ada_snapkv").needs_values
