@@ -14,6 +14,8 @@ from adakv_worker.admission import Life, OutputLengths, peak_tokens
 from adakv_worker.plan import Phase, Plan
 from kernels.blocks import blocks_for_tokens
 
+# Steps that a prefill may take without the others' growth getting in its way.
+_PREFILL_STEPS = 4
 # Length that outputs are assumed to have until some have ended.
 _PRIOR_OUTPUT_TOKENS = 512
 
@@ -80,8 +82,17 @@ class AdaKVManager(FullAttentionManager):
         if plan.skip_if_taken_now is None:
             needed += plan.slabs
             if apply_admission_cap:
+                needed += self._growth_during_prefill(request_id)
                 needed = max(needed, self._needed_for_peak(plan, request_id))
         return needed
+
+    def _growth_during_prefill(self, request_id: str) -> int:
+        """Blocks that compressed requests take while another one's prompt is computed."""
+        return sum(
+            max(plan.blocks_at(plan.num_tokens + _PREFILL_STEPS) - len(self.req_to_blocks[name]), 0)
+            for name, plan in self.plans.items()
+            if name != request_id and plan.phase is Phase.COMPRESSED
+        )
 
     def _needed_for_peak(self, plan: Plan, request_id: str) -> int:
         """Blocks that must be free now, so that all will fit when they have grown.

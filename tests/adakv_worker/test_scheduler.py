@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from adakv_worker.checks import check_blocks
 from adakv_worker.commands import ATTRIBUTE, commands_of
 from adakv_worker.plan import Phase
-from adakv_worker.scheduler import AdaKVScheduler
+from adakv_worker.scheduler import AdaKVAsyncScheduler, AdaKVScheduler
 from tests.adakv_worker.engines import Engine, prompt
 
 
@@ -27,11 +27,18 @@ def small(in_process: None, gqa_model: Any) -> Iterator[Engine]:
 
 
 class Fake:
-    """A scheduler and a worker that keeps no cache but answers every step."""
+    """A scheduler and a worker that keeps no cache but answers every step.
 
-    def __init__(self, engine: Engine) -> None:
+    in_flight: steps that are scheduled before the oldest is answered; the asynchronous scheduler's
+    engine keeps one.
+    """
+
+    def __init__(self, engine: Engine, in_flight: int) -> None:
         real = engine.scheduler
-        self.scheduler = AdaKVScheduler(
+        scheduler = AdaKVAsyncScheduler if in_flight else AdaKVScheduler
+        self._in_flight = in_flight
+        self._unanswered: list[tuple[Any, Any]] = []
+        self.scheduler = scheduler(
             vllm_config=real.vllm_config,
             kv_cache_config=real.kv_cache_config,
             structured_output_manager=real.structured_output_manager,
@@ -98,9 +105,23 @@ class Fake:
             prompt_token_id_logprobs_dict={}, sampling_masks=None,
         )  # fmt: skip
         setattr(answer, ATTRIBUTE, dict.fromkeys(commands.compress, (64.0, 1, 99)))
-        self.scheduler.update_from_output(output, answer)  # type: ignore[arg-type]
+        self._unanswered.append((output, answer))
+        if len(self._unanswered) > self._in_flight:
+            self.scheduler.update_from_output(*self._unanswered.pop(0))
         check_blocks(self.manager)
         self._check_running()
+
+    def finish(self) -> None:
+        """Steps until nothing is left to do or to answer."""
+        for _ in range(5000):
+            if not self.scheduler.has_unfinished_requests():
+                break
+            self.step()
+        assert not self.scheduler.has_unfinished_requests()
+        while self._unanswered:
+            self.scheduler.update_from_output(*self._unanswered.pop(0))
+        self._in_flight = 0
+        self.step()
 
     def _check_running(self) -> None:
         for request in self.scheduler.running:
@@ -126,37 +147,52 @@ ACTIONS = st.lists(
 )
 
 
+@pytest.mark.parametrize("in_flight", [0, 1], ids=["synchronous", "asynchronous"])
 @settings(max_examples=60, deadline=None)
 @given(actions=ACTIONS)
-def test_random_lives_lose_no_block(small: Engine, actions: list[Any]) -> None:
-    fake = Fake(small)
+def test_random_lives_lose_no_block(small: Engine, in_flight: int, actions: list[Any]) -> None:
+    fake = Fake(small, in_flight)
     total = fake.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     for name, *values in actions:
         getattr(fake, name)(*values)
-    for _ in range(3000):
-        if not fake.scheduler.has_unfinished_requests():
-            break
-        fake.step()
-    assert not fake.scheduler.has_unfinished_requests()
-    fake.step()
+    fake.finish()
     assert fake.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == total
     assert not fake.manager.plans
     assert not fake.scheduler._reports
 
 
-def test_the_pool_is_tight_enough_to_preempt(small: Engine) -> None:
-    fake = Fake(small)
-    preempted = 0
-    preempt = fake.scheduler._preempt_request
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal preempted
-        preempted += 1
-        return preempt(*args, **kwargs)
-
-    fake.scheduler._preempt_request = counted  # type: ignore[method-assign]
+@pytest.mark.parametrize("in_flight", [0, 1], ids=["synchronous", "asynchronous"])
+def test_outputs_longer_than_the_ones_before_are_preempted_and_end(
+    small: Engine, in_flight: int
+) -> None:
+    fake = Fake(small, in_flight)
+    preempted = _count_preemptions(fake)
+    for seed in range(8):
+        fake.add(40, 2, seed, {})
+    fake.finish()
+    fake._in_flight = in_flight
     for seed in range(6):
         fake.add(600, 300, seed, {"adakv_budget_tokens": 200})
-    while fake.scheduler.has_unfinished_requests():
-        fake.step()
-    assert preempted > 0
+    fake.finish()
+    assert preempted
+
+
+def test_outputs_as_long_as_the_ones_before_are_not_preempted(small: Engine) -> None:
+    fake = Fake(small, in_flight=0)
+    preempted = _count_preemptions(fake)
+    for seed in range(6):
+        fake.add(600, 300, seed, {"adakv_budget_tokens": 200})
+    fake.finish()
+    assert not preempted
+
+
+def _count_preemptions(fake: Fake) -> list[str]:
+    preempted: list[str] = []
+    preempt = fake.scheduler._preempt_request
+
+    def noted(request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    fake.scheduler._preempt_request = noted  # type: ignore[method-assign]
+    return preempted
