@@ -47,6 +47,18 @@ def test_a_prefix_hit_selects_what_a_miss_selects(engine: Engine, reference: Ref
     _answers_right(hit, reference)
 
 
+def test_layers_copied_one_by_one_keep_what_they_keep_together(
+    engine: Engine, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = prompt(500, seed=62)
+    (together,) = engine.run([ids])
+    monkeypatch.setattr("adakv_worker.compression._HELD_BYTES", 1)
+    (one_by_one,) = engine.run([ids])
+    assert torch.equal(one_by_one.kept, together.kept)
+    assert one_by_one.tokens == together.tokens
+    _answers_right(one_by_one, reference)
+
+
 def test_a_prefix_hit_is_really_used(engine: Engine) -> None:
     ids = prompt(400, seed=61)
     engine.run([ids])
