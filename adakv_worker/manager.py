@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 
 from adakv_worker.admission import Life, OutputLengths, peak_tokens
+from adakv_worker.memory_stats import MemoryStats
 from adakv_worker.plan import Phase, Plan
 from kernels.blocks import blocks_for_tokens
 
@@ -100,16 +101,36 @@ class AdaKVManager(FullAttentionManager):
         An uncompressed request that vLLM preempts finds most of its blocks in the prefix cache when
         it resumes; a compressed one computes its whole prompt again. It is worth waiting instead.
         """
-        running = [
-            self._life(other)
-            for name, other in self.plans.items()
-            if name != request_id and self.req_to_blocks.get(name)
-        ]
+        running = self._lives(without=request_id)
         if not running:
             return 0
-        peak = blocks_for_tokens(peak_tokens([*running, self._life(plan)]), self.block_size)
-        used = self.block_pool.num_gpu_blocks - 1 - self.block_pool.get_num_free_blocks()
-        return peak - used
+        return self._blocks_at_peak([*running, self._life(plan)]) - self._used_blocks
+
+    def memory_stats(self) -> MemoryStats:
+        """Of the requests that hold blocks."""
+        compressed = [
+            (name, plan) for name, plan in self.plans.items() if plan.phase is Phase.COMPRESSED
+        ]
+        return MemoryStats(
+            compressed_blocks=sum(len(self.req_to_blocks[name]) for name, _ in compressed),
+            growth_blocks=max(0, self._blocks_at_peak(self._lives()) - self._used_blocks),
+            kept_tokens=sum(plan.keep for _, plan in compressed),
+            original_tokens=sum(plan.prompt_tokens for _, plan in compressed),
+        )
+
+    @property
+    def _used_blocks(self) -> int:
+        return self.block_pool.num_gpu_blocks - 1 - self.block_pool.get_num_free_blocks()
+
+    def _blocks_at_peak(self, lives: list[Life]) -> int:
+        return blocks_for_tokens(peak_tokens(lives), self.block_size)
+
+    def _lives(self, without: str | None = None) -> list[Life]:
+        return [
+            self._life(plan)
+            for name, plan in self.plans.items()
+            if name != without and self.req_to_blocks.get(name)
+        ]
 
     def _life(self, plan: Plan) -> Life:
         to_come = self.output_lengths.to_come(plan.generated, plan.max_outputs - plan.generated)

@@ -50,6 +50,11 @@ class Plan:
         return blocks_for_tokens(self.prompt_tokens, self.block_size)
 
     @property
+    def blocks_to_start(self) -> int:
+        """Blocks that its prefill takes at its end."""
+        return self.prompt_blocks + (self.slabs if self.active else 0)
+
+    @property
     def generated(self) -> int:
         return max(0, self.num_tokens - self.prompt_tokens)
 

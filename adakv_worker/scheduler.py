@@ -8,6 +8,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
@@ -21,6 +22,7 @@ from adakv_worker.config import (
     compression_config,
 )
 from adakv_worker.manager import AdaKVManager
+from adakv_worker.memory_stats import MemoryStats
 from adakv_worker.plan import Phase, Plan, make_plan
 from adakv_worker.support import refuse_unsupported, require_classes
 from kernels.presets import PolicyChoice
@@ -39,6 +41,7 @@ class AdaKVSchedulerMixin(Scheduler):
         config = compression_config(self.vllm_config.additional_config)
         self._adakv = config or CompressionConfig(enabled=False)
         self._reports: dict[str, dict[str, Any]] = {}
+        self._blocks_to_start: dict[str, int] = {}
         self._manager: AdaKVManager | None = None
         if config is None:
             return
@@ -74,18 +77,21 @@ class AdaKVSchedulerMixin(Scheduler):
 
     def _plan(self, request: Request) -> Plan | None:
         """Plans a request that is about to start, or to start again after a preemption."""
-        params = request.sampling_params
-        if self._manager is None or params is None:
+        if self._manager is None or request.sampling_params is None:
             return None
-        plan = make_plan(
-            self._budget(request.request_id, params.extra_args),
+        plan = self._new_plan(request)
+        self._manager.plans[request.request_id] = plan
+        return plan
+
+    def _new_plan(self, request: Request) -> Plan:
+        params = request.sampling_params
+        return make_plan(
+            self._budget(request.request_id, params.extra_args if params is not None else None),
             request.num_tokens,
             request.max_tokens - request.num_output_tokens,
             self.block_size,
             self.kv_cache_manager.block_pool.num_gpu_blocks - 1,
         )
-        self._manager.plans[request.request_id] = plan
-        return plan
 
     def _budget(self, request_id: str, extra_args: dict[str, Any] | None) -> RequestBudget:
         try:
@@ -151,6 +157,30 @@ class AdaKVSchedulerMixin(Scheduler):
             # A compressed request is reported with what the worker really kept.
             if plan is not None and (request_id in kept or not plan.active):
                 self._reports[request_id] = plan.report(kept.get(request_id))
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and self._manager is not None and self.lora_config is None:
+            self._memory_stats(self._manager).attach(stats)
+        return stats
+
+    def _memory_stats(self, manager: AdaKVManager) -> MemoryStats:
+        waiting = [*self.waiting, *self.kv_holding_waiting]
+        # Planned once for each time that a request waits.
+        self._blocks_to_start = {
+            request.request_id: self._blocks_to_start.get(request.request_id)
+            or self._new_plan(request).blocks_to_start
+            for request in waiting
+        }
+        unfinished = [*waiting, *self.running]
+        return manager.memory_stats()._replace(
+            waiting_blocks=sum(self._blocks_to_start.values()),
+            queued_prefill_tokens=sum(
+                left
+                for request in unfinished
+                if (left := request.num_tokens - request.num_computed_tokens) > 1
+            ),
+        )
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         if self._manager is not None:

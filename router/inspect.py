@@ -10,7 +10,10 @@ import redis
 from router import DEFAULT_APPLICATION, DEFAULT_KEY_PREFIX, DEFAULT_STORE_URL
 from router.redis_ledger import LedgerKeys, LedgerReader, LedgerView, Report
 
-COLUMNS = ("replica", "blocks", "free", "used", "running", "waiting", "tok/s", "kept", "age")
+COLUMNS = (
+    "replica", "blocks", "free", "used", "compr", "growth", "running", "waiting", "tok/s", "kept",
+    "age",
+)  # fmt: skip
 
 
 def as_json(view: LedgerView) -> str:
@@ -50,6 +53,8 @@ def _row(report: Report) -> tuple[str, ...]:
         str(occupancy.blocks_total),
         str(occupancy.blocks_free),
         f"{used:.0%}",
+        str(occupancy.blocks_compressed),
+        str(occupancy.blocks_reserved_growth),
         str(occupancy.running),
         str(occupancy.waiting),
         f"{occupancy.decode_tokens_per_s:.1f}",

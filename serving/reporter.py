@@ -98,7 +98,6 @@ class OccupancyReporter:
             model=self._model,
             epoch=self._epoch,
             sequence=self._sequence,
-            blocks_uncompressed=load.blocks_total - load.blocks_free,
             **load._asdict(),
         )
 

@@ -28,6 +28,7 @@ from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 from vllm.v1.metrics.stats import SchedulerStats
 
 from adakv_worker.config import CompressionConfig, compression_config
+from adakv_worker.memory_stats import MemoryStats
 from adakv_worker.plugin import engine_args as compression_engine_args
 from adakv_worker.support import refuse_unsupported
 from kernels.blocks import blocks_for_tokens
@@ -51,16 +52,20 @@ _SOCKET_OPTIONS = {
 
 
 class EngineLoad(NamedTuple):
-    """What stock vLLM tells about its KV memory. Blocks exclude vLLM's null block."""
+    """What an engine tells about its KV memory. Blocks exclude vLLM's null block."""
 
     block_size_tokens: int
     blocks_total: int
     blocks_free: int
+    blocks_compressed: int
+    blocks_uncompressed: int
+    blocks_reserved_growth: int
     running: int
     waiting: int
     waiting_blocks: int | None
     prefill_tokens_queued: int
     decode_tokens_per_s: float
+    achieved_compression: float
 
 
 class _Server:
@@ -165,17 +170,30 @@ class _LoadStats:
         stats = self.latest if requests else SchedulerStats()
         waiting = stats.num_waiting_reqs + stats.num_skipped_waiting_reqs
         unstarted = [state.prompt_len or 0 for state in requests.values() if state.is_prefilling]
+        # Stock vLLM tells less; its waiting prompts are what they take.
+        memory = MemoryStats.of(stats)
+        waiting_blocks = _waiting_blocks(unstarted, waiting, cache.block_size)
+        free = round((1 - stats.kv_cache_usage) * total)
+        compressed = memory.compressed_blocks if memory else 0
         since = time.monotonic() - _RATE_WINDOW_S
         recent = sum(count for at, count in self._tokens if at > since)
         return EngineLoad(
             block_size_tokens=cache.block_size,
             blocks_total=total,
-            blocks_free=round((1 - stats.kv_cache_usage) * total),
+            blocks_free=free,
+            blocks_compressed=compressed,
+            blocks_uncompressed=max(0, total - free - compressed),
+            blocks_reserved_growth=memory.growth_blocks if memory else 0,
             running=stats.num_running_reqs,
             waiting=waiting,
-            waiting_blocks=_waiting_blocks(unstarted, waiting, cache.block_size),
-            prefill_tokens_queued=sum(unstarted),
+            waiting_blocks=memory.waiting_blocks if memory else waiting_blocks,
+            prefill_tokens_queued=memory.queued_prefill_tokens if memory else sum(unstarted),
             decode_tokens_per_s=recent / _RATE_WINDOW_S,
+            achieved_compression=(
+                memory.kept_tokens / memory.original_tokens
+                if memory and memory.original_tokens
+                else 1.0
+            ),
         )
 
 

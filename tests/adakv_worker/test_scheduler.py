@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from adakv_worker.checks import check_blocks
 from adakv_worker.commands import ATTRIBUTE, commands_of
+from adakv_worker.memory_stats import MemoryStats
 from adakv_worker.plan import Phase
 from adakv_worker.scheduler import AdaKVAsyncScheduler, AdaKVScheduler
 from tests.adakv_worker.engines import Engine, prompt
@@ -44,6 +47,7 @@ class Fake:
             structured_output_manager=real.structured_output_manager,
             block_size=real.block_size,
             hash_block_size=real.hash_block_size,
+            log_stats=True,
         )
         (self.manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self._params = engine.params
@@ -184,6 +188,33 @@ def test_outputs_as_long_as_the_ones_before_are_not_preempted(small: Engine) -> 
         fake.add(600, 300, seed, {"adakv_budget_tokens": 200})
     fake.finish()
     assert not preempted
+
+
+def test_the_statistics_tell_of_compressed_memory(small: Engine) -> None:
+    fake = Fake(small, in_flight=0)
+    for seed in range(4):
+        fake.add(600, 40, seed, {"adakv_budget_tokens": 200} if seed else {"adakv_policy": "full"})
+    compressed: list[str] = []
+    while len(compressed) < 1:
+        fake.step()
+        plans = fake.manager.plans.items()
+        compressed = [name for name, plan in plans if plan.phase is Phase.COMPRESSED]
+    stats = fake.scheduler.make_stats()
+    assert stats is not None
+    # As they cross to the front end.
+    told = MemoryStats.of(MsgpackDecoder(SchedulerStats).decode(MsgpackEncoder().encode(stats)))
+    assert told is not None
+    assert told.compressed_blocks == sum(len(fake.manager.req_to_blocks[r]) for r in compressed)
+    assert told.kept_tokens == 200 * len(compressed)
+    assert told.original_tokens == 600 * len(compressed)
+    # A prompt of 600 takes 19 blocks, and 8 slabs where it compresses.
+    waiting = [request.request_id for request in fake.scheduler.waiting]
+    assert told.waiting_blocks == 27 * len(waiting)
+    assert told.growth_blocks > 0
+    fake.finish()
+    stats = fake.scheduler.make_stats()
+    assert stats is not None
+    assert MemoryStats.of(stats) == MemoryStats()
 
 
 def _count_preemptions(fake: Fake) -> list[str]:

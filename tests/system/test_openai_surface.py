@@ -189,6 +189,29 @@ async def _first_answers(deployment: Deployment, requests: int) -> list[httpx.Re
 LONG_PROMPT = "The keeper of the lighthouse wrote down every ship that passed. " * 60
 
 
+def test_a_running_compressed_request_shows_in_the_occupancy(
+    deployment: Deployment, client: openai.OpenAI
+) -> None:
+    stream = client.completions.create(
+        model=MODEL, prompt=LONG_PROMPT, max_tokens=2000, stream=True,
+        extra_body={"vllm_xargs": {"adakv_budget_tokens": 128}, "ignore_eos": True},
+    )  # fmt: skip
+    next(iter(stream))
+
+    def told() -> bool:
+        return any(
+            report.blocks_compressed > 0
+            and report.blocks_reserved_growth > 0
+            and report.achieved_compression < 0.5
+            for report in deployment.occupancy().values()
+        )
+
+    eventually(told, 20, "compressed blocks in the ledger")
+    stream.close()
+    eventually(lambda: deployment.running() == 0, 30, "the generation stopped")
+    assert all(report.blocks_compressed == 0 for report in deployment.occupancy().values())
+
+
 def test_a_long_prompt_is_compressed_and_the_answer_says_so(
     deployment: Deployment, client: openai.OpenAI
 ) -> None:
