@@ -1,19 +1,25 @@
 """`python -m router.inspect`: the live occupancy table, as replicas report it."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+import time
 
 import redis
 
 from router import DEFAULT_APPLICATION, DEFAULT_KEY_PREFIX, DEFAULT_STORE_URL
+from router.occupancy import Occupancy
 from router.redis_ledger import LedgerKeys, LedgerReader, LedgerView, Report
 
 COLUMNS = (
     "replica", "blocks", "free", "used", "compr", "growth", "running", "waiting", "tok/s", "kept",
     "age",
 )  # fmt: skip
+BAR_WIDTH = 32
+LEGEND = "# compressed  = uncompressed  + growth to come  . free"
+CLEAR = "\x1b[H\x1b[2J"
 
 
 def as_json(view: LedgerView) -> str:
@@ -28,11 +34,14 @@ def as_json(view: LedgerView) -> str:
     return json.dumps({"replicas": replicas, "dropped": view.dropped})
 
 
-def as_table(view: LedgerView) -> str:
+def as_table(view: LedgerView, *, bars: bool = False) -> str:
     if not view.reports:
         return "no replica has reported in the last 2 seconds"
     rows = [COLUMNS, *(_row(report) for report in view.reports)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    if bars:
+        pictures = ["", *(_bar(report.occupancy) for report in view.reports)]
+        rows = [(*row, picture) for row, picture in zip(rows, pictures, strict=True)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
             cell.ljust(width) if column == 0 else cell.rjust(width)
@@ -40,6 +49,8 @@ def as_table(view: LedgerView) -> str:
         )
         for row in rows
     ]
+    if bars:
+        lines.append(LEGEND)
     if view.dropped:
         lines.append(f"{view.dropped} unreadable reports dropped")
     return "\n".join(lines)
@@ -63,6 +74,37 @@ def _row(report: Report) -> tuple[str, ...]:
     )
 
 
+def _bar(occupancy: Occupancy) -> str:
+    """The replica's blocks as a line: what holds them, and what the running requests will take."""
+    total = max(occupancy.blocks_total, 1)
+    parts = (
+        ("#", occupancy.blocks_compressed),
+        ("=", occupancy.blocks_uncompressed),
+        ("+", occupancy.blocks_reserved_growth),
+    )
+    bar, held = "", 0
+    for sign, blocks in parts:
+        held += blocks
+        # From the running sum, so that rounding never makes the bar longer than the whole.
+        bar += sign * (min(round(BAR_WIDTH * held / total), BAR_WIDTH) - len(bar))
+    return bar.ljust(BAR_WIDTH, ".")
+
+
+def watch(reader: LedgerReader, interval_s: float, draws: int | None) -> None:
+    """Redraws the table until interrupted, or `draws` times; shows and outlives a lost store."""
+    drawn = 0
+    while True:
+        try:
+            screen = as_table(reader.read(), bars=True)
+        except redis.RedisError as error:
+            screen = f"cannot read the store: {error}"
+        print(f"{CLEAR}{screen}", flush=True)
+        drawn += 1
+        if drawn == draws:
+            return
+        time.sleep(interval_s)
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m router.inspect", description=__doc__)
     parser.add_argument(
@@ -73,6 +115,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--app", default=DEFAULT_APPLICATION, help="Serve application name")
     parser.add_argument("--key-prefix", default=DEFAULT_KEY_PREFIX, help="store.key_prefix")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--watch", action="store_true", help="redraw the table, with bars")
+    parser.add_argument("--interval", type=float, default=0.5, help="seconds between two draws")
+    parser.add_argument("--draws", type=int, help="end after so many draws")
     return parser.parse_args(argv)
 
 
@@ -80,6 +125,10 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     try:
         reader = LedgerReader(args.url, LedgerKeys(args.key_prefix, args.app))
+        if args.watch:
+            with contextlib.suppress(KeyboardInterrupt):
+                watch(reader, args.interval, args.draws)
+            return 0
         view = reader.read()
     except (redis.RedisError, ValueError) as error:
         # The URL may carry a password: name only what went wrong.

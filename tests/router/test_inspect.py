@@ -39,3 +39,24 @@ def test_an_unreachable_store_is_one_line_and_exit_1(
     assert printed.out == ""
     assert printed.err.count("\n") == 1
     assert "secret" not in printed.err
+
+
+async def test_watching_draws_bars(
+    store_url: str, client: redis.Redis, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = LedgerWriter(store_url, LedgerKeys(DEFAULT_KEY_PREFIX, DEFAULT_APPLICATION))
+    await writer.publish(
+        occupancy("abc", blocks_compressed=25, blocks_uncompressed=35, blocks_reserved_growth=90)
+    )
+    await writer.close()
+    assert inspect.main(["--url", store_url, "--watch", "--draws", "2", "--interval", "0"]) == 0
+    first, second = capsys.readouterr().out.split(inspect.CLEAR)[1:]
+    assert first.split("\n")[1].split()[:4] == second.split("\n")[1].split()[:4]
+    (bar,) = [word for word in first.split() if word.startswith("##")]
+    assert bar == "#" * 8 + "=" * 11 + "+" * 13
+
+
+async def test_watching_outlives_the_store(capsys: pytest.CaptureFixture[str]) -> None:
+    url = "redis://127.0.0.1:1"
+    assert inspect.main(["--url", url, "--watch", "--draws", "2", "--interval", "0"]) == 0
+    assert capsys.readouterr().out.count("cannot read the store") == 2
