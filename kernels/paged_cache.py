@@ -27,10 +27,10 @@ def read_blocks(
     heads, dim = layout.offsets.shape[1], pool.shape[-1]
     if pool.stride(1) == 1:
         # Packed dimension-major: gathered as it lies, and only then turned.
-        packed = pool.transpose(1, 2)[pages].view(heads, -1, dim, pool.shape[1])
+        packed = pool.transpose(1, 2).index_select(0, pages).view(heads, -1, dim, pool.shape[1])
         turned = packed.transpose(1, 2).reshape(heads, dim, -1)
         return turned[..., :num_tokens].transpose(1, 2)
-    return pool[pages].view(heads, -1, dim)[:, :num_tokens]
+    return pool.index_select(0, pages).view(heads, -1, dim)[:, :num_tokens]
 
 
 def write_slots(cache: PagedCache, slots: Tensor, keys: Tensor, values: Tensor) -> None:
