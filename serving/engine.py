@@ -20,6 +20,8 @@ from serving.store import store_url
 
 logger = logging.getLogger("ray.serve")
 
+REPLICA_HEADER = b"x-replica-id"
+
 
 class Engine:
     async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
@@ -28,6 +30,7 @@ class Engine:
 
         vllm_host.set_up_cpu(config.replica.threads, config.tensor_parallel_size)
         context = serve.get_replica_context()
+        self._signature = (REPLICA_HEADER, context.replica_id.unique_id.encode())
         compression = config.compression
         self._compression = compression if compression and compression.enabled else None
         path, name = model_path_and_name(config)
@@ -60,14 +63,21 @@ class Engine:
             ReplicaLost: the engine died before anything of the answer was sent.
         """
         if problem := self._bad_options(body):
-            yield list(error_messages(400, problem, type_="BadRequestError", param="vllm_xargs"))
+            start, *rest = error_messages(400, problem, type_="BadRequestError", param="vllm_xargs")
+            yield [self._signed(start), *rest]
             return
         begun = False
         async for batch in call_app(self._host.app, scope, body):
             if not begun and batch[0].get("status", 0) >= 500 and self._host.dead:
                 raise ReplicaLost("the engine process died")
+            if not begun:
+                batch[0] = self._signed(batch[0])
             begun = True
             yield batch
+
+    def _signed(self, start: Message) -> Message:
+        """The response's start, with the replica that answers named in a header."""
+        return {**start, "headers": [*start.get("headers", ()), self._signature]}
 
     def _bad_options(self, body: bytes) -> str | None:
         """What is wrong with the request's compression options.

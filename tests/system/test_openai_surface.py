@@ -111,6 +111,7 @@ def test_the_request_id_comes_back_and_names_the_answer(deployment: Deployment) 
     assert response.headers.get_list("x-request-id") == ["my-id-1"]
     assert "my-id-1" in response.json()["id"]
     eventually(lambda: "request_id=my-id-1" in deployment.log(), 10, "the id in the log")
+    assert response.headers["x-replica-id"] in deployment.occupancy()
 
 
 BASE = {"model": MODEL, "messages": QUESTION, "max_tokens": 4}
