@@ -98,8 +98,8 @@ class AdaKVManager(FullAttentionManager):
     def _needed_for_peak(self, plan: Plan, request_id: str) -> int:
         """Blocks that must be free now, so that all will fit when they have grown.
 
-        A compressed request that vLLM preempts loses its slabs, and by then its prompt's blocks have
-        mostly been evicted: it computes the prompt again. It is worth waiting instead.
+        A compressed request that vLLM preempts loses its slabs, and by then its prompt's blocks
+        have mostly been evicted: it computes the prompt again. It is worth waiting instead.
         """
         running = self._lives(without=request_id)
         if not running:
