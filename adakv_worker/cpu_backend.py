@@ -28,6 +28,9 @@ from adakv_worker.support import require_classes
 from kernels.growth import GrownStep
 from kernels.paged_cache import PagedCache
 
+# Steps of an unchanged batch that share a plan.
+_PLAN_STEPS = 32
+
 
 class Pages(NamedTuple):
     """The whole KV memory as the kernels' caches of one KV head: [pages, 1, page_tokens, D]."""
@@ -36,17 +39,22 @@ class Pages(NamedTuple):
     values: Tensor
 
 
+class FoldedPlan(NamedTuple):
+    """The kernel's plan for R * H sequences of one token: query_start_loc [R * H + 1] int32."""
+
+    query_start_loc: Tensor
+    metadata: Tensor
+
+
 class FoldedDecode(NamedTuple):
     """The compressed decodes of one step, R requests of H KV heads each.
 
-    query_start_loc: [R * H + 1] int32. metadata: the kernel's plan for each layer, since the
-    lengths differ between layers.
+    plan: good for all layers.
     """
 
     requests: int
     grown: GrownStep
-    query_start_loc: Tensor
-    metadata: list[Tensor]
+    plan: "FoldedPlan"
     pages: Pages
 
 
@@ -71,6 +79,7 @@ class AdaKVCPUMetadata(CPUAttentionMetadata):
 class AdaKVCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     # Set by the runner before each build, and taken by it.
     next_step: Step | None = None
+    _folded_plan: FoldedPlan | None = None
 
     def build(
         self,
@@ -90,26 +99,32 @@ class AdaKVCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def fold(self, grown: GrownStep, requests: int, pages: Pages) -> FoldedDecode:
         """Plans attention for R compressed decodes."""
-        sequences = requests * self.num_kv_heads
+        if grown.age % _PLAN_STEPS == 0:
+            # A plan divides the work; what is attended to, the kernel takes from the lengths. So
+            # one for the longest layer, and for the steps to come, serves all.
+            longest = grown.lens.amax(dim=0) + (_PLAN_STEPS - 1)
+            self._folded_plan = self._plan(longest, pages.keys.dtype)
+        assert self._folded_plan is not None
+        return FoldedDecode(requests, grown, self._folded_plan, pages)
+
+    def _plan(self, lens: Tensor, dtype: torch.dtype) -> FoldedPlan:
+        sequences = lens.shape[0]
         query_start_loc = torch.arange(sequences + 1, dtype=torch.int32)
-        metadata = [
-            ops.cpu_attn_get_scheduler_metadata(
-                num_reqs=sequences,
-                num_heads=self.num_heads // self.num_kv_heads,
-                num_kv_heads=1,
-                head_dim=self.head_dim,
-                seq_lens=lens,
-                dtype=pages.keys.dtype,
-                query_start_loc=query_start_loc,
-                causal=True,
-                sliding_window_size=-1,
-                isa=self.isa,
-                enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-                kv_cache_dtype=self.kv_cache_dtype,
-            )
-            for lens in grown.lens
-        ]
-        return FoldedDecode(requests, grown, query_start_loc, metadata, pages)
+        metadata = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=sequences,
+            num_heads=self.num_heads // self.num_kv_heads,
+            num_kv_heads=1,
+            head_dim=self.head_dim,
+            seq_lens=lens,
+            dtype=dtype,
+            query_start_loc=query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+        return FoldedPlan(query_start_loc, metadata)
 
 
 def _without_first(common: CommonAttentionMetadata, count: int) -> CommonAttentionMetadata:
@@ -212,7 +227,7 @@ class AdaKVCPUImpl(CPUAttentionBackendImpl):
             key_cache=folded.pages.keys,
             value_cache=folded.pages.values,
             output=output.view(-1, self.num_queries_per_kv, self.head_size),
-            query_start_loc=folded.query_start_loc,
+            query_start_loc=folded.plan.query_start_loc,
             seq_lens=folded.grown.lens[index],
             scale=self.scale,
             causal=True,
@@ -220,7 +235,7 @@ class AdaKVCPUImpl(CPUAttentionBackendImpl):
             sliding_window=-1,
             block_table=folded.grown.tables[index],
             softcap=self.logits_soft_cap,
-            scheduler_metadata=folded.metadata[index],
+            scheduler_metadata=folded.plan.metadata,
             s_aux=None,
             kv_cache_dtype=self.kv_cache_dtype,
         )

@@ -18,11 +18,13 @@ class GrownStep(NamedTuple):
     slots: [L, R * H] int64, page id * page_tokens + offset of the new entry.
     tables: [L, R * H, W] int32 page ids.
     lens: [L, R * H] int32 entries, the new one included.
+    age: steps that this batch has been together before.
     """
 
     slots: Tensor
     tables: Tensor
     lens: Tensor
+    age: int
 
 
 class DecodeBatch:
@@ -82,6 +84,7 @@ class DecodeBatch:
             self._slots.view(layers, -1),
             self.tables.view(layers, self._requests * self._heads, -1),
             self.lens.view(layers, -1),
+            self._steps - 1,
         )
 
     def _take(self, full: Tensor, next_page: NextPage) -> list[int]:
