@@ -54,7 +54,7 @@ class FoldedDecode(NamedTuple):
 
     requests: int
     grown: GrownStep
-    plan: "FoldedPlan"
+    plan: FoldedPlan
     pages: Pages
 
 

@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import Generic, ParamSpec, TypeVar
 
+from torch import Tensor
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -29,5 +31,6 @@ class Operation(Generic[P, R]):
         return register
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        device = args[0].device.type  # type: ignore[attr-defined]  # a tensor, by contract
-        return self._paths.get(device, self.reference)(*args, **kwargs)
+        first = args[0]
+        assert isinstance(first, Tensor)
+        return self._paths.get(first.device.type, self.reference)(*args, **kwargs)

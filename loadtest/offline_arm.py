@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pydoc_data import topics
 from typing import Any
 
-# A plug-in of vLLM, loaded in every process; imported here only for its settings' names.
+# A plug-in of vLLM, loaded in every process; imported for its settings' names and to time it.
 from adakv_worker.compression import Compression
 from adakv_worker.plugin import engine_args
 from serving.embedded_model import embedded_model_path

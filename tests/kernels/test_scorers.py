@@ -14,6 +14,8 @@ from kernels.scorers.defensive import DefensiveScorer
 from kernels.scorers.expected_attention import ExpectedAttentionScorer
 from kernels.scorers.key_diff import KeyDiffScorer
 from kernels.scorers.key_norm import KeyNormScorer
+from kernels.scorers.sink_recency import SinkRecencyScorer
+from kernels.scorers.window_l2 import WindowL2Scorer
 
 HEADS, GROUP, N, DIM, HIDDEN = 2, 3, 24, 8, 10
 WINDOW = 6
@@ -135,12 +137,11 @@ def test_the_second_stage_goes_by_the_projected_value(observation: Observation) 
     for head, count in ((0, 9), (1, 4)):
         ranked = scores[0, head].argsort(descending=True).tolist()
         first, rest = ranked[: count // 2], ranked[count // 2 :]
-        rest.sort(
-            key=lambda i, head=head: (
-                -(float(scores[0, head, i]) + 0.01)  # type: ignore[misc]
-                * _projected_norm(observation, head, i)
-            )
-        )
+        worth = {
+            i: (float(scores[0, head, i]) + 0.01) * _projected_norm(observation, head, i)
+            for i in rest
+        }
+        rest.sort(key=worth.__getitem__, reverse=True)
         expected = sorted(first + rest[: count - len(first)])
         assert mask[head].nonzero()[:, 0].tolist() == expected
 
@@ -155,6 +156,24 @@ def test_key_scorers(observation: Observation) -> None:
             assert norms[head, position] == pytest.approx(-float(key.norm()), rel=1e-5)
             cosine = float(unit[position] @ anchor / anchor.norm())
             assert diffs[head, position] == pytest.approx(-cosine, abs=1e-5)
+
+
+def test_squared_attention(observation: Observation) -> None:
+    m = N - WINDOW
+    scores = WindowL2Scorer(window_tokens=WINDOW, kernel_size=3).score(observation)
+    for head in range(HEADS):
+        total = torch.zeros(m)
+        for member in range(GROUP):
+            for query in range(WINDOW):
+                total += _attention(observation, head, member, query)[:m] ** 2
+        pooled = torch.stack([total[max(0, i - 1) : i + 2].max() for i in range(m)])
+        torch.testing.assert_close(scores[head], pooled)
+
+
+def test_sinks_come_first_and_then_the_most_recent(observation: Observation) -> None:
+    for row in SinkRecencyScorer(sink_tokens=2).score(observation):
+        order = row.argsort(descending=True, stable=True).tolist()
+        assert order == [0, 1, *range(N - 1, 1, -1)]
 
 
 def test_policies_that_need_values_say_so() -> None:
