@@ -28,8 +28,7 @@ def read_blocks(
     if pool.stride(1) == 1:
         # Packed dimension-major: gathered as it lies, and only then turned.
         packed = pool.transpose(1, 2).index_select(0, pages).view(heads, -1, dim, pool.shape[1])
-        turned = packed.transpose(1, 2).reshape(heads, dim, -1)
-        return turned[..., :num_tokens].transpose(1, 2)
+        return packed.transpose(2, 3).reshape(heads, -1, dim)[:, :num_tokens]
     return pool.index_select(0, pages).view(heads, -1, dim)[:, :num_tokens]
 
 
