@@ -91,10 +91,12 @@ def ray_environment() -> dict[str, str]:
     """What `make serve` sets, with ports that another cluster on this machine does not use."""
     path = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     shell = ["env", "-i", f"PATH={path}", "sh", "-c", 'set -a; . "$0"; env -0', str(RAY_ENV)]
-    printed = subprocess.run(shell, capture_output=True, check=True, text=True).stdout
+    printed = subprocess.run(
+        shell, cwd=RAY_ENV.parents[1], capture_output=True, check=True, text=True
+    ).stdout
     variables = dict(line.split("=", 1) for line in printed.split("\0") if line)
     return {
-        **{name: value for name, value in variables.items() if name.startswith("RAY_")},
+        **{name: value for name, value in variables.items() if name.startswith(("RAY_", "ADAKV_"))},
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
     }
