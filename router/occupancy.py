@@ -2,7 +2,7 @@
 
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 SCHEMA_MAJOR = 1
 SCHEMA_MINOR = 0
@@ -78,5 +78,18 @@ class Occupancy(BaseModel):
         return cls.model_validate_json(payload)
 
 
+    @staticmethod
+    def claimed_replica_id(payload: bytes | str) -> str | None:
+        """Whose report a malformed one says it is, if it says so."""
+        try:
+            return _Claim.model_validate_json(payload).replica_id
+        except ValidationError:
+            return None
+
+
 class _Version(BaseModel):
     schema_major: int
+
+
+class _Claim(BaseModel):
+    replica_id: str

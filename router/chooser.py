@@ -1,0 +1,96 @@
+"""The decision: which replica a request goes to, and why. Knows neither Ray nor Redis."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from router.affinity import PrefixAffinity
+from router.footprint import Footprint
+from router.local_view import LocalView
+from router.score import Score, Speeds, ranked, reason, score
+
+
+class Decision(NamedTuple):
+    """Replicas by rank, best first, and what led to it."""
+
+    replica_ids: list[str]
+    scores: list[Score]
+    reason: str
+
+    def log_line(self, footprint: Footprint) -> dict[str, object]:
+        """The decision as one structured line."""
+        return {
+            "reason": self.reason,
+            "replica": self.replica_ids[0],
+            "peak_blocks": footprint.peak_blocks,
+            "steady_blocks": footprint.steady_blocks,
+            "prompt_tokens": footprint.prompt_tokens,
+            "output_tokens": footprint.output_tokens,
+            "candidates": [
+                {
+                    "replica": s.replica_id,
+                    "total_s": round(s.total_s, 3),
+                    "memory_s": round(s.memory_s, 3),
+                    "prefill_s": round(s.prefill_s, 3),
+                    "decode_s": round(s.decode_s, 3),
+                    "cached_tokens": s.cached_tokens,
+                    "fits": s.fits,
+                }
+                for s in self.scores
+            ],
+        }
+
+
+class Chooser:
+    """Scores all replicas with fresh reports and keeps account of what was sent where.
+
+    decisions: how many there were for each reason.
+    """
+
+    def __init__(
+        self, view: LocalView, speeds: Speeds | None = None, block_size_tokens: int = 32
+    ) -> None:
+        self.view = view
+        self.decisions: Counter[str] = Counter()
+        self._speeds = speeds or Speeds()
+        self._block_size_tokens = block_size_tokens
+        self._affinity = PrefixAffinity()
+
+    def choose(
+        self, replica_ids: Sequence[str], footprint: Footprint, now_s: float
+    ) -> Decision | None:
+        """Ranks the replicas for a request; None when none of them has reported lately.
+
+        A replica without a fresh report is left out while others have one.
+        """
+        views = self.view.views(replica_ids, now_s)
+        if not views:
+            self.decisions["no_reports"] += 1
+            return None
+        hashes = footprint.block_hashes
+        scores = ranked(
+            [
+                score(view, footprint, self._cached_tokens(view.replica_id, hashes), self._speeds)
+                for view in views
+            ]
+        )
+        why = reason(scores[0], scores[1:])
+        self.decisions[why] += 1
+        return Decision([one.replica_id for one in scores], scores, why)
+
+    def sent(self, replica_id: str, footprint: Footprint, now_s: float) -> None:
+        """The request went there."""
+        self.view.book(replica_id, footprint, now_s)
+        if footprint.block_hashes:
+            capacity = self.view.blocks_total(replica_id)
+            self._affinity.note(replica_id, footprint.block_hashes, capacity)
+
+    def forget(self, replica_id: str) -> None:
+        """The replica is gone."""
+        self.view.withdraw(replica_id)
+        self._affinity.forget(replica_id)
+
+    def _cached_tokens(self, replica_id: str, hashes: Sequence[int]) -> int:
+        if not hashes:
+            return 0
+        return self._affinity.cached_blocks(replica_id, hashes) * self._block_size_tokens

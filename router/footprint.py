@@ -1,0 +1,107 @@
+"""What a request will take of a replica's KV memory, told from its length before it runs."""
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kernels.blocks import blocks_for_tokens, compressed_blocks_bound, kept_tokens
+
+_REMEMBERED_OUTPUTS = 256
+
+
+class Footprint(NamedTuple):
+    """One request's KV blocks and work.
+
+    peak_blocks: the most it holds at once: its prompt's blocks and, beside them, its slabs while it
+        is compressed; or what it holds at its end, if that is more.
+    steady_blocks: what it holds at its expected end.
+    prompt_tokens, output_tokens: the prompt's exactly, the output's as expected.
+    block_hashes: the prompt's full blocks as prefix hashes, for affinity.
+    """
+
+    peak_blocks: int
+    steady_blocks: int
+    prompt_tokens: int
+    output_tokens: int
+    block_hashes: tuple[int, ...] = ()
+
+
+class Budget(NamedTuple):
+    """What compression keeps of a prompt, as in `adakv_worker.config.RequestBudget`."""
+
+    budget_tokens: int
+    keep_ratio: float
+
+
+def predict(
+    prompt_tokens: int,
+    output_tokens: int,
+    budget: Budget | None,
+    block_size_tokens: int,
+    block_hashes: tuple[int, ...] = (),
+) -> Footprint:
+    """The footprint of a request.
+
+    Args:
+        budget: None for a request that stays uncompressed.
+
+    Raises:
+        ValueError: a count is negative.
+    """
+    if output_tokens < 0:
+        raise ValueError(f"output_tokens={output_tokens} is negative")
+    prompt_blocks = blocks_for_tokens(prompt_tokens, block_size_tokens)
+    whole = blocks_for_tokens(prompt_tokens + output_tokens, block_size_tokens)
+    uncompressed = Footprint(whole, whole, prompt_tokens, output_tokens, block_hashes)
+    if budget is None or output_tokens <= 1:
+        return uncompressed
+    kept = kept_tokens(prompt_tokens, budget.budget_tokens, budget.keep_ratio)
+    slabs = compressed_blocks_bound(kept, 1, block_size_tokens)
+    if kept >= prompt_tokens or slabs >= prompt_blocks:
+        return uncompressed
+    end = compressed_blocks_bound(kept, output_tokens, block_size_tokens)
+    peak = max(prompt_blocks + slabs, end)
+    return Footprint(peak, end, prompt_tokens, output_tokens, block_hashes)
+
+
+class OutputLengths:
+    """Running quantiles of an application's output lengths, over the last few hundred."""
+
+    def __init__(self, prior_tokens: int = 256) -> None:
+        """
+        Args:
+            prior_tokens: what is expected before anything has been seen.
+        """
+        self._recent: deque[int] = deque()
+        self._sorted: list[int] = []
+        self._prior_tokens = prior_tokens
+
+    def note(self, tokens: int) -> None:
+        self._recent.append(tokens)
+        insort(self._sorted, tokens)
+        if len(self._recent) > _REMEMBERED_OUTPUTS:
+            del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
+
+    def expected(self, max_tokens: int | None, quantile: float = 0.75) -> int:
+        """Tokens that a request will probably not exceed.
+
+        An output that `max_tokens` would have cut is known to be at most that.
+        """
+        guess = self._prior_tokens
+        if self._sorted:
+            guess = self._sorted[min(len(self._sorted) - 1, int(quantile * len(self._sorted)))]
+        return guess if max_tokens is None else min(guess, max_tokens)
+
+
+def prefix_hashes(token_ids: Sequence[int], block_size_tokens: int) -> tuple[int, ...]:
+    """One hash for each full block of a prompt, of all tokens up to the block's end.
+
+    Only full blocks can be found by vLLM's prefix cache. The hashes are of this process alone.
+    """
+    hashes: list[int] = []
+    parent = 0
+    for start in range(0, len(token_ids) - block_size_tokens + 1, block_size_tokens):
+        parent = hash((parent, *token_ids[start : start + block_size_tokens]))
+        hashes.append(parent)
+    return tuple(hashes)

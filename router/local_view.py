@@ -1,0 +1,151 @@
+"""What one router knows of all replicas: their last reports and its own bookings since. No I/O."""
+
+import logging
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from pydantic import ValidationError
+
+from router.footprint import Footprint
+from router.occupancy import Occupancy, SchemaMismatch
+from router.redis_ledger import REPORT_TTL_S
+from router.score import ReplicaView
+
+logger = logging.getLogger(__name__)
+
+# A report may have been made before a request that was sent shortly before it came.
+_BOOKING_GRACE_S = 0.25
+# A request that no report has shown by then was refused, or has ended.
+_BOOKING_LIFE_S = 2.0
+_QUARANTINE_S = 30.0
+
+
+class _Booking(NamedTuple):
+    at_s: float
+    peak_blocks: int
+    prompt_tokens: int
+
+
+class _Replica:
+    __slots__ = (
+        "block_size_tokens", "blocks_total", "bookings", "epoch", "prefill_tokens", "room_blocks",
+        "running", "seen_at_s", "sequence", "used_blocks", "waiting",
+    )  # fmt: skip
+
+    def __init__(self, report: Occupancy, now_s: float) -> None:
+        self.bookings: list[_Booking] = []
+        self.update(report, now_s)
+
+    def update(self, report: Occupancy, now_s: float) -> None:
+        self.seen_at_s = now_s
+        self.epoch, self.sequence = report.epoch, report.sequence
+        self.blocks_total = report.blocks_total
+        self.block_size_tokens = report.block_size_tokens
+        self.used_blocks = report.blocks_total - report.blocks_free
+        waiting = report.waiting_blocks or 0
+        self.room_blocks = report.blocks_free - report.blocks_reserved_growth - waiting
+        self.running, self.waiting = report.running, report.waiting
+        self.prefill_tokens = report.prefill_tokens_queued
+        self.drop_bookings(now_s - _BOOKING_GRACE_S)
+
+    def drop_bookings(self, before_s: float) -> None:
+        if self.bookings:
+            self.bookings = [booking for booking in self.bookings if booking.at_s > before_s]
+
+
+class LocalView:
+    """The live table of one router. Times are the caller's monotonic clock, in seconds.
+
+    dropped: malformed reports so far. quarantined: how often a replica was caught lying.
+    """
+
+    def __init__(self, ttl_s: float = REPORT_TTL_S) -> None:
+        self._ttl_s = ttl_s
+        self._replicas: dict[str, _Replica] = {}
+        self._quarantine: dict[str, float] = {}
+        self.dropped = 0
+        self.quarantined = 0
+
+    def receive(self, payload: bytes | str, now_s: float) -> str | None:
+        """Takes a report; returns the replica's id, or None if it was dropped.
+
+        A report that contradicts itself (negative or more than all) puts its replica into
+        quarantine: its reports count for nothing for a while.
+        """
+        try:
+            report = Occupancy.parse(payload)
+        except SchemaMismatch:
+            self.dropped += 1
+            return None
+        except ValidationError as error:
+            self.dropped += 1
+            self._suspect(payload, error, now_s)
+            return None
+        self.accept(report, now_s)
+        return report.replica_id
+
+    def accept(self, report: Occupancy, now_s: float) -> None:
+        """Takes a report that has been parsed. An older one than the last changes nothing."""
+        if self._quarantine.get(report.replica_id, now_s) > now_s:
+            return
+        known = self._replicas.get(report.replica_id)
+        if known is None:
+            self._replicas[report.replica_id] = _Replica(report, now_s)
+        elif (report.epoch, report.sequence) > (known.epoch, known.sequence):
+            known.update(report, now_s)
+
+    def withdraw(self, replica_id: str) -> None:
+        self._replicas.pop(replica_id, None)
+
+    def book(self, replica_id: str, footprint: Footprint, now_s: float) -> None:
+        """Counts a request as there until the replica's own reports do."""
+        if known := self._replicas.get(replica_id):
+            booking = _Booking(now_s, footprint.peak_blocks, footprint.prompt_tokens)
+            known.bookings.append(booking)
+
+    def views(self, replica_ids: Iterable[str], now_s: float) -> list[ReplicaView]:
+        """Those of the replicas whose reports are fresh."""
+        views = []
+        for replica_id in replica_ids:
+            known = self._replicas.get(replica_id)
+            if known is None or now_s - known.seen_at_s > self._ttl_s:
+                continue
+            known.drop_bookings(now_s - _BOOKING_LIFE_S)
+            bookings = known.bookings
+            views.append(
+                ReplicaView(
+                    replica_id,
+                    known.blocks_total,
+                    known.room_blocks - sum(booking.peak_blocks for booking in bookings),
+                    known.used_blocks,
+                    known.running,
+                    known.waiting + len(bookings),
+                    known.prefill_tokens + sum(booking.prompt_tokens for booking in bookings),
+                )
+            )
+        return views
+
+    def blocks_total(self, replica_id: str) -> int:
+        """All blocks of the replica; 0 if it has never reported."""
+        known = self._replicas.get(replica_id)
+        return 0 if known is None else known.blocks_total
+
+    def forget_stale(self, now_s: float, after_s: float = 60.0) -> list[str]:
+        """Forgets replicas that have not reported for long; returns their ids."""
+        stale = [i for i, known in self._replicas.items() if now_s - known.seen_at_s > after_s]
+        for replica_id in stale:
+            del self._replicas[replica_id]
+        return stale
+
+    def _suspect(self, payload: bytes | str, error: ValidationError, now_s: float) -> None:
+        replica_id = Occupancy.claimed_replica_id(payload)
+        # A field that is missing or of the wrong type is a fault, not a lie.
+        lies = {"greater_than_equal", "greater_than", "value_error"}
+        if replica_id is None or not any(detail["type"] in lies for detail in error.errors()):
+            return
+        if self._quarantine.get(replica_id, now_s) <= now_s:
+            self.quarantined += 1
+            text = error.errors()[0]["msg"]
+            logger.warning("replica %s reports nonsense (%s), ignored for a while", replica_id, text)
+        self._quarantine[replica_id] = now_s + _QUARANTINE_S
+        self.withdraw(replica_id)
