@@ -9,6 +9,7 @@ class PrefixAffinity:
 
     def __init__(self) -> None:
         self._blocks: dict[str, OrderedDict[int, None]] = {}
+        self._holders: dict[int, set[str]] = {}
 
     def note(self, replica_id: str, hashes: Sequence[int], capacity_blocks: int) -> None:
         """A prompt with these prefix blocks was sent to the replica, which has room for so many."""
@@ -16,8 +17,9 @@ class PrefixAffinity:
         for block in hashes:
             blocks[block] = None
             blocks.move_to_end(block)
+            self._holders.setdefault(block, set()).add(replica_id)
         while len(blocks) > capacity_blocks:
-            blocks.popitem(last=False)
+            self._drop_holder(blocks.popitem(last=False)[0], replica_id)
 
     def cached_blocks(self, replica_id: str, hashes: Sequence[int]) -> int:
         """How many of a prompt's leading blocks the replica probably has."""
@@ -31,5 +33,27 @@ class PrefixAffinity:
             count += 1
         return count
 
+    def holders(self, hashes: Sequence[int]) -> set[str]:
+        """Replicas that hold the most of a prompt's leading blocks."""
+        for block in reversed(hashes):
+            if holders := self._holders.get(block):
+                return holders
+        return set()
+
     def forget(self, replica_id: str) -> None:
-        self._blocks.pop(replica_id, None)
+        for block in self._blocks.pop(replica_id, ()):
+            self._drop_holder(block, replica_id)
+
+    def _drop_holder(self, block: int, replica_id: str) -> None:
+        holders = self._holders[block]
+        holders.discard(replica_id)
+        if not holders:
+            del self._holders[block]
+
+
+def check_affinity(affinity: PrefixAffinity) -> None:
+    """Asserts that blocks by replica and replicas by block are the same relation."""
+    by_replica = {(replica, b) for replica, blocks in affinity._blocks.items() for b in blocks}
+    by_block = {(replica, b) for b, holders in affinity._holders.items() for replica in holders}
+    assert by_replica == by_block, "blocks and holders differ"
+    assert all(affinity._holders.values()), "a block without holders is remembered"

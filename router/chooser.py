@@ -1,5 +1,6 @@
 """The decision: which replica a request goes to, and why. Knows neither Ray nor Redis."""
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,6 +9,11 @@ from router.affinity import PrefixAffinity
 from router.footprint import Footprint
 from router.local_view import LocalView
 from router.score import Score, Speeds, ranked, reason, score
+
+# More replicas than this are not all scored: the best of so many is hardly worse, a decision stays
+# well under a millisecond, and several routers do not all find the same one.
+_SHORTLIST = 48
+_HOLDERS = 8
 
 
 class Decision(NamedTuple):
@@ -48,26 +54,32 @@ class Chooser:
     """
 
     def __init__(
-        self, view: LocalView, speeds: Speeds | None = None, block_size_tokens: int = 32
+        self,
+        view: LocalView,
+        speeds: Speeds | None = None,
+        block_size_tokens: int = 32,
+        rng: random.Random | None = None,
     ) -> None:
         self.view = view
         self.decisions: Counter[str] = Counter()
         self._speeds = speeds or Speeds()
         self._block_size_tokens = block_size_tokens
         self._affinity = PrefixAffinity()
+        self._rng = rng or random.Random()
 
     def choose(
         self, replica_ids: Sequence[str], footprint: Footprint, now_s: float
     ) -> Decision | None:
         """Ranks the replicas for a request; None when none of them has reported lately.
 
-        A replica without a fresh report is left out while others have one.
+        A replica without a fresh report is left out while others have one. Of many replicas a
+        random few are ranked, and those that hold the request's prefix.
         """
-        views = self.view.views(replica_ids, now_s)
+        hashes = footprint.block_hashes
+        views = self.view.views(self._shortlist(replica_ids, hashes), now_s)
         if not views:
             self.decisions["no_reports"] += 1
             return None
-        hashes = footprint.block_hashes
         scores = ranked(
             [
                 score(view, footprint, self._cached_tokens(view.replica_id, hashes), self._speeds)
@@ -89,6 +101,14 @@ class Chooser:
         """The replica is gone."""
         self.view.withdraw(replica_id)
         self._affinity.forget(replica_id)
+
+    def _shortlist(self, replica_ids: Sequence[str], hashes: Sequence[int]) -> Sequence[str]:
+        # In random order, so that equals are taken in turns.
+        picked = self._rng.sample(replica_ids, min(len(replica_ids), _SHORTLIST))
+        if len(picked) < len(replica_ids) and (holders := self._affinity.holders(hashes)):
+            others = set(replica_ids).difference(picked)
+            picked += sorted(holders & others)[:_HOLDERS]
+        return picked
 
     def _cached_tokens(self, replica_id: str, hashes: Sequence[int]) -> int:
         if not hashes:

@@ -146,6 +146,8 @@ class LocalView:
         if self._quarantine.get(replica_id, now_s) <= now_s:
             self.quarantined += 1
             text = error.errors()[0]["msg"]
-            logger.warning("replica %s reports nonsense (%s), ignored for a while", replica_id, text)
+            logger.warning(
+                "replica %s reports nonsense (%s), ignored for a while", replica_id, text
+            )
         self._quarantine[replica_id] = now_s + _QUARANTINE_S
         self.withdraw(replica_id)

@@ -77,7 +77,6 @@ class Occupancy(BaseModel):
             )
         return cls.model_validate_json(payload)
 
-
     @staticmethod
     def claimed_replica_id(payload: bytes | str) -> str | None:
         """Whose report a malformed one says it is, if it says so."""

@@ -96,8 +96,8 @@ def score(view: ReplicaView, footprint: Footprint, cached_tokens: int, speeds: S
 
 
 def ranked(scores: Sequence[Score]) -> list[Score]:
-    """Best first: those that can ever hold the request, by their cost, ties by replica id."""
-    return sorted(scores, key=lambda s: (not s.possible, s.total_s, s.replica_id))
+    """Best first: those that can ever hold the request, by their cost; equals as they come."""
+    return sorted(scores, key=lambda s: (not s.possible, s.total_s))
 
 
 def reason(best: Score, others: Sequence[Score]) -> str:

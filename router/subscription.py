@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from typing import cast
 
 import redis
 import redis.asyncio
@@ -72,7 +73,8 @@ class LedgerSubscription:
 
     async def _read_all(self) -> None:
         keys = self._keys
-        ids = [member.decode() for member in await self._client.smembers(keys.members)]  # type: ignore[misc]
+        members = cast(set[bytes], await self._client.smembers(keys.members))
+        ids = [member.decode() for member in members]
         if ids:
             async with self._client.pipeline(transaction=False) as pipe:
                 for replica_id in ids:

@@ -5,7 +5,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import BackpressureConfig
+from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
 from serving.config import AppConfig
 from serving.engine import Engine
@@ -36,7 +36,7 @@ def build(config: AppConfig) -> Application:
         retry_after_s=config.ingress.retry_after_s,
         health_timeout_s=config.ingress.health_timeout_s,
     )
-    return ingress(Ingress).bind(engine, settings)
+    return ingress(Ingress).bind(engine, settings, config)
 
 
 def engine_options(config: AppConfig) -> dict[str, Any]:
@@ -54,6 +54,10 @@ def engine_options(config: AppConfig) -> dict[str, Any]:
         "health_check_timeout_s": 10.0,
         "ray_actor_options": {"num_cpus": replica.cpus},
     }
+    if config.routing.policy == "occupancy":
+        options["request_router_config"] = RequestRouterConfig(
+            request_router_class="serving.occupancy_router:OccupancyRouter"  # type: ignore[arg-type]
+        )
     if replica.placement_group_bundles:
         # vLLM's Ray executor puts one worker into each bundle; the replica rides in the first.
         options["placement_group_bundles"] = replica.placement_group_bundles

@@ -2,12 +2,15 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from adakv_worker.config import CompressionConfig
 from router import DEFAULT_KEY_PREFIX, DEFAULT_STORE_PORT
+
+# vLLM's on GPUs; on CPUs it takes more, and the engine's reports say so.
+_DEFAULT_BLOCK_SIZE_TOKENS = 16
 
 
 def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
@@ -102,6 +105,21 @@ class StoreConfig(Section):
         return url
 
 
+class RoutingConfig(Section):
+    """How requests choose a replica. The speeds weigh memory against prefill and decode."""
+
+    policy: Literal["occupancy", "power_of_two"] = Field(
+        default="occupancy", description="`power_of_two` is Ray Serve's own router"
+    )
+    log_decisions: bool = Field(default=False, description="A structured line for each decision")
+    prior_output_tokens: int = Field(
+        default=256, ge=1, description="Expected of an answer before any has been seen"
+    )
+    prefill_tokens_per_s: float = Field(default=650.0, gt=0.0)
+    decode_step_s: float = Field(default=0.030, gt=0.0)
+    decode_step_s_per_request: float = Field(default=0.004, ge=0.0)
+
+
 class AppConfig(Section):
     """Arguments of `serving.app:build`."""
 
@@ -120,6 +138,7 @@ class AppConfig(Section):
     ingress: IngressConfig = IngressConfig()
     auth: AuthConfig = AuthConfig()
     store: StoreConfig = StoreConfig()
+    routing: RoutingConfig = RoutingConfig()
 
     @field_validator("engine")
     @classmethod
@@ -160,3 +179,7 @@ class AppConfig(Section):
     @property
     def tensor_parallel_size(self) -> int:
         return int(self.engine.get("tensor_parallel_size", 1))
+
+    @property
+    def block_size_tokens(self) -> int:
+        return int(self.engine.get("block_size") or _DEFAULT_BLOCK_SIZE_TOKENS)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from ray import serve
 
 from adakv_worker.config import RequestOptions
+from router.footprint import Footprint
 from router.redis_ledger import LedgerKeys
 from serving.asgi import Message, call_app
 from serving.compression_metrics import CompressionMetrics
@@ -56,8 +57,13 @@ class Engine:
         )
         self._reporter.start()
 
-    async def asgi(self, scope: dict, body: bytes) -> AsyncIterator[list[Message]]:
+    async def asgi(
+        self, scope: dict, body: bytes, footprint: Footprint | None = None
+    ) -> AsyncIterator[list[Message]]:
         """Answers one HTTP request; yields batches of ASGI response messages.
+
+        Args:
+            footprint: what the request router chose this replica by.
 
         Raises:
             ReplicaLost: the engine died before anything of the answer was sent.

@@ -11,23 +11,41 @@ from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from router.redis_ledger import LedgerKeys
 from serving.asgi import Message
+from serving.config import AppConfig
 from serving.front_door import FrontDoor, FrontDoorSettings, NoReplica, Overloaded, ReplicaLost
+from serving.prompt_lengths import FootprintPredictor, OutputCounter, footprint_predictor
+from serving.routing import start_routing
+from serving.store import store_url
 
 
 class HandleBackend:
     """Calls the `Engine` deployment over gRPC and names its failures in the front door's terms."""
 
-    def __init__(self, engine: DeploymentHandle) -> None:
+    def __init__(self, engine: DeploymentHandle, predictor: FootprintPredictor | None) -> None:
+        """
+        Args:
+            predictor: None where replicas are not chosen by footprint.
+        """
         # By reference, every chunk of a stream would become a Ray object.
         self._stream: Any = engine.options(stream=True, _by_reference=False).asgi
         self._ping = engine.options(_by_reference=False).ping
+        self._predictor = predictor
 
     async def stream(self, scope: dict, body: bytes) -> AsyncGenerator[list[Message], None]:
-        response = self._stream.remote(scope, body)
+        footprint = None
+        if self._predictor is not None:
+            footprint = await self._predictor.footprint(scope["path"], body)
+        response = self._stream.remote(scope, body, footprint)
+        counter = OutputCounter()
         try:
             async for item in response:
-                yield _batch(item)
+                batch = _batch(item)
+                counter.see(batch)
+                yield batch
+            if self._predictor is not None and counter.tokens:
+                self._predictor.note_output(counter.tokens)
         except (GeneratorExit, asyncio.CancelledError):
             response.cancel()
             raise
@@ -59,9 +77,17 @@ def _translated(error: Exception) -> Exception:
 
 @serve.ingress()
 class Ingress:
-    def __init__(self, engine: DeploymentHandle, settings: FrontDoorSettings) -> None:
-        self._backend = HandleBackend(engine)
+    def __init__(
+        self, engine: DeploymentHandle, settings: FrontDoorSettings, config: AppConfig
+    ) -> None:
+        self._config = config
+        self._routing = start_routing(config)
+        predictor = footprint_predictor(config) if self._routing is not None else None
+        self._backend = HandleBackend(engine, predictor)
         self._settings = settings
 
     async def __serve_build_asgi_app__(self) -> FrontDoor:
+        if self._routing is not None:
+            keys = LedgerKeys(self._config.store.key_prefix, serve.get_replica_context().app_name)
+            self._routing.listen(store_url(self._config.store), keys)
         return FrontDoor(self._backend, self._settings, logging.getLogger("ray.serve"))

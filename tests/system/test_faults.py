@@ -102,7 +102,6 @@ def test_a_client_that_disconnects_stops_its_generation(
     eventually(lambda: deployment.running() == 0, 10, "the generation stopped")
 
 
-
 def _kill_a_replica_under_traffic(deployment: Deployment, ask: Callable[[int], str]) -> list[str]:
     """Kills a replica that works on some requests; returns what became of all of them."""
     before = set(deployment.occupancy())

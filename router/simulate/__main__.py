@@ -1,0 +1,209 @@
+"""`python -m router.simulate`: routers compared over a fleet in virtual time.
+
+The chooser, the view and the bookings are the real ones; replicas keep account of real blocks, with
+service times of a live run. All routers get the same requests, seed by seed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from router.footprint import Budget
+from router.simulate.fleet import capacity_per_s, simulate
+from router.simulate.replica import ServiceTimes
+from router.simulate.routers import ROUTERS
+from router.simulate.traces import SHAPES, trace
+
+SERVICE_TIMES = Path(__file__).with_name("service_times.json")
+BUDGET = Budget(budget_tokens=256, keep_ratio=0.5)
+# Requests for each replica: enough for a p99 of a small fleet, and no more than time allows.
+_REQUESTS_PER_REPLICA = {2: 200, 8: 60, 64: 30, 256: 15}
+# Two-sided 95 % points of Student's t for 1 to 9 degrees of freedom.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+class Cell(NamedTuple):
+    """One router on one trace, load and fleet; a row for each seed."""
+
+    trace: str
+    load_percent: int
+    replicas: int
+    router: str
+    p50_s: list[float]
+    p99_s: list[float]
+    preemptions: list[int]
+
+
+class Job(NamedTuple):
+    trace: str
+    load_percent: int
+    replicas: int
+    router: str
+    seeds: int
+    times: ServiceTimes
+    capacity_per_s: float
+
+
+def run_job(job: Job) -> Cell:
+    count = requests_per_replica(job.replicas) * job.replicas
+    rate = job.capacity_per_s * job.replicas * job.load_percent / 100
+    results = [
+        simulate(
+            job.router, trace(job.trace, count, rate, seed), job.replicas, job.times, BUDGET, seed
+        )
+        for seed in range(job.seeds)
+    ]
+    return Cell(
+        job.trace,
+        job.load_percent,
+        job.replicas,
+        job.router,
+        [result.wait_s(0.5) for result in results],
+        [result.wait_s(0.99) for result in results],
+        [result.preemptions for result in results],
+    )
+
+
+def requests_per_replica(replicas: int) -> int:
+    return next((n for size, n in _REQUESTS_PER_REPLICA.items() if replicas <= size), 10)
+
+
+def run(
+    traces: Sequence[str],
+    loads: Sequence[int],
+    sizes: Sequence[int],
+    seeds: int,
+    times: ServiceTimes,
+) -> list[Cell]:
+    capacities = {
+        name: capacity_per_s(trace(name, 300, 1.0, seed=-1), times, BUDGET) for name in traces
+    }
+    jobs = [
+        Job(name, load, size, router, seeds, times, capacities[name])
+        for size in sizes
+        for name in traces
+        for load in loads
+        for router in ROUTERS
+    ]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        cells = []
+        for cell in pool.map(run_job, jobs):
+            cells.append(cell)
+            if cell.router == ROUTERS[-1]:
+                print(table(cells[-len(ROUTERS) :]), flush=True)
+    return cells
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """The routers of one trace, load and fleet, as lines."""
+    first = cells[0]
+    lines = [f"{first.trace}@{first.load_percent}, {first.replicas} replicas"]
+    lines += [
+        f"  {cell.router:16} wait p50 {_mean(cell.p50_s)} p99 {_mean(cell.p99_s)} s, "
+        f"preemptions {statistics.mean(cell.preemptions):.1f}"
+        for cell in cells
+    ]
+    ours = cells[-1]
+    best = min(cells[:-1], key=lambda cell: statistics.mean(cell.p99_s))
+    against = next(cell for cell in cells if cell.router == "power_of_two")
+    lines.append(
+        f"  ours: p99 {_change(ours.p99_s, against.p99_s):+.0%} against power_of_two; less "
+        f"{best.router} (best baseline): {_paired(ours.p99_s, best.p99_s)} s"
+    )
+    return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> str:
+    return f"{statistics.mean(values):6.2f} [{min(values):.2f}, {max(values):.2f}]"
+
+
+def _change(ours: list[float], theirs: list[float]) -> float:
+    return statistics.mean(ours) / max(statistics.mean(theirs), 1e-9) - 1
+
+
+def _paired(ours: list[float], theirs: list[float]) -> str:
+    """Mean paired difference and its 95 % interval."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean = statistics.mean(differences)
+    if len(differences) < 2:
+        return f"{mean:+.2f}"
+    t = _T95[min(len(differences) - 2, len(_T95) - 1)]
+    half = t * statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{mean:+.2f} ± {half:.2f}"
+
+
+def as_json(cells: Sequence[Cell]) -> dict[str, Any]:
+    traces: dict[str, Any] = {}
+    for cell in cells:
+        sizes = traces.setdefault(f"{cell.trace}@{cell.load_percent}", {"replicas": {}})["replicas"]
+        sizes.setdefault(str(cell.replicas), {})[cell.router] = {
+            "wait_p50_s": round(statistics.mean(cell.p50_s), 4),
+            "wait_p99_s": round(statistics.mean(cell.p99_s), 4),
+            "preemptions": statistics.mean(cell.preemptions),
+        }
+    return {"traces": traces}
+
+
+def draw(cells: Sequence[Cell], path: Path) -> None:
+    """p99 wait by fleet size, a panel for each trace and load.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = list(dict.fromkeys((cell.trace, cell.load_percent) for cell in cells))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        for name in ROUTERS:
+            row = [c for c in cells if (c.trace, c.load_percent) == panel and c.router == name]
+            axis.plot(
+                [cell.replicas for cell in row],
+                [max(statistics.mean(cell.p99_s), 0.01) for cell in row],
+                marker="o", label=name, linewidth=2.5 if name == "ours" else 1,
+            )  # fmt: skip
+        axis.set(title=f"{panel[0]} at {panel[1]} %", xscale="log", yscale="log")
+        axis.set(xlabel="replicas", ylabel="p99 wait, s")
+    axes.flat[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m router.simulate", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--plot", type=Path, help="draw them here (needs matplotlib)")
+    parser.add_argument("--traces", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--loads", nargs="+", type=int, default=[60, 85, 100], metavar="PERCENT")
+    parser.add_argument("--replicas", nargs="+", type=int, default=[2, 8, 64, 256])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--blocks", type=int, help="KV blocks of a replica; else the live run's")
+    args = parser.parse_args(argv)
+    if min(args.replicas) < 2 or min(args.loads) < 1 or args.seeds < 1:
+        parser.error("replicas start at 2, loads and seeds at 1")
+    times = ServiceTimes(**json.loads(SERVICE_TIMES.read_text())["times"])
+    if args.blocks is not None:
+        times = times._replace(blocks_total=args.blocks)
+    print(f"one replica: {times._asdict()}")
+    cells = run(args.traces, args.loads, args.replicas, args.seeds, times)
+    if args.json:
+        args.json.write_text(json.dumps(as_json(cells), indent=2) + "\n")
+    if args.plot:
+        draw(cells, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

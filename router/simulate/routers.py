@@ -1,0 +1,152 @@
+"""The routers that are compared. Each sees of the fleet what it would see in a real one."""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from router.chooser import Chooser
+from router.footprint import Budget, OutputLengths, predict
+from router.local_view import LocalView
+from router.occupancy import SCHEMA_MAJOR, SCHEMA_MINOR, Occupancy
+from router.score import Speeds
+from router.simulate.replica import ServiceTimes, SimulatedReplica
+from router.simulate.traces import BLOCK_SIZE_TOKENS, Request
+
+# Nothing expires in virtual time: a replica without news sends none.
+_FOREVER_S = 1e12
+
+
+class Router(Protocol):
+    def choose(self, request: Request, now_s: float) -> int: ...
+
+    def report(self, index: int, now_s: float) -> None:
+        """The replica's occupancy report arrives."""
+        ...
+
+
+class _Blind:
+    """Needs no reports: queue lengths are asked for, as Ray Serve does."""
+
+    def __init__(
+        self,
+        fleet: Sequence[SimulatedReplica],
+        rng: random.Random,
+        pick: Callable[[random.Random, Sequence[SimulatedReplica], int], int],
+    ) -> None:
+        self._fleet, self._rng, self._pick = fleet, rng, pick
+        self._count = -1
+
+    def choose(self, request: Request, now_s: float) -> int:
+        self._count += 1
+        return self._pick(self._rng, self._fleet, self._count)
+
+    def report(self, index: int, now_s: float) -> None:
+        pass
+
+
+def _shortest(rng: random.Random, fleet: Sequence[SimulatedReplica], indices: Sequence[int]) -> int:
+    return min(indices, key=lambda index: (fleet[index].ongoing, rng.random()))
+
+
+_BLIND: dict[str, Callable[[random.Random, Sequence[SimulatedReplica], int], int]] = {
+    "random": lambda rng, fleet, count: rng.randrange(len(fleet)),
+    "round_robin": lambda rng, fleet, count: count % len(fleet),
+    "power_of_two": lambda rng, fleet, count: _shortest(
+        rng, fleet, rng.sample(range(len(fleet)), 2)
+    ),
+    "least_queue": lambda rng, fleet, count: _shortest(rng, fleet, range(len(fleet))),
+}
+ROUTERS = (*_BLIND, "least_occupancy", "ours")
+
+
+class _LeastOccupancy:
+    """The most free blocks by the last reports."""
+
+    def __init__(self, fleet: Sequence[SimulatedReplica], rng: random.Random) -> None:
+        self._fleet, self._rng = fleet, rng
+        self._free = [replica.free_blocks for replica in fleet]
+
+    def choose(self, request: Request, now_s: float) -> int:
+        free = self._free
+        return max(range(len(free)), key=lambda index: (free[index], self._rng.random()))
+
+    def report(self, index: int, now_s: float) -> None:
+        self._free[index] = self._fleet[index].free_blocks
+
+
+class _Ours:
+    """The real chooser and view, fed with reports of the simulated replicas.
+
+    Outputs are expected as the running quantiles tell; of the request's own it knows nothing.
+    """
+
+    def __init__(
+        self,
+        fleet: Sequence[SimulatedReplica],
+        rng: random.Random,
+        times: ServiceTimes,
+        budget: Budget | None,
+    ) -> None:
+        self._fleet, self._budget, self._times = fleet, budget, times
+        speeds = Speeds(
+            times.prefill_tokens_per_s, times.decode_step_s, times.decode_step_s_per_request
+        )
+        self._chooser = Chooser(LocalView(_FOREVER_S), speeds, BLOCK_SIZE_TOKENS, rng)
+        self._ids = [replica.replica_id for replica in fleet]
+        self._index = {replica_id: index for index, replica_id in enumerate(self._ids)}
+        self._outputs = OutputLengths()
+        self._sequence = 0
+        for index in range(len(fleet)):
+            self.report(index, 0.0)
+
+    def choose(self, request: Request, now_s: float) -> int:
+        expected = self._outputs.expected(None)
+        footprint = predict(
+            request.prompt_tokens, expected, self._budget, BLOCK_SIZE_TOKENS, request.block_hashes
+        )
+        decision = self._chooser.choose(self._ids, footprint, now_s)
+        assert decision is not None
+        best = decision.replica_ids[0]
+        self._chooser.sent(best, footprint, now_s)
+        # An ingress sees outputs end a little later; the distribution is the same.
+        self._outputs.note(request.output_tokens)
+        return self._index[best]
+
+    def report(self, index: int, now_s: float) -> None:
+        replica = self._fleet[index]
+        self._sequence += 1
+        total = self._times.blocks_total
+        self._chooser.view.accept(
+            Occupancy.model_construct(
+                schema_major=SCHEMA_MAJOR,
+                schema_minor=SCHEMA_MINOR,
+                replica_id=replica.replica_id,
+                model="simulated",
+                epoch=0,
+                sequence=self._sequence,
+                block_size_tokens=BLOCK_SIZE_TOKENS,
+                blocks_total=total,
+                blocks_free=max(0, replica.free_blocks),
+                blocks_reserved_growth=replica.growth_blocks,
+                running=len(replica.running),
+                waiting=len(replica.waiting),
+                waiting_blocks=replica.waiting_blocks,
+                prefill_tokens_queued=replica.prefill_tokens,
+            ),
+            now_s,
+        )
+
+
+def make_router(
+    name: str,
+    fleet: Sequence[SimulatedReplica],
+    rng: random.Random,
+    times: ServiceTimes,
+    budget: Budget | None,
+) -> Router:
+    """The router of that name, one of `ROUTERS`."""
+    if name == "ours":
+        return _Ours(fleet, rng, times, budget)
+    if name == "least_occupancy":
+        return _LeastOccupancy(fleet, rng)
+    return _Blind(fleet, rng, _BLIND[name])

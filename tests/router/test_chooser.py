@@ -1,0 +1,250 @@
+"""Decisions, through the chooser: reports in, a ranking out."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from router.affinity import PrefixAffinity, check_affinity
+from router.chooser import Chooser, Decision
+from router.footprint import Footprint
+from router.local_view import LocalView
+from tests.router.occupancies import occupancy
+
+SMALL = Footprint(5, 5, 100, 50)
+
+
+def chooser(*reports: object, now_s: float = 0.0) -> Chooser:
+    chooser = Chooser(LocalView(), rng=random.Random(0))
+    for report in reports:
+        chooser.view.accept(report, now_s)  # type: ignore[arg-type]
+    return chooser
+
+
+def decided(
+    chooser: Chooser, *ids: str, footprint: Footprint = SMALL, now_s: float = 0.0
+) -> Decision:
+    decision = chooser.choose(ids, footprint, now_s)
+    assert decision is not None
+    return decision
+
+
+def idle(replica_id: str, **changes: object) -> object:
+    fields = {"blocks_free": 100, "running": 0, "waiting": 0, "waiting_blocks": 0}
+    return occupancy(replica_id, **{**fields, **changes})
+
+
+def test_every_replica_has_a_rank_of_its_own() -> None:
+    decision = decided(chooser(idle("a"), idle("b"), idle("c")), "a", "b", "c")
+    assert sorted(decision.replica_ids) == ["a", "b", "c"]
+    assert len(decision.scores) == 3
+
+
+def test_a_request_goes_where_its_footprint_fits() -> None:
+    full = idle("full", blocks_free=10, running=3)
+    roomy = idle("roomy", blocks_free=60, running=4)
+    decision = decided(chooser(full, roomy), "full", "roomy", footprint=Footprint(30, 30, 900, 50))
+    assert decision.replica_ids == ["roomy", "full"]
+    assert decision.reason == "only_room"
+
+
+def test_what_running_requests_will_grow_by_is_not_room() -> None:
+    growing = idle("growing", blocks_free=60, blocks_reserved_growth=55, running=3)
+    settled = idle("settled", blocks_free=40, running=3)
+    big = Footprint(30, 30, 900, 50)
+    assert decided(chooser(growing, settled), "growing", "settled", footprint=big).replica_ids == [
+        "settled", "growing",
+    ]  # fmt: skip
+
+
+def test_a_prefill_backlog_counts_even_with_all_memory_free() -> None:
+    busy = idle("busy", prefill_tokens_queued=20_000)
+    quiet = idle("quiet", blocks_free=70, running=2)
+    assert decided(chooser(busy, quiet), "busy", "quiet").replica_ids[0] == "quiet"
+
+
+def test_requests_that_come_at_once_do_not_herd() -> None:
+    ids = [f"r{index}" for index in range(4)]
+    fleet = chooser(*(idle(i) for i in ids))
+    sent = []
+    for _ in range(8):
+        best = decided(fleet, *ids).replica_ids[0]
+        fleet.sent(best, SMALL, 0.0)
+        sent.append(best)
+    assert {sent.count(i) for i in ids} == {2}
+
+
+def test_a_booking_ends_with_the_report_that_must_show_it() -> None:
+    fleet = chooser(idle("a"), idle("b"))
+    fleet.sent("a", Footprint(90, 90, 5000, 50), 0.0)
+    assert decided(fleet, "a", "b").replica_ids[0] == "b"
+    # Made before the request arrived: it cannot know of it.
+    fleet.view.accept(idle("a", sequence=2), 0.1)  # type: ignore[arg-type]
+    assert decided(fleet, "a", "b", now_s=0.1).replica_ids[0] == "b"
+    fleet.view.accept(idle("a", sequence=3), 0.5)  # type: ignore[arg-type]
+    assert {s.total_s for s in decided(fleet, "a", "b", now_s=0.5).scores} == {
+        decided(fleet, "b", now_s=0.5).scores[0].total_s
+    }
+
+
+def test_the_next_turn_goes_where_the_last_one_was() -> None:
+    fleet = chooser(idle("a"), idle("b"))
+    history = tuple(range(20))
+    fleet.sent("b", Footprint(25, 25, 640, 50, history), 0.0)
+    fleet.view.accept(idle("b", sequence=2), 1.0)  # type: ignore[arg-type]
+    fleet.view.accept(idle("a", sequence=2), 1.0)  # type: ignore[arg-type]
+    turn = Footprint(30, 30, 800, 50, (*history, 20, 21))
+    decision = decided(fleet, "a", "b", footprint=turn, now_s=1.0)
+    assert decision.replica_ids[0] == "b"
+    assert decision.reason == "affinity"
+    assert decision.scores[0].cached_tokens == 20 * 32
+
+
+def test_affinity_yields_when_the_favoured_replica_is_overloaded() -> None:
+    fleet = chooser(idle("a"), idle("b"))
+    history = tuple(range(20))
+    fleet.sent("b", Footprint(25, 25, 640, 50, history), 0.0)
+    fleet.view.accept(idle("b", sequence=2, prefill_tokens_queued=9000), 1.0)  # type: ignore[arg-type]
+    turn = Footprint(30, 30, 800, 50, history)
+    assert decided(fleet, "a", "b", footprint=turn, now_s=1.0).replica_ids[0] == "a"
+
+
+def test_a_request_that_fits_nowhere_goes_where_it_waits_least() -> None:
+    worse = idle("worse", blocks_free=0, running=9, waiting=5, waiting_blocks=200)
+    better = idle("better", blocks_free=20, running=2)
+    decision = decided(chooser(worse, better), "worse", "better", footprint=Footprint(50, 50, 1, 1))
+    assert decision.replica_ids[0] == "better"
+    assert decision.reason == "least_wait"
+    decision = decided(chooser(worse, better), "worse", "better", footprint=Footprint(500, 9, 1, 1))
+    assert decision.reason == "fits_nowhere"
+
+
+def test_stale_and_unknown_replicas_are_left_out() -> None:
+    fleet = chooser(idle("old"), now_s=0.0)
+    fleet.view.accept(idle("fresh"), 3.0)  # type: ignore[arg-type]
+    assert decided(fleet, "old", "fresh", "new", now_s=3.0).replica_ids == ["fresh"]
+    assert fleet.choose(["old"], SMALL, 3.0) is None
+    assert fleet.decisions["no_reports"] == 1
+    fleet.forget("fresh")
+    assert fleet.choose(["fresh"], SMALL, 3.0) is None
+
+
+def test_only_the_given_candidates_are_ranked() -> None:
+    fleet = chooser(idle("a"), idle("b"))
+    assert decided(fleet, "b").replica_ids == ["b"]
+
+
+def test_the_decision_explains_itself_in_one_line() -> None:
+    line = decided(chooser(idle("a"), idle("b")), "a", "b").log_line(SMALL)
+    assert line["replica"] in ("a", "b")
+    assert line["reason"] == "least_cost"
+    assert {candidate["replica"] for candidate in line["candidates"]} == {"a", "b"}  # type: ignore[attr-defined]
+
+
+def test_in_a_large_fleet_the_holder_of_the_prefix_is_among_the_ranked() -> None:
+    ids = [f"r{index}" for index in range(1000)]
+    fleet = chooser(*(idle(i) for i in ids))
+    history = tuple(range(50))
+    fleet.sent("r777", Footprint(60, 60, 1600, 50, history), 0.0)
+    fleet.view.accept(idle("r777", sequence=2), 1.0)  # type: ignore[arg-type]
+    decision = decided(fleet, *ids, footprint=Footprint(60, 60, 1600, 50, history), now_s=1.0)
+    assert decision.replica_ids[0] == "r777"
+
+
+class TestReports:
+    @pytest.mark.parametrize("payload", [b"", b"{", b"[]", b'{"schema_major": 1}', b"\xff"])
+    def test_malformed_ones_are_dropped_and_counted(self, payload: bytes) -> None:
+        view = LocalView()
+        assert view.receive(payload, 0.0) is None
+        assert view.dropped == 1
+        assert view.quarantined == 0
+
+    def test_another_major_version_is_refused(self) -> None:
+        view = LocalView()
+        report = occupancy().model_copy(update={"schema_major": 2})
+        assert view.receive(report.model_dump_json(), 0.0) is None
+        assert view.dropped == 1
+
+    @pytest.mark.parametrize("lie", [{"blocks_free": 101}, {"blocks_free": -1}, {"running": -3}])
+    def test_a_replica_that_lies_is_quarantined_for_a_while(
+        self, lie: dict, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        view = LocalView()
+        honest = occupancy("r1", sequence=5).model_dump_json()
+        assert view.receive(honest, 0.0) == "r1"
+        for sequence in (6, 7):
+            lying = occupancy("r1", sequence=sequence).model_copy(update=lie)
+            view.receive(lying.model_dump_json(), 1.0)
+        assert view.quarantined == 1
+        assert len(caplog.records) == 1
+        view.receive(occupancy("r1", sequence=8).model_dump_json(), 2.0)
+        assert view.views(["r1"], 2.0) == []
+        view.receive(occupancy("r1", sequence=9).model_dump_json(), 60.0)
+        assert len(view.views(["r1"], 60.0)) == 1
+
+    def test_an_older_report_changes_nothing(self) -> None:
+        view = LocalView()
+        view.accept(occupancy(sequence=2, running=5), 0.0)
+        view.accept(occupancy(sequence=1, running=9), 0.1)
+        assert view.views(["r1"], 0.1)[0].running == 5
+        # A replica that was started anew counts from one again.
+        view.accept(occupancy(epoch=2, sequence=1, running=0), 0.2)
+        assert view.views(["r1"], 0.2)[0].running == 0
+
+    def test_replicas_that_are_long_gone_are_forgotten(self) -> None:
+        view = LocalView()
+        view.accept(occupancy("r1"), 0.0)
+        view.accept(occupancy("r2"), 50.0)
+        assert view.forget_stale(70.0) == ["r1"]
+
+
+class AffinityMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.affinity = PrefixAffinity()
+
+    @rule(
+        replica=st.sampled_from("abc"),
+        hashes=st.lists(st.integers(0, 9), unique=True, max_size=8),
+        capacity=st.integers(0, 6),
+    )
+    def note(self, replica: str, hashes: list[int], capacity: int) -> None:
+        self.affinity.note(replica, hashes, capacity)
+        if len(hashes) <= capacity:
+            assert self.affinity.cached_blocks(replica, hashes) == len(hashes)
+
+    @rule(replica=st.sampled_from("abc"))
+    def forget(self, replica: str) -> None:
+        self.affinity.forget(replica)
+        assert self.affinity.cached_blocks(replica, list(range(10))) == 0
+
+    @rule(hashes=st.lists(st.integers(0, 9), unique=True, max_size=8))
+    def holders(self, hashes: list[int]) -> None:
+        longest = max((self.affinity.cached_blocks(r, hashes) for r in "abc"), default=0)
+        if longest == len(hashes) > 0:
+            assert self.affinity.holders(hashes)
+
+    @invariant()
+    def consistent(self) -> None:
+        check_affinity(self.affinity)
+
+
+TestAffinity = AffinityMachine.TestCase
+
+
+@given(
+    free=st.lists(st.integers(0, 100), min_size=2, max_size=6),
+    peak=st.integers(1, 120),
+)
+def test_more_room_never_costs_more(free: list[int], peak: int) -> None:
+    ids = [f"r{index}" for index in range(len(free))]
+    reports = [
+        idle(i, blocks_total=100, blocks_free=f, running=1) for i, f in zip(ids, free, strict=True)
+    ]
+    decision = decided(chooser(*reports), *ids, footprint=Footprint(peak, peak, 100, 50))
+    by_id = dict(zip(ids, free, strict=True))
+    rooms = [by_id[i] for i in decision.replica_ids]
+    fitting = [room >= peak for room in rooms]
+    assert fitting == sorted(fitting, reverse=True)

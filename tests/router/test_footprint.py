@@ -1,0 +1,76 @@
+"""Footprints against the block arithmetic itself, and running quantiles of outputs."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels.blocks import blocks_for_tokens, compressed_blocks_bound, kept_tokens
+from router.footprint import Budget, OutputLengths, predict, prefix_hashes
+
+BLOCK = 32
+
+
+@given(
+    prompt=st.integers(1, 5000),
+    output=st.integers(0, 2000),
+    budget_tokens=st.integers(1, 1000),
+    keep_ratio=st.floats(0, 1),
+)
+def test_a_footprint_holds_the_request_at_every_moment(
+    prompt: int, output: int, budget_tokens: int, keep_ratio: float
+) -> None:
+    footprint = predict(prompt, output, Budget(budget_tokens, keep_ratio), BLOCK)
+    assert footprint.steady_blocks <= footprint.peak_blocks
+    assert footprint.peak_blocks >= blocks_for_tokens(prompt, BLOCK)
+    full = predict(prompt, output, None, BLOCK)
+    assert footprint.steady_blocks <= full.steady_blocks + 1
+    kept = kept_tokens(prompt, budget_tokens, keep_ratio)
+    if footprint != full:
+        assert footprint.steady_blocks == compressed_blocks_bound(kept, output, BLOCK)
+
+
+def test_compression_frees_most_of_a_long_prompt() -> None:
+    assert predict(3200, 100, None, BLOCK).steady_blocks == 104
+    compressed = predict(3200, 100, Budget(256, 0.0), BLOCK)
+    assert compressed.steady_blocks == blocks_for_tokens(256 + 100 + 31, BLOCK) == 13
+    assert compressed.peak_blocks == 100 + blocks_for_tokens(256 + 1 + 31, BLOCK) == 109
+
+
+def test_what_is_not_compressed_is_told_as_such() -> None:
+    short = predict(100, 50, Budget(256, 0.5), BLOCK)
+    assert short == predict(100, 50, None, BLOCK)
+    assert predict(3200, 1, Budget(256, 0.0), BLOCK) == predict(3200, 1, None, BLOCK)
+    with pytest.raises(ValueError, match="negative"):
+        predict(10, -1, None, BLOCK)
+
+
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=600), st.floats(0, 0.99))
+def test_expected_outputs_are_quantiles_of_the_last_256(
+    lengths: list[int], quantile: float
+) -> None:
+    outputs = OutputLengths()
+    for length in lengths:
+        outputs.note(length)
+    recent = sorted(lengths[-256:])
+    assert outputs.expected(None, quantile) == recent[int(quantile * len(recent))]
+
+
+def test_an_output_is_expected_to_end_at_max_tokens() -> None:
+    outputs = OutputLengths(prior_tokens=300)
+    assert outputs.expected(None) == 300
+    assert outputs.expected(20) == 20
+    outputs.note(10)
+    assert outputs.expected(20) == 10
+
+
+def test_equal_prefixes_have_equal_hashes_up_to_the_first_difference() -> None:
+    rng = random.Random(1)
+    prompt = [rng.randrange(50000) for _ in range(200)]
+    other = [*prompt[:100], -1, *prompt[101:]]
+    hashes, others = prefix_hashes(prompt, BLOCK), prefix_hashes(other, BLOCK)
+    assert len(hashes) == 200 // BLOCK
+    assert hashes[:3] == others[:3]
+    assert not set(hashes[3:]) & set(others[3:])
+    assert prefix_hashes(prompt[:31], BLOCK) == ()
