@@ -12,7 +12,7 @@ export VENV ACCELERATOR PYTHON
 
 serve: install
 	@echo "==> serve run $(CONFIG)"
-	@set -a; . configs/ray.env; PATH="$(CURDIR)/$(VENV)/bin:$$PATH" exec serve run $(CONFIG)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; set -a; . configs/ray.env; exec serve run $(CONFIG)
 
 test:
 	@scripts/install loadtest,dev
