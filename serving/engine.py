@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from ray import serve
 
 from adakv_worker.config import RequestOptions
+from router.autoscaling import ReplicaDemand
 from router.footprint import Footprint
 from router.redis_ledger import LedgerKeys
 from serving.asgi import Message, call_app
@@ -99,6 +100,19 @@ class Engine:
             # Anything but an option is vLLM's to refuse.
             return str(error) if type(error) is ValueError else None
         return None
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `serving.autoscaling.OccupancyPolicy` decides by."""
+        load = self._host.load()
+        demand = ReplicaDemand(
+            blocks_total=load.blocks_total,
+            held_blocks=load.blocks_total - load.blocks_free,
+            growth_blocks=load.blocks_reserved_growth,
+            waiting_blocks=load.waiting_blocks or 0,
+            prefill_tokens_queued=load.prefill_tokens_queued,
+            requests=load.running + load.waiting,
+        )
+        return demand.model_dump()
 
     async def ping(self) -> None:
         await self._host.check()

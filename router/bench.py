@@ -1,0 +1,151 @@
+"""`python -m router.bench`: what a decision and a report cost.
+
+Decisions are made by the real chooser over fleets that report and are booked all the while; memory
+is what a thousand replicas' reports add to a process.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from router.chooser import Chooser
+from router.footprint import Budget, predict
+from router.local_view import LocalView
+from router.occupancy import Occupancy
+
+SIZES = (8, 64, 1000)
+_PROMPT_TOKENS = 2000
+_REPORTS_PER_DECISION = 4
+
+
+def report(index: int, sequence: int, rng: random.Random) -> Occupancy:
+    free = rng.randrange(545)
+    return Occupancy(
+        replica_id=f"replica-{index:04}",
+        model="bench",
+        epoch=1,
+        sequence=sequence,
+        block_size_tokens=32,
+        blocks_total=545,
+        blocks_free=free,
+        blocks_reserved_growth=rng.randrange(100),
+        running=rng.randrange(16),
+        waiting=rng.randrange(4),
+        waiting_blocks=rng.randrange(200),
+        prefill_tokens_queued=rng.randrange(4000),
+    )
+
+
+def filled_view(replicas: int, rng: random.Random) -> LocalView:
+    view = LocalView()
+    for index in range(replicas):
+        view.receive(report(index, 0, rng).model_dump_json(), time.monotonic())
+    return view
+
+
+def decision_times_s(replicas: int, decisions: int) -> list[float]:
+    """Seconds of each of so many decisions, prefix look-up and booking included."""
+    rng = random.Random(replicas)
+    view = filled_view(replicas, rng)
+    chooser = Chooser(view, rng=rng)
+    ids = [f"replica-{index:04}" for index in range(replicas)]
+    times = []
+    for number in range(decisions):
+        now = time.monotonic()
+        for _ in range(_REPORTS_PER_DECISION):
+            view.accept(report(rng.randrange(replicas), number + 1, rng), now)
+        conversation = rng.randrange(50)
+        hashes = tuple(hash((conversation, block)) for block in range(_PROMPT_TOKENS // 32))
+        footprint = predict(_PROMPT_TOKENS, 200, Budget(256, 0.5), 32, hashes)
+        started = time.perf_counter()
+        decision = chooser.choose(ids, footprint, now)
+        assert decision is not None
+        chooser.sent(decision.replica_ids[0], footprint, now)
+        times.append(time.perf_counter() - started)
+        # Those that no longer report must not drop out of the measurement.
+        if number % 200 == 0:
+            for index in range(replicas):
+                view.accept(report(index, number + 2, rng), now)
+    return times
+
+
+def report_cost_s(reports: int) -> tuple[float, float]:
+    """Seconds to write a report and to read one."""
+    rng = random.Random(1)
+    ready = [report(index % 8, index, rng) for index in range(reports)]
+    started = time.process_time()
+    payloads = [one.model_dump_json() for one in ready]
+    written = time.process_time()
+    view = LocalView()
+    for payload in payloads:
+        view.receive(payload, 0.0)
+    read = time.process_time()
+    return (written - started) / reports, (read - written) / reports
+
+
+def added_rss_mib(replicas: int) -> float:
+    """MiB that the reports of so many replicas add to a process, bookings and prefixes too."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_added_rss_mib, (replicas,))
+
+
+def _added_rss_mib(replicas: int) -> float:
+    rng = random.Random(0)
+    filled_view(1, rng)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    view = filled_view(replicas, rng)
+    chooser = Chooser(view, rng=rng)
+    for index in range(replicas):
+        hashes = tuple(hash((index, block)) for block in range(_PROMPT_TOKENS // 32))
+        footprint = predict(_PROMPT_TOKENS, 200, None, 32, hashes)
+        chooser.sent(f"replica-{index:04}", footprint, time.monotonic())
+    # In KiB on Linux.
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def run(decisions: int) -> dict[str, Any]:
+    p50, p99 = {}, {}
+    for size in SIZES:
+        times = decision_times_s(size, decisions)
+        p50[str(size)] = round(statistics.median(times) * 1000, 4)
+        p99[str(size)] = round(statistics.quantiles(times, n=100)[98] * 1000, 4)
+    write_s, read_s = report_cost_s(20_000)
+    return {
+        "decision_p50_ms": p50,
+        "decision_p99_ms": p99,
+        "added_rss_mib_1000": round(added_rss_mib(1000), 1),
+        "report_write_us": round(write_s * 1e6, 1),
+        "report_read_us": round(read_s * 1e6, 1),
+        # On change, but ten a second at most.
+        "report_share_of_a_core": round(10 * write_s, 6),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m router.bench", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--decisions", type=int, default=5000)
+    args = parser.parse_args(argv)
+    result = run(args.decisions)
+    for size in SIZES:
+        p50, p99 = (result[f"decision_{which}_ms"][str(size)] for which in ("p50", "p99"))
+        print(f"{size:5} replicas: a decision takes p50 {p50} ms, p99 {p99} ms")
+    print(f"1000 replicas' reports add {result['added_rss_mib_1000']} MiB")
+    print(
+        f"a report takes {result['report_write_us']} us to write and {result['report_read_us']} us "
+        f"to read; ten a second take a replica {result['report_share_of_a_core']:.4%} of a core"
+    )
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
