@@ -27,8 +27,8 @@ class ReplicaDemand(BaseModel):
 class ScalingTargets(BaseModel):
     """The operator's band and wait.
 
-    The fleet grows when its occupancy passes `high_occupancy`, to where it would be in the middle of
-    the band, and shrinks when it falls below `low_occupancy`: between the two nothing moves.
+    The fleet grows when its occupancy passes `high_occupancy`, to where it would be mid-band, and
+    shrinks when it falls below `low_occupancy`: between the two nothing moves.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
