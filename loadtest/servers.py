@@ -71,9 +71,11 @@ def wait_until_healthy(
 
 
 @contextmanager
-def serve_run(config: dict[str, Any], log_path: Path) -> Iterator[str]:
+def serve_run(
+    config: dict[str, Any], log_path: Path, store_port: int | None = None
+) -> Iterator[str]:
     """Runs `serve run` on a copy of `config` with free ports; yields its base URL."""
-    http_port, store_port = free_port(), free_port()
+    http_port, store_port = free_port(), store_port or free_port()
     config = {**config, "http_options": {"host": "127.0.0.1", "port": http_port}}
     (application,) = config["applications"]
     application["args"] = {**application["args"], "store": {"port": store_port}}
