@@ -38,7 +38,7 @@ class ScalingTargets(BaseModel):
     target_wait_s: float = Field(
         default=5.0, gt=0.0, description="Seconds of queued prefill that a replica may have"
     )
-    prefill_tokens_per_s: float = Field(default=650.0, gt=0.0, description="Of one replica")
+    prefill_tokens_per_s: float = Field(default=500.0, gt=0.0, description="Of one replica")
     blocks_per_request: float = Field(
         default=16.0, gt=0.0, description="Expected of a queued request while none runs"
     )

@@ -19,9 +19,9 @@ class Speeds(NamedTuple):
     decode_step_s_per_request: what every further request adds to it.
     """
 
-    prefill_tokens_per_s: float = 650.0
-    decode_step_s: float = 0.030
-    decode_step_s_per_request: float = 0.002
+    prefill_tokens_per_s: float = 500.0
+    decode_step_s: float = 0.034
+    decode_step_s_per_request: float = 0.0024
 
 
 class ReplicaView(NamedTuple):

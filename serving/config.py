@@ -115,9 +115,9 @@ class RoutingConfig(Section):
     prior_output_tokens: int = Field(
         default=256, ge=1, description="Expected of an answer before any has been seen"
     )
-    prefill_tokens_per_s: float = Field(default=650.0, gt=0.0)
-    decode_step_s: float = Field(default=0.030, gt=0.0)
-    decode_step_s_per_request: float = Field(default=0.004, ge=0.0)
+    prefill_tokens_per_s: float = Field(default=500.0, gt=0.0)
+    decode_step_s: float = Field(default=0.034, gt=0.0)
+    decode_step_s_per_request: float = Field(default=0.0024, ge=0.0)
 
 
 class AppConfig(Section):

@@ -16,6 +16,7 @@ from serving.compression_metrics import CompressionMetrics
 from serving.config import AppConfig
 from serving.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from serving.front_door import ReplicaLost
+from serving.occupancy_metrics import OccupancyMetrics
 from serving.openai_error import error_messages
 from serving.reporter import OccupancyReporter
 from serving.store import store_url
@@ -55,6 +56,7 @@ class Engine:
             replica_id=context.replica_id.unique_id,
             model=name,
             interval_s=config.store.report_interval_s,
+            on_report=OccupancyMetrics().note,
         )
         self._reporter.start()
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 import redis
@@ -37,8 +38,14 @@ class OccupancyReporter:
         replica_id: str,
         model: str,
         interval_s: float,
+        on_report: Callable[[Occupancy], None] = lambda occupancy: None,
     ) -> None:
+        """
+        Args:
+            on_report: called with each report, whether the store takes it or not.
+        """
         self._source = source
+        self._on_report = on_report
         self._writer = LedgerWriter(url, keys)
         self._replica_id = replica_id
         self._model = model
@@ -79,8 +86,10 @@ class OccupancyReporter:
 
     async def _publish(self) -> None:
         self._sequence += 1
+        occupancy = self._occupancy()
+        self._on_report(occupancy)
         try:
-            await self._writer.publish(self._occupancy())
+            await self._writer.publish(occupancy)
         except (redis.RedisError, OSError) as error:
             if not self._store_lost:
                 logger.warning("occupancy store lost, serving goes on: %s", error)

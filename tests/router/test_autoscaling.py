@@ -40,7 +40,7 @@ def test_queued_requests_count_by_the_mean_footprint() -> None:
 
 
 def test_a_prefill_backlog_scales_up_with_all_memory_free() -> None:
-    backlog = replica(held_blocks=5, prefill_tokens_queued=5 * 650 * 3)
+    backlog = replica(held_blocks=5, prefill_tokens_queued=5 * 500 * 3)
     assert desired(backlog, replica(held_blocks=0), target=2) == 3
 
 

@@ -18,7 +18,7 @@ import openai
 import psutil
 import yaml
 
-from loadtest.servers import ray_environment
+from loadtest.servers import free_port, ray_environment
 from router.redis_ledger import LedgerKeys, LedgerReader
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +41,8 @@ class Deployment:
     """A Ray head node and `serve run` on it, as an operator would start them."""
 
     def __init__(self, ray_port: int, http_port: int, store_port: int) -> None:
+        self._metrics_port = free_port()
+        self.metrics_url = f"http://127.0.0.1:{self._metrics_port}/metrics"
         self.base_url = f"http://127.0.0.1:{http_port}"
         self.store_url = f"redis://127.0.0.1:{store_port}"
         self._ray_port = ray_port
@@ -58,6 +60,7 @@ class Deployment:
             "ray", "start", "--head", "--block", f"--port={self._ray_port}", "--num-cpus=2",
             "--node-ip-address=127.0.0.1", "--include-dashboard=false",
             f"--temp-dir={self._folder.name}/ray",
+            f"--metrics-export-port={self._metrics_port}",
         )  # fmt: skip
         eventually(self._ray_answers, 60, "the Ray head node")
         self.serve_run()

@@ -1,0 +1,31 @@
+"""Ray metrics of a replica's KV memory, as its occupancy reports tell it."""
+
+from ray.util import metrics
+
+from router.occupancy import Occupancy
+
+
+class OccupancyMetrics:
+    def __init__(self) -> None:
+        self._blocks = metrics.Gauge(
+            "adakv_blocks",
+            "KV blocks: free, held by compressed and by uncompressed requests, reserved for growth",
+            ("state",),
+        )
+        self._waiting_blocks = metrics.Gauge(
+            "adakv_waiting_blocks", "KV blocks that starting the waiting requests takes"
+        )
+        self._prefill_tokens = metrics.Gauge(
+            "adakv_prefill_tokens_queued", "Prompt tokens that are still to be computed"
+        )
+
+    def note(self, occupancy: Occupancy) -> None:
+        for state, blocks in (
+            ("free", occupancy.blocks_free),
+            ("compressed", occupancy.blocks_compressed),
+            ("uncompressed", occupancy.blocks_uncompressed),
+            ("reserved_growth", occupancy.blocks_reserved_growth),
+        ):
+            self._blocks.set(blocks, tags={"state": state})
+        self._waiting_blocks.set(occupancy.waiting_blocks or 0)
+        self._prefill_tokens.set(occupancy.prefill_tokens_queued)
