@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ray.util.metrics import Counter, Histogram
+from ray.serve.metrics import Counter, Histogram
 
 _SHARES = [0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 _BLOCKS = [float(2**power) for power in range(13)]
@@ -14,7 +14,7 @@ class CompressionMetrics:
     def __init__(self) -> None:
         self._requests = Counter(
             "adakv_requests", "Finished requests by policy and reason not to compress",
-            ("policy", "skipped"),
+            ("policy", "skipped"),  # type: ignore[arg-type]  # annotated as one name, takes any
         )  # fmt: skip
         self._original = Counter("adakv_original_tokens", "Prompt tokens before compression")
         self._kept = Counter("adakv_kept_tokens", "Mean entries kept of them")

@@ -1,6 +1,6 @@
 """Ray metrics of a replica's KV memory, as its occupancy reports tell it."""
 
-from ray.util import metrics
+from ray.serve import metrics
 
 from router.occupancy import Occupancy
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from ray.util import metrics
+from ray.serve import metrics
 
 from router.chooser import Chooser, Decision
 from router.footprint import Footprint
