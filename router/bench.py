@@ -99,15 +99,19 @@ def added_rss_mib(replicas: int) -> float:
 def _added_rss_mib(replicas: int) -> float:
     rng = random.Random(0)
     filled_view(1, rng)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _rss_mib()
     view = filled_view(replicas, rng)
     chooser = Chooser(view, rng=rng)
     for index in range(replicas):
         hashes = tuple(hash((index, block)) for block in range(_PROMPT_TOKENS // 32))
         footprint = predict(_PROMPT_TOKENS, 200, None, 32, hashes)
         chooser.sent(f"replica-{index:04}", footprint, time.monotonic())
-    # In KiB on Linux.
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return _rss_mib() - before
+
+
+def _rss_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
 
 
 def run(decisions: int) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def test_growth_and_waiting_count_before_they_are_held() -> None:
 def test_queued_requests_count_by_the_mean_footprint() -> None:
     busy = [replica(held_blocks=60, requests=4), replica(held_blocks=60, requests=4)]
     assert desired(*busy, ongoing=8) == 2
-    assert desired(*busy, ongoing=14, queued=6) == 3
+    assert desired(*busy, ongoing=14, queued=6) == 4
 
 
 def test_a_prefill_backlog_scales_up_with_all_memory_free() -> None:

@@ -27,14 +27,27 @@ def _whole_deployment(deployment: Deployment) -> None:
     eventually(lambda: deployment.running() == 0, 60, "an idle deployment before the test")
 
 
-def _finish(client: openai.OpenAI, number: int, max_tokens: int = 60) -> str:
-    """One streamed answer: its finish reason, or how it broke."""
+def _finish(
+    client: openai.OpenAI,
+    number: int,
+    max_tokens: int = 60,
+    begun: Callable[[], None] = lambda: None,
+) -> str:
+    """One streamed answer: its finish reason, or how it broke.
+
+    Args:
+        begun: called when its first token is there.
+    """
     try:
         stream = client.completions.create(
             model=MODEL, prompt=f"{number}. Once", max_tokens=max_tokens, stream=True,
             extra_body={"ignore_eos": True},
         )  # fmt: skip
-        reasons = [chunk.choices[0].finish_reason for chunk in stream if chunk.choices]
+        reasons = []
+        for chunk in stream:
+            if not reasons:
+                begun()
+            reasons += [choice.finish_reason for choice in chunk.choices]
         return reasons[-1] or "cut"
     except openai.APIError as error:
         return f"{type(error).__name__}: {error}"
@@ -102,12 +115,17 @@ def test_a_client_that_disconnects_stops_its_generation(
     eventually(lambda: deployment.running() == 0, 10, "the generation stopped")
 
 
-def _kill_a_replica_under_traffic(deployment: Deployment, ask: Callable[[int], str]) -> list[str]:
+def _kill_a_replica_under_traffic(
+    deployment: Deployment,
+    ask: Callable[[int], str],
+    ready: Callable[[], bool] = lambda: True,
+) -> list[str]:
     """Kills a replica that works on some requests; returns what became of all of them."""
     before = set(deployment.occupancy())
 
     def kill() -> None:
         _wait_until_both_work(deployment)
+        eventually(ready, 60, "traffic as it should be")
         os.kill(deployment.pids("ServeReplica:llm:Engine")[0], signal.SIGKILL)
         eventually(lambda: len(deployment.occupancy()) == 1, 30, "the killed one gone")
 
@@ -123,7 +141,13 @@ def _kill_a_replica_under_traffic(deployment: Deployment, ask: Callable[[int], s
 def test_a_killed_replica_breaks_only_its_own_streams_and_says_so(
     deployment: Deployment, client: openai.OpenAI
 ) -> None:
-    outcomes = _kill_a_replica_under_traffic(deployment, lambda number: _finish(client, number))
+    begun: list[int] = []
+
+    def ask(number: int) -> str:
+        # Long enough to be all running still when the last of them has begun.
+        return _finish(client, number, 300, lambda: begun.append(number))
+
+    outcomes = _kill_a_replica_under_traffic(deployment, ask, lambda: len(begun) >= 6)
     broken = {outcome for outcome in outcomes if outcome != "length"}
     assert broken == {"APIError: the replica that worked on this request died"}
     assert "length" in outcomes
