@@ -173,6 +173,13 @@ class _LoadStats:
         # Stock vLLM tells less; its waiting prompts are what they take.
         memory = MemoryStats.of(stats)
         waiting_blocks = _waiting_blocks(unstarted, waiting, cache.block_size)
+        if memory:
+            waiting_blocks = memory.waiting_blocks
+        # A step with a long prefill takes seconds, and what has come since is in no statistics yet.
+        unseen = max(0, len(requests) - stats.num_running_reqs - waiting)
+        newest = [state.prompt_len or 0 for state in requests.values()][len(requests) - unseen :]
+        if waiting_blocks is not None:
+            waiting_blocks += sum(blocks_for_tokens(length, cache.block_size) for length in newest)
         free = round((1 - stats.kv_cache_usage) * total)
         compressed = memory.compressed_blocks if memory else 0
         since = time.monotonic() - _RATE_WINDOW_S
@@ -185,9 +192,11 @@ class _LoadStats:
             blocks_uncompressed=max(0, total - free - compressed),
             blocks_reserved_growth=memory.growth_blocks if memory else 0,
             running=stats.num_running_reqs,
-            waiting=waiting,
-            waiting_blocks=memory.waiting_blocks if memory else waiting_blocks,
-            prefill_tokens_queued=memory.queued_prefill_tokens if memory else sum(unstarted),
+            waiting=waiting + unseen,
+            waiting_blocks=waiting_blocks,
+            prefill_tokens_queued=(
+                memory.queued_prefill_tokens + sum(newest) if memory else sum(unstarted)
+            ),
             decode_tokens_per_s=recent / _RATE_WINDOW_S,
             achieved_compression=(
                 memory.kept_tokens / memory.original_tokens
