@@ -40,6 +40,11 @@ class PrefixAffinity:
                 return holders
         return set()
 
+    @property
+    def replica_ids(self) -> list[str]:
+        """Replicas of which anything is remembered."""
+        return list(self._blocks)
+
     def forget(self, replica_id: str) -> None:
         for block in self._blocks.pop(replica_id, ()):
             self._drop_holder(block, replica_id)

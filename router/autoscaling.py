@@ -6,6 +6,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from router.score import Speeds
+
 
 class ReplicaDemand(BaseModel):
     """What one replica tells the autoscaler. Blocks are vLLM KV blocks.
@@ -38,7 +40,9 @@ class ScalingTargets(BaseModel):
     target_wait_s: float = Field(
         default=5.0, gt=0.0, description="Seconds of queued prefill that a replica may have"
     )
-    prefill_tokens_per_s: float = Field(default=500.0, gt=0.0, description="Of one replica")
+    prefill_tokens_per_s: float = Field(
+        default=Speeds().prefill_tokens_per_s, gt=0.0, description="Of one replica"
+    )
     blocks_per_request: float = Field(
         default=16.0, gt=0.0, description="Expected of a queued request while none runs"
     )

@@ -1,9 +1,8 @@
 """The decision: which replica a request goes to, and why. Knows neither Ray nor Redis."""
 
 import random
-from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 from router.affinity import PrefixAffinity
 from router.footprint import Footprint
@@ -23,7 +22,7 @@ class Decision(NamedTuple):
     scores: list[Score]
     reason: str
 
-    def log_line(self, footprint: Footprint) -> dict[str, object]:
+    def log_line(self, footprint: Footprint) -> dict[str, Any]:
         """The decision as one structured line."""
         return {
             "reason": self.reason,
@@ -48,10 +47,7 @@ class Decision(NamedTuple):
 
 
 class Chooser:
-    """Scores all replicas with fresh reports and keeps account of what was sent where.
-
-    decisions: how many there were for each reason.
-    """
+    """Scores all replicas with fresh reports and keeps account of what was sent where."""
 
     def __init__(
         self,
@@ -61,7 +57,6 @@ class Chooser:
         rng: random.Random | None = None,
     ) -> None:
         self.view = view
-        self.decisions: Counter[str] = Counter()
         self._speeds = speeds or Speeds()
         self._block_size_tokens = block_size_tokens
         self._affinity = PrefixAffinity()
@@ -78,7 +73,6 @@ class Chooser:
         hashes = footprint.block_hashes
         views = self.view.views(self._shortlist(replica_ids, hashes), now_s)
         if not views:
-            self.decisions["no_reports"] += 1
             return None
         scores = ranked(
             [
@@ -86,9 +80,7 @@ class Chooser:
                 for view in views
             ]
         )
-        why = reason(scores[0], scores[1:])
-        self.decisions[why] += 1
-        return Decision([one.replica_id for one in scores], scores, why)
+        return Decision([one.replica_id for one in scores], scores, reason(scores[0], scores[1:]))
 
     def sent(self, replica_id: str, footprint: Footprint, now_s: float) -> None:
         """The request went there."""
@@ -97,10 +89,11 @@ class Chooser:
             capacity = self.view.blocks_total(replica_id)
             self._affinity.note(replica_id, footprint.block_hashes, capacity)
 
-    def forget(self, replica_id: str) -> None:
-        """The replica is gone."""
-        self.view.withdraw(replica_id)
-        self._affinity.forget(replica_id)
+    def retain(self, replica_ids: Collection[str]) -> None:
+        """These replicas are there; what is known of all others is forgotten."""
+        for gone in {*self.view.replica_ids, *self._affinity.replica_ids}.difference(replica_ids):
+            self.view.withdraw(gone)
+            self._affinity.forget(gone)
 
     def _shortlist(self, replica_ids: Sequence[str], hashes: Sequence[int]) -> Sequence[str]:
         # In random order, so that equals are taken in turns.

@@ -90,15 +90,22 @@ def _bar(occupancy: Occupancy) -> str:
     return bar.ljust(BAR_WIDTH, ".")
 
 
-def watch(reader: LedgerReader, interval_s: float, draws: int | None) -> None:
-    """Redraws the table until interrupted, or `draws` times; shows and outlives a lost store."""
+def watch(
+    reader: LedgerReader, interval_s: float, draws: int | None, *, json_lines: bool = False
+) -> None:
+    """Redraws the table until interrupted, or `draws` times; shows and outlives a lost store.
+
+    With `json_lines` it prints an object a line instead, and nothing while the store is lost.
+    """
     drawn = 0
     while True:
         try:
-            screen = as_table(reader.read(), bars=True)
+            view = reader.read()
+            shown = as_json(view) if json_lines else f"{CLEAR}{as_table(view, bars=True)}"
         except redis.RedisError as error:
-            screen = f"cannot read the store: {error}"
-        print(f"{CLEAR}{screen}", flush=True)
+            shown = "" if json_lines else f"{CLEAR}cannot read the store: {error}"
+        if shown:
+            print(shown, flush=True)
         drawn += 1
         if drawn == draws:
             return
@@ -114,9 +121,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--app", default=DEFAULT_APPLICATION, help="Serve application name")
     parser.add_argument("--key-prefix", default=DEFAULT_KEY_PREFIX, help="store.key_prefix")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print one JSON object")
-    form.add_argument("--watch", action="store_true", help="redraw the table, with bars")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--watch", action="store_true", help="redraw the table, with bars; an object a line of JSON"
+    )
     parser.add_argument("--interval", type=float, default=0.5, help="seconds between two draws")
     parser.add_argument("--draws", type=int, help="end after so many draws")
     return parser.parse_args(argv)
@@ -128,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         reader = LedgerReader(args.url, LedgerKeys(args.key_prefix, args.app))
         if args.watch:
             with contextlib.suppress(KeyboardInterrupt):
-                watch(reader, args.interval, args.draws)
+                watch(reader, args.interval, args.draws, json_lines=args.json)
             return 0
         view = reader.read()
     except (redis.RedisError, ValueError) as error:

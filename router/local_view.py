@@ -28,7 +28,7 @@ class _Booking(NamedTuple):
 
 class _Replica:
     __slots__ = (
-        "block_size_tokens", "blocks_total", "bookings", "epoch", "prefill_tokens", "room_blocks",
+        "blocks_total", "bookings", "epoch", "prefill_tokens", "room_blocks",
         "running", "seen_at_s", "sequence", "used_blocks", "waiting",
     )  # fmt: skip
 
@@ -40,7 +40,6 @@ class _Replica:
         self.seen_at_s = now_s
         self.epoch, self.sequence = report.epoch, report.sequence
         self.blocks_total = report.blocks_total
-        self.block_size_tokens = report.block_size_tokens
         self.used_blocks = report.blocks_total - report.blocks_free
         waiting = report.waiting_blocks or 0
         self.room_blocks = report.blocks_free - report.blocks_reserved_growth - waiting
@@ -130,12 +129,10 @@ class LocalView:
         known = self._replicas.get(replica_id)
         return 0 if known is None else known.blocks_total
 
-    def forget_stale(self, now_s: float, after_s: float = 60.0) -> list[str]:
-        """Forgets replicas that have not reported for long; returns their ids."""
-        stale = [i for i, known in self._replicas.items() if now_s - known.seen_at_s > after_s]
-        for replica_id in stale:
-            del self._replicas[replica_id]
-        return stale
+    @property
+    def replica_ids(self) -> list[str]:
+        """Replicas that have reported, lately or not."""
+        return list(self._replicas)
 
     def _suspect(self, payload: bytes | str, error: ValidationError, now_s: float) -> None:
         replica_id = Occupancy.claimed_replica_id(payload)

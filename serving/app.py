@@ -55,8 +55,8 @@ def engine_options(config: AppConfig) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": replica.cpus},
     }
     if config.routing.policy == "occupancy":
-        options["request_router_config"] = RequestRouterConfig(
-            request_router_class="serving.occupancy_router:OccupancyRouter"  # type: ignore[arg-type]
+        options["request_router_config"] = RequestRouterConfig.model_validate(
+            {"request_router_class": "serving.occupancy_router:OccupancyRouter"}
         )
     if replica.placement_group_bundles:
         # vLLM's Ray executor puts one worker into each bundle; the replica rides in the first.

@@ -8,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 
 from adakv_worker.config import CompressionConfig
 from router import DEFAULT_KEY_PREFIX, DEFAULT_STORE_PORT
+from router.score import Speeds
 
-# vLLM's on GPUs; on CPUs it takes more, and the engine's reports say so.
+# vLLM's own.
 _DEFAULT_BLOCK_SIZE_TOKENS = 16
 
 
@@ -115,9 +116,9 @@ class RoutingConfig(Section):
     prior_output_tokens: int = Field(
         default=256, ge=1, description="Expected of an answer before any has been seen"
     )
-    prefill_tokens_per_s: float = Field(default=500.0, gt=0.0)
-    decode_step_s: float = Field(default=0.034, gt=0.0)
-    decode_step_s_per_request: float = Field(default=0.0024, ge=0.0)
+    prefill_tokens_per_s: float = Field(default=Speeds().prefill_tokens_per_s, gt=0.0)
+    decode_step_s: float = Field(default=Speeds().decode_step_s, gt=0.0)
+    decode_step_s_per_request: float = Field(default=Speeds().decode_step_s_per_request, ge=0.0)
 
 
 class AppConfig(Section):

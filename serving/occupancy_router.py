@@ -35,10 +35,10 @@ class OccupancyRouter(RequestRouter):
         if footprint is not None and (routing := Routing.current()):
             routing.sent(replica_id.unique_id, footprint)
 
-    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        super().on_replica_actor_died(replica_id)
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
         if routing := Routing.current():
-            routing.forget(replica_id.unique_id)
+            routing.retain({replica.replica_id.unique_id for replica in replicas})
 
 
 def _footprint(pending_request: PendingRequest) -> Footprint | None:

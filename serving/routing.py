@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ray.serve import metrics
 
@@ -61,8 +61,9 @@ class Routing:
     def sent(self, replica_id: str, footprint: Footprint) -> None:
         self._chooser.sent(replica_id, footprint, time.monotonic())
 
-    def forget(self, replica_id: str) -> None:
-        self._chooser.forget(replica_id)
+    def retain(self, replica_ids: Collection[str]) -> None:
+        """Forgets all replicas but these."""
+        self._chooser.retain(replica_ids)
 
 
 def start_routing(config: AppConfig) -> Routing | None:
