@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import httpx
 import yaml
 
+from loadtest.occupancy import Load, occupancy_watch
 from loadtest.servers import free_port, serve_run
 from loadtest.sse_client import timed_completion
-from router import DEFAULT_KEY_PREFIX
-from router.redis_ledger import LedgerKeys, LedgerReader
 
 _SAMPLE_S = 0.5
 _SENTENCE = "The harbour master wrote down the weather of the hour and every ship that passed. "
@@ -40,7 +39,7 @@ class Sample(NamedTuple):
         )
 
 
-class Load:
+class Clients:
     """Clients that ask again and again; `failed` says why a request did not end well."""
 
     def __init__(self, client: httpx.AsyncClient, model: str) -> None:
@@ -61,20 +60,24 @@ class Load:
                 await asyncio.sleep(1)
 
 
-def look(reader: LedgerReader, started: float) -> Sample:
-    loads = [report.occupancy for report in reader.read().reports]
-    total = sum(load.blocks_total for load in loads)
-    held = sum(load.blocks_total - load.blocks_free + load.blocks_reserved_growth for load in loads)
+def sample(loads: list[Load], at_s: float) -> Sample:
+    total = sum(load["blocks_total"] for load in loads)
+    held = sum(
+        load["blocks_total"] - load["blocks_free"] + load["blocks_reserved_growth"]
+        for load in loads
+    )
     return Sample(
-        round(time.monotonic() - started, 1),
+        round(at_s, 1),
         len(loads),
         round(held / max(total, 1), 3),
-        sum(load.running for load in loads),
-        sum(load.waiting for load in loads),
+        sum(load["running"] for load in loads),
+        sum(load["waiting"] for load in loads),
     )
 
 
-async def drive(base_url: str, reader: LedgerReader, args: argparse.Namespace) -> dict[str, Any]:
+async def drive(
+    base_url: str, store_url: str, application: str, args: argparse.Namespace
+) -> dict[str, Any]:
     started = time.monotonic()
     samples: list[Sample] = []
 
@@ -86,29 +89,31 @@ async def drive(base_url: str, reader: LedgerReader, args: argparse.Namespace) -
             return True
         return high_load_over() and bool(samples) and samples[-1].replicas == 1
 
-    async with httpx.AsyncClient(base_url=base_url, timeout=600) as client:
+    async with (
+        httpx.AsyncClient(base_url=base_url, timeout=600) as client,
+        occupancy_watch(store_url, application, _SAMPLE_S) as watch,
+    ):
         (card,) = (await client.get("/v1/models")).json()["data"]
-        load = Load(client, card["id"])
+        load = Clients(client, card["id"])
         clients = [
             asyncio.create_task(load.ask_until(high_load_over, f"Volume {number}"))
             for number in range(args.clients - 1)
         ]
         clients.append(asyncio.create_task(load.ask_until(all_over, "The last volume")))
         while not all(task.done() for task in clients):
-            sample = await asyncio.to_thread(look, reader, started)
-            if not samples or sample[1:] != samples[-1][1:]:
-                changed = not samples or sample.replicas != samples[-1].replicas
-                if changed or sample.at_s - int(samples[-1].at_s) >= 1:
-                    print(sample.line(), flush=True)
-            samples.append(sample)
             await asyncio.sleep(_SAMPLE_S)
+            now = sample(watch.latest, time.monotonic() - started)
+            before = samples[-1] if samples else None
+            if before is None or now.replicas != before.replicas or now.running != before.running:
+                print(now.line(), flush=True)
+            samples.append(now)
         await asyncio.gather(*clients)
     return {
         "requests": load.done,
         "failed": load.failed,
-        "most_replicas": max(sample.replicas for sample in samples),
+        "most_replicas": max(each.replicas for each in samples),
         "last_replicas": samples[-1].replicas,
-        "timeline": [sample._asdict() for sample in samples],
+        "timeline": [each._asdict() for each in samples],
     }
 
 
@@ -126,9 +131,8 @@ def main(argv: list[str] | None = None) -> int:
     log_path = Path(tempfile.mkdtemp(prefix="adakv-autoscaling-")) / "log"
     print(f"starting one replica, log in {log_path}", flush=True)
     with serve_run(config, log_path, port) as base_url:
-        keys = LedgerKeys(DEFAULT_KEY_PREFIX, application["name"])
-        reader = LedgerReader(f"redis://127.0.0.1:{port}", keys)
-        result = asyncio.run(drive(base_url, reader, args))
+        store_url = f"redis://127.0.0.1:{port}"
+        result = asyncio.run(drive(base_url, store_url, application["name"], args))
     print(
         f"{result['requests']} requests, {len(result['failed'])} failed; "
         f"{result['most_replicas']} replicas at most, {result['last_replicas']} at the end"

@@ -7,7 +7,6 @@ requests waited at one replica while the other had room for them.
 
 import argparse
 import asyncio
-import contextlib
 import json
 import math
 import random
@@ -19,19 +18,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-import redis
 import yaml
 
+from loadtest.occupancy import Load, occupancy_watch
 from loadtest.servers import free_port, serve_run
 from loadtest.sse_client import timed_completion
-from router import DEFAULT_KEY_PREFIX
-from router.redis_ledger import LedgerKeys, LedgerReader, LedgerView
 
 ARMS = {"ours": "occupancy", "power_of_two": "power_of_two"}
 _SAMPLE_S = 0.2
 _SENTENCE = "The harbour master wrote down the weather of the hour and every ship that passed. "
 # About 1,600 and 90 tokens.
 _LONG, _SHORT = 100, 5
+
+
+class Store(NamedTuple):
+    url: str
+    application: str
 
 
 class Planned(NamedTuple):
@@ -62,9 +64,12 @@ def plan(requests: int, rate_per_s: float, long_share: float, seed: int) -> list
     return planned
 
 
-async def run_round(base_url: str, reader: LedgerReader, planned: list[Planned]) -> Round:
+async def run_round(base_url: str, store: Store, planned: list[Planned]) -> Round:
     loop = asyncio.get_running_loop()
-    async with httpx.AsyncClient(base_url=base_url, timeout=600) as client:
+    async with (
+        httpx.AsyncClient(base_url=base_url, timeout=600) as client,
+        occupancy_watch(store.url, store.application, _SAMPLE_S) as watch,
+    ):
         (card,) = (await client.get("/v1/models")).json()["data"]
         started = loop.time()
 
@@ -75,12 +80,9 @@ async def run_round(base_url: str, reader: LedgerReader, planned: list[Planned])
             )
             return timing.ttft_s
 
-        watcher = asyncio.create_task(_watch(reader))
         ttfts = sorted(await asyncio.gather(*(one(request) for request in planned)))
         elapsed = loop.time() - started
-        watcher.cancel()
-        samples = (await asyncio.gather(watcher, return_exceptions=True))[0]
-    assert isinstance(samples, list)
+    samples = [avoidable for look in watch.looks if (avoidable := _avoidable(look)) is not None]
     return Round(
         statistics.median(ttfts),
         ttfts[math.ceil(0.99 * len(ttfts)) - 1],
@@ -89,31 +91,16 @@ async def run_round(base_url: str, reader: LedgerReader, planned: list[Planned])
     )
 
 
-async def _watch(reader: LedgerReader) -> list[bool]:
-    """For each look at the ledger with work queued somewhere: had another replica room for it?"""
-    samples: list[bool] = []
-    try:
-        while True:
-            # On a machine this busy the store may answer late; the next look will do.
-            with contextlib.suppress(redis.RedisError):
-                view = await asyncio.to_thread(reader.read)
-                if (avoidable := _avoidable(view)) is not None:
-                    samples.append(avoidable)
-            await asyncio.sleep(_SAMPLE_S)
-    except asyncio.CancelledError:
-        return samples
-
-
-def _avoidable(view: LedgerView) -> bool | None:
-    loads = [report.occupancy for report in view.reports]
-    queued = [load for load in loads if load.waiting > 0]
+def _avoidable(loads: list[Load]) -> bool | None:
+    """Had another replica room for what waits somewhere? None if nothing waits."""
+    queued = [load for load in loads if load["waiting"] > 0]
     if not queued:
         return None
     return any(
-        other.waiting == 0
-        and other.prefill_tokens_queued == 0
-        and other.blocks_free - other.blocks_reserved_growth
-        >= (load.waiting_blocks or 0) / load.waiting
+        other["waiting"] == 0
+        and other["prefill_tokens_queued"] == 0
+        and other["blocks_free"] - other["blocks_reserved_growth"]
+        >= (load["waiting_blocks"] or 0) / load["waiting"]
         for load in queued
         for other in loads
         if other is not load
@@ -121,14 +108,14 @@ def _avoidable(view: LedgerView) -> bool | None:
 
 
 async def compare(
-    urls: dict[str, str], readers: dict[str, LedgerReader], args: argparse.Namespace
+    urls: dict[str, str], stores: dict[str, Store], args: argparse.Namespace
 ) -> dict[str, list[Round]]:
     rounds: dict[str, list[Round]] = {arm: [] for arm in urls}
     for turn in range(-1, args.pairs):
         planned = plan(args.requests if turn >= 0 else 4, args.rate, args.long_share, turn)
         # The order flips each time, so that drift of the machine falls on both.
         for arm in list(urls) if turn % 2 == 0 else reversed(urls):
-            done = await run_round(urls[arm], readers[arm], planned)
+            done = await run_round(urls[arm], stores[arm], planned)
             if turn < 0:
                 continue
             rounds[arm].append(done)
@@ -144,7 +131,7 @@ async def compare(
 def run(args: argparse.Namespace) -> dict[str, list[Round]]:
     logs = Path(tempfile.mkdtemp(prefix="adakv-routing-"))
     print(f"starting both clusters, logs in {logs}", flush=True)
-    urls, readers = {}, {}
+    urls, stores = {}, {}
     with ExitStack() as stack:
         for arm, policy in ARMS.items():
             config = yaml.safe_load(args.config.read_text())
@@ -152,9 +139,8 @@ def run(args: argparse.Namespace) -> dict[str, list[Round]]:
             application["args"]["routing"] = {"policy": policy}
             port = free_port()
             urls[arm] = stack.enter_context(serve_run(config, logs / f"{arm}.log", port))
-            keys = LedgerKeys(DEFAULT_KEY_PREFIX, application["name"])
-            readers[arm] = LedgerReader(f"redis://127.0.0.1:{port}", keys)
-        return asyncio.run(compare(urls, readers, args))
+            stores[arm] = Store(f"redis://127.0.0.1:{port}", application["name"])
+        return asyncio.run(compare(urls, stores, args))
 
 
 def summary(rounds: dict[str, list[Round]]) -> dict[str, Any]:

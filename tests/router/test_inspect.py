@@ -60,3 +60,12 @@ async def test_watching_outlives_the_store(capsys: pytest.CaptureFixture[str]) -
     url = "redis://127.0.0.1:1"
     assert inspect.main(["--url", url, "--watch", "--draws", "2", "--interval", "0"]) == 0
     assert capsys.readouterr().out.count("cannot read the store") == 2
+
+
+async def test_watching_as_json_is_an_object_a_line(
+    reported: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--url", reported, "--json", "--watch", "--draws", "2", "--interval", "0"]
+    assert inspect.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["replicas"][0]["id"] for line in lines] == ["abc", "abc"]

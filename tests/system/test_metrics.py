@@ -26,5 +26,5 @@ def test_the_dashboard_asks_for_metrics_and_labels_that_exist(deployment: Deploy
     lines = httpx.get(deployment.metrics_url, timeout=30).text.splitlines()
     blocks = [line for line in lines if line.startswith("ray_adakv_blocks{")]
     assert all('application="llm"' in line and "replica=" in line for line in blocks)
-    states = {re.search(r'state="(\w+)"', line)[1] for line in blocks}  # type: ignore[index]
+    states = set(re.findall(r'state="(\w+)"', "\n".join(blocks)))
     assert states == {"free", "compressed", "uncompressed", "reserved_growth"}
