@@ -135,7 +135,7 @@ class CompressionState:
         compression = Compression(
             command,
             blocks,
-            start + command.prompt_tokens - first_token,
+            slice(start, start + command.prompt_tokens - first_token),
             earlier,
             self._cache,
             self.tables,

@@ -3,7 +3,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from kernels.attention import mean_window_attention, pool
+from kernels.attention import mean_window_attention, pool, window_attention
 from kernels.observation import Observation
 
 
@@ -29,10 +29,11 @@ class WindowScorer:
         return self.window_tokens
 
     def score(self, observation: Observation) -> Tensor:
-        queries = observation.grouped_queries(self.window_tokens)
-        per_query_head = mean_window_attention(queries, observation.keys, observation.scale)
+        window = self.window_tokens
         if self.group_reduction == "mean":
-            scores = per_query_head.mean(dim=1)
+            queries = observation.grouped_queries(window)
+            scores = mean_window_attention(queries, observation.keys, observation.scale)
         else:
-            scores = per_query_head.amax(dim=1)
+            attention = window_attention(observation, window)[..., :-window]
+            scores = attention.mean(dim=2).amax(dim=1)
         return pool(scores, self.kernel_size, self.pooling)
