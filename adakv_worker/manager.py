@@ -11,8 +11,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 
 from adakv_worker.admission import Life, OutputLengths, peak_tokens
-from adakv_worker.memory_stats import MemoryStats
 from adakv_worker.plan import Phase, Plan
+from adakv_worker.stats import MemoryStats
 from kernels.blocks import blocks_for_tokens
 
 # Steps that a prefill may take without the others' growth getting in its way.

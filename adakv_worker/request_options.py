@@ -1,16 +1,20 @@
 """Validates the `adakv_*` values of requests at admission, where an error becomes a 400."""
 
-from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
-from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
-from adakv_worker.config import CompressionConfig, RequestOptions, compression_config
+from adakv_worker.config import CompressionConfig, RequestOptions
 
 _config: CompressionConfig | None = None
+
+
+def bound_by(config: CompressionConfig | None) -> None:
+    """Holds this process's requests to the operator's bounds; None: to none."""
+    global _config
+    _config = config
 
 
 class RequestOptionsValidator(LogitsProcessor):
@@ -33,19 +37,4 @@ class RequestOptionsValidator(LogitsProcessor):
         return True
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        pass
-
-
-class ConfigWatcher(StatLoggerBase):
-    """Touches no statistics: being a logger is how a plug-in meets the front end's configuration,
-    which the operator's bounds are part of."""
-
-    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
-        global _config
-        _config = compression_config(vllm_config.additional_config)
-
-    def record(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def log_engine_initialized(self) -> None:
         pass

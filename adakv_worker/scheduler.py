@@ -22,8 +22,8 @@ from adakv_worker.config import (
     compression_config,
 )
 from adakv_worker.manager import AdaKVManager
-from adakv_worker.memory_stats import MemoryStats
 from adakv_worker.plan import Phase, Plan, make_plan
+from adakv_worker.stats import MemoryStats, attach_proofs
 from adakv_worker.support import refuse_unsupported, require_classes
 from kernels.presets import PolicyChoice
 
@@ -41,6 +41,8 @@ class AdaKVSchedulerMixin(Scheduler):
         config = compression_config(self.vllm_config.additional_config)
         self._adakv = config or CompressionConfig(enabled=False)
         self._reports: dict[str, dict[str, Any]] = {}
+        # First reports of requests, until the step's statistics take them along.
+        self._new_reports: list[dict[str, Any]] = []
         self._blocks_to_start: dict[str, int] = {}
         self._manager: AdaKVManager | None = None
         if config is None:
@@ -156,12 +158,17 @@ class AdaKVSchedulerMixin(Scheduler):
             plan = manager.plans.get(request_id)
             # A compressed request is reported with what the worker really kept.
             if plan is not None and (request_id in kept or not plan.active):
-                self._reports[request_id] = plan.report(kept.get(request_id))
+                report = plan.report(kept.get(request_id))
+                if request_id not in self._reports:
+                    self._new_reports.append(report)
+                self._reports[request_id] = report
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None and self._manager is not None and self.lora_config is None:
             self._memory_stats(self._manager).attach(stats)
+            attach_proofs(stats, self._new_reports)
+        self._new_reports.clear()
         return stats
 
     def _memory_stats(self, manager: AdaKVManager) -> MemoryStats:

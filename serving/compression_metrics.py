@@ -4,27 +4,20 @@ from typing import Any
 
 from ray.serve.metrics import Counter, Histogram
 
-_SHARES = [0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
-_BLOCKS = [float(2**power) for power in range(13)]
+from adakv_worker import metric_names
 
 
 class CompressionMetrics:
-    """Counts finished requests by policy and by why they were not compressed."""
+    """Counts completed prompts by policy and by why they were not compressed."""
 
     def __init__(self) -> None:
-        self._requests = Counter(
-            "adakv_requests", "Finished requests by policy and reason not to compress",
-            ("policy", "skipped"),  # type: ignore[arg-type]  # annotated as one name, takes any
-        )  # fmt: skip
-        self._original = Counter("adakv_original_tokens", "Prompt tokens before compression")
-        self._kept = Counter("adakv_kept_tokens", "Mean entries kept of them")
-        self._freed = Counter("adakv_freed_blocks", "Blocks that compression gave back")
-        self._share = Histogram(
-            "adakv_kept_share", "Share of a compressed prompt that was kept", boundaries=_SHARES
-        )
-        self._blocks = Histogram(
-            "adakv_blocks_after", "Blocks held after compression", boundaries=_BLOCKS
-        )
+        labels: Any = ("policy", "skipped")  # Annotated as one name, takes any.
+        self._requests = Counter(*metric_names.REQUESTS, labels)
+        self._original = Counter(*metric_names.ORIGINAL_TOKENS)
+        self._kept = Counter(*metric_names.KEPT_TOKENS)
+        self._freed = Counter(*metric_names.FREED_BLOCKS)
+        self._share = Histogram(*metric_names.KEPT_SHARE, metric_names.SHARE_BUCKETS)
+        self._blocks = Histogram(*metric_names.BLOCKS_AFTER, metric_names.BLOCK_BUCKETS)
 
     def note(self, proof: dict[str, Any]) -> None:
         tags = {"policy": proof["policy"], "skipped": proof["skipped"] or "no"}

@@ -19,21 +19,15 @@ _noted: ContextVar[list[Proof] | None] = ContextVar("adakv_proof", default=None)
 
 
 def noting(
-    generate: Callable[..., AsyncGenerator[Any, None]], finished: Callable[[Proof], None]
+    generate: Callable[..., AsyncGenerator[Any, None]],
 ) -> Callable[..., AsyncGenerator[Any, None]]:
-    """Wraps `AsyncLLM.generate`: notes each request's proof, the first choice's where n > 1.
-
-    Args:
-        finished: called with the proof of every finished choice.
-    """
+    """Wraps `AsyncLLM.generate`: notes each request's proof, the first choice's where n > 1."""
 
     async def noted(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         async for output in generate(*args, **kwargs):
             proof = (output.kv_transfer_params or {}).get(KEY)
             if proof is not None:
                 _note(output, proof)
-                if output.finished:
-                    finished(proof)
             yield output
 
     return noted

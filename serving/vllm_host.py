@@ -28,8 +28,8 @@ from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 from vllm.v1.metrics.stats import SchedulerStats
 
 from adakv_worker.config import CompressionConfig, compression_config
-from adakv_worker.memory_stats import MemoryStats
 from adakv_worker.plugin import engine_args as compression_engine_args
+from adakv_worker.stats import MemoryStats, proofs_of
 from adakv_worker.support import refuse_unsupported
 from kernels.blocks import blocks_for_tokens
 from serving.asgi import ASGIApp
@@ -95,7 +95,8 @@ class VllmHost:
         """Starts the engine (about 25 s on CPU) and assembles the app.
 
         Args:
-            on_proof: called with the compression proof of every finished request.
+            on_proof: called with the compression proof of every request once its prompt is
+                complete. (Not with LoRA, whose statistics leave it no room.)
 
         Raises:
             ValueError: vLLM refuses the configuration.
@@ -106,7 +107,7 @@ class VllmHost:
         compressing = compression_config(config.additional_config) is not None
         if compressing:
             refuse_unsupported(config)
-        stats = _LoadStats()
+        stats = _LoadStats(on_proof)
         engine = AsyncLLM.from_vllm_config(
             config,
             stat_loggers=[RayPrometheusStatLogger, stats.logger],
@@ -120,7 +121,7 @@ class VllmHost:
         _mend_openai_surface(app)
         if not compressing:
             return cls(engine, app, stats)
-        engine.generate = noting(engine.generate, on_proof)  # type: ignore[method-assign]
+        engine.generate = noting(engine.generate)  # type: ignore[method-assign]
         return cls(engine, ProofMiddleware(app), stats)
 
     @property
@@ -146,7 +147,8 @@ class VllmHost:
 class _LoadStats:
     """Keeps the newest scheduler statistics; `logger` is the factory that vLLM calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_proof: Callable[[dict[str, Any]], None]) -> None:
+        self._on_proof = on_proof
         self.changed = asyncio.Event()
         self.latest = SchedulerStats()
         self._tokens: list[tuple[float, int]] = []
@@ -157,6 +159,8 @@ class _LoadStats:
     def note(self, scheduler_stats: SchedulerStats, generated_tokens: int) -> None:
         now = time.monotonic()
         self.latest = scheduler_stats
+        for proof in proofs_of(scheduler_stats):
+            self._on_proof(proof)
         self._tokens.append((now, generated_tokens))
         while self._tokens and now - self._tokens[0][0] > _RATE_WINDOW_S:
             self._tokens.pop(0)

@@ -12,9 +12,9 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from adakv_worker.checks import check_blocks
 from adakv_worker.commands import ATTRIBUTE, commands_of
-from adakv_worker.memory_stats import MemoryStats
 from adakv_worker.plan import Phase
 from adakv_worker.scheduler import AdaKVAsyncScheduler, AdaKVScheduler
+from adakv_worker.stats import MemoryStats
 from tests.adakv_worker.engines import Engine, prompt
 
 

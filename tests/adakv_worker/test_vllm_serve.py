@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from adakv_worker.plugin import engine_args
 from loadtest.servers import vllm_serve
@@ -49,6 +50,30 @@ def test_a_request_chooses_for_itself(url: str) -> None:
     assert (proof["policy"], proof["kept_mean"], proof["kept_min"]) == ("snapkv", 128, 128)
     full = _ask(url, vllm_xargs={"adakv_policy": "full"}).json()
     assert full["kv_transfer_params"]["kv_compression"]["skipped"] == "full_requested"
+
+
+def _metrics(url: str, **labels: str) -> dict[str, float]:
+    """Samples of our metrics, summed over those that have `labels` or do not know them."""
+    sums: dict[str, float] = {}
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=30).text):
+        for sample in family.samples:
+            known = all(sample.labels.get(name, value) == value for name, value in labels.items())
+            if sample.name.startswith("adakv_") and known:
+                sums[sample.name] = sums.get(sample.name, 0) + sample.value
+    return sums
+
+
+def test_metrics_tell_what_compression_did(url: str) -> None:
+    _ask(url)
+    before = _metrics(url, skipped="no")
+    proof = _ask(url).json()["kv_transfer_params"]["kv_compression"]
+    after = _metrics(url, skipped="no")
+    grown = {name: after[name] - before[name] for name in after}
+    assert grown["adakv_requests_total"] == grown["adakv_kept_share_count"] == 1
+    assert grown["adakv_original_tokens_total"] == proof["original_tokens"]
+    assert grown["adakv_kept_tokens_total"] == proof["kept_mean"]
+    assert grown["adakv_freed_blocks_total"] == proof["blocks_before"] - proof["blocks_after"]
+    assert grown["adakv_blocks_after_sum"] == proof["blocks_after"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm.v1.metrics.stats import SchedulerStats
 
-from adakv_worker.memory_stats import MemoryStats
+from adakv_worker.stats import MemoryStats
 from serving.vllm_host import VllmHost, _LoadStats
 
 
@@ -20,7 +20,7 @@ def host(stats: SchedulerStats, **prompts: int) -> VllmHost:
         vllm_config=SimpleNamespace(cache_config=cache),
         output_processor=SimpleNamespace(request_states=states),
     )
-    told = _LoadStats()
+    told = _LoadStats(on_proof=lambda proof: None)
     told.note(stats, 0)
     app: Any = None
     return VllmHost(engine, app, told)
