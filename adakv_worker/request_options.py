@@ -1,6 +1,5 @@
 """Validates the `adakv_*` values of requests at admission, where an error becomes a 400."""
 
-
 import torch
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams

@@ -1,6 +1,7 @@
 """Block arithmetic in plain Python: the one place where tokens become blocks."""
 
 import math
+from collections.abc import Sequence
 
 
 def blocks_for_tokens(num_tokens: int, block_size_tokens: int) -> int:
@@ -37,3 +38,14 @@ def compressed_blocks_bound(kept: int, decoded: int, block_size_tokens: int) -> 
     the need. It depends on no split: the scheduler needs no word from the worker.
     """
     return blocks_for_tokens(kept + decoded + block_size_tokens - 1, block_size_tokens)
+
+
+def prefix_hash(parent: int, token_ids: Sequence[int]) -> int:
+    """Names a full block by its tokens and, through its parent's name, by all before them.
+
+    The same in all processes of one Python version.
+
+    Args:
+        parent: the name of the block before, 0 for none.
+    """
+    return hash((parent, *token_ids))

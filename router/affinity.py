@@ -21,6 +21,14 @@ class PrefixAffinity:
         while len(blocks) > capacity_blocks:
             self._drop_holder(blocks.popitem(last=False)[0], replica_id)
 
+    def discard(self, replica_id: str, hashes: Sequence[int]) -> None:
+        """The replica has evicted these blocks."""
+        blocks = self._blocks.get(replica_id)
+        for block in hashes:
+            if blocks and block in blocks:
+                del blocks[block]
+                self._drop_holder(block, replica_id)
+
     def cached_blocks(self, replica_id: str, hashes: Sequence[int]) -> int:
         """How many of a prompt's leading blocks the replica probably has."""
         blocks = self._blocks.get(replica_id)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from router.affinity import PrefixAffinity
 from router.footprint import Footprint
 from router.local_view import LocalView
+from router.prefixes import PrefixChange
 from router.score import Score, Speeds, ranked, reason, score
 
 # More replicas than this are not all scored: the best of so many is hardly worse, a decision stays
@@ -88,6 +89,14 @@ class Chooser:
         if footprint.block_hashes:
             capacity = self.view.blocks_total(replica_id)
             self._affinity.note(replica_id, footprint.block_hashes, capacity)
+
+    def learn(self, change: PrefixChange) -> None:
+        """A replica tells what its prefix cache really holds, beside what was sent there."""
+        replica_id = change.replica_id
+        if change.cleared:
+            self._affinity.forget(replica_id)
+        self._affinity.discard(replica_id, change.removed)
+        self._affinity.note(replica_id, change.stored, self.view.blocks_total(replica_id))
 
     def retain(self, replica_ids: Collection[str]) -> None:
         """These replicas are there; what is known of all others is forgotten."""

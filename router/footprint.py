@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kernels.blocks import blocks_for_tokens, compressed_blocks_bound, kept_tokens
+from kernels.blocks import blocks_for_tokens, compressed_blocks_bound, kept_tokens, prefix_hash
 
 _REMEMBERED_OUTPUTS = 256
 
@@ -97,11 +97,11 @@ class OutputLengths:
 def prefix_hashes(token_ids: Sequence[int], block_size_tokens: int) -> tuple[int, ...]:
     """One hash for each full block of a prompt, of all tokens up to the block's end.
 
-    Only full blocks can be found by vLLM's prefix cache. The hashes are of this process alone.
+    Only full blocks can be found by vLLM's prefix cache.
     """
     hashes: list[int] = []
     parent = 0
     for start in range(0, len(token_ids) - block_size_tokens + 1, block_size_tokens):
-        parent = hash((parent, *token_ids[start : start + block_size_tokens]))
+        parent = prefix_hash(parent, token_ids[start : start + block_size_tokens])
         hashes.append(parent)
     return tuple(hashes)

@@ -69,12 +69,7 @@ class Occupancy(BaseModel):
             SchemaMismatch: written under another major version.
             pydantic.ValidationError: malformed or self-contradictory.
         """
-        version = _Version.model_validate_json(payload)
-        if version.schema_major != SCHEMA_MAJOR:
-            raise SchemaMismatch(
-                f"occupancy report has schema {version.schema_major}, "
-                f"this reader knows {SCHEMA_MAJOR}"
-            )
+        check_schema(payload)
         return cls.model_validate_json(payload)
 
     @staticmethod
@@ -84,6 +79,15 @@ class Occupancy(BaseModel):
             return _Claim.model_validate_json(payload).replica_id
         except ValidationError:
             return None
+
+
+def check_schema(payload: bytes | str) -> None:
+    """Raises SchemaMismatch for a report of another major version, ValidationError for none."""
+    version = _Version.model_validate_json(payload)
+    if version.schema_major != SCHEMA_MAJOR:
+        raise SchemaMismatch(
+            f"report has schema {version.schema_major}, this reader knows {SCHEMA_MAJOR}"
+        )
 
 
 class _Version(BaseModel):

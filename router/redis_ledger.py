@@ -3,7 +3,8 @@
 Keys, under `{prefix}:{application}:`
     replicas              set of replica ids seen lately
     replica:{id}          the report as JSON, expiring after `ttl_s`
-and a channel `occupancy` on which each report is published as well. Ages come from Redis' own
+and channels: `occupancy`, on which each report is published as well, and `prefixes`, for changes of
+prefix caches, which are nowhere kept. Ages come from Redis' own
 remaining time to live, never from two machines' clocks.
 """
 
@@ -18,6 +19,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from router.occupancy import Occupancy, SchemaMismatch
+from router.prefixes import PrefixChange
 
 REPORT_TTL_S = 2.0
 SOCKET_TIMEOUT_S = 1.0
@@ -46,6 +48,10 @@ class LedgerKeys(NamedTuple):
     @property
     def channel(self) -> str:
         return f"{self.prefix}:{self.application}:occupancy"
+
+    @property
+    def prefix_channel(self) -> str:
+        return f"{self.prefix}:{self.application}:prefixes"
 
     def replica(self, replica_id: str) -> str:
         return f"{self.prefix}:{self.application}:replica:{replica_id}"
@@ -76,6 +82,9 @@ class LedgerWriter:
             pipe.sadd(self._keys.members, occupancy.replica_id)
             pipe.publish(self._keys.channel, payload)
             await pipe.execute()
+
+    async def publish_prefixes(self, change: PrefixChange) -> None:
+        await self._client.publish(self._keys.prefix_channel, change.model_dump_json())
 
     async def withdraw(self, replica_id: str) -> None:
         """Removes this replica's report at once, as on an orderly shutdown."""

@@ -1,18 +1,22 @@
 """Feeds a router's local view from the ledger, in the background of its event loop."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import redis
 import redis.asyncio
+from pydantic import ValidationError
 from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from router.local_view import LocalView
+from router.occupancy import SchemaMismatch
+from router.prefixes import PrefixChange
 from router.redis_ledger import REPORT_TTL_S, SOCKET_TIMEOUT_S, LedgerKeys
 
 logger = logging.getLogger(__name__)
@@ -34,10 +38,16 @@ class LedgerSubscription:
         keys: LedgerKeys,
         view: LocalView,
         clock: Callable[[], float] = time.monotonic,
+        on_prefixes: Callable[[PrefixChange], None] = lambda change: None,
     ) -> None:
+        """
+        Args:
+            on_prefixes: called with each change of a replica's prefix cache.
+        """
         self._keys = keys
         self._view = view
         self._clock = clock
+        self._on_prefixes = on_prefixes
         self._lost = False
         self._client = redis.asyncio.Redis.from_url(
             url,
@@ -60,7 +70,7 @@ class LedgerSubscription:
             await self._client.aclose()
 
     async def _listen(self, pubsub: PubSub) -> None:
-        await pubsub.subscribe(self._keys.channel)
+        await pubsub.subscribe(self._keys.channel, self._keys.prefix_channel)
         reread_at = self._clock()
         while True:
             now = self._clock()
@@ -69,7 +79,15 @@ class LedgerSubscription:
                 reread_at = now + _REREAD_S
             message = await pubsub.get_message(timeout=max(0.0, reread_at - now))
             if message is not None:
-                self._view.receive(message["data"], self._clock())
+                self._take(message)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if message["channel"] != self._keys.prefix_channel.encode():
+            self._view.receive(message["data"], self._clock())
+            return
+        # What cannot be read only makes the affinity a little more approximate.
+        with contextlib.suppress(ValidationError, SchemaMismatch):
+            self._on_prefixes(PrefixChange.parse(message["data"]))
 
     async def _read_all(self) -> None:
         keys = self._keys

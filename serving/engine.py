@@ -1,5 +1,6 @@
 """The `Engine` deployment: one vLLM engine per replica, with vLLM's own OpenAI app in process."""
 
+import asyncio
 import json
 import logging
 import time
@@ -18,7 +19,7 @@ from serving.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from serving.front_door import ReplicaLost
 from serving.occupancy_metrics import OccupancyMetrics
 from serving.openai_error import error_messages
-from serving.reporter import OccupancyReporter
+from serving.reporter import OccupancyReporter, report_prefixes
 from serving.store import store_url
 
 logger = logging.getLogger("ray.serve")
@@ -49,16 +50,20 @@ class Engine:
         logger.info(
             "engine ready: model=%s path=%s seconds=%.0f", name, path, time.monotonic() - started
         )
+        url, replica_id = store_url(config.store), context.replica_id.unique_id
+        keys = LedgerKeys(config.store.key_prefix, context.app_name)
         self._reporter = OccupancyReporter(
             source=self._host,
-            url=store_url(config.store),
-            keys=LedgerKeys(config.store.key_prefix, context.app_name),
-            replica_id=context.replica_id.unique_id,
+            url=url,
+            keys=keys,
+            replica_id=replica_id,
             model=name,
             interval_s=config.store.report_interval_s,
             on_report=OccupancyMetrics().note,
         )
         self._reporter.start()
+        if changes := self._host.cache_changes():
+            self._prefixes = asyncio.create_task(report_prefixes(changes, url, keys, replica_id))
 
     async def asgi(
         self, scope: dict, body: bytes, footprint: Footprint | None = None
@@ -123,6 +128,8 @@ class Engine:
         await self._host.check()
 
     async def __del__(self) -> None:
+        if prefixes := getattr(self, "_prefixes", None):
+            prefixes.cancel()
         if reporter := getattr(self, "_reporter", None):
             await reporter.stop()
         if host := getattr(self, "_host", None):

@@ -1,17 +1,22 @@
-"""Publishes a replica's occupancy to the ledger: on change, and at least every interval."""
+"""Publishes what a replica holds to the ledger: its occupancy and, where known, its prefixes."""
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Protocol
 
 import redis
 
 from router.occupancy import Occupancy
+from router.prefixes import PrefixChange
 from router.redis_ledger import LedgerKeys, LedgerWriter
-from serving.vllm_host import EngineLoad
+
+if TYPE_CHECKING:
+    # The ingress imports this module by way of the application, and has no use for all of vLLM.
+    from adakv_worker.kv_events import CacheChange
+    from serving.vllm_host import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 
@@ -20,14 +25,17 @@ _MIN_GAP_S = 0.1
 
 
 class LoadSource(Protocol):
-    def load(self) -> EngineLoad: ...
+    def load(self) -> "EngineLoad": ...
 
     @property
     def changed(self) -> asyncio.Event: ...
 
 
 class OccupancyReporter:
-    """One background task per replica. A lost store costs a warning, never a request."""
+    """Reports on change, and at least every interval, in one background task per replica.
+
+    A lost store costs a warning, never a request.
+    """
 
     def __init__(
         self,
@@ -111,6 +119,21 @@ class OccupancyReporter:
         )
 
 
-def _what_matters(load: EngineLoad) -> EngineLoad:
+def _what_matters(load: "EngineLoad") -> "EngineLoad":
     """The load without its rate, which changes with every step and can wait for the interval."""
     return load._replace(decode_tokens_per_s=0.0)
+
+
+async def report_prefixes(
+    changes: "AsyncIterator[CacheChange]", url: str, keys: LedgerKeys, replica_id: str
+) -> None:
+    """Passes changes of the prefix cache on until cancelled. What the store misses stays missed."""
+    writer = LedgerWriter(url, keys)
+    try:
+        async for change in changes:
+            with contextlib.suppress(redis.RedisError, OSError):
+                await writer.publish_prefixes(
+                    PrefixChange(replica_id=replica_id, **change._asdict())
+                )
+    finally:
+        await writer.close()

@@ -43,7 +43,9 @@ class Routing:
 
     def listen(self, url: str, keys: LedgerKeys) -> None:
         """Follows the ledger from now on, in the running event loop."""
-        subscription = LedgerSubscription(url, keys, self._chooser.view)
+        subscription = LedgerSubscription(
+            url, keys, self._chooser.view, on_prefixes=self._chooser.learn
+        )
         self._task = asyncio.get_running_loop().create_task(subscription.run())
 
     def choose(self, replica_ids: Sequence[str], footprint: Footprint | None) -> Decision | None:

@@ -7,8 +7,9 @@ import asyncio
 import dataclasses
 import logging
 import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
+from vllm.config.kv_events import KVEventsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -28,6 +30,7 @@ from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 from vllm.v1.metrics.stats import SchedulerStats
 
 from adakv_worker.config import CompressionConfig, compression_config
+from adakv_worker.kv_events import CacheChange, cache_changes
 from adakv_worker.plugin import engine_args as compression_engine_args
 from adakv_worker.stats import MemoryStats, proofs_of
 from adakv_worker.support import refuse_unsupported
@@ -77,10 +80,17 @@ class _Server:
 class VllmHost:
     """Owns one engine and its app. Build it inside a running event loop."""
 
-    def __init__(self, engine: AsyncLLM, app: ASGIApp, stats: "_LoadStats") -> None:
+    def __init__(
+        self,
+        engine: AsyncLLM,
+        app: ASGIApp,
+        stats: "_LoadStats",
+        kv_events_endpoint: str | None = None,
+    ) -> None:
         self.engine = engine
         self.app = app
         self._stats = stats
+        self._kv_events_endpoint = kv_events_endpoint
 
     @classmethod
     async def start(
@@ -102,6 +112,7 @@ class VllmHost:
             ValueError: vLLM refuses the configuration.
         """
         settings = _with_compression(engine_args, compression)
+        settings, endpoint = _with_kv_events(settings)
         args = AsyncEngineArgs(model=model, served_model_name=[served_name], **settings)
         config = args.create_engine_config()
         compressing = compression_config(config.additional_config) is not None
@@ -120,9 +131,9 @@ class VllmHost:
         app.state.server = _Server()
         _mend_openai_surface(app)
         if not compressing:
-            return cls(engine, app, stats)
+            return cls(engine, app, stats, endpoint)
         engine.generate = noting(engine.generate)  # type: ignore[method-assign]
-        return cls(engine, ProofMiddleware(app), stats)
+        return cls(engine, ProofMiddleware(app), stats, endpoint)
 
     @property
     def dead(self) -> bool:
@@ -139,6 +150,12 @@ class VllmHost:
     def changed(self) -> asyncio.Event:
         """Set when the load has changed; the reader clears it."""
         return self._stats.changed
+
+    def cache_changes(self) -> AsyncIterator[CacheChange] | None:
+        """What the prefix cache gains and loses from now on; None where KV events are off."""
+        if self._kv_events_endpoint is None:
+            return None
+        return cache_changes(self._kv_events_endpoint)
 
     def shutdown(self) -> None:
         self.engine.shutdown()
@@ -246,6 +263,23 @@ def _with_compression(
     needed = compression_engine_args(compression.model_dump(exclude_unset=True))
     additional = {**needed.pop("additional_config"), **engine_args.get("additional_config", {})}
     return {**needed, **engine_args, "additional_config": additional}
+
+
+def _with_kv_events(engine_args: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The engine's arguments with its KV events typed, and where to listen to them if they are on.
+
+    Without an endpoint of the operator's it is a socket of this replica alone: a port can be taken.
+    """
+    given = engine_args.get("kv_events_config")
+    if not isinstance(given, dict):
+        return engine_args, None
+    config = KVEventsConfig(**given)
+    if not config.enable_kv_cache_events or config.publisher != "zmq":
+        return {**engine_args, "kv_events_config": config}, None
+    if "endpoint" not in given:
+        config.endpoint = f"ipc://{tempfile.mkdtemp(prefix='adakv-')}/kv-events"
+    # What the publisher binds to all interfaces is reached by this one.
+    return {**engine_args, "kv_events_config": config}, config.endpoint.replace("*", "127.0.0.1")
 
 
 def engine_arg_names() -> set[str]:

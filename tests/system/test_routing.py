@@ -1,0 +1,34 @@
+"""What routers learn of running replicas."""
+
+import json
+
+import redis
+from transformers import AutoTokenizer
+
+from router.footprint import prefix_hashes
+from router.redis_ledger import LedgerKeys
+from serving.embedded_model import embedded_model_path
+from tests.system.deployment import MODEL, Deployment, eventually
+
+PROMPT = "The lighthouse keeper wrote the hour down, and the weather of the hour. " * 12
+
+
+def test_replicas_tell_which_prefixes_they_have_cached(deployment: Deployment) -> None:
+    (report, *_) = deployment.occupancy().values()
+    tokens = AutoTokenizer.from_pretrained(embedded_model_path()).encode(PROMPT)
+    expected = set(prefix_hashes(tokens, report.block_size_tokens))
+    assert expected
+    heard: set[int] = set()
+    with redis.Redis.from_url(deployment.store_url).pubsub() as pubsub:
+        pubsub.subscribe(LedgerKeys("adakv", "llm").prefix_channel)
+
+        def complete() -> bool:
+            message = pubsub.get_message(ignore_subscribe_messages=True, timeout=1)
+            if message is not None:
+                heard.update(json.loads(message["data"])["stored"])
+            return expected <= heard
+
+        eventually(lambda: pubsub.get_message(timeout=1), 30, "the subscription")
+        body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 2}
+        assert deployment.post("/v1/completions", body).status_code == 200
+        eventually(complete, 30, "the prompt's blocks")
