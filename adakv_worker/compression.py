@@ -17,20 +17,14 @@ from kernels.policy import Policy, Scored, stacked
 _HELD_BYTES = 4 << 20
 
 
-class Attended(NamedTuple):
-    """What a layer has attended with: the whole batch, after RoPE.
-
-    query: [tokens, Hq, D]. key, value: [tokens, H, D].
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-
-
 class Watcher(Protocol):
-    def see(self, layer: int, attended: Attended) -> None:
-        """Called by the backend once a layer, of that index in the cache, has attended."""
+    def see(self, layer: int, query: Tensor) -> None:
+        """Called by the backend once a layer has attended.
+
+        Args:
+            layer: its index in the cache.
+            query: [tokens, Hq, D] of the whole batch, after RoPE.
+        """
         ...
 
 
@@ -52,8 +46,8 @@ class Capture(NamedTuple):
     stop: int
     target: Tensor
 
-    def see(self, layer: int, attended: Attended) -> None:
-        self.target[layer] = attended.query[self.start : self.stop]
+    def see(self, layer: int, query: Tensor) -> None:
+        self.target[layer] = query[self.start : self.stop]
 
 
 class Compression:
@@ -68,7 +62,7 @@ class Compression:
         self,
         command: Compress,
         blocks: Sequence[int],
-        fresh: slice,
+        stop: int,
         earlier: Tensor | None,
         cache: PagedCache,
         tables: PageTables,
@@ -79,12 +73,12 @@ class Compression:
         """
         Args:
             blocks: the prompt's blocks.
-            fresh: which of the batch's tokens are the prompt's last.
+            stop: index in the batch after the prompt's last token.
             earlier: [L, e, Hq, D], the first queries of the window, from chunks before.
         """
         self._command = command
         self._blocks = torch.tensor(blocks, dtype=torch.int64)
-        self._fresh = fresh
+        self._stop = stop
         self._earlier = earlier
         self._cache = cache
         self._tables = tables
@@ -109,8 +103,8 @@ class Compression:
             0 if earlier is None else earlier.numel() * earlier.element_size()
         )
 
-    def see(self, layer: int, attended: Attended) -> None:
-        scored = self._policy.score(self._observe(layer, attended))
+    def see(self, layer: int, query: Tensor) -> None:
+        scored = self._policy.score(self._observe(layer, query))
         self._scored[layer] = scored
         self._held_bytes += sum(t.numel() * t.element_size() for t in scored if t is not None)
         if self._totals is not None and self._held_bytes >= _HELD_BYTES:
@@ -143,14 +137,15 @@ class Compression:
         if self._kept is not None:
             self._kept |= zip(layers, kept, strict=True)
 
-    def _observe(self, layer: int, attended: Attended) -> Observation:
-        part = self._parts[layer]
-        keys = self._entries(self._cache.keys, layer, attended.key)
+    def _observe(self, layer: int, query: Tensor) -> Observation:
+        part, n = self._parts[layer], self._command.prompt_tokens
+        layout = self._tables.layout
+        keys = read_blocks(self._cache.keys, layout, self._blocks, layer, n)
         values = keys.new_empty((*keys.shape[:2], 0))
         if self._policy.needs_values:
-            values = self._entries(self._cache.values, layer, attended.value)
+            values = read_blocks(self._cache.values, layout, self._blocks, layer, n)
         return Observation(
-            self._window(layer, attended.query),
+            self._window(layer, query),
             keys,
             values,
             part.scale,
@@ -159,17 +154,10 @@ class Compression:
             part.layer,
         )
 
-    def _entries(self, pool: Tensor, layer: int, batch: Tensor) -> Tensor:
-        """[H, n, D]: the prompt's keys or values, from the batch if it has them all."""
-        n = self._command.prompt_tokens
-        if self._fresh.stop - self._fresh.start == n and batch.dtype == pool.dtype:
-            return batch[self._fresh].transpose(0, 1)
-        return read_blocks(pool, self._tables.layout, self._blocks, layer, n)
-
     def _window(self, layer: int, query: Tensor) -> Tensor:
         """[Hq, span, D]: the queries that the scorer wants."""
         have = 0 if self._earlier is None else self._earlier.shape[1]
-        fresh = query[self._fresh.stop - (self._command.query_span - have) : self._fresh.stop]
+        fresh = query[self._stop - (self._command.query_span - have) : self._stop]
         if self._earlier is not None:
             fresh = torch.cat((self._earlier[layer], fresh))
         return fresh.transpose(0, 1)

@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from adakv_worker.compression import Attended, Watcher
+from adakv_worker.compression import Watcher
 from adakv_worker.config import compression_config
 from adakv_worker.manager import AdaKVSpec
 from adakv_worker.support import require_classes
@@ -216,7 +216,7 @@ class AdaKVCPUImpl(CPUAttentionBackendImpl):
                 output_scale, output_block_scale,
             )  # fmt: skip
         for watcher in step.watchers:
-            watcher.see(index, Attended(query, key, value))
+            watcher.see(index, query)
         return output
 
     def _attend_folded(

@@ -135,7 +135,7 @@ class CompressionState:
         compression = Compression(
             command,
             blocks,
-            slice(start, start + command.prompt_tokens - first_token),
+            start + command.prompt_tokens - first_token,
             earlier,
             self._cache,
             self.tables,

@@ -24,12 +24,18 @@ def read_blocks(
 ) -> Tensor:
     """Copies one layer of an uncompressed request's keys or values: [H, num_tokens, D]."""
     pages = layout.block_pages(blocks, layer).t().reshape(-1)
-    heads, dim = layout.offsets.shape[1], pool.shape[-1]
-    if pool.stride(1) == 1:
-        # Packed dimension-major: gathered as it lies, and only then turned.
-        packed = pool.transpose(1, 2).index_select(0, pages).view(heads, -1, dim, pool.shape[1])
-        return packed.transpose(2, 3).reshape(heads, -1, dim)[:, :num_tokens]
-    return pool.index_select(0, pages).view(heads, -1, dim)[:, :num_tokens]
+    heads, (page_tokens, dim) = layout.offsets.shape[1], pool.shape[1:]
+    if pool.stride(1) != 1:
+        return pool.index_select(0, pages).view(heads, -1, dim)[:, :num_tokens]
+    # Packed dimension-major, and left so: turning it costs twice the copy.
+    packed = pool.transpose(1, 2).index_select(0, pages).view(heads, -1, dim, page_tokens)
+    full, rest = divmod(num_tokens, page_tokens)
+    entries = packed.new_empty((heads, dim, num_tokens))
+    whole_pages = entries[..., : full * page_tokens].unflatten(-1, (full, page_tokens))
+    whole_pages.copy_(packed[:, :full].transpose(1, 2))
+    if rest:
+        entries[..., -rest:] = packed[:, full, :, :rest]
+    return entries.transpose(1, 2)
 
 
 def write_slots(cache: PagedCache, slots: Tensor, keys: Tensor, values: Tensor) -> None:
