@@ -201,6 +201,12 @@ class AdaKVManager(FullAttentionManager):
         self._reserved.clear()
         super().new_step_starts()
 
+    def evictable_blocks(self) -> int:
+        """Free blocks that still hold a prefix. Looks at every block of the pool."""
+        return sum(
+            block.ref_cnt == 0 and block.block_hash is not None for block in self.block_pool.blocks
+        )
+
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self.plans.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)

@@ -1,5 +1,6 @@
 """Scheduler mixin: plans compressions, commands the workers, and attaches the proof to outputs."""
 
+import time
 from typing import Any
 
 from vllm.logger import init_logger
@@ -31,6 +32,8 @@ from kernels.presets import PolicyChoice
 logger = init_logger("vllm.adakv")
 
 REPORT_KEY = "kv_compression"
+# Counting takes a millisecond for some ten thousand blocks.
+_COUNT_EVICTABLE_EVERY_S = 1.0
 
 
 class AdaKVSchedulerMixin(Scheduler):
@@ -44,6 +47,8 @@ class AdaKVSchedulerMixin(Scheduler):
         # First reports of requests, until the step's statistics take them along.
         self._new_reports: list[dict[str, Any]] = []
         self._blocks_to_start: dict[str, int] = {}
+        self._evictable_blocks = 0
+        self._count_evictable_at = 0.0
         self._manager: AdaKVManager | None = None
         if config is None:
             return
@@ -180,6 +185,9 @@ class AdaKVSchedulerMixin(Scheduler):
             for request in waiting
         }
         unfinished = [*waiting, *self.running]
+        if (now := time.monotonic()) >= self._count_evictable_at:
+            self._count_evictable_at = now + _COUNT_EVICTABLE_EVERY_S
+            self._evictable_blocks = manager.evictable_blocks()
         return manager.memory_stats()._replace(
             waiting_blocks=sum(self._blocks_to_start.values()),
             queued_prefill_tokens=sum(
@@ -187,6 +195,7 @@ class AdaKVSchedulerMixin(Scheduler):
                 for request in unfinished
                 if (left := request.num_tokens - request.num_computed_tokens) > 1
             ),
+            evictable_blocks=self._evictable_blocks,
         )
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:

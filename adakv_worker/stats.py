@@ -22,6 +22,7 @@ class MemoryStats(NamedTuple):
     waiting_blocks: what starting all waiting requests would take, slabs included.
     queued_prefill_tokens: prompt tokens of admitted and waiting requests, not yet computed.
     kept_tokens, original_tokens: prompt tokens of the compressed requests, after and before.
+    evictable_blocks: free ones that still hold a prefix, as of the last second.
     """
 
     compressed_blocks: int = 0
@@ -30,6 +31,7 @@ class MemoryStats(NamedTuple):
     queued_prefill_tokens: int = 0
     kept_tokens: int = 0
     original_tokens: int = 0
+    evictable_blocks: int = 0
 
     def attach(self, stats: SchedulerStats) -> None:
         stats.waiting_lora_adapters |= {

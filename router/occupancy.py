@@ -17,9 +17,9 @@ class SchemaMismatch(ValueError):
 class Occupancy(BaseModel):
     """One replica's KV-memory report. Blocks are vLLM KV blocks; all counts are at one instant.
 
-    Fields that the engine cannot know are None (stock vLLM does not tell which free blocks are
-    evictable prefix blocks, nor which waiting request needs how many blocks). Readers ignore
-    unknown fields, so a minor version may add some; another major version is refused.
+    Fields that the engine cannot know are None (without compression vLLM does not tell which free
+    blocks are evictable prefix blocks, nor which waiting request needs how many blocks). Readers
+    ignore unknown fields, so a minor version may add some; another major version is refused.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)

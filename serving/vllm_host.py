@@ -60,6 +60,7 @@ class EngineLoad(NamedTuple):
     block_size_tokens: int
     blocks_total: int
     blocks_free: int
+    blocks_evictable: int | None
     blocks_compressed: int
     blocks_uncompressed: int
     blocks_reserved_growth: int
@@ -203,12 +204,15 @@ class _LoadStats:
             waiting_blocks += sum(blocks_for_tokens(length, cache.block_size) for length in newest)
         free = round((1 - stats.kv_cache_usage) * total)
         compressed = memory.compressed_blocks if memory else 0
+        # What is free once the last request has ended is evictable still.
+        cached = MemoryStats.of(self.latest)
         since = time.monotonic() - _RATE_WINDOW_S
         recent = sum(count for at, count in self._tokens if at > since)
         return EngineLoad(
             block_size_tokens=cache.block_size,
             blocks_total=total,
             blocks_free=free,
+            blocks_evictable=min(cached.evictable_blocks, free) if cached else None,
             blocks_compressed=compressed,
             blocks_uncompressed=max(0, total - free - compressed),
             blocks_reserved_growth=memory.growth_blocks if memory else 0,

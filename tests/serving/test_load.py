@@ -43,5 +43,8 @@ def test_stock_vllm_tells_the_prompts_of_all_that_are_not_started() -> None:
 
 
 def test_without_requests_nothing_is_held() -> None:
-    load = host(SchedulerStats(num_running_reqs=1, kv_cache_usage=0.5)).load()
+    stats = SchedulerStats(num_running_reqs=1, kv_cache_usage=0.5)
+    MemoryStats(compressed_blocks=50, evictable_blocks=30).attach(stats)
+    load = host(stats).load()
     assert (load.running, load.waiting, load.blocks_free) == (0, 0, 100)
+    assert (load.blocks_compressed, load.blocks_evictable) == (0, 30)
