@@ -4,23 +4,31 @@ import asyncio
 import contextlib
 import json
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 # One report of a replica, as `router.inspect --json` prints it.
 Load = dict[str, Any]
 
 
+class Look(NamedTuple):
+    """The reports of all replicas, `at_s` seconds after the watch began."""
+
+    at_s: float
+    loads: list[Load]
+
+
 class OccupancyWatch:
-    """The reports of all replicas, look after look. `latest` is the last one."""
+    """Look after look."""
 
     def __init__(self) -> None:
-        self.looks: list[list[Load]] = []
+        self.looks: list[Look] = []
 
     @property
     def latest(self) -> list[Load]:
-        return self.looks[-1] if self.looks else []
+        return self.looks[-1].loads if self.looks else []
 
 
 @asynccontextmanager
@@ -35,11 +43,12 @@ async def occupancy_watch(
         stdout=asyncio.subprocess.PIPE, limit=1 << 24,
     )  # fmt: skip
     assert process.stdout is not None
-    lines = process.stdout
+    lines, began = process.stdout, time.monotonic()
 
     async def follow() -> None:
         async for line in lines:
-            watch.looks.append(json.loads(line)["replicas"])
+            at_s = round(time.monotonic() - began, 2)
+            watch.looks.append(Look(at_s, json.loads(line)["replicas"]))
 
     follower = asyncio.create_task(follow())
     try:

@@ -82,7 +82,9 @@ async def run_round(base_url: str, store: Store, planned: list[Planned]) -> Roun
 
         ttfts = sorted(await asyncio.gather(*(one(request) for request in planned)))
         elapsed = loop.time() - started
-    samples = [avoidable for look in watch.looks if (avoidable := _avoidable(look)) is not None]
+    samples = [
+        avoidable for look in watch.looks if (avoidable := _avoidable(look.loads)) is not None
+    ]
     return Round(
         statistics.median(ttfts),
         ttfts[math.ceil(0.99 * len(ttfts)) - 1],

@@ -1,10 +1,11 @@
 """One streamed completion, timed as a client sees it."""
 
-import json
 import time
 from typing import NamedTuple
 
 import httpx
+
+from loadtest.stream import StreamedAnswer
 
 
 class StreamTiming(NamedTuple):
@@ -34,21 +35,12 @@ async def timed_completion(
         "stream_options": {"include_usage": True},
     }
     started = time.perf_counter()
-    first: float | None = None
-    received = 0
+    answer = StreamedAnswer(started)
     async with client.stream("POST", "/v1/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            event = json.loads(line[6:])
-            if "error" in event:
-                raise RuntimeError(f"the stream broke: {event['error']['message']}")
-            if first is None and event["choices"] and event["choices"][0]["text"]:
-                first = time.perf_counter()
-            if event.get("usage"):
-                received = event["usage"]["completion_tokens"]
+            answer.take(line, time.perf_counter())
     ended = time.perf_counter()
-    if first is None or received != output_tokens:
-        raise RuntimeError(f"asked for {output_tokens} tokens, received {received}")
-    return StreamTiming(first - started, ended - started, received)
+    if answer.ttft_s is None or answer.output_tokens != output_tokens:
+        raise RuntimeError(f"asked for {output_tokens} tokens, received {answer.output_tokens}")
+    return StreamTiming(answer.ttft_s, ended - started, answer.output_tokens)

@@ -5,7 +5,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 SCHEMA_MAJOR = 1
-SCHEMA_MINOR = 0
+SCHEMA_MINOR = 1
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -51,6 +51,7 @@ class Occupancy(BaseModel):
     achieved_compression: float = Field(
         default=1.0, gt=0.0, description="Kept over original entries"
     )
+    preemptions: Count = Field(default=0, description="Since the start of this life")
     sessions_held: Count = 0
 
     @model_validator(mode="after")

@@ -70,6 +70,7 @@ class EngineLoad(NamedTuple):
     prefill_tokens_queued: int
     decode_tokens_per_s: float
     achieved_compression: float
+    preemptions: int
 
 
 class _Server:
@@ -169,6 +170,7 @@ class _LoadStats:
         self._on_proof = on_proof
         self.changed = asyncio.Event()
         self.latest = SchedulerStats()
+        self.preemptions = 0
         self._tokens: list[tuple[float, int]] = []
 
     def logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
@@ -228,6 +230,7 @@ class _LoadStats:
                 if memory and memory.original_tokens
                 else 1.0
             ),
+            preemptions=self.preemptions,
         )
 
 
@@ -238,6 +241,7 @@ class _LoadLogger(StatLoggerBase):
     def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
         if scheduler_stats is not None:
             generated = iteration_stats.num_generation_tokens if iteration_stats else 0
+            self._stats.preemptions += iteration_stats.num_preempted_reqs if iteration_stats else 0
             self._stats.note(scheduler_stats, generated)
 
     def log_engine_initialized(self) -> None:

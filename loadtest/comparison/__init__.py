@@ -1,0 +1,1 @@
+"""The comparison of deployments under equal load: configuration, runs, figures, report."""

@@ -1,0 +1,103 @@
+"""What is compared: a base deployment, arms that differ from it, and loads that all of them get."""
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from loadtest.workloads import WORKLOADS
+
+# They name files.
+_NAME = r"^[\w.-]+$"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ArmConfig(_Section):
+    """How one arm's application differs from the base."""
+
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="Laid over the base's application args, dict by dict"
+    )
+    beside_kv_bytes: int = Field(
+        default=0, ge=0, description="Held beside the KV blocks; taken off this arm's KV memory"
+    )
+
+
+class LoadConfig(_Section):
+    """One load. `users` is the concurrency of a closed loop, or the most open ones of an open."""
+
+    name: str = Field(pattern=_NAME)
+    workload: str
+    prompt_tokens: int = Field(gt=0)
+    output_tokens: int = Field(gt=0)
+    users: int = Field(gt=0)
+    requests: int = Field(gt=0)
+    warmup: int = Field(default=1, ge=0)
+    seed: int = 0
+    rate_per_s: float | None = Field(default=None, gt=0)
+    limit_ttft_s: float | None = Field(default=None, gt=0)
+    limit_tpot_s: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.workload not in WORKLOADS:
+            known = ", ".join(WORKLOADS)
+            raise ValueError(f"unknown workload '{self.workload}': known are {known}")
+        return self
+
+
+class CompareConfig(_Section):
+    base: Path = Field(description="A configuration of `serve run`")
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="Laid over the base's application args, for all arms"
+    )
+    kv_cache_memory_bytes: int = Field(gt=0, description="Of each replica, in every arm")
+    repetitions: int = Field(default=3, ge=1)
+    reference: str = Field(default="stock", description="The arm that ratios are taken against")
+    arms: dict[Annotated[str, Field(pattern=_NAME)], ArmConfig]
+    loads: list[LoadConfig] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.reference not in self.arms:
+            raise ValueError(f"the reference arm '{self.reference}' is not among the arms")
+        names = [load.name for load in self.loads]
+        if len(set(names)) < len(names):
+            raise ValueError("two loads have the same name")
+        return self
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises pydantic.ValidationError, yaml.YAMLError or OSError."""
+        return cls.model_validate(yaml.safe_load(path.read_text()))
+
+    def deployment(self, arm: str) -> dict[str, Any]:
+        """The arm's configuration of `serve run`."""
+        config = yaml.safe_load(self.base.read_text())
+        (application,) = config["applications"]
+        kv_bytes = self.kv_bytes(arm)
+        for layer in (
+            self.args,
+            {"engine": {"kv_cache_memory_bytes": kv_bytes}},
+            self.arms[arm].args,
+        ):
+            application["args"] = _laid_over(application.get("args", {}), layer)
+        return config
+
+    def kv_bytes(self, arm: str) -> int:
+        return self.kv_cache_memory_bytes - self.arms[arm].beside_kv_bytes
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = copy.deepcopy(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _laid_over(merged[key], value)
+        else:
+            merged[key] = value
+    return merged

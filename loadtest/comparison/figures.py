@@ -1,0 +1,164 @@
+"""From what was run to figures: medians over repetitions, ratios, and the bound."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from loadtest.comparison.config import CompareConfig, LoadConfig
+from loadtest.comparison.runs import LoadRun, Runs, Unit, prefill_only, units
+from loadtest.occupancy import Look
+from loadtest.records import Limits, summary
+
+# Of these the median over the repetitions is told; of all others the list.
+_MEDIANS = (
+    "tokens_per_s", "requests_per_s", "elapsed_s", "ttft_p50_s", "ttft_p95_s", "ttft_p99_s",
+    "tpot_p50_s", "tpot_p95_s", "itl_p50_s", "itl_p95_s", "e2e_p50_s", "e2e_p95_s",
+    "goodput_requests_per_s", "good_share", "late_p95_s", "preemptions", "peak_running",
+    "peak_occupancy", "decode_tokens_per_s", "output_tokens", "prefix_hit_tokens", "compressed",
+)  # fmt: skip
+
+
+def arm_figures(config: CompareConfig, runs: Runs) -> list[dict[str, Any]]:
+    """One object for each arm and load, in the configuration's order.
+
+    Ratios are taken within a repetition; `ratio_to_stock` is their median. An arm that crashed has
+    `crashed`, and figures of what it did before.
+    """
+    done = {unit: runs.read(unit) for unit in units(config) if runs.is_done(unit)}
+    rows = []
+    for load in config.loads:
+        each = {
+            unit: _one_run(run.loads[load.name], load)
+            for unit, run in done.items()
+            if load.name in run.loads
+        }
+        prefill_s = _prefill_s(config, load, [run.loads for run in done.values()])
+        stock = [one for unit, one in each.items() if unit.arm == config.reference]
+        for arm in config.arms:
+            mine = {unit: one for unit, one in each.items() if unit.arm == arm}
+            row: dict[str, Any] = {
+                "name": arm,
+                "workload": load.name,
+                "kv_bytes": config.kv_bytes(arm),
+                "beside_kv_bytes": config.arms[arm].beside_kv_bytes,
+                "repetitions": len(mine),
+                **_medians(list(mine.values())),
+                **_ratio(config, each, mine),
+                "bound": _bound(list(mine.values()), stock, prefill_s, load),
+            }
+            crashes = [run.crashed for unit, run in done.items() if unit.arm == arm and run.crashed]
+            if crashes:
+                row["crashed"] = crashes
+            rows.append(row)
+    return rows
+
+
+def output_tokens_equal(rows: Sequence[dict[str, Any]], load: str) -> bool:
+    """Whether all arms wrote equally many tokens under a load, in every repetition."""
+    return len({one for row in rows if row["workload"] == load for one in row["written"]}) <= 1
+
+
+def _one_run(run: LoadRun, load: LoadConfig) -> dict[str, Any]:
+    limits = None
+    if load.limit_ttft_s is not None or load.limit_tpot_s is not None:
+        limits = Limits(load.limit_ttft_s, load.limit_tpot_s)
+    return {**summary(run.records, limits), **_from_ledger(run.looks)}
+
+
+def _from_ledger(looks: Sequence[Look]) -> dict[str, Any]:
+    """Peaks over time, and the decode rate at the peak batch while nothing was prefilled."""
+    totals = [_sums(look) for look in looks if look.loads]
+    if not totals:
+        return {}
+    peak = max(one["running"] for one in totals)
+    at_peak = [
+        one["decode_tokens_per_s"]
+        for one in totals
+        if one["running"] >= 0.9 * peak and one["prefill_tokens_queued"] == 0
+    ]
+    return {
+        "peak_running": peak,
+        "peak_occupancy": round(max(one["occupancy"] for one in totals), 3),
+        "preemptions": totals[-1]["preemptions"] - totals[0]["preemptions"],
+        "decode_tokens_per_s": round(max(at_peak), 2) if at_peak else None,
+    }
+
+
+def _sums(look: Look) -> dict[str, float]:
+    names = ("running", "waiting", "prefill_tokens_queued", "decode_tokens_per_s", "preemptions")
+    sums = {name: sum(load[name] for load in look.loads) for name in names}
+    total = sum(load["blocks_total"] for load in look.loads)
+    free = sum(load["blocks_free"] for load in look.loads)
+    return {**sums, "occupancy": 1 - free / max(total, 1)}
+
+
+def over_time(looks: Sequence[Look]) -> list[tuple[float, float, float]]:
+    """(seconds, running requests, share of blocks in use) for a plot."""
+    sums = ((look.at_s, _sums(look)) for look in looks if look.loads)
+    return [(at_s, one["running"], one["occupancy"]) for at_s, one in sums]
+
+
+def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for name in _MEDIANS:
+        values = [run[name] for run in runs if run.get(name) is not None]
+        row[name] = round(statistics.median(values), 5) if values else None
+    rates = [run["tokens_per_s"] for run in runs]
+    row["tokens_per_s_range"] = [min(rates), max(rates)] if rates else None
+    row["written"] = [run["output_tokens"] for run in runs]
+    row["failures"] = sum(sum(run["failures"].values()) for run in runs)
+    row["failure_reasons"] = sorted({reason for run in runs for reason in run["failures"]})
+    return row
+
+
+def _ratio(
+    config: CompareConfig, each: dict[Unit, dict[str, Any]], mine: dict[Unit, dict[str, Any]]
+) -> dict[str, Any]:
+    ratios = [
+        one["tokens_per_s"] / reference["tokens_per_s"]
+        for unit, one in mine.items()
+        if (reference := each.get(Unit(unit.repetition, config.reference)))
+        and reference["tokens_per_s"]
+    ]
+    if not ratios:
+        return {"ratio_to_stock": None, "ratio_range": None}
+    return {
+        "ratio_to_stock": round(statistics.median(ratios), 4),
+        "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
+    }
+
+
+def _prefill_s(
+    config: CompareConfig, load: LoadConfig, runs: Sequence[dict[str, LoadRun]]
+) -> float | None:
+    """Seconds that one prompt of the load takes the reference alone."""
+    times = [
+        record.ttft_s
+        for loads in runs
+        if (run := loads.get(prefill_only(load).name))
+        for record in run.records
+        if record.ttft_s is not None
+    ]
+    return statistics.median(times) if times else None
+
+
+def _bound(
+    runs: list[dict[str, Any]],
+    stock: list[dict[str, Any]],
+    prefill_s: float | None,
+    load: LoadConfig,
+) -> float | None:
+    """The ratio that a decode as fast as this arm's would give: T / (P + D / g).
+
+    T is the reference's time, P its prefills', D the rest, and g this arm's decode rate over the
+    reference's, each at its own peak batch. Only of closed loops of single turns.
+    """
+    rates = [run.get("decode_tokens_per_s") for run in runs]
+    stock_rates = [run.get("decode_tokens_per_s") for run in stock]
+    mine, reference = ([rate for rate in some if rate] for some in (rates, stock_rates))
+    if not mine or not reference or prefill_s is None or load.rate_per_s or load.workload == "chat":
+        return None
+    total = statistics.median(run["elapsed_s"] for run in stock)
+    prefill = min(prefill_s * load.requests, total)
+    gain = statistics.median(mine) / statistics.median(reference)
+    return round(total / (prefill + (total - prefill) / gain), 4)

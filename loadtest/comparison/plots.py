@@ -1,0 +1,95 @@
+"""The pictures of a comparison."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from loadtest.comparison.config import CompareConfig, LoadConfig
+from loadtest.comparison.figures import over_time
+from loadtest.comparison.runs import LoadRun, Runs, units
+
+_DPI = 110
+
+
+def draw(
+    config: CompareConfig, runs: Runs, rows: Sequence[dict[str, Any]], folder: Path
+) -> dict[str, list[str]]:
+    """Writes PNG files into `folder`; returns their names by load."""
+    done = {unit: runs.read(unit) for unit in units(config) if runs.is_done(unit)}
+    pictures: dict[str, list[str]] = {}
+    for load in config.loads:
+        by_arm: dict[str, list[LoadRun]] = {arm: [] for arm in config.arms}
+        for unit, run in done.items():
+            if load.name in run.loads:
+                by_arm[unit.arm].append(run.loads[load.name])
+        mine = [row for row in rows if row["workload"] == load.name and row["tokens_per_s"]]
+        if not mine:
+            continue
+        figures = {
+            "throughput": _throughput(load, mine),
+            "latency": _latency(load, by_arm),
+            "time": _time(load, by_arm),
+        }
+        names = [f"{load.name}.{kind}.png" for kind in figures]
+        for name, figure in zip(names, figures.values(), strict=True):
+            figure.savefig(folder / name, dpi=_DPI)
+        pictures[load.name] = names
+    return pictures
+
+
+def _throughput(load: LoadConfig, rows: Sequence[dict[str, Any]]) -> Figure:
+    """A bar for each arm, its spread over repetitions, and the bound as a line above it."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for x, row in enumerate(rows):
+        low, high = row["tokens_per_s_range"]
+        rate = row["tokens_per_s"]
+        axes.bar(x, rate, 0.6, color="tab:gray" if row["ratio_to_stock"] == 1 else "tab:blue")
+        axes.errorbar(x, rate, [[rate - low], [high - rate]], color="black", capsize=4)
+        if row["bound"] is not None and row["ratio_to_stock"]:
+            bound = row["bound"] * rate / row["ratio_to_stock"]
+            axes.hlines(bound, x - 0.4, x + 0.4, color="tab:red", linestyle="--")
+        if row["ratio_to_stock"]:
+            axes.annotate(f"{row['ratio_to_stock']:.2f}x", (x, 0), (0, 4), ha="center",
+                          textcoords="offset points", color="white")  # fmt: skip
+    axes.set_xticks(range(len(rows)), [row["name"] for row in rows])
+    axes.set_ylabel("output tokens/s")
+    axes.set_title(f"{load.name}: throughput at equal KV memory (dashed: bound)")
+    return figure
+
+
+def _latency(load: LoadConfig, by_arm: dict[str, list[LoadRun]]) -> Figure:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for arm, runs in by_arm.items():
+        records = [record for run in runs for record in run.records if record.error is None]
+        _cumulative(left, arm, [one.ttft_s for one in records if one.ttft_s is not None])
+        _cumulative(right, arm, [one.tpot_s for one in records if one.tpot_s is not None])
+    left.set(xlabel="TTFT, s", ylabel="share of requests", title=load.name)
+    right.set(xlabel="TPOT, s", title="each token after the first")
+    left.legend()
+    return figure
+
+
+def _cumulative(axes: Axes, label: str, values: list[float]) -> None:
+    ordered = sorted(values)
+    shares = [(index + 1) / len(ordered) for index in range(len(ordered))]
+    axes.step(ordered, shares, where="post", label=label)
+
+
+def _time(load: LoadConfig, by_arm: dict[str, list[LoadRun]]) -> Figure:
+    """The first repetition of each arm."""
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    for arm, runs in by_arm.items():
+        if runs and (points := over_time(runs[0].looks)):
+            seconds, running, occupancy = zip(*points, strict=True)
+            above.plot(seconds, running, label=arm)
+            below.plot(seconds, occupancy)
+    above.set(ylabel="running requests", title=f"{load.name}: first repetition")
+    below.set(ylabel="blocks in use", xlabel="s", ylim=(0, 1.05))
+    above.legend()
+    return figure

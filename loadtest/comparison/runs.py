@@ -1,0 +1,150 @@
+"""Runs the arms of a comparison one after the other, and remembers which are done."""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loadtest.comparison.config import CompareConfig, LoadConfig
+from loadtest.occupancy import Look, occupancy_watch
+from loadtest.records import Record, read_records
+from loadtest.servers import free_port, serve_run
+
+_LOOK_EVERY_S = 0.5
+# Far from the seeds of the loads themselves, whose prompts are cached by then.
+_OTHER_PROMPTS = 500_000
+_LOCUSTFILE = Path(__file__).parents[1] / "locustfile.py"
+
+
+class Unit(NamedTuple):
+    """One start of one arm's deployment, which gets all loads once."""
+
+    repetition: int
+    arm: str
+
+
+@dataclass(frozen=True)
+class LoadRun:
+    """One load on one unit."""
+
+    records: list[Record]
+    looks: list[Look]
+
+
+@dataclass(frozen=True)
+class UnitRun:
+    """crashed: why the unit did not come to its end, or None; `loads` has what came before."""
+
+    loads: dict[str, LoadRun]
+    crashed: str | None
+
+
+def units(config: CompareConfig) -> list[Unit]:
+    """A B, B A, A B …: drift of the machine falls on all arms."""
+    names = list(config.arms)
+    return [
+        Unit(repetition, arm)
+        for repetition in range(config.repetitions)
+        for arm in (names if repetition % 2 == 0 else names[::-1])
+    ]
+
+
+class Runs:
+    """The folder `runs` of a comparison: one for each unit, with `done.json` once it is over."""
+
+    def __init__(self, folder: Path, config: CompareConfig) -> None:
+        self._folder = folder / "runs"
+        self._config = config
+
+    def is_done(self, unit: Unit) -> bool:
+        return (self._of(unit) / "done.json").exists()
+
+    def run(self, unit: Unit) -> str | None:
+        """Starts the arm, puts all loads on it, stops it. Returns why it crashed, if it did."""
+        folder = self._of(unit)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self._config.deployment(unit.arm)
+        (application,) = config["applications"]
+        port, crashed = free_port(), None
+        try:
+            with serve_run(config, folder / "server.log", port) as base_url:
+                store_url = f"redis://127.0.0.1:{port}"
+                for load in self._loads(unit):
+                    asyncio.run(
+                        self._run_load(unit, load, base_url, store_url, application["name"])
+                    )
+        except RuntimeError as error:
+            crashed = str(error)
+        (folder / "done.json").write_text(json.dumps({"crashed": crashed}) + "\n")
+        return crashed
+
+    def read(self, unit: Unit) -> UnitRun:
+        """What a unit that is done has brought."""
+        folder = self._of(unit)
+        loads = {}
+        for load in self._loads(unit):
+            records, looks = (folder / f"{load.name}.{kind}.jsonl" for kind in ("records", "looks"))
+            if looks.exists():
+                rows = [json.loads(line) for line in looks.read_text().splitlines()]
+                loads[load.name] = LoadRun(read_records(records), [Look(*row) for row in rows])
+        return UnitRun(loads, json.loads((folder / "done.json").read_text())["crashed"])
+
+    def _of(self, unit: Unit) -> Path:
+        return self._folder / f"{unit.repetition}-{unit.arm}"
+
+    def _loads(self, unit: Unit) -> Iterator[LoadConfig]:
+        for load in self._config.loads:
+            yield load
+            if unit.arm == self._config.reference:
+                yield prefill_only(load)
+
+    async def _run_load(
+        self, unit: Unit, load: LoadConfig, base_url: str, store_url: str, application: str
+    ) -> None:
+        folder = self._of(unit)
+        records = folder / f"{load.name}.records.jsonl"
+        records.unlink(missing_ok=True)
+        records.touch()
+        async with occupancy_watch(store_url, application, _LOOK_EVERY_S) as watch:
+            await self._locust(unit, load, base_url, records, folder / f"{load.name}.locust.log")
+        looks = "".join(json.dumps(look) + "\n" for look in watch.looks)
+        (folder / f"{load.name}.looks.jsonl").write_text(looks)
+
+    async def _locust(
+        self, unit: Unit, load: LoadConfig, base_url: str, records: Path, log_path: Path
+    ) -> None:
+        options: dict[str, Any] = {
+            "host": base_url, "users": load.users, "spawn-rate": 1000, "workload": load.workload,
+            "prompt-tokens": load.prompt_tokens, "output-tokens": load.output_tokens,
+            "requests": load.requests, "warmup": load.warmup, "rate": load.rate_per_s,
+            "seed": load.seed + unit.repetition, "records": records,
+        }  # fmt: skip
+        flags = [
+            part
+            for name, value in options.items()
+            if value is not None
+            for part in (f"--{name}", str(value))
+        ]
+        with log_path.open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "locust", "-f", str(_LOCUSTFILE), "--headless", *flags,
+                stdout=log, stderr=log, env=os.environ,
+            )  # fmt: skip
+            # 1: some requests failed, which the records tell.
+            if await process.wait() not in (0, 1):
+                tail = log_path.read_text(errors="replace").strip()[-500:]
+                raise RuntimeError(f"{load.name}: Locust ended with {process.returncode}: {tail}")
+
+
+def prefill_only(load: LoadConfig) -> LoadConfig:
+    """Prompts of the same size, one at a time, for a single token: what their prefills take."""
+    return load.model_copy(
+        update={
+            "name": f"{load.name}.prefill", "output_tokens": 1, "users": 1, "rate_per_s": None,
+            "requests": min(4, load.requests), "warmup": 1, "seed": load.seed + _OTHER_PROMPTS,
+        }
+    )  # fmt: skip

@@ -1,0 +1,258 @@
+"""Locust users that stream from any OpenAI-compatible server.
+
+    locust -f loadtest/locustfile.py --host http://127.0.0.1:8000 --workload chat -u 8
+    locust -f loadtest/locustfile.py --headless --host … -u 8 --requests 40 --records out.jsonl
+    locust -f loadtest/locustfile.py,loadtest/shapes/steps.py …
+
+Beside Locust's own figures (end to end) it reports TTFT, TPOT and ITL as requests of these types,
+and output tokens as the response's size. A key comes from $OPENAI_API_KEY.
+"""
+
+import functools
+import json
+import os
+import random
+import sys
+import time
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import gevent
+from geventhttpclient import HTTPClient
+from locust import User, events, task
+from locust.argument_parser import LocustArgumentParser
+from locust.env import Environment
+from locust.exception import StopUser
+
+# Locust loads this file by its path.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from loadtest.load import Load, Schedule
+from loadtest.records import Limits, Record, summary
+from loadtest.stream import StreamBroken, StreamedAnswer
+from loadtest.traces import read_trace
+from loadtest.workloads import WORKLOADS, Session, Sizes, request_body, sessions
+
+_TIMEOUT_S = 1200.0
+
+
+@events.init_command_line_parser.add_listener
+def _add_options(parser: LocustArgumentParser) -> None:
+    group = parser.add_argument_group("OpenAI workloads")
+    add = functools.partial(group.add_argument, include_in_web_ui=True)
+    add("--workload", choices=list(WORKLOADS), default="long-document-qa")
+    add("--trace", default="", help="replay this JSONL file instead (ours or Mooncake's format)")
+    add("--trace-scale", type=float, help="factor on a trace's lengths (default: so that it fits)")
+    add("--prompt-tokens", type=int, help="default: five eighths of the context")
+    add("--output-tokens", type=int, help="default: an eighth of the context")
+    add("--context-tokens", type=int, help="default: what the server says")
+    add("--tokenizer", default="", help="folder or hub id (default: the embedded model's)")
+    add("--model", default="", help="default: the server's first")
+    add("--seed", type=int, default=0)
+    add("--requests", type=int, help="end after so many requests, warm-up left out")
+    add("--warmup", type=int, default=0, help="requests before those that count")
+    add("--rate", type=float, help="open loop: sessions a second, Poisson; users are the most open")
+    add("--limit-ttft-s", type=float, help="of a request that counts for goodput")
+    add("--limit-tpot-s", type=float)
+    add("--records", default="", help="write a line of JSON for each request")
+    add("--xargs", default="", help="JSON for vllm_xargs, such as '{\"adakv_budget_tokens\": 128}'")
+    add("--no-ignore-eos", action="store_true", help="for servers that do not know ignore_eos")
+
+
+@events.test_start.add_listener
+def _start(environment: Environment, **_: Any) -> None:
+    """Reads the options and makes the load, anew for each test of the web UI."""
+    if environment.runner is None or type(environment.runner).__name__ == "MasterRunner":
+        return
+    options: Any = environment.parsed_options
+    try:
+        environment.load = _make_load(environment)  # type: ignore[attr-defined]
+    except (ValueError, OSError) as error:
+        print(f"loadtest: {error}", file=sys.stderr)
+        environment.process_exit_code = 2
+        environment.runner.quit()
+        return
+    if options.rate or options.trace:
+        print("loadtest: open loop; users are the most sessions that can be open at once")
+
+
+def _make_load(environment: Environment) -> Load:
+    from transformers import AutoTokenizer
+
+    from serving.embedded_model import embedded_model_path
+
+    options: Any = environment.parsed_options
+    card = _model_card(str(environment.host), options.model)
+    context = options.context_tokens or card.get("max_model_len")
+    if context is None:
+        raise ValueError("the server does not tell its context: give --context-tokens")
+    # What a chat template adds is not counted in the workloads.
+    context -= 128
+    tokenizer: Any = AutoTokenizer.from_pretrained(options.tokenizer or embedded_model_path())
+    # Workers of a distributed test ask for different things.
+    seed = options.seed + 1000 * getattr(environment.runner, "worker_index", 0)
+    rng = random.Random(seed)
+    if options.trace:
+        trace = read_trace(Path(options.trace), tokenizer, context, options.trace_scale)
+        schedule = Schedule.replay(trace)
+    else:
+        default = Sizes.of_context(context)
+        sizes = Sizes(
+            options.prompt_tokens or default.prompt_tokens,
+            options.output_tokens or default.output_tokens,
+        )
+        endless = sessions(options.workload, tokenizer, context, sizes, seed)
+        schedule = Schedule(endless, options.rate, rng)
+    return Load(card["id"], schedule, options.warmup, options.requests)
+
+
+def _model_card(host: str, wanted: str) -> dict[str, Any]:
+    client = HTTPClient.from_url(host, connection_timeout=30, network_timeout=60)
+    try:
+        response = client.request("GET", "/v1/models", headers=_headers())
+        body = response.read()
+    finally:
+        client.close()
+    if response.status_code != 200:
+        raise ValueError(f"/v1/models answers {response.status_code}: {_reason(bytes(body))}")
+    cards = json.loads(bytes(body))["data"]
+    for card in cards:
+        if wanted in ("", card["id"]):
+            return card
+    known = ", ".join(card["id"] for card in cards)
+    raise ValueError(f"the server has no model '{wanted}': it has {known}")
+
+
+def _headers() -> dict[str, str]:
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("OPENAI_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    return headers
+
+
+def _reason(body: bytes) -> str:
+    """What an error response says, shortly."""
+    try:
+        return str(json.loads(body)["error"]["message"])[:200]
+    except (ValueError, KeyError, TypeError):
+        return body[:200].decode(errors="replace")
+
+
+class OpenAIUser(User):
+    """Takes one session after the other; in an open loop each at its time."""
+
+    def on_start(self) -> None:
+        self._client = HTTPClient.from_url(
+            str(self.host), connection_timeout=60, network_timeout=_TIMEOUT_S
+        )
+
+    def on_stop(self) -> None:
+        self._client.close()
+
+    @task
+    def run_session(self) -> None:
+        load: Load = self.environment.load
+        due = load.next_session()
+        if due is None:
+            return self._leave(load)
+        session, at_s = due
+        late_s = 0.0
+        if at_s is not None:
+            gevent.sleep(max(0.0, at_s - load.elapsed_s()))
+            late_s = load.elapsed_s() - at_s
+        answers: list[str] = []
+        try:
+            for turn in range(len(session.turns)):
+                number = load.begin_request()
+                if number is None:
+                    break
+                answer, record = self._ask(load, session, turn, answers)
+                record.late_s = late_s if turn == 0 else 0.0
+                if load.counts(number):
+                    self._report(load, record)
+                if record.error is not None:
+                    break
+                answers.append(answer)
+        finally:
+            load.end_session()
+
+    def _leave(self, load: Load) -> None:
+        # The last one out ends the test, unless Locust's own time does.
+        if load.is_over():
+            gevent.spawn(self.environment.runner.quit)
+        gevent.sleep(1)
+        raise StopUser
+
+    def _ask(
+        self, load: Load, session: Session, turn: int, answers: list[str]
+    ) -> tuple[str, Record]:
+        path, body = request_body(session, turn, answers, load.model)
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        options: Any = self.environment.parsed_options
+        if not options.no_ignore_eos:
+            body["ignore_eos"] = True
+        if options.xargs:
+            body["vllm_xargs"] = json.loads(options.xargs)
+        record = Record(session.session_id, turn, at_s=round(load.elapsed_s(), 4))
+        started = time.perf_counter()
+        answer = StreamedAnswer(started)
+        try:
+            record.error = self._stream(path, body, answer, record)
+        except (OSError, HTTPException, StreamBroken, ValueError) as error:
+            record.error = f"{type(error).__name__}: {error}"[:200]
+        record.e2e_s = round(time.perf_counter() - started, 5)
+        record.ttft_s, record.tpot_s = answer.ttft_s, answer.tpot_s
+        record.itl_s = [round(gap, 5) for gap in answer.itl_s]
+        record.prompt_tokens, record.output_tokens = answer.prompt_tokens, answer.output_tokens
+        record.cached_tokens, record.kv_compression = answer.cached_tokens, answer.proof
+        return answer.text, record
+
+    def _stream(
+        self, path: str, body: dict[str, Any], answer: StreamedAnswer, record: Record
+    ) -> str | None:
+        """Reads a whole stream; returns what was wrong with it."""
+        response = self._client.request("POST", path, json.dumps(body), _headers())
+        record.replica = response.headers.get("x-replica-id")
+        if response.status_code != 200:
+            return f"HTTP {response.status_code}: {_reason(bytes(response.read()))}"
+        while line := response.readline(b"\n"):
+            answer.take(bytes(line).decode(), time.perf_counter())
+        if not answer.finished:
+            return "the stream was cut"
+        return None if answer.usage else "the stream told no usage"
+
+    def _report(self, load: Load, record: Record) -> None:
+        load.records.append(record)
+        options: Any = self.environment.parsed_options
+        if options.records:
+            with open(options.records, "a") as file:
+                file.write(record.line() + "\n")
+        name = "trace" if options.trace else options.workload
+        exception = RuntimeError(record.error) if record.error else None
+        fire = functools.partial(
+            self.environment.events.request.fire, name=name, context={}, exception=exception
+        )
+        fire(
+            request_type="E2E",
+            response_time=record.e2e_s * 1000,
+            response_length=record.output_tokens,
+        )
+        if exception is None:
+            for kind, value in (("TTFT", record.ttft_s), ("TPOT", record.tpot_s)):
+                if value is not None:
+                    fire(request_type=kind, response_time=value * 1000, response_length=0)
+            for gap in record.itl_s:
+                fire(request_type="ITL", response_time=gap * 1000, response_length=0)
+
+
+@events.quitting.add_listener
+def _print_summary(environment: Environment, **_: Any) -> None:
+    load: Load | None = getattr(environment, "load", None)
+    if load is None or not load.records:
+        return
+    options: Any = environment.parsed_options
+    limits = None
+    if options.limit_ttft_s or options.limit_tpot_s:
+        limits = Limits(options.limit_ttft_s, options.limit_tpot_s)
+    print(json.dumps(summary(load.records, limits)))
