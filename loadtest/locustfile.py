@@ -47,7 +47,7 @@ def _add_options(parser: LocustArgumentParser) -> None:
     add("--prompt-tokens", type=int, help="default: five eighths of the context")
     add("--output-tokens", type=int, help="default: an eighth of the context")
     add("--context-tokens", type=int, help="default: what the server says")
-    add("--tokenizer", default="", help="folder or hub id (default: the embedded model's)")
+    add("--tokenizer", default="", help="folder or hub id (default: the model's, if it is local)")
     add("--model", default="", help="default: the server's first")
     add("--seed", type=int, default=0)
     add("--requests", type=int, help="end after so many requests, warm-up left out")
@@ -78,10 +78,6 @@ def _start(environment: Environment, **_: Any) -> None:
 
 
 def _make_load(environment: Environment) -> Load:
-    from transformers import AutoTokenizer
-
-    from serving.embedded_model import embedded_model_path
-
     options: Any = environment.parsed_options
     card = _model_card(str(environment.host), options.model)
     context = options.context_tokens or card.get("max_model_len")
@@ -89,7 +85,7 @@ def _make_load(environment: Environment) -> Load:
         raise ValueError("the server does not tell its context: give --context-tokens")
     # What a chat template adds is not counted in the workloads.
     context -= 128
-    tokenizer: Any = AutoTokenizer.from_pretrained(options.tokenizer or embedded_model_path())
+    tokenizer = _tokenizer(options.tokenizer, str(card.get("root")))
     # Workers of a distributed test ask for different things.
     seed = options.seed + 1000 * getattr(environment.runner, "worker_index", 0)
     rng = random.Random(seed)
@@ -122,6 +118,17 @@ def _model_card(host: str, wanted: str) -> dict[str, Any]:
             return card
     known = ", ".join(card["id"] for card in cards)
     raise ValueError(f"the server has no model '{wanted}': it has {known}")
+
+
+def _tokenizer(wanted: str, root: str) -> Any:
+    # Imported here: it is heavy, and Locust reads this file for `--help` too.
+    from transformers import AutoTokenizer
+
+    from serving.embedded_model import embedded_model_path
+
+    if not wanted and Path(root).is_dir():
+        wanted = root
+    return AutoTokenizer.from_pretrained(wanted or embedded_model_path())
 
 
 def _headers() -> dict[str, str]:

@@ -58,6 +58,9 @@ class CompareConfig(_Section):
     )
     kv_cache_memory_bytes: int = Field(gt=0, description="Of each replica, in every arm")
     repetitions: int = Field(default=3, ge=1)
+    tokenizer: str | None = Field(
+        default=None, description="Folder or hub id; None takes the served model's folder"
+    )
     reference: str = Field(default="stock", description="The arm that ratios are taken against")
     arms: dict[Annotated[str, Field(pattern=_NAME)], ArmConfig]
     loads: list[LoadConfig] = Field(min_length=1)

@@ -122,6 +122,7 @@ class Runs:
             "prompt-tokens": load.prompt_tokens, "output-tokens": load.output_tokens,
             "requests": load.requests, "warmup": load.warmup, "rate": load.rate_per_s,
             "seed": load.seed + unit.repetition, "records": records,
+            "tokenizer": self._config.tokenizer,
         }  # fmt: skip
         flags = [
             part
