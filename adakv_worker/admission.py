@@ -1,27 +1,39 @@
 """Whether a request may start: how much the running ones will still grow, in plain Python."""
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
 
-class Life(NamedTuple):
-    """A request from now on: tokens that fill its blocks, and tokens that it will still append."""
+class Expected(NamedTuple):
+    """Tokens still to come, on average, and their standard deviation."""
 
     tokens: int
-    tokens_to_come: int
+    spread: float
+
+
+class Life(NamedTuple):
+    """A request from now on: tokens that fill its blocks, and those that it will still append."""
+
+    tokens: int
+    to_come: Expected
 
 
 def peak_tokens(lives: Iterable[Life]) -> int:
     """Most tokens that the requests hold together, each growing by one per step to its end.
 
     After Past-Future scheduling (2507.10150), which sizes a batch by its future, not its present.
+    How long each goes on is uncertain: one standard deviation of the sum is added.
     """
     peak = held = 0
-    for count, life in enumerate(sorted(lives, key=lambda life: -life.tokens_to_come), start=1):
+    variance = 0.0
+    ordered = sorted(lives, key=lambda life: -life.to_come.tokens)
+    for count, life in enumerate(ordered, start=1):
         # When this one ends, those that last longer are still there.
         held += life.tokens
-        peak = max(peak, held + count * life.tokens_to_come)
+        variance += life.to_come.spread**2
+        peak = max(peak, held + count * life.to_come.tokens + math.ceil(math.sqrt(variance)))
     return peak
 
 
@@ -38,9 +50,17 @@ class OutputLengths:
     def note(self, tokens: int) -> None:
         self._ended.append(tokens)
 
-    def to_come(self, generated: int, limit: int) -> int:
-        """Expected tokens still to come after `generated`, at most `limit`."""
-        longer = [tokens for tokens in self._ended or (self._prior_tokens,) if tokens > generated]
-        # One that has outlived all the others goes on for as long again, as such things do.
-        expected = sum(longer) // len(longer) - generated if longer else generated
-        return min(expected, limit)
+    def to_come(self, generated: int, limit: int) -> Expected:
+        """What an output that has come to `generated` tokens will still bring, at most `limit`."""
+        left = [
+            min(tokens - generated, limit)
+            for tokens in self._ended or (self._prior_tokens,)
+            if tokens > generated
+        ]
+        if not left:
+            # One that has outlived all the others goes on for as long again, as such things do.
+            return Expected(min(generated, limit), 0.0)
+        # By hand: `statistics` takes as long as a decode step where many requests run.
+        mean = sum(left) / len(left)
+        variance = sum(tokens * tokens for tokens in left) / len(left) - mean * mean
+        return Expected(int(mean), math.sqrt(max(0.0, variance)))
