@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from router.footprint import Footprint
 from router.occupancy import Occupancy, SchemaMismatch
 from router.redis_ledger import REPORT_TTL_S
-from router.score import ReplicaView
+from router.score import ReplicaView, Speeds
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +18,8 @@ _BOOKING_GRACE_S = 0.25
 # A request that no report has shown by then was refused, or has ended.
 _BOOKING_LIFE_S = 2.0
 _QUARANTINE_S = 30.0
+# What an engine computes in one step at most; only at its end does it tell of any progress.
+_STEP_TOKENS = 2048
 
 
 class _Booking(NamedTuple):
@@ -28,12 +30,13 @@ class _Booking(NamedTuple):
 
 class _Replica:
     __slots__ = (
-        "blocks_total", "bookings", "epoch", "prefill_tokens", "room_blocks",
+        "blocks_total", "bookings", "epoch", "prefill_since_s", "prefill_tokens", "room_blocks",
         "running", "seen_at_s", "sequence", "used_blocks", "waiting",
     )  # fmt: skip
 
     def __init__(self, report: Occupancy, now_s: float) -> None:
         self.bookings: list[_Booking] = []
+        self.prefill_tokens = 0
         self.update(report, now_s)
 
     def update(self, report: Occupancy, now_s: float) -> None:
@@ -44,8 +47,19 @@ class _Replica:
         waiting = report.waiting_blocks or 0
         self.room_blocks = report.blocks_free - report.blocks_reserved_growth - waiting
         self.running, self.waiting = report.running, report.waiting
+        if report.prefill_tokens_queued < self.prefill_tokens or self.prefill_tokens == 0:
+            # A step has ended; what is queued besides only waits for the one that runs.
+            self.prefill_since_s = now_s
         self.prefill_tokens = report.prefill_tokens_queued
         self.drop_bookings(now_s - _BOOKING_GRACE_S)
+
+    def prefill_left(self, now_s: float, tokens_per_s: float) -> int:
+        """Prompt tokens still to be computed, with what the running step has probably done."""
+        if self.room_blocks < 0:
+            # Something waits for memory, and perhaps nothing is being prefilled.
+            return self.prefill_tokens
+        done = min(_STEP_TOKENS, int((now_s - self.prefill_since_s) * tokens_per_s))
+        return max(0, self.prefill_tokens - done)
 
     def drop_bookings(self, before_s: float) -> None:
         if self.bookings:
@@ -58,8 +72,18 @@ class LocalView:
     dropped: malformed reports so far. quarantined: how often a replica was caught lying.
     """
 
-    def __init__(self, ttl_s: float = REPORT_TTL_S) -> None:
+    def __init__(
+        self,
+        ttl_s: float = REPORT_TTL_S,
+        prefill_tokens_per_s: float = Speeds().prefill_tokens_per_s,
+    ) -> None:
+        """
+        Args:
+            ttl_s: how long a report is good for.
+            prefill_tokens_per_s: of one replica, for progress between two reports.
+        """
         self._ttl_s = ttl_s
+        self._prefill_tokens_per_s = prefill_tokens_per_s
         self._replicas: dict[str, _Replica] = {}
         self._quarantine: dict[str, float] = {}
         self.dropped = 0
@@ -119,7 +143,8 @@ class LocalView:
                     known.used_blocks,
                     known.running,
                     known.waiting + len(bookings),
-                    known.prefill_tokens + sum(booking.prompt_tokens for booking in bookings),
+                    known.prefill_left(now_s, self._prefill_tokens_per_s)
+                    + sum(booking.prompt_tokens for booking in bookings),
                 )
             )
         return views

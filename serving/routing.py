@@ -25,7 +25,9 @@ class Routing:
     _current: "Routing | None" = None
 
     def __init__(self, speeds: Speeds, block_size_tokens: int, *, log_decisions: bool) -> None:
-        self._chooser = Chooser(LocalView(), speeds, block_size_tokens)
+        self._chooser = Chooser(
+            LocalView(prefill_tokens_per_s=speeds.prefill_tokens_per_s), speeds, block_size_tokens
+        )
         self._log_decisions = log_decisions
         self._decisions = metrics.Counter(
             "adakv_routing_decisions", "Routed requests by the reason of the choice", ("reason",)

@@ -202,9 +202,12 @@ class _LoadStats:
         # A step with a long prefill takes seconds, and what has come since is in no statistics yet.
         unseen = max(0, len(requests) - stats.num_running_reqs - waiting)
         newest = [state.prompt_len or 0 for state in requests.values()][len(requests) - unseen :]
+        prompts = [blocks_for_tokens(length, cache.block_size) for length in newest]
+        # An engine that was idle has begun the first of them.
+        begun = 1 if unseen and stats.num_running_reqs + waiting == 0 else 0
         if waiting_blocks is not None:
-            waiting_blocks += sum(blocks_for_tokens(length, cache.block_size) for length in newest)
-        free = round((1 - stats.kv_cache_usage) * total)
+            waiting_blocks += sum(prompts[begun:])
+        free = max(0, round((1 - stats.kv_cache_usage) * total) - sum(prompts[:begun]))
         compressed = memory.compressed_blocks if memory else 0
         # What is free once the last request has ended is evictable still.
         cached = MemoryStats.of(self.latest)
@@ -218,8 +221,8 @@ class _LoadStats:
             blocks_compressed=compressed,
             blocks_uncompressed=max(0, total - free - compressed),
             blocks_reserved_growth=memory.growth_blocks if memory else 0,
-            running=stats.num_running_reqs,
-            waiting=waiting + unseen,
+            running=stats.num_running_reqs + begun,
+            waiting=waiting + unseen - begun,
             waiting_blocks=waiting_blocks,
             prefill_tokens_queued=(
                 memory.queued_prefill_tokens + sum(newest) if memory else sum(unstarted)

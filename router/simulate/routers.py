@@ -91,7 +91,8 @@ class _Ours:
         speeds = Speeds(
             times.prefill_tokens_per_s, times.decode_step_s, times.decode_step_s_per_request
         )
-        self._chooser = Chooser(LocalView(_FOREVER_S), speeds, BLOCK_SIZE_TOKENS, rng)
+        view = LocalView(_FOREVER_S, times.prefill_tokens_per_s)
+        self._chooser = Chooser(view, speeds, BLOCK_SIZE_TOKENS, rng)
         self._ids = [replica.replica_id for replica in fleet]
         self._index = {replica_id: index for index, replica_id in enumerate(self._ids)}
         self._outputs = OutputLengths()

@@ -202,6 +202,23 @@ class TestReports:
         view.receive(occupancy("r1", sequence=9).model_dump_json(), 60.0)
         assert len(view.views(["r1"], 60.0)) == 1
 
+    def test_the_step_that_runs_is_taken_to_make_progress(self) -> None:
+        view = LocalView(ttl_s=60, prefill_tokens_per_s=500)
+
+        def left(now_s: float, **report: Any) -> int:
+            if report:
+                view.accept(idle("r1", **report), now_s)
+            return view.views(["r1"], now_s)[0].prefill_tokens
+
+        assert left(0.0, sequence=1, prefill_tokens_queued=1600) == 1600
+        assert left(2.0) == 600
+        # What has come meanwhile waits for the step's end.
+        assert left(2.0, sequence=2, prefill_tokens_queued=9600) == 8600
+        assert left(30.0) == 9600 - 2048
+        assert left(30.0, sequence=3, prefill_tokens_queued=8000) == 8000
+        # Of what waits for memory nobody knows whether it is being computed.
+        assert left(31.0, sequence=4, prefill_tokens_queued=8000, waiting_blocks=200) == 8000
+
     def test_an_older_report_changes_nothing(self) -> None:
         view = LocalView()
         view.accept(occupancy(sequence=2, running=5), 0.0)

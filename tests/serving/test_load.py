@@ -38,7 +38,9 @@ def test_requests_that_no_statistics_know_count_at_once() -> None:
 
 def test_stock_vllm_tells_the_prompts_of_all_that_are_not_started() -> None:
     load = host(SchedulerStats(), first=320, second=640).load()
-    assert (load.running, load.waiting) == (0, 2)
+    # An idle engine has begun the first.
+    assert (load.running, load.waiting) == (1, 1)
+    assert (load.blocks_free, load.waiting_blocks) == (90, 20)
     assert load.prefill_tokens_queued == 960
 
 
