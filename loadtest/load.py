@@ -75,6 +75,10 @@ class Load:
         self._exhausted = False
         self._started = time.perf_counter()
 
+    def start(self) -> None:
+        """The time of the test runs from now on."""
+        self._started = time.perf_counter()
+
     def elapsed_s(self) -> float:
         return time.perf_counter() - self._started
 

@@ -24,6 +24,7 @@ from locust import User, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import StopUser
+from locust.runners import MasterRunner
 
 # Locust loads this file by its path.
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -39,8 +40,8 @@ _TIMEOUT_S = 1200.0
 
 @events.init_command_line_parser.add_listener
 def _add_options(parser: LocustArgumentParser) -> None:
-    group = parser.add_argument_group("OpenAI workloads")
-    add = functools.partial(group.add_argument, include_in_web_ui=True)
+    # Not as a group: the web UI shows only what the parser itself was given.
+    add = parser.add_argument
     add("--workload", choices=list(WORKLOADS), default="long-document-qa")
     add("--trace", default="", help="replay this JSONL file instead (ours or Mooncake's format)")
     add("--trace-scale", type=float, help="factor on a trace's lengths (default: so that it fits)")
@@ -60,21 +61,28 @@ def _add_options(parser: LocustArgumentParser) -> None:
     add("--no-ignore-eos", action="store_true", help="for servers that do not know ignore_eos")
 
 
+@events.init.add_listener
+def _init(environment: Environment, **_: Any) -> None:
+    """Without a web UI, what is wrong with the options ends the process before it starts."""
+    if environment.web_ui is None and not _is_master(environment):
+        try:
+            environment.load = _make_load(environment)  # type: ignore[attr-defined]
+        except (ValueError, OSError) as error:
+            print(f"loadtest: {error}", file=sys.stderr)
+            sys.exit(2)
+
+
 @events.test_start.add_listener
 def _start(environment: Environment, **_: Any) -> None:
-    """Reads the options and makes the load, anew for each test of the web UI."""
-    if environment.runner is None or type(environment.runner).__name__ == "MasterRunner":
-        return
-    options: Any = environment.parsed_options
-    try:
+    """Makes the load anew for each test of the web UI."""
+    if environment.web_ui is not None and not _is_master(environment):
         environment.load = _make_load(environment)  # type: ignore[attr-defined]
-    except (ValueError, OSError) as error:
-        print(f"loadtest: {error}", file=sys.stderr)
-        environment.process_exit_code = 2
-        environment.runner.quit()
-        return
-    if options.rate or options.trace:
-        print("loadtest: open loop; users are the most sessions that can be open at once")
+    if load := getattr(environment, "load", None):
+        load.start()
+
+
+def _is_master(environment: Environment) -> bool:
+    return isinstance(environment.runner, MasterRunner)
 
 
 def _make_load(environment: Environment) -> Load:
@@ -146,6 +154,10 @@ def _reason(body: bytes) -> str:
         return body[:200].decode(errors="replace")
 
 
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 5)
+
+
 class OpenAIUser(User):
     """Takes one session after the other; in an open loop each at its time."""
 
@@ -209,7 +221,7 @@ class OpenAIUser(User):
         except (OSError, HTTPException, StreamBroken, ValueError) as error:
             record.error = f"{type(error).__name__}: {error}"[:200]
         record.e2e_s = round(time.perf_counter() - started, 5)
-        record.ttft_s, record.tpot_s = answer.ttft_s, answer.tpot_s
+        record.ttft_s, record.tpot_s = _rounded(answer.ttft_s), _rounded(answer.tpot_s)
         record.itl_s = [round(gap, 5) for gap in answer.itl_s]
         record.prompt_tokens, record.output_tokens = answer.prompt_tokens, answer.output_tokens
         record.cached_tokens, record.kv_compression = answer.cached_tokens, answer.proof
@@ -220,7 +232,7 @@ class OpenAIUser(User):
     ) -> str | None:
         """Reads a whole stream; returns what was wrong with it."""
         response = self._client.request("POST", path, json.dumps(body), _headers())
-        record.replica = response.headers.get("x-replica-id")
+        record.replica = response.get("x-replica-id")
         if response.status_code != 200:
             return f"HTTP {response.status_code}: {_reason(bytes(response.read()))}"
         while line := response.readline(b"\n"):
