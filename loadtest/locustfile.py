@@ -232,7 +232,8 @@ class OpenAIUser(User):
     ) -> str | None:
         """Reads a whole stream; returns what was wrong with it."""
         response = self._client.request("POST", path, json.dumps(body), _headers())
-        record.replica = response.get("x-replica-id")
+        replica: Any = response.get("x-replica-id")
+        record.replica = replica
         if response.status_code != 200:
             return f"HTTP {response.status_code}: {_reason(bytes(response.read()))}"
         while line := response.readline(b"\n"):
