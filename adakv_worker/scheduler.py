@@ -185,7 +185,8 @@ class AdaKVSchedulerMixin(Scheduler):
             for request in waiting
         }
         unfinished = [*waiting, *self.running]
-        if (now := time.monotonic()) >= self._count_evictable_at:
+        # Once nothing runs, no step comes to count again.
+        if (now := time.monotonic()) >= self._count_evictable_at or not unfinished:
             self._count_evictable_at = now + _COUNT_EVICTABLE_EVERY_S
             self._evictable_blocks = manager.evictable_blocks()
         return manager.memory_stats()._replace(

@@ -36,19 +36,21 @@ class _Replica:
 
     def __init__(self, report: Occupancy, now_s: float) -> None:
         self.bookings: list[_Booking] = []
-        self.prefill_tokens = 0
+        self.epoch, self.prefill_tokens = report.epoch, 0
         self.update(report, now_s)
 
     def update(self, report: Occupancy, now_s: float) -> None:
         self.seen_at_s = now_s
+        same_life = report.epoch == self.epoch
         self.epoch, self.sequence = report.epoch, report.sequence
         self.blocks_total = report.blocks_total
         self.used_blocks = report.blocks_total - report.blocks_free
         waiting = report.waiting_blocks or 0
         self.room_blocks = report.blocks_free - report.blocks_reserved_growth - waiting
         self.running, self.waiting = report.running, report.waiting
-        if report.prefill_tokens_queued < self.prefill_tokens or self.prefill_tokens == 0:
-            # A step has ended; what is queued besides only waits for the one that runs.
+        # Fewer tokens: a step has ended. More: they wait for the one that runs.
+        same_step = 0 < self.prefill_tokens <= report.prefill_tokens_queued
+        if not (same_life and same_step):
             self.prefill_since_s = now_s
         self.prefill_tokens = report.prefill_tokens_queued
         self.drop_bookings(now_s - _BOOKING_GRACE_S)

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,4 +38,6 @@ def test_outputs_are_as_long_as_the_last_ones_that_were_longer() -> None:
     assert lengths.to_come(15, limit=1000) == (25, 20.0)
     # What the limit cuts is not uncertain any more.
     assert lengths.to_come(15, limit=5) == (5, 0.0)
+    # Nor can what is left of it bring more than that.
+    assert lengths.to_come(0, limit=12) == (11, pytest.approx(12 - 34 / 3))
     assert lengths.to_come(80, limit=1000) == (80, 0.0)
