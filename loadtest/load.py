@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple, Self
 
 from loadtest.records import Record
@@ -29,33 +29,47 @@ class Schedule:
         Args:
             rate_per_s: of an open loop; None for a closed one.
         """
-        self._due = self._timed(iter(sessions), rate_per_s, rng or random.Random())
+        self._sessions = iter(sessions)
+        self._rate_per_s = rate_per_s
+        self._rng = rng or random.Random()
+        self._at_s = 0.0
+        self._recorded_from_s: float | None = None
+        self._is_recorded = False
 
     @classmethod
     def replay(cls, sessions: list[Session]) -> Self:
-        """Sessions that know their times, the first of them at once."""
-        schedule = cls(())
-        first = min((session.at_s or 0.0 for session in sessions), default=0.0)
-        schedule._due = (Due(session, (session.at_s or 0.0) - first) for session in sessions)
+        """Sessions that know their times; the first that is timed begins at once."""
+        schedule = cls(sessions)
+        schedule._is_recorded = True
         return schedule
 
-    def next(self) -> Due | None:
-        """None when there are no more."""
-        return next(self._due, None)
+    def untimed(self) -> Session | None:
+        """The next session, to begin at once; None when there are no more."""
+        return next(self._sessions, None)
 
-    @staticmethod
-    def _timed(
-        sessions: Iterator[Session], rate_per_s: float | None, rng: random.Random
-    ) -> Iterator[Due]:
-        at_s = 0.0
-        for session in sessions:
-            yield Due(session, None if rate_per_s is None else at_s)
-            if rate_per_s is not None:
-                at_s += rng.expovariate(rate_per_s)
+    def next(self) -> Due | None:
+        """The next session at its time; None when there are no more."""
+        session = self.untimed()
+        if session is None:
+            return None
+        if self._is_recorded:
+            at_s = session.at_s or 0.0
+            if self._recorded_from_s is None:
+                self._recorded_from_s = at_s
+            return Due(session, at_s - self._recorded_from_s)
+        if self._rate_per_s is None:
+            return Due(session, None)
+        due = Due(session, self._at_s)
+        self._at_s += self._rng.expovariate(self._rate_per_s)
+        return due
 
 
 class Load:
-    """Shared by all users of a process. Knows neither Locust nor HTTP."""
+    """Shared by all users of a process. Knows neither Locust nor HTTP.
+
+    The warm-up comes first, and nothing else until it has been answered; then the time of the test
+    begins.
+    """
 
     def __init__(
         self, model: str, schedule: Schedule, warmup: int = 0, requests: int | None = None
@@ -69,10 +83,12 @@ class Load:
         self.records: list[Record] = []
         self._schedule = schedule
         self._warmup = warmup
-        self._most = None if requests is None else warmup + requests
+        self._requests = requests
         self._begun = 0
+        self._active = 0
         self._open_sessions = 0
         self._exhausted = False
+        self._is_warm = warmup == 0
         self._started = time.perf_counter()
 
     def start(self) -> None:
@@ -82,32 +98,58 @@ class Load:
     def elapsed_s(self) -> float:
         return time.perf_counter() - self._started
 
+    def must_wait(self) -> bool:
+        """Whether the last requests of the warm-up are still to be answered."""
+        if not self._is_warm and self._begun >= self._warmup and self._active == 0:
+            self._is_warm, self._begun = True, 0
+            self.start()
+        return not self._is_warm and self._begun >= self._warmup
+
     def next_session(self) -> Due | None:
-        """What to do next; None when nothing is left. Each is to be ended by `end_session`."""
-        due = None if self._is_enough() else self._schedule.next()
+        """What to do next, unless it `must_wait`; None when nothing is left.
+
+        Each is to be ended by `end_session`.
+        """
+        due = None
+        if not self._is_warm:
+            session = self._schedule.untimed()
+            if session is None:
+                self._is_warm = True
+            else:
+                # One request of each, so that the warm-up takes as many sessions every time.
+                due = Due(session._replace(turns=session.turns[:1]), None)
+        elif not self._is_enough():
+            due = self._schedule.next()
         if due is None:
             self._exhausted = True
             return None
         self._open_sessions += 1
         return due
 
-    def begin_request(self) -> int | None:
-        """The number of a request that may be sent now; None when enough were."""
+    def begin_request(self) -> bool:
+        """Whether another request may be sent now; each is to be ended by `end_request`."""
         if self._is_enough():
-            return None
+            return False
         self._begun += 1
-        return self._begun - 1
+        self._active += 1
+        return True
+
+    def end_request(self, record: Record) -> bool:
+        """Keeps the record and returns whether it counts: whether it was not of the warm-up."""
+        self._active -= 1
+        if self._is_warm:
+            self.records.append(record)
+        return self._is_warm
 
     def end_session(self) -> None:
         self._open_sessions -= 1
 
-    def counts(self, number: int) -> bool:
-        """Whether a request is not of the warm-up."""
-        return number >= self._warmup
-
     def is_over(self) -> bool:
         """Whether nothing is left to do and nothing is being done."""
-        return self._exhausted and self._open_sessions == 0
+        if self._active or not self._is_warm:
+            return False
+        return self._is_enough() or (self._exhausted and self._open_sessions == 0)
 
     def _is_enough(self) -> bool:
-        return self._most is not None and self._begun >= self._most
+        most = self._requests if self._is_warm else self._warmup
+        return most is not None and self._begun >= most

@@ -9,12 +9,13 @@ and output tokens as the response's size. A key comes from $OPENAI_API_KEY.
 """
 
 import functools
+import itertools
 import json
+import logging
 import os
 import random
 import sys
 import time
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +25,44 @@ from locust import User, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import StopUser
-from locust.runners import MasterRunner
+from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
 # Locust loads this file by its path.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from loadtest.load import Load, Schedule
 from loadtest.records import Limits, Record, summary
-from loadtest.stream import StreamBroken, StreamedAnswer
+from loadtest.stream import StreamedAnswer
 from loadtest.traces import read_trace
 from loadtest.workloads import WORKLOADS, Session, Sizes, request_body, sessions
 
+logger = logging.getLogger("loadtest")
+
 _TIMEOUT_S = 1200.0
+# What a worker tells its master when it has nothing left to do.
+_DONE = "adakv_done"
 
 
 @events.init_command_line_parser.add_listener
 def _add_options(parser: LocustArgumentParser) -> None:
-    # Not as a group: the web UI shows only what the parser itself was given.
+    # Not as a group: the web UI shows only what the parser itself was given. It sends every option
+    # back, by the type of its default: so none of these is None.
     add = parser.add_argument
     add("--workload", choices=list(WORKLOADS), default="long-document-qa")
     add("--trace", default="", help="replay this JSONL file instead (ours or Mooncake's format)")
-    add("--trace-scale", type=float, help="factor on a trace's lengths (default: so that it fits)")
-    add("--prompt-tokens", type=int, help="default: five eighths of the context")
-    add("--output-tokens", type=int, help="default: an eighth of the context")
-    add("--context-tokens", type=int, help="default: what the server says")
+    add("--trace-scale", type=float, default=0.0, help="factor on a trace's lengths (0: it fits)")
+    add("--prompt-tokens", type=int, default=0, help="0: five eighths of the context")
+    add("--output-tokens", type=int, default=0, help="0: an eighth of the context")
+    add("--context-tokens", type=int, default=0, help="0: what the server says")
     add("--tokenizer", default="", help="folder or hub id (default: the model's, if it is local)")
     add("--model", default="", help="default: the server's first")
     add("--seed", type=int, default=0)
-    add("--requests", type=int, help="end after so many requests, warm-up left out")
-    add("--warmup", type=int, default=0, help="requests before those that count")
-    add("--rate", type=float, help="open loop: sessions a second, Poisson; users are the most open")
-    add("--limit-ttft-s", type=float, help="of a request that counts for goodput")
-    add("--limit-tpot-s", type=float)
+    add("--sessions", type=int, default=0, help="end after so many sessions, warm-up left out")
+    add("--requests", type=int, default=0, help="end after so many requests, warm-up left out")
+    add("--warmup", type=int, default=0, help="requests that are answered before the test begins")
+    add("--rate", type=float, default=0.0, help="open loop: sessions a second, a Poisson process")
+    add("--limit-ttft-s", type=float, default=0.0, help="of a request that counts for goodput")
+    add("--limit-tpot-s", type=float, default=0.0)
     add("--records", default="", help="write a line of JSON for each request")
     add("--xargs", default="", help="JSON for vllm_xargs, such as '{\"adakv_budget_tokens\": 128}'")
     add("--no-ignore-eos", action="store_true", help="for servers that do not know ignore_eos")
@@ -63,30 +70,54 @@ def _add_options(parser: LocustArgumentParser) -> None:
 
 @events.init.add_listener
 def _init(environment: Environment, **_: Any) -> None:
-    """Without a web UI, what is wrong with the options ends the process before it starts."""
-    if environment.web_ui is None and not _is_master(environment):
+    """In a process by itself, what is wrong with the options ends it before it starts."""
+    if environment.web_ui is None and isinstance(environment.runner, LocalRunner):
         try:
             environment.load = _make_load(environment)  # type: ignore[attr-defined]
-        except (ValueError, OSError) as error:
+        except Exception as error:
             print(f"loadtest: {error}", file=sys.stderr)
             sys.exit(2)
 
 
+@events.init.add_listener
+def _listen(environment: Environment, **_: Any) -> None:
+    """A master ends the test when all its workers are done."""
+    runner = environment.runner
+    if not isinstance(runner, MasterRunner):
+        return
+    done: set[str] = set()
+
+    def note(environment: Environment, msg: Any, **_: Any) -> None:
+        done.add(msg.node_id)
+        if len(done) >= runner.worker_count:
+            done.clear()
+            gevent.spawn(runner.quit if environment.web_ui is None else runner.stop)
+
+    runner.register_message(_DONE, note)
+
+
 @events.test_start.add_listener
 def _start(environment: Environment, **_: Any) -> None:
-    """Makes the load anew for each test of the web UI."""
-    if environment.web_ui is not None and not _is_master(environment):
-        environment.load = _make_load(environment)  # type: ignore[attr-defined]
-    if load := getattr(environment, "load", None):
-        load.start()
-
-
-def _is_master(environment: Environment) -> bool:
-    return isinstance(environment.runner, MasterRunner)
+    """Makes the load anew for each test of the web UI, and in workers, which know it only now."""
+    if isinstance(environment.runner, MasterRunner):
+        return
+    if environment.web_ui is not None or isinstance(environment.runner, WorkerRunner):
+        environment.load = None  # type: ignore[attr-defined]
+        try:
+            environment.load = _make_load(environment)  # type: ignore[attr-defined]
+        except Exception as error:
+            # Users find no load, and leave.
+            logger.error("no test: %s", error)
+            return
+    environment.load_is_over = False  # type: ignore[attr-defined]
+    environment.load.start()  # type: ignore[attr-defined]
 
 
 def _make_load(environment: Environment) -> Load:
+    """Raises ValueError or OSError for what cannot be done."""
     options: Any = environment.parsed_options
+    if options.xargs:
+        json.loads(options.xargs)
     card = _model_card(str(environment.host), options.model)
     context = options.context_tokens or card.get("max_model_len")
     if context is None:
@@ -95,10 +126,11 @@ def _make_load(environment: Environment) -> Load:
     context -= 128
     tokenizer = _tokenizer(options.tokenizer, str(card.get("root")))
     # Workers of a distributed test ask for different things.
-    seed = options.seed + 1000 * getattr(environment.runner, "worker_index", 0)
-    rng = random.Random(seed)
+    seed = options.seed + 1000 * _worker_index(environment)
     if options.trace:
-        trace = read_trace(Path(options.trace), tokenizer, context, options.trace_scale)
+        if isinstance(environment.runner, WorkerRunner):
+            raise ValueError("a trace is replayed by one process")
+        trace = read_trace(Path(options.trace), tokenizer, context, options.trace_scale or None)
         schedule = Schedule.replay(trace)
     else:
         default = Sizes.of_context(context)
@@ -107,8 +139,15 @@ def _make_load(environment: Environment) -> Load:
             options.output_tokens or default.output_tokens,
         )
         endless = sessions(options.workload, tokenizer, context, sizes, seed)
-        schedule = Schedule(endless, options.rate, rng)
-    return Load(card["id"], schedule, options.warmup, options.requests)
+        if options.sessions:
+            endless = itertools.islice(endless, options.warmup + options.sessions)
+        schedule = Schedule(endless, options.rate or None, random.Random(seed))
+    return Load(card["id"], schedule, options.warmup, options.requests or None)
+
+
+def _worker_index(environment: Environment) -> int:
+    runner = environment.runner
+    return runner.worker_index if isinstance(runner, WorkerRunner) else 0
 
 
 def _model_card(host: str, wanted: str) -> dict[str, Any]:
@@ -171,37 +210,48 @@ class OpenAIUser(User):
 
     @task
     def run_session(self) -> None:
-        load: Load = self.environment.load
+        load: Load | None = self.environment.load
+        if load is None:
+            raise StopUser
+        while load.must_wait():
+            gevent.sleep(0.02)
         due = load.next_session()
         if due is None:
-            return self._leave(load)
-        session, at_s = due
+            self._end_if_over(load)
+            raise StopUser
+        try:
+            self._run_turns(load, *due)
+        finally:
+            load.end_session()
+        self._end_if_over(load)
+
+    def _run_turns(self, load: Load, session: Session, at_s: float | None) -> None:
         late_s = 0.0
         if at_s is not None:
             gevent.sleep(max(0.0, at_s - load.elapsed_s()))
             late_s = load.elapsed_s() - at_s
         answers: list[str] = []
-        try:
-            for turn in range(len(session.turns)):
-                number = load.begin_request()
-                if number is None:
-                    break
-                answer, record = self._ask(load, session, turn, answers)
-                record.late_s = late_s if turn == 0 else 0.0
-                if load.counts(number):
-                    self._report(load, record)
-                if record.error is not None:
-                    break
-                answers.append(answer)
-        finally:
-            load.end_session()
+        for turn in range(len(session.turns)):
+            if not load.begin_request():
+                return
+            answer, record = self._ask(load, session, turn, answers)
+            record.late_s = round(late_s, 4) if turn == 0 else 0.0
+            if load.end_request(record):
+                self._report(record)
+            if record.error is not None:
+                return
+            answers.append(answer)
 
-    def _leave(self, load: Load) -> None:
-        # The last one out ends the test, unless Locust's own time does.
-        if load.is_over():
-            gevent.spawn(self.environment.runner.quit)
-        gevent.sleep(1)
-        raise StopUser
+    def _end_if_over(self, load: Load) -> None:
+        """The last one out ends the test: users that wait for a time of theirs go with it."""
+        runner: Any = self.environment.runner
+        if not load.is_over() or self.environment.load_is_over:
+            return
+        self.environment.load_is_over = True
+        if isinstance(runner, WorkerRunner):
+            runner.send_message(_DONE, None)
+        else:
+            gevent.spawn(runner.quit if self.environment.web_ui is None else runner.stop)
 
     def _ask(
         self, load: Load, session: Session, turn: int, answers: list[str]
@@ -218,7 +268,8 @@ class OpenAIUser(User):
         answer = StreamedAnswer(started)
         try:
             record.error = self._stream(path, body, answer, record)
-        except (OSError, HTTPException, StreamBroken, ValueError) as error:
+        except Exception as error:
+            # Whatever a server does, it is that request's failure and nothing else's.
             record.error = f"{type(error).__name__}: {error}"[:200]
         record.e2e_s = round(time.perf_counter() - started, 5)
         record.ttft_s, record.tpot_s = _rounded(answer.ttft_s), _rounded(answer.tpot_s)
@@ -242,11 +293,11 @@ class OpenAIUser(User):
             return "the stream was cut"
         return None if answer.usage else "the stream told no usage"
 
-    def _report(self, load: Load, record: Record) -> None:
-        load.records.append(record)
+    def _report(self, record: Record) -> None:
         options: Any = self.environment.parsed_options
         if options.records:
-            with open(options.records, "a") as file:
+            worker = _worker_index(self.environment)
+            with open(f"{options.records}.{worker}" if worker else options.records, "a") as file:
                 file.write(record.line() + "\n")
         name = "trace" if options.trace else options.workload
         exception = RuntimeError(record.error) if record.error else None
@@ -274,5 +325,5 @@ def _print_summary(environment: Environment, **_: Any) -> None:
     options: Any = environment.parsed_options
     limits = None
     if options.limit_ttft_s or options.limit_tpot_s:
-        limits = Limits(options.limit_ttft_s, options.limit_tpot_s)
+        limits = Limits(options.limit_ttft_s or None, options.limit_tpot_s or None)
     print(json.dumps(summary(load.records, limits)))

@@ -75,19 +75,23 @@ class Passages:
 
     def take(self, tokens: int) -> list[int]:
         """The ids of `tokens` tokens from a random paragraph or line on."""
-        # Longer than any tokenizer needs, and the text is a ring.
-        characters = 16 * tokens + 64
         start = self._text.find("\n", self._rng.randrange(len(self._text))) + 1
-        stretch = (self._text[start:] + self._text)[:characters]
-        ids = self._tokenizer.encode(stretch, add_special_tokens=False)
+        characters = 6 * tokens
+        ids: list[int] = []
+        # Mostly once; a tokenizer of longer tokens needs more.
         while len(ids) < tokens:
-            ids += ids
+            stretch = self._text[start : start + characters]
+            while len(stretch) < characters:
+                # The text is a ring.
+                stretch += self._text[: characters - len(stretch)]
+            ids = self._tokenizer.encode(stretch, add_special_tokens=False)
+            characters *= 2
         return ids[:tokens]
 
     def text(self, tokens: int) -> str:
-        """`take` as text, numbered so that no two prompts share a first block."""
+        """`take` as text, after a number, so that prompts that begin with it share no block."""
         self._number += 1
-        serial = f"[{self._rng.randrange(10**6)}.{self._number}] "
+        serial = f"{self._rng.randrange(10**6)}.{self._number}: "
         return serial + self._tokenizer.decode(self.take(max(1, tokens - _AROUND_TOKENS)))
 
 
@@ -108,7 +112,8 @@ def long_document_qa(source: Source) -> Iterator[Session]:
     passages, sizes = source.passages(corpus.novels()), source.sizes
     for number in _numbers():
         passage = passages.text(sizes.prompt_tokens)
-        prompt = f"Read this passage.\n\n{passage}\n\n{source.rng.choice(_QUESTIONS)}"
+        question = source.rng.choice(_QUESTIONS)
+        prompt = f"{passage}\n\nThis was a passage of a novel. {question}"
         yield Session(f"qa-{number}", (Turn(prompt, sizes.output_tokens),))
 
 
@@ -138,7 +143,7 @@ def code(source: Source) -> Iterator[Session]:
     """A file's beginning to be completed, with half the answer."""
     passages, sizes = source.passages(corpus.code()), source.sizes
     for number in _numbers():
-        turn = Turn(f"# {passages.text(sizes.prompt_tokens)}", max(1, sizes.output_tokens // 2))
+        turn = Turn(f"{passages.text(sizes.prompt_tokens)}", max(1, sizes.output_tokens // 2))
         yield Session(f"code-{number}", (turn,), chat=False)
 
 

