@@ -20,6 +20,8 @@ _BOOKING_LIFE_S = 2.0
 _QUARANTINE_S = 30.0
 # What an engine computes in one step at most; only at its end does it tell of any progress.
 _STEP_TOKENS = 2048
+# Share of a backlog that counts for as long as the replica has not told of its end.
+_DOUBT = 0.5
 
 
 class _Booking(NamedTuple):
@@ -61,7 +63,8 @@ class _Replica:
             # Something waits for memory, and perhaps nothing is being prefilled.
             return self.prefill_tokens
         done = min(_STEP_TOKENS, int((now_s - self.prefill_since_s) * tokens_per_s))
-        return max(0, self.prefill_tokens - done)
+        # A guess: a replica that may be about to be idle is not as good as one that is.
+        return max(int(_DOUBT * self.prefill_tokens), self.prefill_tokens - done)
 
     def drop_bookings(self, before_s: float) -> None:
         if self.bookings:
