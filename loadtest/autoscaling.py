@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import httpx
 import yaml
 
-from loadtest.occupancy import Load, occupancy_watch
+from loadtest.occupancy import ReplicaLoad, occupancy_watch
 from loadtest.servers import free_port, serve_run
 from loadtest.sse_client import timed_completion
 
@@ -60,7 +60,7 @@ class Clients:
                 await asyncio.sleep(1)
 
 
-def sample(loads: list[Load], at_s: float) -> Sample:
+def sample(loads: list[ReplicaLoad], at_s: float) -> Sample:
     total = sum(load["blocks_total"] for load in loads)
     held = sum(
         load["blocks_total"] - load["blocks_free"] + load["blocks_reserved_growth"]

@@ -10,14 +10,14 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 # One report of a replica, as `router.inspect --json` prints it.
-Load = dict[str, Any]
+ReplicaLoad = dict[str, Any]
 
 
 class Look(NamedTuple):
     """The reports of all replicas, `at_s` seconds after the watch began."""
 
     at_s: float
-    loads: list[Load]
+    loads: list[ReplicaLoad]
 
 
 class OccupancyWatch:
@@ -27,7 +27,7 @@ class OccupancyWatch:
         self.looks: list[Look] = []
 
     @property
-    def latest(self) -> list[Load]:
+    def latest(self) -> list[ReplicaLoad]:
         return self.looks[-1].loads if self.looks else []
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import httpx
 import yaml
 
-from loadtest.occupancy import Load, occupancy_watch
+from loadtest.occupancy import ReplicaLoad, occupancy_watch
 from loadtest.servers import free_port, serve_run
 from loadtest.sse_client import timed_completion
 
@@ -93,7 +93,7 @@ async def run_round(base_url: str, store: Store, planned: list[Planned]) -> Roun
     )
 
 
-def _avoidable(loads: list[Load]) -> bool | None:
+def _avoidable(loads: list[ReplicaLoad]) -> bool | None:
     """Had another replica room for what waits somewhere? None if nothing waits."""
     queued = [load for load in loads if load["waiting"] > 0]
     if not queued:

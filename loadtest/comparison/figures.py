@@ -33,7 +33,7 @@ def arm_figures(config: CompareConfig, runs: Runs) -> list[dict[str, Any]]:
             if load.name in run.loads
         }
         prefill_s = _prefill_s(config, load, [run.loads for run in done.values()])
-        stock = [one for unit, one in each.items() if unit.arm == config.reference]
+        reference = [one for unit, one in each.items() if unit.arm == config.reference]
         for arm in config.arms:
             mine = {unit: one for unit, one in each.items() if unit.arm == arm}
             row: dict[str, Any] = {
@@ -45,7 +45,7 @@ def arm_figures(config: CompareConfig, runs: Runs) -> list[dict[str, Any]]:
                 **_medians(list(mine.values())),
                 "written": {unit.repetition: one["output_tokens"] for unit, one in mine.items()},
                 **_ratio(config, each, mine),
-                "bound": _bound(list(mine.values()), stock, prefill_s, load),
+                "bound": _bound(list(mine.values()), reference, prefill_s, load),
             }
             crashes = [run.crashed for unit, run in done.items() if unit.arm == arm and run.crashed]
             if crashes:
@@ -148,7 +148,7 @@ def _prefill_s(
 
 def _bound(
     runs: list[dict[str, Any]],
-    stock: list[dict[str, Any]],
+    reference: list[dict[str, Any]],
     prefill_s: float | None,
     load: LoadConfig,
 ) -> float | None:
@@ -157,13 +157,14 @@ def _bound(
     T is the reference's time, P its prefills', D the rest, and g this arm's decode rate over the
     reference's, each at its own peak batch. Only of closed loops of single turns of one size.
     """
-    rates = [run.get("decode_tokens_per_s") for run in runs]
-    stock_rates = [run.get("decode_tokens_per_s") for run in stock]
-    mine, reference = ([rate for rate in some if rate] for some in (rates, stock_rates))
+    mine, theirs = (
+        [rate for run in some if (rate := run.get("decode_tokens_per_s"))]
+        for some in (runs, reference)
+    )
     varied = load.rate_per_s or load.workload in ("chat", "mixed")
-    if not mine or not reference or prefill_s is None or varied:
+    if not mine or not theirs or prefill_s is None or varied:
         return None
-    total = statistics.median(run["elapsed_s"] for run in stock)
+    total = statistics.median(run["elapsed_s"] for run in reference)
     prefill = min(prefill_s * load.sessions, total)
-    gain = statistics.median(mine) / statistics.median(reference)
+    gain = statistics.median(mine) / statistics.median(theirs)
     return round(total / (prefill + (total - prefill) / gain), 4)

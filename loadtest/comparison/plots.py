@@ -29,7 +29,7 @@ def draw(
         if not mine:
             continue
         figures = {
-            "throughput": _throughput(load, mine),
+            "throughput": _throughput(config, load, mine),
             "latency": _latency(load, by_arm),
             "time": _time(load, by_arm),
         }
@@ -40,14 +40,14 @@ def draw(
     return pictures
 
 
-def _throughput(load: LoadConfig, rows: Sequence[dict[str, Any]]) -> Figure:
+def _throughput(config: CompareConfig, load: LoadConfig, rows: Sequence[dict[str, Any]]) -> Figure:
     """A bar for each arm, its spread over repetitions, and the bound as a line above it."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for x, row in enumerate(rows):
         low, high = row["tokens_per_s_range"]
         rate = row["tokens_per_s"]
-        axes.bar(x, rate, 0.6, color="tab:gray" if row["ratio_to_stock"] == 1 else "tab:blue")
+        axes.bar(x, rate, 0.6, color="tab:gray" if row["name"] == config.reference else "tab:blue")
         axes.errorbar(x, rate, [[rate - low], [high - rate]], color="black", capsize=4)
         if row["bound"] is not None and row["ratio_to_stock"]:
             bound = row["bound"] * rate / row["ratio_to_stock"]
