@@ -21,7 +21,7 @@ _QUARANTINE_S = 30.0
 # What an engine computes in one step at most; only at its end does it tell of any progress.
 _STEP_TOKENS = 2048
 # Share of a backlog that counts for as long as the replica has not told of its end.
-_DOUBT = 0.5
+_DOUBT = 0.75
 
 
 class _Booking(NamedTuple):

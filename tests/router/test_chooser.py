@@ -211,9 +211,9 @@ class TestReports:
             return view.views(["r1"], now_s)[0].prefill_tokens
 
         assert left(0.0, sequence=1, prefill_tokens_queued=1600) == 1600
-        assert left(1.0) == 1100
+        assert left(0.5) == 1350
         # Nobody has told that it has ended.
-        assert left(9.0) == 800
+        assert left(9.0) == 1200
         # What has come meanwhile waits for the step's end.
         assert left(9.0, sequence=2, prefill_tokens_queued=9600) == 9600 - 2048
         assert left(30.0) == 9600 - 2048
