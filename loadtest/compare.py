@@ -6,6 +6,7 @@ where an interrupted one has stopped.
 """
 
 import argparse
+import functools
 import shlex
 import sys
 import time
@@ -38,12 +39,16 @@ def compare(path: Path, folder: Path, command: list[str]) -> int:
         else:
             print(f"{told}: starting", flush=True)
             began = time.monotonic()
-            crashed = runs.run(unit)
+            crashed = runs.run(unit, functools.partial(_tell, told))
             print(f"{told}: {_outcome(runs, unit, crashed)}, {time.monotonic() - began:.0f} s")
         crashes += runs.read(unit).crashed is not None
         write_report(config, runs, folder, command)
     print(f"report: {folder / 'report.html'}")
     return crashes
+
+
+def _tell(unit: str, line: str) -> None:
+    print(f"{unit}: {line}", flush=True)
 
 
 def _outcome(runs: Runs, unit: Unit, crashed: str | None) -> str:

@@ -4,6 +4,9 @@
     locust -f loadtest/locustfile.py --headless --host … -u 8 --requests 40 --records out.jsonl
     locust -f loadtest/locustfile.py,loadtest/shapes/steps.py …
 
+With --master and --worker the counts and the rate are those of all workers together; each prints
+and records its own.
+
 Beside Locust's own figures (end to end) it reports TTFT, TPOT and ITL as requests of these types,
 and output tokens as the response's size. A key comes from $OPENAI_API_KEY.
 """
@@ -16,6 +19,7 @@ import os
 import random
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,9 @@ from locust.env import Environment
 from locust.exception import StopUser
 from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
+# Takes seconds: a worker that began with it when told to start would miss its heartbeats.
+from transformers import AutoTokenizer
+
 # Locust loads this file by its path.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -35,8 +42,21 @@ from loadtest.records import Limits, Record, summary
 from loadtest.stream import StreamedAnswer
 from loadtest.traces import read_trace
 from loadtest.workloads import WORKLOADS, Session, Sizes, request_body, sessions
+from serving.embedded_model import embedded_model_path
 
 logger = logging.getLogger("loadtest")
+
+
+@dataclass
+class _Test:
+    """What the process's users share. Locust gives them nothing but its Environment."""
+
+    load: Load | None = None
+    no_load_because: str | None = None
+    is_over: bool = False
+
+
+_test = _Test()
 
 _TIMEOUT_S = 1200.0
 # What a worker tells its master when it has nothing left to do.
@@ -73,7 +93,7 @@ def _init(environment: Environment, **_: Any) -> None:
     """In a process by itself, what is wrong with the options ends it before it starts."""
     if environment.web_ui is None and isinstance(environment.runner, LocalRunner):
         try:
-            environment.load = _make_load(environment)  # type: ignore[attr-defined]
+            _test.load = _make_load(environment)
         except Exception as error:
             print(f"loadtest: {error}", file=sys.stderr)
             sys.exit(2)
@@ -89,6 +109,9 @@ def _listen(environment: Environment, **_: Any) -> None:
 
     def note(environment: Environment, msg: Any, **_: Any) -> None:
         done.add(msg.node_id)
+        if reason := msg.data["no_load_because"]:
+            logger.error("worker %s: no test: %s", msg.node_id, reason)
+            environment.process_exit_code = 2
         if len(done) >= runner.worker_count:
             done.clear()
             gevent.spawn(runner.quit if environment.web_ui is None else runner.stop)
@@ -99,18 +122,24 @@ def _listen(environment: Environment, **_: Any) -> None:
 @events.test_start.add_listener
 def _start(environment: Environment, **_: Any) -> None:
     """Makes the load anew for each test of the web UI, and in workers, which know it only now."""
-    if isinstance(environment.runner, MasterRunner):
+    runner = environment.runner
+    if isinstance(runner, MasterRunner):
+        # Goes to the workers with the other options.
+        vars(environment.parsed_options)["workers"] = runner.worker_count
         return
-    if environment.web_ui is not None or isinstance(environment.runner, WorkerRunner):
-        environment.load = None  # type: ignore[attr-defined]
+    if environment.web_ui is not None or isinstance(runner, WorkerRunner):
+        _test.load = _test.no_load_because = None
         try:
-            environment.load = _make_load(environment)  # type: ignore[attr-defined]
+            _test.load = _make_load(environment)
         except Exception as error:
-            # Users find no load, and leave.
+            # The first user finds no load, and ends the test.
+            _test.no_load_because = str(error)
             logger.error("no test: %s", error)
-            return
-    environment.load_is_over = False  # type: ignore[attr-defined]
-    environment.load.start()  # type: ignore[attr-defined]
+            if runner is not None and environment.web_ui is not None:
+                runner.log_exception("local", f"no test: {error}", "")
+    _test.is_over = False
+    if _test.load is not None:
+        _test.load.start()
 
 
 def _make_load(environment: Environment) -> Load:
@@ -125,8 +154,10 @@ def _make_load(environment: Environment) -> Load:
     # What a chat template adds is not counted in the workloads.
     context -= 128
     tokenizer = _tokenizer(options.tokenizer, str(card.get("root")))
-    # Workers of a distributed test ask for different things.
-    seed = options.seed + 1000 * _worker_index(environment)
+    index, workers = _place_among_workers(environment)
+    # They ask for different things.
+    seed = options.seed + 1000 * index
+    warmup = _share(options.warmup, index, workers)
     if options.trace:
         if isinstance(environment.runner, WorkerRunner):
             raise ValueError("a trace is replayed by one process")
@@ -140,14 +171,25 @@ def _make_load(environment: Environment) -> Load:
         )
         endless = sessions(options.workload, tokenizer, context, sizes, seed)
         if options.sessions:
-            endless = itertools.islice(endless, options.warmup + options.sessions)
-        schedule = Schedule(endless, options.rate or None, random.Random(seed))
-    return Load(card["id"], schedule, options.warmup, options.requests or None)
+            mine = _share(options.sessions, index, workers)
+            endless = itertools.islice(endless, warmup + mine)
+        rate_per_s = options.rate / workers or None
+        schedule = Schedule(endless, rate_per_s, random.Random(seed))
+    requests = _share(options.requests, index, workers) if options.requests else None
+    return Load(card["id"], schedule, warmup, requests)
 
 
-def _worker_index(environment: Environment) -> int:
+def _place_among_workers(environment: Environment) -> tuple[int, int]:
+    """This process's index and how many there are."""
     runner = environment.runner
-    return runner.worker_index if isinstance(runner, WorkerRunner) else 0
+    if not isinstance(runner, WorkerRunner):
+        return 0, 1
+    options: Any = environment.parsed_options
+    return runner.worker_index, options.workers
+
+
+def _share(total: int, index: int, workers: int) -> int:
+    return total // workers + (index < total % workers)
 
 
 def _model_card(host: str, wanted: str) -> dict[str, Any]:
@@ -168,11 +210,6 @@ def _model_card(host: str, wanted: str) -> dict[str, Any]:
 
 
 def _tokenizer(wanted: str, root: str) -> Any:
-    # Imported here: it is heavy, and Locust reads this file for `--help` too.
-    from transformers import AutoTokenizer
-
-    from serving.embedded_model import embedded_model_path
-
     if not wanted and Path(root).is_dir():
         wanted = root
     return AutoTokenizer.from_pretrained(wanted or embedded_model_path())
@@ -210,8 +247,9 @@ class OpenAIUser(User):
 
     @task
     def run_session(self) -> None:
-        load: Load | None = self.environment.load
+        load = _test.load
         if load is None:
+            self._end_test()
             raise StopUser
         while load.must_wait():
             gevent.sleep(0.02)
@@ -244,12 +282,16 @@ class OpenAIUser(User):
 
     def _end_if_over(self, load: Load) -> None:
         """The last one out ends the test: users that wait for a time of theirs go with it."""
-        runner: Any = self.environment.runner
-        if not load.is_over() or self.environment.load_is_over:
+        if load.is_over():
+            self._end_test()
+
+    def _end_test(self) -> None:
+        if _test.is_over:
             return
-        self.environment.load_is_over = True
+        _test.is_over = True
+        runner: Any = self.environment.runner
         if isinstance(runner, WorkerRunner):
-            runner.send_message(_DONE, None)
+            runner.send_message(_DONE, {"no_load_because": _test.no_load_because})
         else:
             gevent.spawn(runner.quit if self.environment.web_ui is None else runner.stop)
 
@@ -296,7 +338,7 @@ class OpenAIUser(User):
     def _report(self, record: Record) -> None:
         options: Any = self.environment.parsed_options
         if options.records:
-            worker = _worker_index(self.environment)
+            worker, _ = _place_among_workers(self.environment)
             with open(f"{options.records}.{worker}" if worker else options.records, "a") as file:
                 file.write(record.line() + "\n")
         name = "trace" if options.trace else options.workload
@@ -319,7 +361,7 @@ class OpenAIUser(User):
 
 @events.quitting.add_listener
 def _print_summary(environment: Environment, **_: Any) -> None:
-    load: Load | None = getattr(environment, "load", None)
+    load = _test.load
     if load is None or not load.records:
         return
     options: Any = environment.parsed_options

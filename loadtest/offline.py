@@ -2,12 +2,13 @@
 
 Every arm is an engine in a process of its own, all of the same vLLM, model, thread count and KV
 bytes; rounds alternate between the arms. What compression holds beside the KV blocks is taken off
-its KV bytes.
+its KV bytes. With `--out` it writes the same report as `loadtest.compare`.
 """
 
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from loadtest.comparison.page import Page, Section, write_page
+from loadtest.comparison.plots import throughput
+from loadtest.comparison.provenance import environment
 from loadtest.folded_attention import folded_over_dense
 
 KV_BYTES = 190 << 20
@@ -24,6 +28,11 @@ RESERVED_BYTES = 3 * 1_474_560
 REQUESTS = 12
 MIXES = ("1500/192", "512/512")
 BUDGETS = (512, 256, 128)
+_COLUMNS = {
+    "name": "arm", "tokens_per_s": "tokens/s", "ratio_to_stock": "ratio", "bound": "bound",
+    "peak_running": "running", "blocks_per_request": "blocks/request", "preemptions": "preempted",
+    "prefill_s": "prefill", "compress_s": "compress", "decode_s": "decode",
+}  # fmt: skip
 
 
 class Arm:
@@ -42,7 +51,7 @@ class Arm:
                 if name == "off"
                 else {"budget_tokens": int(name), "keep_ratio": 0}
             )
-        environment = {
+        variables = {
             **os.environ,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -50,14 +59,14 @@ class Arm:
             "VLLM_LOGGING_LEVEL": "WARNING",
         }
         if name == "stock":
-            environment["VLLM_PLUGINS"] = ""
+            variables["VLLM_PLUGINS"] = ""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "loadtest.offline_arm", json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=environment,
+            env=variables,
         )
 
     def ask(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -118,8 +127,14 @@ def _summary(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     names = [name for name in rounds if name.isdigit()]
     if stock is not None:
         summary["bound"] = {name: round(bound(stock, summary[name]).ratio, 3) for name in names}
+        ratios = {
+            name: _ratios(rounds[name], rounds["stock"]) for name in rounds if name != "stock"
+        }
         summary["ratio"] = {
-            name: _ratio(rounds[name], rounds["stock"]) for name in rounds if name != "stock"
+            name: round(statistics.median(each), 3) for name, each in ratios.items()
+        }
+        summary["ratio_range"] = {
+            name: [round(min(each), 3), round(max(each), 3)] for name, each in ratios.items()
         }
         summary["ratio_of_bound"] = {
             name: round(summary["ratio"][name] / summary["bound"][name], 3) for name in names
@@ -130,9 +145,8 @@ def _summary(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return summary
 
 
-def _ratio(ours: list[dict[str, Any]], stock: list[dict[str, Any]]) -> float:
-    pairs = zip(ours, stock, strict=True)
-    return round(statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs), 3)
+def _ratios(ours: list[dict[str, Any]], stock: list[dict[str, Any]]) -> list[float]:
+    return [a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(ours, stock, strict=True)]
 
 
 def _medians(turns: list[dict[str, Any]]) -> dict[str, Any]:
@@ -191,9 +205,42 @@ def run(mixes: list[str], budgets: list[int], repeat: int, threads: int) -> dict
     return result
 
 
+def write_report(result: dict[str, Any], repeat: int, folder: Path, command: list[str]) -> None:
+    """Writes what `run` returned as `results.json`, `report.md`, `report.html` and plots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for mix, summary in result["mixes"].items():
+        rows = _rows(summary)
+        picture = f"{mix.replace('/', '-')}.throughput.png"
+        throughput(mix, "stock", rows).savefig(folder / picture)
+        remarks = [f"held beside KV: {summary['extra_bytes']} bytes"]
+        equal = summary["output_tokens_equal"]
+        sections.append(Section(mix, rows, equal, remarks, [picture]))
+    arms = [{"workload": one.name, **row} for one in sections for row in one.rows]
+    where = environment()
+    figures = {"arms": arms, **result, "environments": [where], "command": command}
+    (folder / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
+    page = Page(KV_BYTES, repeat, "stock", True, _COLUMNS, sections, [where], command)
+    write_page(page, folder)
+
+
+def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arms of a mix, each with what the report has columns for."""
+    rows = []
+    for name, figures in summary.items():
+        if not isinstance(figures, dict) or "tokens_per_s" not in figures:
+            continue
+        ratio = 1.0 if name == "stock" else summary["ratio"][name]
+        spread = [1.0, 1.0] if name == "stock" else summary["ratio_range"][name]
+        row = {"name": name, "ratio_to_stock": ratio, "ratio_range": spread}
+        rows.append({**figures, **row, "bound": summary["bound"].get(name)})
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtest.offline", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--out", type=Path, help="a folder for the report")
     parser.add_argument("--mix", nargs="+", choices=MIXES, default=list(MIXES))
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
     parser.add_argument("--repeat", type=int, default=3, help="rounds for each arm")
@@ -202,6 +249,10 @@ def main(argv: list[str] | None = None) -> int:
     result = run(args.mix, args.budgets, args.repeat, args.threads)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
+    if args.out:
+        command = ["python", "-m", "loadtest.offline", *map(shlex.quote, argv or sys.argv[1:])]
+        write_report(result, args.repeat, args.out, command)
+        print(f"report: {args.out / 'report.html'}")
     return 0
 
 

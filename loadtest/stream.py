@@ -14,14 +14,16 @@ class StreamBroken(RuntimeError):
 class StreamedAnswer:
     """Collects one stream line by line. Times are the caller's clock, in seconds.
 
-    usage: the server's own count, once it has come. proof: `kv_compression`, from servers that
-    compress. finished: whether the stream came to its regular end.
+    token_ids: if the request wanted them. usage: the server's own count, once it has come.
+    proof: `kv_compression`, from servers that compress. finished: whether the stream came to its
+    regular end.
     """
 
     def __init__(self, started_s: float) -> None:
         self._started_s = started_s
         self._text_at_s: list[float] = []
         self._texts: list[str] = []
+        self.token_ids: list[int] = []
         self.usage: dict[str, Any] = {}
         self.proof: dict[str, Any] | None = None
         self.finished = False
@@ -45,6 +47,7 @@ class StreamedAnswer:
             if text := choice.get("text") or choice.get("delta", {}).get("content"):
                 self._texts.append(text)
                 self._text_at_s.append(now_s)
+            self.token_ids += choice.get("token_ids") or ()
         self.usage = event.get("usage") or self.usage
         self.proof = event.get("kv_compression") or self.proof
 

@@ -43,6 +43,11 @@ class LoadConfig(_Section):
     limit_ttft_s: float | None = Field(default=None, gt=0)
     limit_tpot_s: float | None = Field(default=None, gt=0)
 
+    @property
+    def has_bound(self) -> bool:
+        """Whether it is a closed loop of single turns of one size."""
+        return self.rate_per_s is None and self.workload not in ("chat", "mixed")
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.workload not in WORKLOADS:

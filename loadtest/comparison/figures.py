@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from loadtest.comparison.config import CompareConfig, LoadConfig
 from loadtest.comparison.runs import LoadRun, Runs, Unit, prefill_only, units
@@ -97,10 +97,23 @@ def _sums(look: Look) -> dict[str, float]:
     return {**sums, "occupancy": 1 - free / max(total, 1)}
 
 
-def over_time(looks: Sequence[Look]) -> list[tuple[float, float, float]]:
-    """(seconds, running requests, share of blocks in use) for a plot."""
-    sums = ((look.at_s, _sums(look)) for look in looks if look.loads)
-    return [(at_s, one["running"], one["occupancy"]) for at_s, one in sums]
+class Moment(NamedTuple):
+    """The replicas together. occupancy: share of blocks in use. preemptions: since the first."""
+
+    at_s: float
+    running: float
+    occupancy: float
+    preemptions: float
+
+
+def over_time(looks: Sequence[Look]) -> list[Moment]:
+    sums = [(look.at_s, _sums(look)) for look in looks if look.loads]
+    return [
+        Moment(
+            at_s, one["running"], one["occupancy"], one["preemptions"] - sums[0][1]["preemptions"]
+        )
+        for at_s, one in sums
+    ]
 
 
 def _medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -155,14 +168,13 @@ def _bound(
     """The ratio that a decode as fast as this arm's would give: T / (P + D / g).
 
     T is the reference's time, P its prefills', D the rest, and g this arm's decode rate over the
-    reference's, each at its own peak batch. Only of closed loops of single turns of one size.
+    reference's, each at its own peak batch.
     """
     mine, theirs = (
         [rate for run in some if (rate := run.get("decode_tokens_per_s"))]
         for some in (runs, reference)
     )
-    varied = load.rate_per_s or load.workload in ("chat", "mixed")
-    if not mine or not theirs or prefill_s is None or varied:
+    if not mine or not theirs or prefill_s is None or not load.has_bound:
         return None
     total = statistics.median(run["elapsed_s"] for run in reference)
     prefill = min(prefill_s * load.sessions, total)

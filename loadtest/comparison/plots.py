@@ -29,25 +29,25 @@ def draw(
         if not mine:
             continue
         figures = {
-            "throughput": _throughput(config, load, mine),
+            "throughput": throughput(load.name, config.reference, mine),
             "latency": _latency(load, by_arm),
             "time": _time(load, by_arm),
         }
         names = [f"{load.name}.{kind}.png" for kind in figures]
         for name, figure in zip(names, figures.values(), strict=True):
-            figure.savefig(folder / name, dpi=_DPI)
+            figure.savefig(folder / name)
         pictures[load.name] = names
     return pictures
 
 
-def _throughput(config: CompareConfig, load: LoadConfig, rows: Sequence[dict[str, Any]]) -> Figure:
+def throughput(load: str, reference: str, rows: Sequence[dict[str, Any]]) -> Figure:
     """A bar for each arm, its spread over repetitions, and the bound as a line above it."""
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    figure = Figure(figsize=(7, 3.6), layout="constrained", dpi=_DPI)
     axes = figure.subplots()
     for x, row in enumerate(rows):
         low, high = row["tokens_per_s_range"]
         rate = row["tokens_per_s"]
-        axes.bar(x, rate, 0.6, color="tab:gray" if row["name"] == config.reference else "tab:blue")
+        axes.bar(x, rate, 0.6, color="tab:gray" if row["name"] == reference else "tab:blue")
         axes.errorbar(x, rate, [[rate - low], [high - rate]], color="black", capsize=4)
         if row["bound"] is not None and row["ratio_to_stock"]:
             bound = row["bound"] * rate / row["ratio_to_stock"]
@@ -57,12 +57,12 @@ def _throughput(config: CompareConfig, load: LoadConfig, rows: Sequence[dict[str
                           textcoords="offset points", color="white")  # fmt: skip
     axes.set_xticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_ylabel("output tokens/s")
-    axes.set_title(f"{load.name}: throughput at equal KV memory (dashed: bound)")
+    axes.set_title(f"{load}: throughput at equal KV memory (dashed: bound)")
     return figure
 
 
 def _latency(load: LoadConfig, by_arm: dict[str, list[LoadRun]]) -> Figure:
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=_DPI)
     left, right = figure.subplots(1, 2)
     for arm, runs in by_arm.items():
         records = [record for run in runs for record in run.records if record.error is None]
@@ -82,14 +82,16 @@ def _cumulative(axes: Axes, label: str, values: list[float]) -> None:
 
 def _time(load: LoadConfig, by_arm: dict[str, list[LoadRun]]) -> Figure:
     """The first repetition of each arm."""
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
+    figure = Figure(figsize=(9, 6), layout="constrained", dpi=_DPI)
+    above, middle, below = figure.subplots(3, 1, sharex=True)
     for arm, runs in by_arm.items():
-        if runs and (points := over_time(runs[0].looks)):
-            seconds, running, occupancy = zip(*points, strict=True)
+        if runs and (moments := over_time(runs[0].looks)):
+            seconds, running, occupancy, preemptions = zip(*moments, strict=True)
             above.plot(seconds, running, label=arm)
-            below.plot(seconds, occupancy)
+            middle.plot(seconds, occupancy)
+            below.plot(seconds, preemptions)
     above.set(ylabel="running requests", title=f"{load.name}: first repetition")
-    below.set(ylabel="blocks in use", xlabel="s", ylim=(0, 1.05))
+    middle.set(ylabel="blocks in use", ylim=(0, 1.05))
+    below.set(ylabel="preemptions", xlabel="s")
     above.legend()
     return figure

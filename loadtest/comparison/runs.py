@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from loadtest.comparison.config import CompareConfig, LoadConfig
 from loadtest.comparison.provenance import environment
 from loadtest.occupancy import Look, occupancy_watch
-from loadtest.records import Record, read_records
+from loadtest.records import Record, read_records, summary
 from loadtest.servers import free_port, serve_run
 
 _LOOK_EVERY_S = 0.5
@@ -70,8 +70,12 @@ class Runs:
     def is_done(self, unit: Unit) -> bool:
         return (self._of(unit) / "done.json").exists()
 
-    def run(self, unit: Unit) -> str | None:
-        """Starts the arm, puts all loads on it, stops it. Returns why it crashed, if it did."""
+    def run(self, unit: Unit, progress: Callable[[str], None] = lambda line: None) -> str | None:
+        """Starts the arm, puts all loads on it, stops it. Returns why it crashed, if it did.
+
+        Args:
+            progress: told of each load as it begins and ends.
+        """
         folder = self._of(unit)
         # What an interrupted attempt has left is of no use.
         shutil.rmtree(folder, ignore_errors=True)
@@ -83,9 +87,12 @@ class Runs:
             with serve_run(config, folder / "server.log", port) as base_url:
                 store_url = f"redis://127.0.0.1:{port}"
                 for load in self._loads(unit):
+                    progress(f"{load.name}: {load.sessions} sessions")
                     asyncio.run(
                         self._run_load(unit, load, base_url, store_url, application["name"])
                     )
+                    records = read_records(folder / f"{load.name}.records.jsonl")
+                    progress(f"{load.name}: {_in_short(records)}")
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
             crashed = str(error)
         done = {"crashed": crashed, "deployment": config, "environment": environment()}
@@ -110,7 +117,7 @@ class Runs:
     def _loads(self, unit: Unit) -> Iterator[LoadConfig]:
         for load in self._config.loads:
             yield load
-            if unit.arm == self._config.reference:
+            if unit.arm == self._config.reference and load.has_bound:
                 yield prefill_only(load)
 
     async def _run_load(
@@ -153,6 +160,14 @@ class Runs:
             if await process.wait() not in (0, 1):
                 tail = log_path.read_text(errors="replace").strip()[-500:]
                 raise RuntimeError(f"{load.name}: Locust ended with {process.returncode}: {tail}")
+
+
+def _in_short(records: list[Record]) -> str:
+    figures = summary(records)
+    return (
+        f"{figures['requests']} requests in {figures['elapsed_s']:.0f} s, "
+        f"{figures['tokens_per_s']:.1f} tokens/s, {sum(figures['failures'].values())} failed"
+    )
 
 
 def prefill_only(load: LoadConfig) -> LoadConfig:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from loadtest import compare
+from loadtest import compare, offline
 from loadtest.comparison.config import CompareConfig
 from loadtest.comparison.runs import Runs, Unit, units
 from loadtest.records import Record
@@ -171,3 +171,24 @@ def test_runs_of_another_comparison_are_not_mixed_in(
     assert run(tmp_path)[0] == 0
     assert run(tmp_path, {**CONFIG, "kv_cache_memory_bytes": 2000})[0] == 2
     assert "another configuration" in capsys.readouterr().err
+
+
+def test_the_offline_run_writes_the_same_report(tmp_path: Path) -> None:
+    arm = {
+        "tokens_per_s": 20.0, "tokens_per_s_range": [19.0, 21.0], "peak_running": 2,
+        "blocks_per_request": 50.4, "preemptions": 0, "prefill_s": 30.0, "compress_s": 0.0,
+        "decode_s": 55.0,
+    }  # fmt: skip
+    mix = {
+        "stock": arm, "128": {**arm, "tokens_per_s": 40.0, "tokens_per_s_range": [38.0, 42.0]},
+        "output_tokens_equal": True,
+        "ratio": {"128": 2.0}, "ratio_range": {"128": [1.9, 2.1]}, "bound": {"128": 2.1},
+        "ratio_of_bound": {"128": 0.952}, "extra_bytes": 1000,
+    }  # fmt: skip
+    offline.write_report({"mixes": {"1500/192": mix}}, 3, tmp_path, ["python"])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["ratio_to_stock"] for row in results["arms"]] == [1.0, 2.0]
+    assert results["arms"][1]["workload"] == "1500/192"
+    text = (tmp_path / "report.md").read_text()
+    assert "| 128 | 40.00 | 2.00 [1.90, 2.10] | 2.10 | 2 | 50.40 | 0 | 30.00 s |" in text
+    assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 1

@@ -7,17 +7,17 @@ import sys
 from pathlib import Path
 
 from loadtest.records import read_records
+from loadtest.servers import free_port
 from tests.system.deployment import API_KEY, ROOT, Deployment
+
+LOCUST = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py"]
+ENVIRONMENT = {**os.environ, "OPENAI_API_KEY": API_KEY}
 
 
 def locust(deployment: Deployment, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py", "--headless", "-r", "100",
-        "--host", deployment.base_url, *options,
-    ]  # fmt: skip
-    environment = {**os.environ, "OPENAI_API_KEY": API_KEY}
+    command = [*LOCUST, "--headless", "-r", "100", "--host", deployment.base_url, *options]
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
 
 
@@ -66,3 +66,26 @@ def test_what_the_server_does_not_have_ends_the_test_with_a_reason(deployment: D
     done = locust(deployment, "--model", "another")
     assert done.returncode == 2
     assert "the server has no model 'another': it has smollm2-135m-instruct" in done.stderr
+
+
+def test_workers_share_the_load(deployment: Deployment, tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    port = str(free_port())
+    workers = [
+        subprocess.Popen([*LOCUST, "--worker", "--master-port", port], cwd=ROOT, env=ENVIRONMENT)
+        for _ in range(2)
+    ]
+    try:
+        done = locust(
+            deployment, "--master", "--master-bind-port", port, "--expect-workers", "2", "-u", "2",
+            "--prompt-tokens", "300", "--output-tokens", "4", "--requests", "3",
+            "--records", str(path),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    shares = [read_records(path), read_records(tmp_path / "records.jsonl.1")]
+    assert [len(share) for share in shares] == [2, 1]
+    assert {record.error for share in shares for record in share} == {None}
