@@ -22,7 +22,8 @@ def check_blocks(manager: AdaKVManager) -> None:
     # The null block is neither free nor used.
     assert pool.get_num_free_blocks() + used == pool.num_gpu_blocks - 1, "blocks are lost"
     for request_id, plan in manager.plans.items():
-        if plan.phase is not Phase.PREFILL:
+        # One that came with its cache may still wait for slabs.
+        if plan.phase is not Phase.PREFILL and manager.req_to_blocks.get(request_id):
             _check_slabs(manager, request_id)
 
 

@@ -31,14 +31,25 @@ class Compress(NamedTuple):
     slabs: list[int]
 
 
+class TakeUp(NamedTuple):
+    """A new request's first `prompt_tokens` tokens are its prompt, the others its answer so far.
+
+    state: the staged cache to place in its blocks, which are slabs then; None if there is none.
+    """
+
+    prompt_tokens: int
+    state: str | None
+
+
 class StepCommands(NamedTuple):
     """One scheduler step, by request id. Empty dicts are the common case."""
 
     capture: dict[str, Capture]
     compress: dict[str, Compress]
+    take_up: dict[str, TakeUp]
 
 
-NOTHING = StepCommands({}, {})
+NOTHING = StepCommands({}, {}, {})
 
 # Mean, least and most entries that the heads of a compressed request keep, by request id.
 Kept = dict[str, tuple[float, int, int]]

@@ -1,6 +1,6 @@
 """KV-cache spec and manager: ordinary blocks until the prompt is complete, slabs afterwards."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,10 @@ class AdaKVManager(FullAttentionManager):
         if plan is not None:
             plan.num_tokens = num_tokens
             if plan.phase is Phase.COMPRESSED:
-                return max(plan.blocks_at(num_tokens) - len(self.req_to_blocks[request_id]), 0)
+                needed = max(plan.blocks_at(num_tokens) - len(self.req_to_blocks[request_id]), 0)
+                if apply_admission_cap:
+                    needed = self._to_admit(needed, plan, request_id)
+                return needed
         needed = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -75,24 +78,33 @@ class AdaKVManager(FullAttentionManager):
             apply_admission_cap,
             prefill_end,
         )
+        compresses = False
+        if plan is not None and plan.active and num_tokens >= plan.prompt_tokens:
+            plan.skip_if_taken_now = self._shared(plan, request_id, new_computed_blocks)
+            compresses = plan.skip_if_taken_now is None
+            needed += plan.slabs if compresses else 0
         if apply_admission_cap:
-            needed += self._promised_to_others(request_id)
-        if plan is None or not plan.active or num_tokens < plan.prompt_tokens:
-            return needed
-        plan.skip_if_taken_now = self._shared(plan, request_id, new_computed_blocks)
-        if plan.skip_if_taken_now is None:
-            needed += plan.slabs
-            if apply_admission_cap:
-                needed += self._growth_during_prefill(request_id)
-                needed = max(needed, self._needed_for_peak(plan, request_id))
+            needed = self._to_admit(needed, plan if compresses else None, request_id)
         return needed
+
+    def _to_admit(self, needed: int, plan: Plan | None, request_id: str) -> int:
+        """Blocks that must be free for a request to begin: `needed` and what others will need.
+
+        Args:
+            plan: of a request that is going to be compressed, or is.
+        """
+        needed += self._promised_to_others(request_id)
+        if plan is None:
+            return needed
+        needed += self._growth_during_prefill(request_id)
+        return max(needed, self._needed_for_peak(plan, request_id))
 
     def _growth_during_prefill(self, request_id: str) -> int:
         """Blocks that compressed requests take while another one's prompt is computed."""
         return sum(
             max(plan.blocks_at(plan.num_tokens + _PREFILL_STEPS) - len(self.req_to_blocks[name]), 0)
-            for name, plan in self.plans.items()
-            if name != request_id and plan.phase is Phase.COMPRESSED
+            for name, plan in self._compressed()
+            if name != request_id
         )
 
     def _needed_for_peak(self, plan: Plan, request_id: str) -> int:
@@ -108,15 +120,19 @@ class AdaKVManager(FullAttentionManager):
 
     def memory_stats(self) -> MemoryStats:
         """Of the requests that hold blocks."""
-        compressed = [
-            (name, plan) for name, plan in self.plans.items() if plan.phase is Phase.COMPRESSED
-        ]
+        compressed = list(self._compressed())
         return MemoryStats(
             compressed_blocks=sum(len(self.req_to_blocks[name]) for name, _ in compressed),
             growth_blocks=max(0, self._blocks_at_peak(self._lives()) - self._used_blocks),
             kept_tokens=sum(plan.keep for _, plan in compressed),
             original_tokens=sum(plan.prompt_tokens for _, plan in compressed),
         )
+
+    def _compressed(self) -> Iterator[tuple[str, Plan]]:
+        # One that came with its cache may still wait for blocks.
+        for name, plan in self.plans.items():
+            if plan.phase is Phase.COMPRESSED and self.req_to_blocks.get(name):
+                yield name, plan
 
     @property
     def _used_blocks(self) -> int:
@@ -134,7 +150,8 @@ class AdaKVManager(FullAttentionManager):
 
     def _life(self, plan: Plan) -> Life:
         to_come = self.output_lengths.to_come(plan.generated, plan.max_outputs - plan.generated)
-        return Life(plan.held_tokens, to_come)
+        # Its last block is half full on average, and nobody else's.
+        return Life(plan.held_tokens + self.block_size // 2, to_come)
 
     def _promised_to_others(self, request_id: str) -> int:
         """Blocks that admitted requests still take before their prompts are complete.

@@ -51,7 +51,9 @@ class Plan:
 
     @property
     def blocks_to_start(self) -> int:
-        """Blocks that its prefill takes at its end."""
+        """Blocks that its prefill takes at its end, or its cache that came with it."""
+        if self.phase is Phase.COMPRESSED:
+            return self.blocks_at(self.num_tokens)
         return self.prompt_blocks + (self.slabs if self.active else 0)
 
     @property
@@ -94,6 +96,31 @@ class Plan:
             "blocks_after": self.prompt_blocks if kept is None else self.slabs,
             "skipped": self.skipped,
         }
+
+
+def resumed_plan(
+    budget: RequestBudget,
+    report: dict[str, Any],
+    num_tokens: int,
+    remaining_outputs: int,
+    block_size: int,
+) -> Plan:
+    """Of a request that comes with its compressed cache, as `Plan.report` told of it.
+
+    Args:
+        num_tokens: all its tokens, of which the last is not cached yet.
+    """
+    prompt_tokens = report["original_tokens"]
+    return Plan(
+        budget.choice,
+        prompt_tokens,
+        round(report["kept_mean"]),
+        0,
+        block_size,
+        num_tokens - prompt_tokens + remaining_outputs,
+        num_tokens=num_tokens,
+        phase=Phase.COMPRESSED,
+    )
 
 
 def make_plan(

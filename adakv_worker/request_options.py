@@ -6,6 +6,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
 from adakv_worker.config import CompressionConfig, RequestOptions
+from adakv_worker.continuation import KEY as CONTINUATION_KEY
 
 _config: CompressionConfig | None = None
 
@@ -26,6 +27,8 @@ class RequestOptionsValidator(LogitsProcessor):
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Raises ValueError for an unknown option, a bad value, or one out of bounds."""
         if sampling_params.extra_args:
+            if CONTINUATION_KEY in sampling_params.extra_args:
+                raise ValueError(f"{CONTINUATION_KEY} is not for requests to say")
             options = RequestOptions.of(sampling_params.extra_args)
             options.budget(_config or CompressionConfig(min_budget_tokens=1))
 

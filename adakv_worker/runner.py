@@ -11,11 +11,14 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from adakv_worker.commands import ATTRIBUTE, Compress, Kept, StepCommands, commands_of
+from adakv_worker.commands import ATTRIBUTE, Compress, Kept, StepCommands, TakeUp, commands_of
 from adakv_worker.compression import Watcher
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.cpu_backend import AdaKVCPUMetadataBuilder, Pages, Step, paged_cache
+from adakv_worker.mapped_files import MappedFiles
 from adakv_worker.model_parts import layer_parts
+from adakv_worker.moves import CacheKind, Moved, rank_file, read_state, write_state
+from adakv_worker.packed_state import StateRefused
 from adakv_worker.state import CompressionState
 from kernels.pages import PageLayout
 
@@ -29,6 +32,9 @@ class AdaKVRunnerMixin(GPUModelRunner):
     # None outside a real step, so that profiling and warm-up stay stock.
     _adakv_step: SchedulerOutput | None = None
     _adakv_kept: Kept
+    # Caches that have come for requests that have not begun here yet, by the name they came with.
+    _adakv_staged: dict[str, Moved]
+    _adakv_files: MappedFiles
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         # The backend looks there for whether it is on.
@@ -43,6 +49,8 @@ class AdaKVRunnerMixin(GPUModelRunner):
             return
         self._adakv_config = config
         self._adakv_kept = {}
+        self._adakv_staged = {}
+        self._adakv_files = MappedFiles()
         self._bind_pages(config)
 
     def _bind_pages(self, config: CompressionConfig) -> None:
@@ -56,9 +64,17 @@ class AdaKVRunnerMixin(GPUModelRunner):
         for request_id, new_blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if new_blocks is not None and request_id in self.adakv:
                 self.adakv.add_slabs(request_id, new_blocks[0])
+        take_up = commands_of(scheduler_output).take_up
+        for new in scheduler_output.scheduled_new_reqs:
+            if (command := take_up.get(new.req_id)) and command.state is not None:
+                moved = self._adakv_staged[command.state]
+                self.adakv.restore(new.req_id, moved.cache, list(new.block_ids[0]))
         return super()._update_states(scheduler_output)
 
     def _may_reorder_batch(self, scheduler_output: SchedulerOutput) -> None:
+        # The requests are in the batch by now, and what is sampled by is not made of it yet.
+        for request_id, command in commands_of(scheduler_output).take_up.items():
+            self._take_up(request_id, command)
         super()._may_reorder_batch(scheduler_output)
         batch = self.input_batch
         first_other = 0
@@ -67,6 +83,76 @@ class AdaKVRunnerMixin(GPUModelRunner):
                 if index != first_other:
                     batch.swap_states(index, first_other)
                 first_other += 1
+
+    def _take_up(self, request_id: str, command: TakeUp) -> None:
+        """Tells a new request's answer so far from its prompt, and gives it its random numbers."""
+        request = self.requests[request_id]
+        assert request.prompt_token_ids is not None
+        prompt, answer = (
+            request.prompt_token_ids[: command.prompt_tokens],
+            request.prompt_token_ids[command.prompt_tokens :],
+        )
+        request.prompt_token_ids, request.num_prompt_tokens = prompt, len(prompt)
+        # In place: the batch and its logits processors have this list.
+        request.output_token_ids.extend(answer)
+        row = self.input_batch.req_id_to_index[request_id]
+        self.input_batch.num_prompt_tokens[row] = len(prompt)
+        moved = self._adakv_staged.pop(command.state, None) if command.state is not None else None
+        if moved is not None and moved.generator is not None and request.generator is not None:
+            request.generator.set_state(moved.generator)
+
+    def export_request(self, request_id: str, path: str, policy: str) -> list[int] | None:
+        """Writes a compressed request's cache to this rank's file, between two steps.
+
+        Returns all its tokens by now, of which the last is not in the cache; None: it is not here,
+        or not compressed.
+
+        Raises:
+            OSError: there is no room for it.
+        """
+        request = self.requests.get(request_id)
+        if request is None or request_id not in self.adakv or request.prompt_token_ids is None:
+            return None
+        tokens = [*request.prompt_token_ids, *request.output_token_ids]
+        generator = request.generator.get_state() if request.generator is not None else None
+        kind = self._cache_kind()
+        header = kind.header(policy, tokens)
+        file = rank_file(path, kind.rank)
+        write_state(self.adakv, request_id, generator, header, file, self._adakv_files)
+        return tokens
+
+    def stage_state(self, name: str, path: str, policy: str, token_ids: list[int]) -> str | None:
+        """Holds a cache ready for the request with these tokens. Returns why not, if it is refused.
+
+        The file must last until the request has begun, or `unstage_state`.
+        """
+        kind = self._cache_kind()
+        try:
+            header = kind.header(policy, token_ids)
+            self._adakv_staged[name] = read_state(
+                rank_file(path, kind.rank), header, self._adakv_files
+            )
+        except StateRefused as error:
+            return str(error)
+        return None
+
+    def unstage_state(self, name: str) -> None:
+        self._adakv_staged.pop(name, None)
+
+    def _cache_kind(self) -> CacheKind:
+        layers, heads, page_tokens, head_dim = self.adakv.cache_shape
+        group = get_tp_group()
+        return CacheKind(
+            model=self.model_config.model,
+            dtype=str(self.kv_cache_dtype).removeprefix("torch."),
+            page_tokens=page_tokens,
+            layers=layers,
+            heads=heads,
+            head_dim=head_dim,
+            rank=group.rank_in_group,
+            ranks=group.world_size,
+            packing=self.adakv.packing,
+        )
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         if self._adakv_step is not None:

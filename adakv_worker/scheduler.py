@@ -1,6 +1,7 @@
 """Scheduler mixin: plans compressions, commands the workers, and attaches the proof to outputs."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from vllm.logger import init_logger
@@ -11,10 +12,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from adakv_worker.checks import check_blocks
-from adakv_worker.commands import ATTRIBUTE, Capture, Compress, StepCommands, kept_of
+from adakv_worker.commands import ATTRIBUTE, Capture, Compress, StepCommands, TakeUp, kept_of
 from adakv_worker.config import (
     FULL,
     CompressionConfig,
@@ -22,8 +23,10 @@ from adakv_worker.config import (
     RequestOptions,
     compression_config,
 )
+from adakv_worker.continuation import Continuation, continuation_of, take_up
 from adakv_worker.manager import AdaKVManager
-from adakv_worker.plan import Phase, Plan, make_plan
+from adakv_worker.plan import Phase, Plan, make_plan, resumed_plan
+from adakv_worker.recomputes import Recomputes
 from adakv_worker.stats import MemoryStats, attach_proofs
 from adakv_worker.support import refuse_unsupported, require_classes
 from kernels.presets import PolicyChoice
@@ -44,6 +47,9 @@ class AdaKVSchedulerMixin(Scheduler):
         config = compression_config(self.vllm_config.additional_config)
         self._adakv = config or CompressionConfig(enabled=False)
         self._reports: dict[str, dict[str, Any]] = {}
+        # Requests that go on here and have not begun yet.
+        self._to_take_up: dict[str, Continuation] = {}
+        self._recomputes = Recomputes()
         # First reports of requests, until the step's statistics take them along.
         self._new_reports: list[dict[str, Any]] = []
         self._blocks_to_start: dict[str, int] = {}
@@ -74,8 +80,22 @@ class AdaKVSchedulerMixin(Scheduler):
             "compressed" if example.active else example.skipped,
         )  # fmt: skip
 
+    def add_request(self, request: Request) -> None:
+        continuation = continuation_of(request)
+        if continuation is not None and self._manager is not None:
+            take_up(request, continuation)
+            self._to_take_up[request.request_id] = continuation
+            if continuation.state is not None and continuation.report is not None:
+                self._reports[request.request_id] = continuation.report
+            if continuation.state is None:
+                self._recomputes.lose(request.request_id, request.num_tokens - 1)
+        super().add_request(request)
+
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         plan = self._plan(request)
+        if plan is not None and plan.phase is Phase.COMPRESSED:
+            # All but the last token come with its cache, none of them in blocks.
+            return self.kv_cache_manager.empty_kv_cache_blocks, request.num_tokens - 1, 0, False
         blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         if plan is not None and plan.active and hit > plan.longest_hit():
             hit = plan.longest_hit()
@@ -92,10 +112,18 @@ class AdaKVSchedulerMixin(Scheduler):
 
     def _new_plan(self, request: Request) -> Plan:
         params = request.sampling_params
+        budget = self._budget(request.request_id, params.extra_args if params is not None else None)
+        remaining_outputs = request.max_tokens - request.num_output_tokens
+        continuation = self._to_take_up.get(request.request_id)
+        if continuation is not None and continuation.state is not None:
+            assert continuation.report is not None
+            return resumed_plan(
+                budget, continuation.report, request.num_tokens, remaining_outputs, self.block_size
+            )
         return make_plan(
-            self._budget(request.request_id, params.extra_args if params is not None else None),
+            budget,
             request.num_tokens,
-            request.max_tokens - request.num_output_tokens,
+            remaining_outputs,
             self.block_size,
             self.kv_cache_manager.block_pool.num_gpu_blocks - 1,
         )
@@ -114,10 +142,16 @@ class AdaKVSchedulerMixin(Scheduler):
         output = super().schedule(*args, **kwargs)
         if self._manager is not None:
             setattr(output, ATTRIBUTE, self._commands(output, self._manager))
+            for request_id, hit_tokens in _begun(output):
+                self._recomputes.begin(request_id, hit_tokens)
         return output
 
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        self._recomputes.lose(request.request_id, request.num_computed_tokens)
+        super()._preempt_request(request, *args, **kwargs)
+
     def _commands(self, output: SchedulerOutput, manager: AdaKVManager) -> StepCommands:
-        commands = StepCommands({}, {})
+        commands = StepCommands({}, {}, self._take_ups(output))
         for request_id in output.num_scheduled_tokens:
             plan = manager.plans.get(request_id)
             if plan is None or not plan.active or plan.phase is Phase.COMPRESSED:
@@ -135,6 +169,14 @@ class AdaKVSchedulerMixin(Scheduler):
             if computed > plan.prompt_tokens - plan.query_span:
                 commands.capture[request_id] = Capture(plan.prompt_tokens, plan.query_span)
         return commands
+
+    def _take_ups(self, output: SchedulerOutput) -> dict[str, TakeUp]:
+        """Of the requests that begin. What happens to them later happens as to any other."""
+        begun = {}
+        for request in output.scheduled_new_reqs:
+            if continuation := self._to_take_up.pop(request.req_id, None):
+                begun[request.req_id] = TakeUp(continuation.prompt_tokens, continuation.state)
+        return begun
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -197,18 +239,35 @@ class AdaKVSchedulerMixin(Scheduler):
                 if (left := request.num_tokens - request.num_computed_tokens) > 1
             ),
             evictable_blocks=self._evictable_blocks,
+            recomputed_tokens=self._recomputes.tokens,
         )
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        if self._manager is not None:
+        # A client that has left, and a request that goes on elsewhere, tell nothing of lengths; one
+        # that has come to a stop string is aborted, too.
+        params = request.sampling_params
+        stopped = request.status is not RequestStatus.FINISHED_ABORTED or (params and params.stop)
+        if self._manager is not None and stopped:
             self._manager.output_lengths.note(request.num_output_tokens)
+        self._recomputes.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         finished = super().finish_requests(*args, **kwargs)
         for request in finished:
             self._reports.pop(request.request_id, None)
+            self._to_take_up.pop(request.request_id, None)
         return finished
+
+
+def _begun(output: SchedulerOutput) -> Iterator[tuple[str, int]]:
+    """Requests that begin with this step, or begin again, and what they hit of the prefix cache."""
+    for new in output.scheduled_new_reqs:
+        yield new.req_id, new.num_computed_tokens
+    cached = output.scheduled_cached_reqs
+    for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+        if request_id in cached.resumed_req_ids:
+            yield request_id, computed
 
 
 class AdaKVScheduler(AdaKVSchedulerMixin):

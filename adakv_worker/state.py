@@ -1,6 +1,6 @@
 """The worker's side of compressed requests: their page tables, and what watches their prefills."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,14 +11,15 @@ from adakv_worker.commands import Compress, Kept
 from adakv_worker.compression import Capture, Compression, Window
 from adakv_worker.model_parts import LayerParts
 from kernels.growth import GrownStep
-from kernels.paged_cache import PagedCache, placed_slots, read_slots, write_slots
+from kernels.paged_cache import PagedCache, read_pages, write_pages
 from kernels.pages import PageLayout, PageTables, check_page_tables
 
 
 class CompressedState(NamedTuple):
     """One request's compressed cache, to move or park it.
 
-    lens: [L, H] int32. keys, values: [sum of lens, D], layer after layer, head after head.
+    lens: [L, H] int32. keys, values: [pages, page_tokens * D], layer after layer, head after head,
+    each page packed as the cache that it is from.
     """
 
     lens: Tensor
@@ -158,11 +159,32 @@ class CompressionState:
         self._compressing.clear()
         return kept
 
+    @property
+    def cache_shape(self) -> tuple[int, int, int, int]:
+        """Layers, KV heads, entries of a page, head size."""
+        return (*self.tables.layout.offsets.shape, *self._cache.keys.shape[1:])
+
+    @property
+    def packing(self) -> str:
+        return self._cache.packing
+
     @torch.inference_mode()
-    def export(self, request_id: str) -> CompressedState:
-        """Copies a compressed request's cache out, between two steps."""
+    def export(
+        self, request_id: str, room: Callable[[int], tuple[Tensor, Tensor]] | None = None
+    ) -> CompressedState:
+        """Copies a compressed request's cache out, between two steps.
+
+        Args:
+            room: makes it for the keys and values of so many pages; None takes fresh memory.
+        """
         row = self._rows[request_id]
-        keys, values = read_slots(self._cache, self._all_slots(row))
+        pages = self.tables.filled_pages(row)
+        if room is None:
+            shape = (len(pages), self._cache.keys[0].numel())
+            keys, values = self._cache.keys.new_empty(shape), self._cache.values.new_empty(shape)
+        else:
+            keys, values = room(len(pages))
+        read_pages(self._cache, pages, keys, values)
         return CompressedState(self.tables.lens(row).clone(), keys, values)
 
     @torch.inference_mode()
@@ -175,14 +197,7 @@ class CompressionState:
         self.forget(request_id)
         row = self.tables.place(state.lens, slabs)
         self._rows[request_id] = row
-        write_slots(self._cache, self._all_slots(row), state.keys, state.values)
-
-    def _all_slots(self, row: int) -> Tensor:
-        return placed_slots(
-            self.tables.tables(row).flatten(0, 1),
-            self.tables.lens(row).flatten(),
-            self.tables.page_tokens,
-        )
+        write_pages(self._cache, self.tables.filled_pages(row), state.keys, state.values)
 
     def check(self) -> None:
         """Asserts the invariants of all page tables."""

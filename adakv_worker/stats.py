@@ -23,6 +23,7 @@ class MemoryStats(NamedTuple):
     queued_prefill_tokens: prompt tokens of admitted and waiting requests, not yet computed.
     kept_tokens, original_tokens: prompt tokens of the compressed requests, after and before.
     evictable_blocks: free ones that still hold a prefix, as of the last second.
+    recomputed_tokens: computed a second time since the engine's start, see `Recomputes`.
     """
 
     compressed_blocks: int = 0
@@ -32,6 +33,7 @@ class MemoryStats(NamedTuple):
     kept_tokens: int = 0
     original_tokens: int = 0
     evictable_blocks: int = 0
+    recomputed_tokens: int = 0
 
     def attach(self, stats: SchedulerStats) -> None:
         stats.waiting_lora_adapters |= {

@@ -18,6 +18,14 @@ class PagedCache(NamedTuple):
     keys: Tensor
     values: Tensor
 
+    @property
+    def packing(self) -> str:
+        """Names the order in a page: whole pages can be copied between caches of the same."""
+        return ", ".join(
+            f"{name} by {'token' if pool.stride(2) == 1 else 'dimension'}"
+            for name, pool in zip(self._fields, self, strict=True)
+        )
+
 
 def read_blocks(
     pool: Tensor, layout: PageLayout, blocks: Tensor, layer: int, num_tokens: int
@@ -62,6 +70,30 @@ def _read(pool: Tensor, page: Tensor, offset: Tensor) -> Tensor:
     # A quarter of what indexing by page and offset takes.
     rows, stride = _rows(pool)
     return rows.index_select(0, page * stride + offset)
+
+
+def read_pages(cache: PagedCache, pages: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Copies whole pages [p], packed as they are, to keys and values [p, page_tokens * D]."""
+    for pool, content in zip(cache, (keys, values), strict=True):
+        torch.index_select(_whole_pages(pool), 0, pages, out=content)
+
+
+def write_pages(cache: PagedCache, pages: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Writes whole pages [p, page_tokens * D] of a cache of the same `packing`."""
+    for pool, content in zip(cache, (keys, values), strict=True):
+        _whole_pages(pool).index_copy_(0, pages, content)
+
+
+def _whole_pages(pool: Tensor) -> Tensor:
+    """A pool's pages as rows [pages, page_tokens * D].
+
+    Raises:
+        ValueError: they do not lie in one piece.
+    """
+    pages, page_tokens, dim = pool.shape
+    if pool.stride()[1:] not in ((dim, 1), (1, page_tokens)):
+        raise ValueError("the pages do not lie in one piece")
+    return pool.as_strided((pages, page_tokens * dim), (pool.stride(0), 1))
 
 
 def _has_rows(pool: Tensor) -> bool:

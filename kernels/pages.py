@@ -87,6 +87,12 @@ class PageTables:
         self._end_batch()
         return self._tables[row]
 
+    def filled_pages(self, row: int) -> Tensor:
+        """Page ids [p] that hold a request's entries, layer after layer, head after head."""
+        tables = self.tables(row).flatten(0, 1)
+        counts = -(-self.lens(row).flatten() // self.page_tokens)
+        return tables[torch.arange(tables.shape[1]) < counts[:, None]].long()
+
     def pages(self, row: int) -> Tensor:
         """All page ids [num_slabs * L * H] that a request may use, in the order of use."""
         return self.layout.slab_pages(torch.tensor(self._slabs[row], dtype=torch.int64))

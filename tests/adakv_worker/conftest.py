@@ -3,22 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.adakv_worker.engines import Engine, Reference, make_tiny_model
-
-
-@pytest.fixture(scope="session")
-def in_process() -> Iterator[None]:
-    """Engines whose scheduler and worker the tests can look into."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
-        yield
-
-
-@pytest.fixture(scope="session")
-def gqa_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("gqa"), heads=6, kv_heads=2)
+from tests.adakv_worker.engines import Engine, Reference
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adakv_worker.checks import check_blocks
 from adakv_worker.plugin import engine_args
+from adakv_worker.request_options import bound_by
 
 VOCABULARY = 320
 
@@ -60,6 +61,8 @@ class Engine:
         if compression is not None:
             debug = {"check_invariants": True, "record_selections": True, "min_budget_tokens": 1}
             settings |= engine_args({**debug, **compression})
+        # Bounds are the process's, and an `LLM` without statistics leaves those of the last one.
+        bound_by(None)
         self.llm = LLM(model=str(model), **{**settings, **options})
         core: Any = self.llm.llm_engine.engine_core
         self.scheduler = core.engine_core.scheduler
@@ -134,6 +137,8 @@ class Engine:
             check_blocks(self.manager)
             assert not self.manager.plans
             assert not self.scheduler._reports
+            assert not self.scheduler._to_take_up
+            assert not self.runner._adakv_staged
             assert not self.runner.adakv._rows
             assert not self.runner.adakv._windows
 

@@ -12,6 +12,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from adakv_worker.checks import check_blocks
 from adakv_worker.commands import ATTRIBUTE, commands_of
+from adakv_worker.continuation import Continuation
 from adakv_worker.plan import Phase
 from adakv_worker.scheduler import AdaKVAsyncScheduler, AdaKVScheduler
 from adakv_worker.stats import MemoryStats
@@ -56,6 +57,14 @@ class Fake:
         # Position of the first token of the chunks whose queries were kept, by request.
         self._captured: dict[str, int] = {}
 
+    def arrive(self, length: int, answered: int, max_tokens: int, with_state: bool) -> str:
+        """A request that began elsewhere: `answered` tokens of `max_tokens` are there."""
+        report = {"policy": "ada_snapkv", "original_tokens": length, "kept_mean": 64.0}
+        state = f"state-{self.count}" if with_state else None
+        continuation = Continuation(length, state, report if with_state else None)
+        self.add(length + answered, max_tokens, 0, continuation.as_extra_args())
+        return f"r{self.count - 1}"
+
     def add(self, length: int, max_tokens: int, seed: int, options: dict[str, Any]) -> None:
         from vllm.v1.request import Request
 
@@ -80,6 +89,9 @@ class Fake:
     def step(self) -> None:
         output = self.scheduler.schedule()
         commands = commands_of(output)
+        for request_id, taken in commands.take_up.items():
+            # Its cache is placed in this step, for which nothing but the last token is computed.
+            assert taken.state is None or output.num_scheduled_tokens[request_id] == 1
         for request_id, command in commands.compress.items():
             # The worker writes slabs in this step: all must still be the request's.
             blocks = self.manager.req_to_blocks[request_id]
@@ -143,6 +155,13 @@ ACTIONS = st.lists(
         st.tuples(
             st.just("add"), st.integers(1, 700), st.integers(1, 60), st.integers(0, 3), OPTIONS
         ),
+        st.tuples(
+            st.just("arrive"),
+            st.integers(100, 600),
+            st.integers(1, 80),
+            st.integers(81, 120),
+            st.booleans(),
+        ),
         st.tuples(st.just("step")),
         st.tuples(st.just("step")),
         st.tuples(st.just("abort"), st.integers(0, 9)),
@@ -163,6 +182,7 @@ def test_random_lives_lose_no_block(small: Engine, in_flight: int, actions: list
     assert fake.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == total
     assert not fake.manager.plans
     assert not fake.scheduler._reports
+    assert not fake.scheduler._to_take_up
 
 
 @pytest.mark.parametrize("in_flight", [0, 1], ids=["synchronous", "asynchronous"])
@@ -178,7 +198,8 @@ def test_outputs_longer_than_the_ones_before_are_preempted_and_end(
     for seed in range(6):
         fake.add(600, 300, seed, {"adakv_budget_tokens": 200})
     fake.finish()
-    assert preempted
+    # Each had its prompt, and some of its answer; of the prompt some blocks may still be there.
+    assert 0 < _memory_stats(fake).recomputed_tokens < len(preempted) * 900
 
 
 def test_outputs_as_long_as_the_ones_before_are_not_preempted(small: Engine) -> None:
@@ -188,6 +209,51 @@ def test_outputs_as_long_as_the_ones_before_are_not_preempted(small: Engine) -> 
         fake.add(600, 300, seed, {"adakv_budget_tokens": 200})
     fake.finish()
     assert not preempted
+    assert _memory_stats(fake).recomputed_tokens == 0
+
+
+@pytest.mark.parametrize("in_flight", [0, 1], ids=["synchronous", "asynchronous"])
+def test_a_request_that_comes_with_its_cache_takes_only_slabs(
+    small: Engine, in_flight: int
+) -> None:
+    fake = Fake(small, in_flight)
+    free = fake.scheduler.kv_cache_manager.block_pool.get_num_free_blocks
+    before = free()
+    name = fake.arrive(600, 10, 12, with_state=True)
+    fake.step()
+    plan = fake.manager.plans[name]
+    # 64 entries a head and ten new ones: not the 20 blocks of its tokens.
+    assert before - free() == plan.blocks_at(610) <= 4
+    request = fake.scheduler.requests[name]
+    assert (request.num_prompt_tokens, request.num_output_tokens) == (600, 10 + (not in_flight))
+    fake.finish()
+    # It was to write 12 in all.
+    assert request.num_output_tokens == 12
+    assert free() == before
+
+
+def test_a_request_that_comes_without_its_cache_computes_all_its_tokens(small: Engine) -> None:
+    fake = Fake(small, in_flight=0)
+    name = fake.arrive(600, 10, 12, with_state=False)
+    # More than one step's tokens.
+    fake.step()
+    fake.step()
+    assert fake.scheduler.requests[name].num_computed_tokens == 610
+    assert fake.manager.plans[name].phase is Phase.RESERVED
+    # All but the last, which nobody has computed before.
+    assert _memory_stats(fake).recomputed_tokens == 609
+    fake.finish()
+
+
+def test_what_comes_with_its_cache_waits_for_room(small: Engine) -> None:
+    fake = Fake(small, in_flight=0)
+    fake.add(1000, 24, 1, {"adakv_policy": "full"})
+    fake.step()
+    names = [fake.arrive(600, 10, 300, with_state=True) for _ in range(6)]
+    fake.step()
+    running = {request.request_id for request in fake.scheduler.running}
+    assert not running >= set(names)
+    fake.finish()
 
 
 def test_the_statistics_tell_of_compressed_memory(small: Engine) -> None:
@@ -214,11 +280,15 @@ def test_the_statistics_tell_of_compressed_memory(small: Engine) -> None:
     # The compressed prompts' full blocks.
     assert fake.manager.evictable_blocks() == 18 * len(compressed)
     fake.finish()
+    assert _memory_stats(fake)._replace(evictable_blocks=0) == MemoryStats()
+
+
+def _memory_stats(fake: Fake) -> MemoryStats:
     stats = fake.scheduler.make_stats()
     assert stats is not None
     told = MemoryStats.of(stats)
     assert told is not None
-    assert told._replace(evictable_blocks=0) == MemoryStats()
+    return told
 
 
 def _count_preemptions(fake: Fake) -> list[str]:

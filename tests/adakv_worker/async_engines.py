@@ -1,0 +1,109 @@
+"""Engines in processes of their own with their front ends here, and clients that listen to them."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from adakv_worker.moving_core import MovableLLM, MovingCore
+from adakv_worker.plugin import engine_args
+from tests.adakv_worker.engines import prompt
+
+
+class Side:
+    """One engine, and what its clients have been told."""
+
+    def __init__(self, model: Path, **options: Any) -> None:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        args = AsyncEngineArgs(
+            model=str(model), dtype="float32", max_model_len=2048, block_size=32,
+            enforce_eager=True, kv_cache_memory_bytes=32 << 20, max_num_batched_tokens=512,
+            max_num_seqs=8, skip_tokenizer_init=True,
+            **engine_args({"budget_tokens": 48, "keep_ratio": 0, "window_tokens": 16,
+                           "check_invariants": True}),
+            **options,
+        )  # fmt: skip
+        self.llm = MovableLLM.from_vllm_config(args.create_engine_config())
+
+    @property
+    def core(self) -> MovingCore:
+        assert isinstance(self.llm.engine_core, MovingCore)
+        return self.llm.engine_core
+
+    def ask(self, text: int, length: int = 300, **options: Any) -> "Client":
+        return Client(self, prompt(length, text), options)
+
+
+class Client:
+    """Asks one thing and keeps what it is told; `tokens` of all choices."""
+
+    _count = 0
+
+    def __init__(self, side: Side, ids: list[int], options: dict[str, Any]) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        settings = {
+            "temperature": 0.0, "max_tokens": 60, "ignore_eos": True, "detokenize": False,
+            "logprobs": 2, "output_kind": RequestOutputKind.DELTA,
+        }  # fmt: skip
+        Client._count += 1
+        self.ids = ids
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish_reason: str | None = None
+        self.proof: dict[str, Any] | None = None
+        self._more = asyncio.Condition()
+        self._ended = False
+        self.task = asyncio.create_task(
+            self._listen(side, f"client-{Client._count}", SamplingParams(**settings | options))
+        )
+        self.name = f"client-{Client._count}"
+
+    async def _listen(self, side: Side, name: str, params: Any) -> None:
+        try:
+            await self._take_outputs(side, name, params)
+        finally:
+            async with self._more:
+                self._ended = True
+                self._more.notify_all()
+
+    async def _take_outputs(self, side: Side, name: str, params: Any) -> None:
+        async for output in side.llm.generate({"prompt_token_ids": self.ids}, params, name):
+            (choice,) = output.outputs
+            async with self._more:
+                self.tokens += choice.token_ids
+                self.logprobs += [
+                    step[token].logprob
+                    for step, token in zip(choice.logprobs or [], choice.token_ids, strict=True)
+                ]
+                self.finish_reason = choice.finish_reason
+                self.proof = (output.kv_transfer_params or {}).get("kv_compression", self.proof)
+                self._more.notify_all()
+
+    async def has(self, tokens: int) -> None:
+        async with self._more:
+            await self._more.wait_for(lambda: len(self.tokens) >= tokens or self._ended)
+
+
+async def idle(side: Side) -> bool:
+    """Whether the engine holds nothing, or will not before long."""
+    core = side.core
+    for _ in range(200):
+        if not core.guests and not core.away and not side.llm.output_processor.request_states:
+            return True
+        await asyncio.sleep(0.05)
+    return False
+
+
+async def undisturbed(side: Side, client: Client, **options: Any) -> Client:
+    """Asks the same again."""
+    again = Client(side, client.ids, options)
+    await again.task
+    return again
+
+
+def inside(side: Side, client: Client) -> str:
+    """The name that the front end has for a client's request."""
+    (name,) = (one for one in side.llm.output_processor.request_states if client.name in one)
+    return name
