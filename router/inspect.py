@@ -14,8 +14,8 @@ from router.occupancy import Occupancy
 from router.redis_ledger import LedgerKeys, LedgerReader, LedgerView, Report
 
 COLUMNS = (
-    "replica", "blocks", "free", "used", "compr", "growth", "running", "waiting", "tok/s", "kept",
-    "age",
+    "replica", "blocks", "free", "used", "compr", "growth", "lent", "borrowed", "running",
+    "waiting", "tok/s", "kept", "age",
 )  # fmt: skip
 BAR_WIDTH = 32
 LEGEND = "# compressed  = uncompressed  + growth to come  . free"
@@ -66,6 +66,8 @@ def _row(report: Report) -> tuple[str, ...]:
         f"{used:.0%}",
         str(occupancy.blocks_compressed),
         str(occupancy.blocks_reserved_growth),
+        str(occupancy.blocks_lent),
+        str(occupancy.blocks_borrowed),
         str(occupancy.running),
         str(occupancy.waiting),
         f"{occupancy.decode_tokens_per_s:.1f}",

@@ -52,6 +52,9 @@ class Occupancy(BaseModel):
         default=1.0, gt=0.0, description="Kept over original entries"
     )
     preemptions: Count = Field(default=0, description="Since the start of this life")
+    recomputed_tokens: Count | None = Field(
+        default=None, description="Computed a second time, since the start of this life"
+    )
     sessions_held: Count = 0
 
     @model_validator(mode="after")
