@@ -22,7 +22,11 @@ _ONE_LOOP = {
 
 def build(config: AppConfig) -> Application:
     """Builds `Ingress -> Engine` from the YAML's `args`."""
-    engine = serve.deployment(name="Engine", **engine_options(config))(Engine).bind(config)
+    lenders = None
+    if (lending := config.of_lenders()) is not None:
+        lenders = serve.deployment(name="Lender", **engine_options(lending))(Engine).bind(lending)
+    deployment = serve.deployment(name="Engine", **engine_options(config))
+    engine = deployment(Engine).bind(config, lenders)
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=config.ingress.count,

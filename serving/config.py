@@ -121,6 +121,50 @@ class RoutingConfig(Section):
     decode_step_s_per_request: float = Field(default=Speeds().decode_step_s_per_request, ge=0.0)
 
 
+class LenderConfig(Section):
+    """Replicas that get no requests of their own and only lend. All else is as of the others."""
+
+    count: int = Field(default=1, ge=1)
+    kv_cache_memory_bytes: int | None = Field(
+        default=None, gt=0, description="None takes the others'"
+    )
+
+
+class SpillConfig(Section):
+    """Compressed requests that leave a replica without room for one that lends some."""
+
+    enabled: bool = False
+    lenders: LenderConfig | None = Field(
+        default=None, description="Beside the replicas, which lend to each other all the same"
+    )
+    lend_share: float = Field(
+        default=0.5,
+        gt=0.0,
+        le=1.0,
+        description="Of the blocks that nobody is going to need; `lenders` lend all",
+    )
+    folder: str = Field(default="/dev/shm", description="In memory, for caches that travel")
+    interval_s: float = Field(default=0.5, gt=0.0)
+    moves_per_request: int = Field(default=2, ge=1)
+    moves_at_once: int = Field(default=4, ge=1)
+    rest_s: float = Field(default=5.0, ge=0.0, description="Between two moves of a request")
+    worth: float = Field(
+        default=2.0, gt=0.0, description="How many times as long a recompute must take as a move"
+    )
+    spare_blocks: int = Field(default=4, ge=0, description="Of a lender's offer, left to itself")
+    expected_tokens: int = Field(
+        default=1024, ge=1, description="Most that an answer is expected to bring still"
+    )
+    first_output_s: float = Field(
+        default=20.0, gt=0.0, description="Within which a lender must have gone on"
+    )
+    park_bytes: int = Field(
+        default=1 << 28, ge=0, description="Of the host's memory, for caches that wait for blocks"
+    )
+    parked_s: float = Field(default=300.0, gt=0.0, description="How long a cache may wait")
+    bytes_per_s: float = Field(default=5e8, gt=0.0, description="Until a move has been measured")
+
+
 class AppConfig(Section):
     """Arguments of `serving.app:build`."""
 
@@ -140,6 +184,7 @@ class AppConfig(Section):
     auth: AuthConfig = AuthConfig()
     store: StoreConfig = StoreConfig()
     routing: RoutingConfig = RoutingConfig()
+    spill: SpillConfig = SpillConfig()
 
     @field_validator("engine")
     @classmethod
@@ -176,6 +221,29 @@ class AppConfig(Section):
                 "replica.placement_group_bundles needs engine.distributed_executor_backend: ray"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_spill(self) -> Self:
+        if not self.spill.enabled:
+            return self
+        if self.compression is None or not self.compression.enabled:
+            raise ValueError("spill.enabled needs compression: only compressed requests move")
+        if self.routing.policy != "occupancy":
+            raise ValueError("spill.enabled needs routing.policy: occupancy")
+        return self
+
+    def of_lenders(self) -> "AppConfig | None":
+        """The configuration of the replicas that only lend, if there are any."""
+        lenders = self.spill.lenders
+        if lenders is None or not self.spill.enabled:
+            return None
+        engine = dict(self.engine)
+        if lenders.kv_cache_memory_bytes is not None:
+            engine["kv_cache_memory_bytes"] = lenders.kv_cache_memory_bytes
+        replica = self.replica.model_copy(update={"count": lenders.count})
+        # They need nothing for themselves.
+        spill = self.spill.model_copy(update={"lend_share": 1.0})
+        return self.model_copy(update={"engine": engine, "replica": replica, "spill": spill})
 
     @property
     def tensor_parallel_size(self) -> int:

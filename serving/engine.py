@@ -1,16 +1,21 @@
 """The `Engine` deployment: one vLLM engine per replica, with vLLM's own OpenAI app in process."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import TYPE_CHECKING
 
+import ray
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from adakv_worker.config import RequestOptions
 from router.autoscaling import ReplicaDemand
 from router.footprint import Footprint
+from router.lending import Lease
 from router.redis_ledger import LedgerKeys
 from serving.asgi import Message, call_app
 from serving.compression_metrics import CompressionMetrics
@@ -20,15 +25,25 @@ from serving.front_door import ReplicaLost
 from serving.occupancy_metrics import OccupancyMetrics
 from serving.openai_error import error_messages
 from serving.reporter import OccupancyReporter, report_prefixes
+from serving.spill.parcels import Guest, LenderName
+from serving.spill.replica import ReplicaSpill
 from serving.store import store_url
 
+if TYPE_CHECKING:
+    from adakv_worker.moving_core import Decoded
 logger = logging.getLogger("ray.serve")
 
 REPLICA_HEADER = b"x-replica-id"
 
 
 class Engine:
-    async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: AppConfig, lenders: DeploymentHandle | None = None
+    ) -> None:
+        """
+        Args:
+            lenders: a deployment of this class, too, which gets no requests but by spilling.
+        """
         # Imported here: it is heavy, and thread counts must be set before torch loads.
         from serving import vllm_host
 
@@ -46,14 +61,21 @@ class Engine:
             config.server,
             config.compression,
             CompressionMetrics().note,
+            movable=config.spill.enabled,
         )
         logger.info(
             "engine ready: model=%s path=%s seconds=%.0f", name, path, time.monotonic() - started
         )
         url, replica_id = store_url(config.store), context.replica_id.unique_id
         keys = LedgerKeys(config.store.key_prefix, context.app_name)
+        self._spill: ReplicaSpill | None = None
+        if config.spill.enabled:
+            node_id = ray.get_runtime_context().get_node_id()
+            lender = LenderName(context.deployment, replica_id, node_id)
+            self._spill = ReplicaSpill(self._host, config, url, keys, lender, lenders)
+            self._spill.start()
         self._reporter = OccupancyReporter(
-            source=self._host,
+            source=self._spill or self._host,
             url=url,
             keys=keys,
             replica_id=replica_id,
@@ -88,6 +110,27 @@ class Engine:
                 batch[0] = self._signed(batch[0])
             begun = True
             yield batch
+
+    async def lend(self, guest: Guest, lease: Lease) -> "AsyncGenerator[Decoded, None]":
+        """Goes on with another replica's request; yields what is decoded of it.
+
+        Args:
+            lease: the guest's own, by which the request router has found this replica.
+
+        Raises:
+            LookupError: it is another one's; the lender is gone.
+        """
+        assert self._spill is not None, "only replicas that offer get guests"
+        outputs = self._spill.lender.take_in(guest)
+        # Its cache goes as soon as it is in the engine; this lives as long as the request.
+        del guest
+        async with contextlib.aclosing(outputs):
+            async for batch in outputs:
+                yield batch
+
+    async def is_there(self) -> bool:
+        """For a replica that wants a request router of its own deployment."""
+        return True
 
     def _signed(self, start: Message) -> Message:
         """The response's start, with the replica that answers named in a header."""
@@ -130,6 +173,8 @@ class Engine:
     async def __del__(self) -> None:
         if prefixes := getattr(self, "_prefixes", None):
             prefixes.cancel()
+        if spill := getattr(self, "_spill", None):
+            await spill.stop()
         if reporter := getattr(self, "_reporter", None):
             await reporter.stop()
         if host := getattr(self, "_host", None):

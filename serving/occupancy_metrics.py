@@ -9,12 +9,18 @@ class OccupancyMetrics:
     def __init__(self) -> None:
         self._blocks = metrics.Gauge(
             "adakv_blocks",
-            "KV blocks: free, held by compressed and by uncompressed requests, reserved for growth",
+            "KV blocks: free, held by compressed and by uncompressed requests, reserved for "
+            "growth, lent to and borrowed from other replicas",
             ("state",),
         )
         self._waiting_blocks = metrics.Gauge(
             "adakv_waiting_blocks", "KV blocks that starting the waiting requests takes"
         )
+        self._recomputed = metrics.Counter(
+            "adakv_recomputed_tokens",
+            "Tokens computed again after a preemption, or because a cache got lost on its way",
+        )
+        self._recomputed_tokens = 0
         self._prefill_tokens = metrics.Gauge(
             "adakv_prefill_tokens_queued", "Prompt tokens that are still to be computed"
         )
@@ -25,7 +31,13 @@ class OccupancyMetrics:
             ("compressed", occupancy.blocks_compressed),
             ("uncompressed", occupancy.blocks_uncompressed),
             ("reserved_growth", occupancy.blocks_reserved_growth),
+            ("lent", occupancy.blocks_lent),
+            ("borrowed", occupancy.blocks_borrowed),
         ):
             self._blocks.set(blocks, tags={"state": state})
         self._waiting_blocks.set(occupancy.waiting_blocks or 0)
         self._prefill_tokens.set(occupancy.prefill_tokens_queued)
+        recomputed = occupancy.recomputed_tokens or 0
+        if recomputed > self._recomputed_tokens:
+            self._recomputed.inc(recomputed - self._recomputed_tokens)
+            self._recomputed_tokens = recomputed

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
+import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -31,6 +32,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.kv_events import CacheChange, cache_changes
+from adakv_worker.moving_core import MovableLLM, MovingCore
 from adakv_worker.plugin import engine_args as compression_engine_args
 from adakv_worker.stats import MemoryStats, proofs_of
 from adakv_worker.support import refuse_unsupported
@@ -55,7 +57,10 @@ _SOCKET_OPTIONS = {
 
 
 class EngineLoad(NamedTuple):
-    """What an engine tells about its KV memory. Blocks exclude vLLM's null block."""
+    """What an engine tells about its KV memory. Blocks exclude vLLM's null block.
+
+    told_at: when it did, by the monotonic clock.
+    """
 
     block_size_tokens: int
     blocks_total: int
@@ -71,6 +76,10 @@ class EngineLoad(NamedTuple):
     decode_tokens_per_s: float
     achieved_compression: float
     preemptions: int
+    recomputed_tokens: int | None = None
+    blocks_lent: int = 0
+    blocks_borrowed: int = 0
+    told_at: float = float("inf")
 
 
 class _Server:
@@ -103,12 +112,15 @@ class VllmHost:
         server_args: dict[str, Any],
         compression: CompressionConfig | None = None,
         on_proof: Callable[[dict[str, Any]], None] = lambda proof: None,
+        *,
+        movable: bool = False,
     ) -> "VllmHost":
         """Starts the engine (about 25 s on CPU) and assembles the app.
 
         Args:
             on_proof: called with the compression proof of every request once its prompt is
                 complete. (Not with LoRA, whose statistics leave it no room.)
+            movable: whether compressed requests can leave it and come to it.
 
         Raises:
             ValueError: vLLM refuses the configuration.
@@ -120,8 +132,10 @@ class VllmHost:
         compressing = compression_config(config.additional_config) is not None
         if compressing:
             refuse_unsupported(config)
+        if movable:
+            _check_movable(config, compressing)
         stats = _LoadStats(on_proof)
-        engine = AsyncLLM.from_vllm_config(
+        engine = (MovableLLM if movable else AsyncLLM).from_vllm_config(
             config,
             stat_loggers=[RayPrometheusStatLogger, stats.logger],
             enable_log_requests=args.enable_log_requests,
@@ -136,6 +150,22 @@ class VllmHost:
             return cls(engine, app, stats, endpoint)
         engine.generate = noting(engine.generate)  # type: ignore[method-assign]
         return cls(engine, ProofMiddleware(app), stats, endpoint)
+
+    @property
+    def core(self) -> MovingCore:
+        """Where requests leave and come in, of an engine whose requests are movable."""
+        assert isinstance(self.engine.engine_core, MovingCore)
+        return self.engine.engine_core
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one KV block, all layers, on all tensor-parallel ranks."""
+        config = self.engine.vllm_config
+        model = config.model_config
+        assert isinstance(model.dtype, torch.dtype)
+        entry = model.get_total_num_kv_heads() * model.get_head_size() * model.dtype.itemsize
+        layers = model.get_num_layers(config.parallel_config)
+        return 2 * layers * entry * config.cache_config.block_size
 
     @property
     def dead(self) -> bool:
@@ -171,6 +201,7 @@ class _LoadStats:
         self.changed = asyncio.Event()
         self.latest = SchedulerStats()
         self.preemptions = 0
+        self._told_at = float("-inf")
         self._tokens: list[tuple[float, int]] = []
 
     def logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
@@ -179,6 +210,7 @@ class _LoadStats:
     def note(self, scheduler_stats: SchedulerStats, generated_tokens: int) -> None:
         now = time.monotonic()
         self.latest = scheduler_stats
+        self._told_at = now
         for proof in proofs_of(scheduler_stats):
             self._on_proof(proof)
         self._tokens.append((now, generated_tokens))
@@ -189,9 +221,16 @@ class _LoadStats:
     def load(self, engine: AsyncLLM) -> EngineLoad:
         cache = engine.vllm_config.cache_config
         total = (cache.num_gpu_blocks or 1) - 1
-        requests = engine.output_processor.request_states
+        core = engine.engine_core
+        moving = core if isinstance(core, MovingCore) else None
+        requests = {
+            name: state
+            for name, state in engine.output_processor.request_states.items()
+            if moving is None or not moving.is_away(name)
+        }
+        guests = moving.guests if moving is not None else 0
         # An abort frees blocks without a step to report it: with no request left, nothing is held.
-        stats = self.latest if requests else SchedulerStats()
+        stats = self.latest if requests or guests else SchedulerStats()
         waiting = stats.num_waiting_reqs + stats.num_skipped_waiting_reqs
         unstarted = [state.prompt_len or 0 for state in requests.values() if state.is_prefilling]
         # Stock vLLM tells less; its waiting prompts are what they take.
@@ -200,7 +239,9 @@ class _LoadStats:
         if memory:
             waiting_blocks = memory.waiting_blocks
         # A step with a long prefill takes seconds, and what has come since is in no statistics yet.
-        unseen = max(0, len(requests) - stats.num_running_reqs - waiting)
+        unseen = max(0, len(requests) + guests - stats.num_running_reqs - waiting)
+        # A guest comes with its cache, and has nothing to prefill.
+        unseen = min(unseen, len(requests))
         newest = [state.prompt_len or 0 for state in requests.values()][len(requests) - unseen :]
         prompts = [blocks_for_tokens(length, cache.block_size) for length in newest]
         # An engine that was idle has begun the first of them.
@@ -234,6 +275,9 @@ class _LoadStats:
                 else 1.0
             ),
             preemptions=self.preemptions,
+            # Of the engine's whole life, so not forgotten with its last request.
+            recomputed_tokens=cached.recomputed_tokens if cached else None,
+            told_at=self._told_at,
         )
 
 
@@ -249,6 +293,14 @@ class _LoadLogger(StatLoggerBase):
 
     def log_engine_initialized(self) -> None:
         pass
+
+
+def _check_movable(config: Any, compressing: bool) -> None:
+    """Raises ValueError where requests cannot move, naming the setting."""
+    if not compressing:
+        raise ValueError("spill.enabled needs compression, and a backend that compresses")
+    if config.scheduler_config.async_scheduling:
+        raise ValueError("spill.enabled needs engine.async_scheduling: false")
 
 
 def _waiting_blocks(prompt_lens: list[int], waiting: int, block_size: int) -> int | None:

@@ -19,6 +19,7 @@ def host(stats: SchedulerStats, **prompts: int) -> VllmHost:
     engine: Any = SimpleNamespace(
         vllm_config=SimpleNamespace(cache_config=cache),
         output_processor=SimpleNamespace(request_states=states),
+        engine_core=None,
     )
     told = _LoadStats(on_proof=lambda proof: None)
     told.note(stats, 0)

@@ -1,0 +1,145 @@
+"""Offers a replica's spare blocks, and goes on with the requests of those that lease them."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import redis
+
+from kernels.blocks import compressed_blocks_bound
+from router.lending import Lease, Offer
+from router.redis_lending import OFFER_TTL_S, LendingLedger
+from serving.spill.parcels import Guest, StateFiles, place_parcels
+
+if TYPE_CHECKING:
+    from adakv_worker.moving_core import Decoded, MovingCore
+    from serving.vllm_host import EngineLoad
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass
+class _Held:
+    """A guest, and how far it has come. decoded: None until its cache is in the engine."""
+
+    lease: Lease
+    kept_tokens: int
+    decoded: int | None = None
+
+    @property
+    def leased_blocks(self) -> int:
+        return self.lease.amount if self.lease.resource == "blocks" else 0
+
+    def growth_blocks(self, block_size: int) -> int:
+        """What it has leased and does not hold yet."""
+        if self.decoded is None:
+            return self.leased_blocks
+        held = compressed_blocks_bound(self.kept_tokens, self.decoded, block_size)
+        return max(0, self.leased_blocks - held)
+
+
+class Lender:
+    def __init__(
+        self,
+        *,
+        core: "MovingCore",
+        load: Callable[[], "EngineLoad"],
+        ledger: LendingLedger,
+        replica_id: str,
+        share: float,
+        folder: Path,
+        park_bytes: int,
+    ) -> None:
+        """
+        Args:
+            share: of the blocks that nobody here is going to need.
+            folder: in memory, for the caches that come.
+            park_bytes: of the host's memory, for caches that wait for blocks.
+        """
+        self._core = core
+        self._load = load
+        self._ledger = ledger
+        self._replica_id = replica_id
+        self._share = share
+        self._files = StateFiles(folder)
+        self._park_bytes = park_bytes
+        self._guests: dict[str, _Held] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def lent_blocks(self) -> int:
+        return sum(guest.leased_blocks for guest in self._guests.values())
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        """Offers nothing any more. Guests stay until their end."""
+        if self._task is not None:
+            self._task.cancel()
+        self._files.clear()
+        with contextlib.suppress(redis.RedisError, OSError):
+            await self._ledger.withdraw(self._replica_id)
+
+    async def take_in(self, guest: Guest) -> "AsyncGenerator[Decoded, None]":
+        """Yields a guest's outputs until its end; closing it ends the guest.
+
+        One that has leased no blocks, but memory to wait in, waits with the engine's other requests
+        until it has them; nothing is yielded first then, once its cache is here.
+
+        Raises:
+            LookupError: it has leased from another replica.
+            StateRefused: its cache is not what it needs, or damaged.
+            OSError: there is no room for its cache.
+        """
+        departure, path, lease, parcels = guest
+        # Nobody holds its cache for longer than it takes.
+        del guest
+        if lease.lender != self._replica_id:
+            raise LookupError(f"{lease.lender} is not here")
+        report = departure.report
+        held = self._guests[lease.lease_id] = _Held(lease, round(report["kept_mean"]))
+        decoded = len(departure.tokens) - report["original_tokens"]
+        try:
+            with contextlib.ExitStack() as stack:
+                if parcels is not None:
+                    path = str(stack.enter_context(self._files.path()))
+                    arrays = [await parcel for parcel in parcels]
+                    await asyncio.to_thread(place_parcels, arrays, Path(path))
+                    del parcels, arrays
+                outputs = self._core.take_in(departure, path)
+                if lease.resource == "host_bytes":
+                    yield []
+                first = await anext(outputs)
+            async with contextlib.aclosing(outputs):
+                held.decoded = decoded
+                yield first
+                async for batch in outputs:
+                    held.decoded += sum(len(output.new_token_ids) for output in batch)
+                    yield batch
+        finally:
+            del self._guests[lease.lease_id]
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._ledger.offer(self._offer())
+            except (redis.RedisError, OSError):
+                pass  # The next offer comes soon, and the borrowers tell of a lost store.
+            except Exception:
+                logger.exception("cannot offer memory")
+            await asyncio.sleep(OFFER_TTL_S / 5)
+
+    def _offer(self) -> Offer:
+        load = self._load()
+        size = load.block_size_tokens
+        leased = sum(guest.growth_blocks(size) for guest in self._guests.values())
+        # The engine expects growth of guests, too: whichever is more.
+        growth = max(leased, load.blocks_reserved_growth)
+        spare = load.blocks_free - growth - (load.waiting_blocks or 0)
+        blocks = self.lent_blocks + max(0, int(self._share * spare))
+        return Offer(self._replica_id, blocks, self._park_bytes)

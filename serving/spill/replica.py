@@ -1,0 +1,170 @@
+"""One replica's part in spilling, inside Ray Serve: it lends, borrows and tells of it."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from router.redis_ledger import LedgerKeys
+from router.redis_lending import LendingLedger
+from router.spill_plan import SpillLimits
+from serving.config import AppConfig
+from serving.spill.borrower import Borrower, Send, SpillSettings
+from serving.spill.lender import Lender
+from serving.spill.membership import on_membership
+from serving.spill.metrics import SpillMetrics
+from serving.spill.parcels import Guest, LenderName, open_parcels, remove_orphans
+
+logger = logging.getLogger("ray.serve")
+
+if TYPE_CHECKING:
+    from adakv_worker.moving_core import Decoded
+    from serving.vllm_host import EngineLoad, VllmHost
+
+
+class ReplicaSpill:
+    """Stands before the host where its load is asked for, and adds what is lent and borrowed."""
+
+    def __init__(
+        self,
+        host: "VllmHost",
+        config: AppConfig,
+        url: str,
+        keys: LedgerKeys,
+        name: LenderName,
+        lenders: DeploymentHandle | None,
+    ) -> None:
+        """
+        Args:
+            name: this replica's.
+            lenders: the deployment of replicas that only lend.
+        """
+        self._host = host
+        self._name = name
+        self._application = keys.application
+        self._watch: asyncio.Task[None] | None = None
+        self._ledger = LendingLedger(url, keys)
+        spill = config.spill
+        self._folder = Path(spill.folder)
+        self.lender = Lender(
+            core=host.core,
+            load=host.load,
+            ledger=self._ledger,
+            replica_id=str(name),
+            share=spill.lend_share,
+            folder=self._folder,
+            park_bytes=spill.park_bytes,
+        )
+        self._borrower = Borrower(
+            core=host.core,
+            load=host.load,
+            ledger=self._ledger,
+            replica_id=str(name),
+            send=_sender(name, keys.application, lenders),
+            block_bytes=host.block_bytes,
+            settings=_settings(config),
+            on_move=SpillMetrics().note,
+        )
+
+    def start(self) -> None:
+        remove_orphans(self._folder)
+        self.lender.start()
+        self._borrower.start()
+        self._watch = asyncio.get_running_loop().create_task(self._watch_membership())
+
+    async def _watch_membership(self) -> None:
+        loop = asyncio.get_running_loop()
+        news: asyncio.Queue[bool] = asyncio.Queue()
+        on_membership(
+            self._name.replica_id, lambda there: loop.call_soon_threadsafe(news.put_nowait, there)
+        )
+        # The first call makes the router; whoever answers it.
+        own = serve.get_deployment_handle(self._name.deployment, self._application)
+        await own.options(method_name="is_there").remote()
+        draining = False
+        while True:
+            if draining is not (there := await news.get()):
+                continue
+            draining = not there
+            self._borrower.drain(draining)
+            if draining:
+                logger.info("this replica gets no requests any more: its compressed ones leave")
+                await self.lender.stop()
+            else:
+                logger.info("this replica gets requests again")
+                self.lender.start()
+
+    async def stop(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        await self._borrower.stop()
+        await self.lender.stop()
+        await self._ledger.close()
+
+    def load(self) -> "EngineLoad":
+        return self._host.load()._replace(
+            blocks_lent=self.lender.lent_blocks, blocks_borrowed=self._borrower.borrowed_blocks
+        )
+
+    @property
+    def changed(self) -> asyncio.Event:
+        return self._host.changed
+
+
+def _settings(config: AppConfig) -> SpillSettings:
+    spill = config.spill
+    limits = SpillLimits(
+        moves_of_a_request=spill.moves_per_request,
+        rest_s=spill.rest_s,
+        moves_at_once=spill.moves_at_once,
+        worth=spill.worth,
+        spare_blocks=spill.spare_blocks,
+    )
+    return SpillSettings(
+        limits=limits,
+        interval_s=spill.interval_s,
+        expected_tokens=spill.expected_tokens,
+        prefill_tokens_per_s=config.routing.prefill_tokens_per_s,
+        first_output_s=spill.first_output_s,
+        parked_s=spill.parked_s,
+        bytes_per_s=spill.bytes_per_s,
+        folder=Path(spill.folder),
+    )
+
+
+def _put(path: str) -> list[ray.ObjectRef]:
+    return [ray.put(parcel) for parcel in open_parcels(Path(path))]
+
+
+def _sender(name: LenderName, application: str, lenders: DeploymentHandle | None) -> Send:
+    """Calls lenders as Serve's deployments call each other; the lease tells the router whom."""
+    handles: dict[str, Any] = {}
+
+    def handle_of(deployment: str) -> Any:
+        if deployment not in handles:
+            handle = lenders
+            if lenders is None or deployment == name.deployment:
+                handle = serve.get_deployment_handle(deployment, application)
+            assert handle is not None
+            handles[deployment] = handle.options(stream=True, method_name="lend")
+        return handles[deployment]
+
+    async def send(guest: Guest) -> "AsyncGenerator[Decoded, None]":
+        lender = LenderName.of(guest.lease.lender)
+        if lender.node_id != name.node_id:
+            guest = guest._replace(parcels=await asyncio.to_thread(_put, guest.path))
+        outputs = handle_of(lender.deployment).remote(guest, guest.lease)
+        # This generator lives as long as the request, and its cache is not to.
+        del guest
+        try:
+            async for batch in outputs:
+                yield batch
+        finally:
+            outputs.cancel()
+
+    return send
