@@ -46,6 +46,8 @@ def started(
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # What a shell starts in the background ignores it, and so would the server.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             yield process
@@ -77,11 +79,35 @@ def wait_until_healthy(
     raise RuntimeError(f"{base_url} did not start:\n{log_path.read_text(errors='replace')[-3000:]}")
 
 
+def wait_until_listening(
+    port: int, process: subprocess.Popen[bytes], log_path: Path, timeout_s: float = 60
+) -> None:
+    """Returns when something listens on the port of this machine.
+
+    Raises:
+        RuntimeError: the process ended or the time is over; carries the end of its log.
+    """
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise RuntimeError(f"port {port} stays shut:\n{log_path.read_text(errors='replace')[-3000:]}")
+
+
 @contextmanager
 def serve_run(
-    config: dict[str, Any], log_path: Path, store_port: int | None = None
+    config: dict[str, Any],
+    log_path: Path,
+    store_port: int | None = None,
+    ray_address: str | None = None,
 ) -> Iterator[str]:
-    """Runs `serve run` on a copy of `config` with free ports; yields its base URL."""
+    """Runs `serve run` on a copy of `config` with free ports; yields its base URL.
+
+    Args:
+        ray_address: of a cluster that runs; None starts one.
+    """
     http_port, store_port = free_port(), store_port or free_port()
     config = {**config, "http_options": {"host": "127.0.0.1", "port": http_port}}
     (application,) = config["applications"]
@@ -89,7 +115,8 @@ def serve_run(
     with tempfile.TemporaryDirectory(prefix="adakv-loadtest-") as folder:
         path = Path(folder) / "cluster.yaml"
         path.write_text(yaml.safe_dump(config))
-        command = [str(BIN / "serve"), "run", str(path)]
+        where = ["--address", ray_address] if ray_address else []
+        command = [str(BIN / "serve"), "run", *where, str(path)]
         with started(command, ray_environment(), log_path) as process:
             base_url = f"http://127.0.0.1:{http_port}"
             wait_until_healthy(base_url, process, log_path)
