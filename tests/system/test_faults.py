@@ -2,8 +2,6 @@
 
 import http.client
 import json
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -96,7 +94,7 @@ def test_concurrent_requests_use_both_replicas(
     assert sum(replica["running"] for replica in inspected) > 0
     eventually(
         lambda: all(r.blocks_free == r.blocks_total for r in deployment.occupancy().values()),
-        10, "all blocks free again",
+        30, "all blocks free again",
     )  # fmt: skip
 
 
@@ -113,7 +111,7 @@ def test_a_client_that_disconnects_stops_its_generation(
     eventually(lambda: deployment.running() == 1, 30, "the request running")
     connection.close()
     # It would run for more than a minute; a second is the promise, the rest is a slow machine's.
-    eventually(lambda: deployment.running() == 0, 10, "the generation stopped")
+    eventually(lambda: deployment.running() == 0, 30, "the generation stopped")
 
 
 def _kill_a_replica_under_traffic(
@@ -127,7 +125,7 @@ def _kill_a_replica_under_traffic(
     def kill() -> None:
         _wait_until_both_work(deployment)
         eventually(ready, 60, "traffic as it should be")
-        os.kill(deployment.pids("ServeReplica:llm:Engine")[0], signal.SIGKILL)
+        deployment.kill("ServeReplica:llm:Engine")
         eventually(lambda: len(deployment.occupancy()) == 1, 30, "the killed one gone")
 
     outcomes = _under_traffic(ask, kill)
@@ -169,7 +167,7 @@ def test_requests_without_a_first_byte_survive_a_killed_replica(
 
 def test_a_killed_engine_process_is_replaced(deployment: Deployment, client: openai.OpenAI) -> None:
     before = set(deployment.occupancy())
-    os.kill(deployment.pids("VLLM::EngineCore")[0], signal.SIGKILL)
+    deployment.kill("VLLM::EngineCore")
     eventually(
         lambda: len(now := set(deployment.occupancy())) == 2 and now != before,
         150, "the replica with the dead engine replaced",
@@ -182,8 +180,7 @@ def test_a_killed_store_comes_back_and_no_request_notices(
 ) -> None:
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(_finish, client, number) for number in range(4)]
-        (killed,) = deployment.pids("valkey-server")
-        os.kill(killed, signal.SIGKILL)
+        killed = deployment.kill("valkey-server")
         eventually(
             lambda: deployment.pids("valkey-server") not in ([], [killed]), 30, "a new Valkey"
         )
@@ -218,4 +215,4 @@ def test_a_second_serve_run_on_top_of_the_first(
     assert set(outcomes) == {"length"}
     assert second.poll() is None
     assert deployment.pids("valkey-server") == stores
-    assert len(deployment.occupancy()) == 2
+    eventually(lambda: len(deployment.occupancy()) == 2, 30, "both replicas reporting")

@@ -1,0 +1,36 @@
+"""A small replica on one Ray node, a lender on another: caches cross between object stores."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from loadtest.two_nodes import sent_bytes
+from serving.spill.parcels import LenderName
+from tests.system.deployment import Deployment, TwoNodes, deployed, eventually, spill_config
+from tests.system.spilling import ask_alone, ask_many, lending, moves
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Deployment]:
+    with deployed(TwoNodes, spill_config) as deployment:
+        yield deployment
+
+
+def test_caches_cross_between_nodes_and_no_client_notices(two_nodes: Deployment) -> None:
+    numbers = range(10)
+    offers = eventually(lambda: lending(two_nodes).offers, 30, "offers")
+    assert len({LenderName.of(offer.lender).node_id for offer in offers}) == 2
+
+    def crossed() -> float:
+        return sent_bytes(two_nodes.metrics_url)
+
+    before = crossed()
+    crowded = ask_many(two_nodes, numbers)
+    moved = eventually(lambda: moves(two_nodes), 30, "a request that has moved")
+    eventually(
+        lambda: crossed() - before > sum(move["bytes"] for move in moved) / 2,
+        60,
+        "the bytes in the object managers' count",
+    )
+    assert crowded == [ask_alone(two_nodes, number) for number in numbers]
+    eventually(lambda: not lending(two_nodes).leases, 30, "everything given back")
