@@ -1,0 +1,1 @@
+"""Answer quality under compression, measured in the engine."""

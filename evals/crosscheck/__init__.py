@@ -1,0 +1,1 @@
+"""Our selections against kvpress', an independent implementation, on the same prompts."""

@@ -1,0 +1,150 @@
+"""Our half: the same selections from the same prompts, and how they compare."""
+
+import json
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from evals.engine import Choice, ForcedEngine
+from evals.samples import Sample, Tokens, tokenize
+from evals.theory import ObservingModel
+from kernels.head_allocations.adaptive import AdaptiveHeads
+from kernels.head_allocations.uniform import UniformHeads
+from kernels.layer_budgets.uniform import UniformLayers
+from kernels.observation import Observation
+from kernels.policy import Policy
+from kernels.presets import preset
+from kernels.projected_values import ProjectedValues
+from kernels.scorers.expected_attention import ExpectedAttentionScorer
+from kernels.scorers.window import WindowScorer
+
+_WINDOW = WindowScorer(window_tokens=32, kernel_size=5, pooling="avg")
+_EXPECTED = ExpectedAttentionScorer(query_span_tokens=1 << 20)
+POLICIES: dict[str, Policy] = {
+    "snapkv": Policy(_WINDOW, UniformLayers(), UniformHeads()),
+    "ada_snapkv": Policy(_WINDOW, UniformLayers(), AdaptiveHeads(0.0)),
+    "ada_snapkv_floor": Policy(_WINDOW, UniformLayers(), AdaptiveHeads(0.2)),
+    "critical_ada_snapkv": Policy(_WINDOW, UniformLayers(), AdaptiveHeads(0.0), ProjectedValues()),
+    "expected_attention": Policy(_EXPECTED, UniformLayers(), UniformHeads()),
+    "ada_expected_attention": Policy(_EXPECTED, UniformLayers(), AdaptiveHeads(0.0)),
+    "key_norm": preset("key_norm"),
+    "key_diff": preset("key_diff"),
+    "streaming_llm": preset("streaming_llm"),
+}
+# What the engine has under the same name with the same parameters, for prompts of up to 516 tokens.
+_IN_ENGINE = ("expected_attention", "key_norm", "key_diff", "streaming_llm")
+_TIE = 1e-5
+
+
+class Comparison(NamedTuple):
+    """Of one policy at one budget, over all prompts.
+
+    common: share of the kept entries that both keep. tied: of the others, the share whose score is
+    that of the last kept one, but for rounding.
+    kl, agreement: of forced answers with the whole cache's; the engine's are None where it has
+    other parameters.
+    """
+
+    policy: str
+    keep_tokens: int
+    common: float
+    tied: float | None
+    kl: float
+    agreement: float
+    engine_kl: float | None
+    engine_agreement: float | None
+
+
+def compare(
+    kvpress_python: Path,
+    model: Path,
+    engine: ForcedEngine,
+    asked: Sequence[Sample],
+    keeps: Sequence[int],
+) -> list[Comparison]:
+    """
+    Raises:
+        OSError: kvpress' half fails; with what it said last.
+    """
+    tokens = [tokenize(sample, engine.tokenizer, "aware") for sample in asked]
+    theirs = _ask_kvpress(kvpress_python, model, tokens, keeps)
+    observing = ObservingModel(model)
+    observed = [observing.observations(one.prompt, len(one.prompt)) for one in tokens]
+    outcomes = [
+        engine.outcomes(
+            sample, one, [Choice(name, tokens=keep) for name in _IN_ENGINE for keep in keeps]
+        )
+        for sample, one in zip(asked, tokens, strict=True)
+    ]
+    compared = []
+    for name, policy in POLICIES.items():
+        for keep in keeps:
+            told = [theirs[f"{number}/{name}/{keep}"] for number in range(len(asked))]
+            sets = [
+                _compare_sets(policy, layers, keep, one["kept"])
+                for layers, one in zip(observed, told, strict=True)
+            ]
+            in_engine = [
+                found[choice]
+                for found in outcomes
+                if (choice := Choice(name, tokens=keep)) in found
+            ]
+            others = sum(other for _, other, _ in sets)
+            compared.append(
+                Comparison(
+                    name,
+                    keep,
+                    common=fmean(common for common, _, _ in sets),
+                    tied=sum(tied for _, _, tied in sets) / others if others else None,
+                    kl=fmean(fmean(one["kl"]) for one in told),
+                    agreement=fmean(fmean(one["agreement"]) for one in told),
+                    engine_kl=fmean(fmean(one.kl) for one in in_engine) if in_engine else None,
+                    engine_agreement=fmean(fmean(one.agreement) for one in in_engine)
+                    if in_engine
+                    else None,
+                )
+            )
+    return compared
+
+
+def _ask_kvpress(
+    python: Path, model: Path, tokens: Sequence[Tokens], keeps: Sequence[int]
+) -> dict[str, Any]:
+    with TemporaryDirectory(prefix="adakv-crosscheck-") as folder:
+        asked, out = Path(folder) / "asked.json", Path(folder) / "out.pt"
+        prompts = [
+            {"prompt": one.prompt, "forced": one.forced, "compressed": one.compressed}
+            for one in tokens
+        ]
+        asked.write_text(
+            json.dumps({"prompts": prompts, "presses": list(POLICIES), "keeps": list(keeps)})
+        )
+        script = Path(__file__).with_name("reference.py")
+        command = [str(python), str(script), str(model), str(asked), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise OSError(f"kvpress' half failed:\n{done.stderr[-2000:]}")
+        return torch.load(out, weights_only=True)
+
+
+def _compare_sets(
+    policy: Policy, layers: Sequence[Observation], keep: int, theirs: Tensor
+) -> tuple[float, int, int]:
+    """Share of entries in common; how many only we keep; how many of those are ties."""
+    ours = policy.select(layers, keep).kept
+    only_ours = ours & ~theirs
+    common = float((ours & theirs).sum() / ours.sum())
+    scores = torch.stack([policy.score(layer).scores for layer in layers])
+    candidates = scores.shape[-1]
+    edge = scores.masked_fill(~ours[..., :candidates], float("inf"))
+    # Where heads share a budget the edge is the layer's, else the head's.
+    uniform = isinstance(policy.head_allocation, UniformHeads)
+    last = edge.amin(dim=-1, keepdim=True) if uniform else edge.amin(dim=(1, 2), keepdim=True)
+    tied = only_ours[..., :candidates] & ((scores - last).abs() <= _TIE * last.abs())
+    return common, int(only_ours.sum()), int(tied.sum())

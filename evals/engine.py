@@ -1,0 +1,272 @@
+"""Forced answers in a real engine: what it would have said at each token, compressed and not."""
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+from adakv_worker.plugin import engine_args
+from adakv_worker.request_options import bound_by
+from evals.samples import Sample, Tokens
+
+FULL = "full"
+_FORCED = "evals_forced"
+_NAME = "evals_name"
+
+
+class Choice(NamedTuple):
+    """A policy and what it keeps. ratio: of the prompt; tokens: entries for each head on average.
+
+    alpha, window_tokens: None takes the preset's own.
+    """
+
+    policy: str
+    tokens: int | None = None
+    ratio: float | None = None
+    alpha: float | None = None
+    window_tokens: int | None = None
+
+    @property
+    def label(self) -> str:
+        parts = [self.policy]
+        parts += [f"alpha={self.alpha:g}"] if self.alpha is not None else []
+        parts += [f"window={self.window_tokens}"] if self.window_tokens is not None else []
+        return " ".join(parts)
+
+    @property
+    def kept(self) -> str:
+        if self.policy == FULL:
+            return "all"
+        return str(self.tokens) if self.tokens is not None else f"{self.ratio:g}x"
+
+    def xargs(self) -> dict[str, Any]:
+        given = {
+            "adakv_policy": self.policy, "adakv_budget_tokens": self.tokens,
+            "adakv_keep_ratio": self.ratio, "adakv_alpha": self.alpha,
+            "adakv_window_tokens": self.window_tokens,
+        }  # fmt: skip
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass
+class Outcome:
+    """Of one sample under one choice.
+
+    predicted: the most likely token for each of the answer's.
+    The rest is of those that come from the compressed cache. surprise: -log p of the answer's own,
+    in nats. agreement: whether the most likely is the full cache's. kl: KL(full || this), in nats.
+    kept_tokens: entries for each head on average, by the engine's own count.
+    said: all that came, what was forced too.
+    """
+
+    predicted: list[int] = field(default_factory=list)
+    surprise: list[float] = field(default_factory=list)
+    agreement: list[bool] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    kept_tokens: float | None = None
+    skipped: str | None = None
+    said: list[int] = field(default_factory=list)
+
+
+class Listener(Protocol):
+    """Takes a step's logits for one request."""
+
+    outcome: Outcome
+
+    def hear(self, step: int, logits: Tensor) -> int | None:
+        """Returns the token that is to come; None leaves it to the model."""
+        ...
+
+
+class _Beginning:
+    """Forces how an answer begins."""
+
+    def __init__(self, forced: list[int]) -> None:
+        self.outcome = Outcome()
+        self._forced = forced
+
+    def hear(self, step: int, logits: Tensor) -> int | None:
+        return self._forced[step] if step < len(self._forced) else None
+
+
+class _Measuring:
+    """Forces a whole answer, and notes what the model would have said."""
+
+    def __init__(self, tokens: Tokens, reference: list[Tensor], *, is_reference: bool) -> None:
+        self.outcome = Outcome()
+        self._tokens = tokens
+        self._reference = reference
+        self._is_reference = is_reference
+
+    def hear(self, step: int, logits: Tensor) -> int | None:
+        tokens = self._tokens
+        if step >= tokens.answer:
+            self.outcome.predicted.append(int(logits.argmax()))
+        if step >= tokens.compressed:
+            logprobs = logits.float().log_softmax(-1)
+            self._score(step - tokens.compressed, logprobs, tokens.forced[step])
+        return tokens.forced[step]
+
+    def _score(self, position: int, logprobs: Tensor, token: int) -> None:
+        if self._is_reference:
+            self._reference.append(logprobs)
+        expected, outcome = self._reference[position], self.outcome
+        outcome.surprise.append(-float(logprobs[token]))
+        outcome.agreement.append(int(logprobs.argmax()) == int(expected.argmax()))
+        divergence = (expected.exp() * (expected - logprobs)).sum()
+        outcome.kl.append(max(0.0, float(divergence)))
+
+
+class ForcedAnswers(AdapterLogitsProcessor):
+    """Has a request say what it is told to, and tells its listener what it would have said."""
+
+    listeners: ClassVar[dict[str, Listener]] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(
+        self, params: SamplingParams
+    ) -> Callable[[list[int], Tensor], Tensor] | None:
+        name = (params.extra_args or {}).get(_NAME)
+        if name is None:
+            return None
+        return functools.partial(_force, self.listeners[name])
+
+
+def _force(listener: Listener, output_ids: list[int], logits: Tensor) -> Tensor:
+    token = listener.hear(len(output_ids), logits)
+    if token is None:
+        return logits
+    logits.fill_(float("-inf"))
+    logits[token] = 0.0
+    return logits
+
+
+class ForcedEngine:
+    """One engine in this process. Requests begin one after the other and decode together: so that
+    each finds the prompt in the prefix cache, and none shares it with another that is running."""
+
+    def __init__(
+        self, model: Path | str, context_tokens: int, kv_bytes: int, **options: Any
+    ) -> None:
+        from vllm import LLM
+
+        # Bounds are the process's, and an `LLM` without statistics leaves those of the last engine.
+        bound_by(None)
+        self._llm = LLM(
+            model=str(model),
+            dtype="float32",
+            max_model_len=context_tokens,
+            block_size=32,
+            kv_cache_memory_bytes=kv_bytes,
+            enforce_eager=True,
+            max_num_batched_tokens=2048,
+            max_num_seqs=32,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            logits_processors=[ForcedAnswers],
+            **engine_args({"min_budget_tokens": 1}),
+            **options,
+        )
+        self._count = 0
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._llm.get_tokenizer()
+
+    def outcomes(
+        self, sample: Sample, tokens: Tokens, choices: Iterable[Choice]
+    ) -> dict[Choice, Outcome]:
+        """Of the same answer under each choice, and of the whole cache, which comes first."""
+        reference: list[Tensor] = []
+        full = Choice(FULL)
+
+        def answer(some: list[Choice]) -> dict[Choice, Outcome]:
+            listeners: dict[Choice, Listener] = {
+                choice: _Measuring(tokens, reference, is_reference=choice == full)
+                for choice in some
+            }
+            return self._answer(tokens.prompt, len(tokens.forced), listeners)
+
+        done = answer([full])
+        done |= answer([choice for choice in choices if choice != full])
+        for choice, outcome in list(done.items()):
+            # Beside one that keeps its whole cache the engine would free nothing.
+            if outcome.skipped == "shared_prefix":
+                done |= answer([choice])
+        return done
+
+    def answers(
+        self, prompt: list[int], begin: list[int], max_tokens: int, choices: Iterable[Choice]
+    ) -> dict[Choice, Outcome]:
+        """What the model says by itself under each choice, as the outcomes' `predicted`.
+
+        Args:
+            begin: forced before its answer.
+        """
+        done: dict[Choice, Outcome] = {}
+        for choice in choices:
+            # One by one: beside each other, what keeps its whole cache would let none free any.
+            begun: dict[Choice, Listener] = {choice: _Beginning(begin)}
+            # A chat format may end a turn within what is forced.
+            ends = not begin
+            done |= self._answer(prompt, len(begin) + max_tokens, begun, ends_with_eos=ends)
+        eos = self.tokenizer.eos_token_id
+        for outcome in done.values():
+            answer = outcome.said[len(begin) :]
+            outcome.predicted = answer[: answer.index(eos)] if eos in answer else answer
+        return done
+
+    def _answer(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        listeners: dict[Choice, Listener],
+        *,
+        ends_with_eos: bool = False,
+    ) -> dict[Choice, Outcome]:
+        engine = self._llm.llm_engine
+        asked: dict[str, Choice] = {}
+        done: dict[Choice, Outcome] = {}
+        waiting = list(listeners)
+        while waiting or engine.has_unfinished_requests():
+            if waiting:
+                choice = waiting.pop(0)
+                self._count += 1
+                name = f"sample-{self._count}"
+                asked[name] = choice
+                ForcedAnswers.listeners[name] = listeners[choice]
+                params = _params(max_tokens, name, choice, ignore_eos=not ends_with_eos)
+                engine.add_request(name, {"prompt_token_ids": prompt}, params)
+            for output in engine.step():
+                if output.finished:
+                    done[asked[output.request_id]] = _finished(output)
+        return done
+
+
+def _params(max_tokens: int, name: str, choice: Choice, *, ignore_eos: bool) -> SamplingParams:
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=max_tokens,
+        ignore_eos=ignore_eos,
+        detokenize=False,
+        extra_args={_NAME: name, **choice.xargs()},
+    )
+
+
+def _finished(output: Any) -> Outcome:
+    outcome = ForcedAnswers.listeners.pop(output.request_id).outcome
+    outcome.said = list(output.outputs[0].token_ids)
+    proof = (output.kv_transfer_params or {}).get("kv_compression")
+    if proof is not None:
+        outcome.kept_tokens, outcome.skipped = proof["kept_mean"], proof["skipped"]
+    return outcome

@@ -1,0 +1,48 @@
+"""RULER's tasks, as its own `prepare.py` writes them: `<folder>/<task>/validation.jsonl`."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from evals.published import metrics
+from evals.published.questions import Question, read_lines
+
+# By how a task's name begins.
+_MAX_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
+# What stands before the question itself in RULER's templates.
+_QUESTION_MARKS = ("\nWhat ", "\nQuestion: ", "\n\nAnswer the question based on")
+
+
+def read_ruler(folder: Path, tasks: Sequence[str] | None = None) -> Iterator[Question]:
+    """The questions of `tasks`, or of all that are there.
+
+    Raises:
+        OSError: a file cannot be read. ValueError: one is not as RULER writes them.
+    """
+    found = sorted(path.parent.name for path in folder.glob("*/validation.jsonl"))
+    if not (tasks or found):
+        raise ValueError(f"{folder} has no <task>/validation.jsonl")
+    for task in tasks or found:
+        kind = next((kind for kind in _MAX_TOKENS if task.startswith(kind)), None)
+        if kind is None:
+            raise ValueError(f"unknown task {task}: RULER's begin with {', '.join(_MAX_TOKENS)}")
+        rows = read_lines(folder / task / "validation.jsonl", ("input", "outputs"))
+        for number, row in enumerate(rows):
+            yield _question(task, kind, number, row)
+
+
+def _question(task: str, kind: str, number: int, row: dict[str, Any]) -> Question:
+    metric = metrics.any_of if kind == "qa" else metrics.all_of
+    text: str = row["input"]
+    edge = max(text.rfind(mark) for mark in _QUESTION_MARKS)
+    edge = edge if edge >= 0 else len(text)
+    return Question(
+        task,
+        str(row.get("index", number)),
+        text[:edge],
+        text[edge:],
+        _MAX_TOKENS[kind],
+        functools.partial(metric, answers=row["outputs"]),
+        prefix=row.get("answer_prefix", ""),
+    )

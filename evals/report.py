@@ -1,0 +1,108 @@
+"""Tables of results, as Markdown."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from evals.scores import Row, difference
+
+_MEASURES = ("exact", "agreement", "kl")
+
+
+def report(rows: Sequence[Row], baseline: str | None = None) -> str:
+    """A table for each model, mode and length: policies by what they keep, the mean of all tasks.
+
+    Args:
+        baseline: a policy that the others are compared with on the same samples, by KL, or by the
+            published score.
+    """
+    parts = []
+    for key in dict.fromkeys((row.model, row.mode, row.document_tokens) for row in rows):
+        mine = [row for row in rows if (row.model, row.mode, row.document_tokens) == key]
+        model, mode, tokens = key
+        parts.append(f"## {model}, {mode}, documents of {tokens} tokens\n\n{_summary(mine)}")
+        parts += [f"### {task}\n\n{_table(rows_of)}" for task, rows_of in _by_task(mine)]
+        if baseline is not None:
+            forced = [row for row in mine if row.kl is not None]
+            scored = [row for row in mine if row.metric is not None]
+            for title, measure, some in (("KL", "kl", forced), ("Score", "metric", scored)):
+                if some:
+                    table = _against(some, baseline, measure)
+                    parts.append(f"### {title} less {baseline}'s\n\n{table}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _by_task(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    tasks: dict[str, list[Row]] = {}
+    for row in rows:
+        tasks.setdefault(row.task, []).append(row)
+    return list(tasks.items())
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    """Macro means over the tasks."""
+    samples = sum(one[0].n for _, one in _by_task(rows))
+    tasks = ", ".join(task for task, _ in _by_task(rows))
+    return f"Mean of {tasks}; {samples} samples.\n\n{_table(rows)}"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    kepts = list(dict.fromkeys(row.kept for row in rows))
+    cells: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        cells.setdefault((row.policy, row.kept), []).append(row)
+    published = all(row.metric is not None for row in rows)
+    title, measures = ("score", ("metric",)) if published else (" / ".join(_MEASURES), _MEASURES)
+    lines = [_line([title, *kepts]), _line(["---"] * (len(kepts) + 1))]
+    for policy in dict.fromkeys(row.policy for row in rows):
+        lines.append(
+            _line([policy, *(_cell(cells.get((policy, kept), []), measures) for kept in kepts)])
+        )
+    return "\n".join(lines)
+
+
+def _cell(rows: Sequence[Row], measures: Sequence[str]) -> str:
+    if not rows:
+        return ""
+    means = []
+    for measure in measures:
+        values = [value for row in rows if (value := getattr(row, measure)) is not None]
+        means.append(f"{statistics.fmean(values):.3f}" if values else "-")
+    return " / ".join(means)
+
+
+def _against(rows: Sequence[Row], baseline: str, measure: str) -> str:
+    """Paired differences with their intervals, all tasks together; bold where it is clear."""
+    kepts = list(dict.fromkeys(row.kept for row in rows if row.kept != "all"))
+    policies = [p for p in dict.fromkeys(row.policy for row in rows) if p not in ("full", baseline)]
+    lines = [_line(["", *kepts]), _line(["---"] * (len(kepts) + 1))]
+    for policy in policies:
+        lines.append(
+            _line([policy, *(_paired(rows, policy, baseline, kept, measure) for kept in kepts)])
+        )
+    return "\n".join(lines)
+
+
+def _paired(rows: Sequence[Row], policy: str, baseline: str, kept: str, measure: str) -> str:
+    ours, theirs = _merged(rows, policy, kept), _merged(rows, baseline, kept)
+    if ours is None or theirs is None:
+        return ""
+    found = difference(ours, theirs, measure)
+    text = f"{found.mean:+.3f} [{found.interval.low:+.3f}, {found.interval.high:+.3f}]"
+    return f"**{text}**" if found.is_clear else text
+
+
+def _merged(rows: Sequence[Row], policy: str, kept: str) -> Row | None:
+    """All tasks' samples of one cell as one row, with clusters told apart by task."""
+    mine = [row for row in rows if (row.policy, row.kept) == (policy, kept)]
+    if not mine:
+        return None
+    samples = [
+        {**sample, "cluster": f"{row.task}/{sample['cluster']}"}
+        for row in mine
+        for sample in row.samples
+    ]
+    return Row(**{**mine[0].as_dict(), "samples": samples})
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

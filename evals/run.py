@@ -1,0 +1,118 @@
+"""Runs tasks under policies and budgets in one engine, a results line for each."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from evals.engine import FULL, Choice, Outcome
+from evals.published import metrics
+from evals.samples import Mode, Sample, Tokens, tokenize
+from evals.scores import Row, Score, row, score
+from evals.tasks import samples
+
+
+class Answering(Protocol):
+    """Something that answers: what it is made to say, and what it says by itself."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def outcomes(
+        self, sample: Sample, tokens: Tokens, choices: Iterable[Choice]
+    ) -> dict[Choice, Outcome]: ...
+
+    def answers(
+        self, prompt: list[int], begin: list[int], max_tokens: int, choices: Iterable[Choice]
+    ) -> dict[Choice, Outcome]: ...
+
+
+class Plan(NamedTuple):
+    """policies: labels of presets. budgets: entries for each head; ratios: of the prompt."""
+
+    tasks: Sequence[str]
+    modes: Sequence[Mode]
+    policies: Sequence[str]
+    budgets: Sequence[int]
+    ratios: Sequence[float]
+    document_tokens: int
+    samples: int
+    seed: int = 0
+
+    def choices(self) -> list[Choice]:
+        return choices(self.policies, self.budgets, self.ratios)
+
+
+def choices(
+    policies: Sequence[str], budgets: Sequence[int], ratios: Sequence[float]
+) -> list[Choice]:
+    """Every policy with every budget and every ratio."""
+    return [
+        *(Choice(policy, tokens=budget) for policy in policies for budget in budgets),
+        *(Choice(policy, ratio=ratio) for policy in policies for ratio in ratios),
+    ]
+
+
+def run(engine: Answering, model: str, plan: Plan) -> Iterator[list[Row]]:
+    """The rows of one task in one mode after the other; the whole cache's is the first."""
+    for mode in plan.modes:
+        for task in plan.tasks:
+            yield _run_task(engine, model, plan, task, mode)
+
+
+def _run_task(engine: Answering, model: str, plan: Plan, task: str, mode: Mode) -> list[Row]:
+    every = [Choice(FULL), *plan.choices()]
+    scores: dict[Choice, list[Score]] = {choice: [] for choice in every}
+    asked = samples(task, engine.tokenizer, plan.document_tokens, plan.samples, plan.seed)
+    for sample in asked:
+        tokens = tokenize(sample, engine.tokenizer, mode)
+        found = _score_free if sample.free_tokens else _score_forced
+        for choice, one in found(engine, sample, tokens, every).items():
+            scores[choice].append(one)
+    return [
+        row(task, mode, model, plan.document_tokens, choice, scores[choice]) for choice in every
+    ]
+
+
+def _score_forced(
+    engine: Answering, sample: Sample, tokens: Tokens, choices: Sequence[Choice]
+) -> dict[Choice, Score]:
+    outcomes = engine.outcomes(sample, tokens, choices)
+    return {choice: score(sample, tokens, outcome) for choice, outcome in outcomes.items()}
+
+
+def _score_free(
+    engine: Answering, sample: Sample, tokens: Tokens, choices: Sequence[Choice]
+) -> dict[Choice, Score]:
+    outcomes = engine.answers(tokens.prompt, tokens.forced, sample.free_tokens, choices)
+    texts = {
+        choice: engine.tokenizer.decode(outcome.predicted, skip_special_tokens=True)
+        for choice, outcome in outcomes.items()
+    }
+    whole = texts[Choice(FULL)]
+    return {
+        choice: score(sample, tokens, outcome, metrics.rouge_l(texts[choice], whole))
+        for choice, outcome in outcomes.items()
+    }
+
+
+def write_rows(parts: Iterable[Sequence[Row]], path: Path) -> Iterator[Sequence[Row]]:
+    """Writes each part as it comes, so that a run that is cut short keeps what it has.
+
+    Raises:
+        OSError: the file cannot be written; before anything is measured.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for rows in parts:
+            file.write("".join(json.dumps(one.as_dict()) + "\n" for one in rows))
+            file.flush()
+            yield rows
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Raises ValueError: the file holds something else. OSError: it is not there."""
+    try:
+        return [Row(**json.loads(line)) for line in path.read_text().splitlines()]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} holds no results: {error}") from error

@@ -1,0 +1,150 @@
+"""Scores of samples, and what they add up to, with intervals over clusters."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from evals.engine import Choice, Outcome
+from evals.samples import Sample, Tokens
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one sample under one choice.
+
+    exact: whether every token of the right answer is the most likely one; None where there is none.
+    The rest is None where a server does not tell.
+    agreement: share of tokens at which the most likely one is the full cache's.
+    kl: mean KL(full || this) of the next token, in nats.
+    surprise: mean -log p of the answer's tokens, in nats.
+    metric: a published set's own, or a summary's ROUGE-L with the whole cache's, 0 to 1.
+    """
+
+    sample_id: str
+    cluster: str
+    exact: bool | None
+    agreement: float | None
+    kl: float | None
+    surprise: float | None
+    kept_tokens: float | None
+    prompt_tokens: int
+    metric: float | None = None
+
+
+def score(sample: Sample, tokens: Tokens, outcome: Outcome, metric: float | None = None) -> Score:
+    expected = tokens.forced[tokens.answer :]
+    return Score(
+        sample.sample_id,
+        sample.cluster,
+        exact=outcome.predicted == expected if sample.has_answer else None,
+        agreement=_mean(outcome.agreement),
+        kl=_mean(outcome.kl),
+        surprise=_mean(outcome.surprise),
+        kept_tokens=outcome.kept_tokens,
+        prompt_tokens=len(tokens.prompt),
+        metric=metric,
+    )
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a results file: a task under a choice."""
+
+    task: str
+    mode: str
+    model: str
+    policy: str
+    kept: str
+    document_tokens: int
+    n: int
+    clusters: int
+    kept_tokens: float | None
+    exact: float | None
+    agreement: float | None
+    kl: float | None
+    surprise: float | None
+    samples: list[dict[str, Any]]
+    metric: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def row(
+    task: str, mode: str, model: str, document_tokens: int, choice: Choice, scores: Sequence[Score]
+) -> Row:
+    return Row(
+        task=task,
+        mode=mode,
+        model=model,
+        policy=choice.label,
+        kept=choice.kept,
+        document_tokens=document_tokens,
+        n=len(scores),
+        clusters=len({one.cluster for one in scores}),
+        kept_tokens=_mean([one.kept_tokens for one in scores]),
+        exact=_mean([one.exact for one in scores]),
+        agreement=_mean([one.agreement for one in scores]),
+        kl=_mean([one.kl for one in scores]),
+        surprise=_mean([one.surprise for one in scores]),
+        samples=[asdict(one) for one in scores],
+        metric=_mean([one.metric for one in scores]),
+    )
+
+
+def interval(
+    clusters: Sequence[str],
+    values: Sequence[float],
+    statistic: Callable[[np.ndarray], float] = lambda sums: float(sums[0] / sums[1]),
+    seed: int = 0,
+) -> Interval:
+    """95 % of the mean, by resampling whole clusters; of paired differences as of single values."""
+    names = sorted(set(clusters))
+    index = {name: number for number, name in enumerate(names)}
+    sums = np.zeros((len(names), 2))
+    for name, value in zip(clusters, values, strict=True):
+        sums[index[name]] += (value, 1.0)
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(names), size=(_RESAMPLES, len(names)))
+    means = [statistic(sums[draw].sum(axis=0)) for draw in drawn]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Interval(float(low), float(high))
+
+
+class Difference(NamedTuple):
+    """Of a choice to another on the same samples: the mean, and 95 % of it."""
+
+    mean: float
+    interval: Interval
+
+    @property
+    def is_clear(self) -> bool:
+        return self.interval.low > 0 or self.interval.high < 0
+
+
+def difference(ours: Row, theirs: Row, measure: str) -> Difference:
+    """Raises ValueError: they are not of the same samples."""
+    pairs = [(one["sample_id"], one["cluster"]) for one in ours.samples]
+    if pairs != [(one["sample_id"], one["cluster"]) for one in theirs.samples]:
+        raise ValueError("the rows are of different samples")
+    values = [
+        float(a[measure]) - float(b[measure])
+        for a, b in zip(ours.samples, theirs.samples, strict=True)
+    ]
+    return Difference(statistics.fmean(values), interval([name for _, name in pairs], values))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(math.fsum(known) / len(known), 5) if known else None

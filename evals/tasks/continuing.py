@@ -1,0 +1,59 @@
+"""Texts that are gone on with, or told in short: nothing is right, only like the full cache's."""
+
+import itertools
+from collections.abc import Iterator
+
+from evals.samples import Sample, Turn
+from evals.tasks.source import Source
+from loadtest import corpus
+
+_CONTINUED_TOKENS = 32
+_SUMMARY_TOKENS = 64
+# Of a question and the chat format.
+_AROUND_TOKENS = 64
+
+
+def continuation(source: Source) -> Iterator[Sample]:
+    """A novel."""
+    yield from _continued(source, "continuation", corpus.novels())
+
+
+def code_next_lines(source: Source) -> Iterator[Sample]:
+    """Modules of a library, after LCC and RepoBench."""
+    yield from _continued(source, "code", corpus.code())
+
+
+def summaries(source: Source) -> Iterator[Sample]:
+    """LongBench's summaries: scored by how much the whole cache's own summary is the same."""
+    passages = source.passages(corpus.novels())
+    for number in itertools.count():
+        name = f"summaries-{number}"
+        turns = (Turn("Tell in a few sentences what happens in this passage of a novel.", ""),)
+        yield Sample(
+            "summaries",
+            name,
+            name,
+            passages.take(source.document_tokens - _AROUND_TOKENS),
+            turns,
+            "",
+            has_answer=False,
+            free_tokens=_SUMMARY_TOKENS,
+        )
+
+
+def _continued(source: Source, task: str, text: str) -> Iterator[Sample]:
+    stretches = source.passages(text)
+    for number in itertools.count():
+        ids = source.tokenizer.encode(
+            stretches.take(source.document_tokens + _CONTINUED_TOKENS), add_special_tokens=False
+        )
+        begin, end = ids[: source.document_tokens], ids[source.document_tokens :]
+        yield Sample(
+            task,
+            f"{task}-{number}",
+            f"{task}-{number}",
+            source.tokenizer.decode(begin),
+            (),
+            source.tokenizer.decode(end[:_CONTINUED_TOKENS]),
+            has_answer=False,
+        )

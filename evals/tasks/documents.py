@@ -1,0 +1,58 @@
+"""Questions about real documents: profiles of countries."""
+
+import functools
+import lzma
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from evals.samples import Sample, Turn
+from evals.tasks.source import Source
+
+_TEXT = Path(__file__).parents[1] / "texts" / "factbook.txt.xz"
+_ASKED = 5
+# Of a question and the chat format.
+_AROUND_TOKENS = 64
+# An answer that can be given word by word.
+_ANSWER = re.compile(r"[^;:()]{4,40}")
+
+
+def factbook(source: Source) -> Iterator[Sample]:
+    """LongBench's single-document questions: five entries of a country's profile."""
+    names = sorted(_profiles())
+    source.rng.shuffle(names)
+    for name in names:
+        lines = _beginning(source, _profiles()[name])
+        entries = [line.split(": ", 1) for line in lines]
+        askable = [(key, value) for key, value in entries if _ANSWER.fullmatch(value)]
+        text = f"Profile of {name}\n" + "\n".join(lines)
+        for key, value in source.rng.sample(askable, min(_ASKED, len(askable))):
+            question = (
+                f'What does the profile of {name} say under "{key}"? Answer exactly as it is '
+                "written there and nothing else."
+            )
+            turns = (Turn(question, ""),)
+            yield Sample("factbook", f"{name}/{key}", name, text, turns, f" {value}", f"{key}:")
+
+
+def _beginning(source: Source, lines: list[str]) -> list[str]:
+    """As many whole lines as have room."""
+    room = source.document_tokens - _AROUND_TOKENS
+    taken = []
+    for line in lines:
+        room -= len(source.tokenizer.encode(line, add_special_tokens=False)) + 1
+        if room < 0:
+            break
+        taken.append(line)
+    return taken
+
+
+@functools.cache
+def _profiles() -> dict[str, list[str]]:
+    """Lines of entries by country, each `section - entry: text`."""
+    text = lzma.decompress(_TEXT.read_bytes()).decode()
+    profiles = {}
+    for part in text.strip().split("\n\n"):
+        name, *lines = part.split("\n")
+        profiles[name] = lines
+    return profiles

@@ -1,0 +1,69 @@
+"""What is asked: the same in every mode, for every seed, and as long as was wanted."""
+
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from evals.samples import MODES, Sample, Turn, tokenize
+from evals.tasks import TASKS, samples
+from serving.embedded_model import embedded_model_path
+
+_NOTHING_TO_FIND = {"code", "continuation", "summaries", "recall", "kinds"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(embedded_model_path())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_seed_makes_the_same_samples_each_time(tokenizer: Any, task: str) -> None:
+    first, again = (samples(task, tokenizer, 400, 6, seed=3) for _ in range(2))
+    assert first == again != samples(task, tokenizer, 400, 6, seed=4)
+    assert len({sample.sample_id for sample in first}) == 6
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("tokens", [400, 1500])
+def test_documents_are_as_long_as_was_wanted(tokenizer: Any, task: str, tokens: int) -> None:
+    for sample in samples(task, tokenizer, tokens, 3):
+        prompt = tokenize(sample, tokenizer, "aware").prompt
+        assert 0.7 * tokens < len(prompt) < 1.3 * tokens
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_both_modes_are_of_the_same_text(tokenizer: Any, task: str) -> None:
+    for sample in samples(task, tokenizer, 400, 3):
+        aware, agnostic = (tokenize(sample, tokenizer, mode) for mode in MODES)
+        assert aware.prompt + aware.forced == agnostic.prompt + agnostic.forced
+        assert agnostic.forced[agnostic.answer :] == aware.forced[aware.answer :]
+        text = tokenizer.decode(agnostic.prompt + agnostic.forced)
+        assert sample.document in text
+        assert text.endswith(sample.answer)
+        if sample.turns:
+            assert sample.turns[0].question in tokenizer.decode(aware.prompt)
+            assert sample.turns[0].question not in tokenizer.decode(agnostic.prompt)
+
+
+@pytest.mark.parametrize("task", sorted(TASKS.keys() - _NOTHING_TO_FIND))
+def test_what_is_asked_for_is_in_the_document(tokenizer: Any, task: str) -> None:
+    for sample in samples(task, tokenizer, 800, 6):
+        for part in sample.answer.strip().split(", "):
+            assert part in sample.document
+            assert all(part not in turn.question for turn in sample.turns)
+
+
+def test_later_questions_are_not_compressed_with_the_document(tokenizer: Any) -> None:
+    turns = (Turn("What is red?", "Apples."), Turn("What is blue?", ""))
+    document = "Apples are red and skies are blue."
+    sample = Sample("two", "1", "1", document, turns, " Skies.", cue="Blue are:")
+    tokens = tokenize(sample, tokenizer, "aware")
+    assert "What is red?" in tokenizer.decode(tokens.prompt)
+    assert "What is blue?" not in tokenizer.decode(tokens.prompt)
+    assert tokenizer.decode(tokens.forced[tokens.answer :]) == " Skies."
+
+
+def test_an_unknown_task_is_refused_with_the_known_ones(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="unknown task 'nedles': known are needles"):
+        samples("nedles", tokenizer, 400, 1)

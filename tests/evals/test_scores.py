@@ -1,0 +1,81 @@
+"""Means, intervals over clusters, and differences of pairs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evals.engine import Choice, Outcome
+from evals.plots import draw
+from evals.report import report
+from evals.samples import Sample, Tokens
+from evals.scores import Row, difference, interval, row, score
+
+TOKENS = Tokens([1, 2, 3], [8, 9], 0)
+
+
+def scored(policy: str, kls: list[float], clusters: list[str]) -> Row:
+    scores = []
+    for number, (kl, cluster) in enumerate(zip(kls, clusters, strict=True)):
+        sample = Sample("task", f"sample-{number}", cluster, "", (), "")
+        outcome = Outcome([8, 9], [0.1, 0.2], [True, True], [kl, kl], 64.0)
+        scores.append(score(sample, TOKENS, outcome))
+    return row("task", "aware", "model", 400, Choice(policy, tokens=64), scores)
+
+
+def test_an_answer_is_exact_if_all_that_counts_of_it_is() -> None:
+    sample = Sample("task", "1", "1", "", (), "")
+    exact = Outcome([8, 9], [0.1, 0.3], [True, False], [0.0, 1.0], 64.0)
+    found = score(sample, TOKENS, exact)
+    assert (found.exact, found.agreement, found.kl) == (True, 0.5, 0.5)
+    assert found.surprise == pytest.approx(0.2)
+    assert not score(sample, TOKENS, Outcome([8, 7], [1, 1], [True, True], [0, 0])).exact
+
+
+def test_a_mean_of_many_clusters_is_known_better_than_of_few() -> None:
+    values = list(np.random.default_rng(0).normal(size=120))
+    few = interval([str(number % 4) for number in range(120)], values)
+    many = interval([str(number) for number in range(120)], values)
+    assert few.low < np.mean(values) < few.high
+    assert many.low < np.mean(values) < many.high
+    same = interval([str(number // 30) for number in range(120)], [1, 2, 3] * 40)
+    assert same.low == same.high == 2
+
+
+@given(
+    kls=st.lists(st.floats(0, 5), min_size=2, max_size=20),
+    shift=st.floats(0.1, 2),
+)
+def test_what_differs_in_every_pair_differs_clearly(kls: list[float], shift: float) -> None:
+    clusters = [str(number // 2) for number in range(len(kls))]
+    worse = scored("worse", [kl + shift for kl in kls], clusters)
+    found = difference(worse, scored("better", kls, clusters), "kl")
+    assert found.mean == pytest.approx(shift, abs=1e-4)
+    assert found.is_clear
+    assert not difference(worse, worse, "kl").is_clear
+
+
+def test_rows_of_other_samples_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="different samples"):
+        difference(scored("one", [1.0], ["a"]), scored("other", [1.0, 2.0], ["a", "b"]), "kl")
+
+
+def test_a_report_has_a_cell_for_each_policy_and_budget() -> None:
+    rows = [scored("snapkv", [0.5, 0.7], ["a", "b"]), scored("ada_snapkv", [0.1, 0.2], ["a", "b"])]
+    text = report(rows, baseline="snapkv")
+    assert "| snapkv | 1.000 / 1.000 / 0.600 |" in text
+    assert "| ada_snapkv | **-0.450 [" in text
+
+
+def test_a_picture_has_a_line_for_each_policy(tmp_path: Path) -> None:
+    rows = [scored("snapkv", [0.5, 0.7], ["a", "b"]), scored("ada_snapkv", [0.1, 0.2], ["a", "b"])]
+    path = tmp_path / "fidelity.svg"
+    draw(rows, path)
+    text = path.read_text()
+    assert "<!-- ada_snapkv -->" in text
+    assert "<!-- snapkv -->" in text
+    with pytest.raises(ValueError, match="no forced answers"):
+        draw([replace(row, kl=None) for row in rows], path)
