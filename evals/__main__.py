@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     _add_common(publishing)
     reporting = commands.add_parser("report", help="print tables of results files")
     reporting.add_argument("results", nargs="+", type=Path)
-    reporting.add_argument("--plot", type=Path, help="draw fidelity against memory, as .svg or .png")
+    reporting.add_argument(
+        "--plot", type=Path, help="draw fidelity against memory, as .svg or .png"
+    )
     reporting.add_argument("--baseline", help="a policy to compare the others with")
     commands.add_parser(
         "fetch", help="fetch Qwen2.5-Coder-1.5B-Instruct (1.1 GB), and print where it is"

@@ -1,0 +1,39 @@
+"""Every preset answers as well as when its figures were recorded."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from evals.engine import ForcedEngine
+from evals.gate import PLAN, RECORDED, moved
+from evals.run import read_rows, run
+from serving.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
+
+
+@pytest.fixture
+def engine(in_process: None) -> Iterator[ForcedEngine]:
+    engine = ForcedEngine(embedded_model_path(), 2048, 512 << 20)
+    yield engine
+    engine.close()
+
+
+def test_no_preset_answers_otherwise_than_was_recorded(engine: ForcedEngine) -> None:
+    parts = run(engine, EMBEDDED_MODEL_NAME, PLAN)
+    assert moved(read_rows(RECORDED), [row for part in parts for row in part]) == []
+
+
+def test_a_preset_that_got_worse_is_told() -> None:
+    rows = read_rows(RECORDED)
+    worse = [
+        replace(row, agreement=row.agreement - 0.1)
+        if row.policy == "kv_compress" and row.agreement is not None
+        else row
+        for row in rows
+    ]
+    lines = moved(rows, worse)
+    assert [line.split(" was")[0] for line in lines] == [
+        "agnostic kv_compress 96: agreement",
+        "aware kv_compress 96: agreement",
+    ]
+    assert moved(rows, rows[1:]) == ["aware full all: not the same tasks"]
