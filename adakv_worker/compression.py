@@ -140,10 +140,11 @@ class Compression:
     def _observe(self, layer: int, query: Tensor) -> Observation:
         part, n = self._parts[layer], self._command.prompt_tokens
         layout = self._tables.layout
-        keys = read_blocks(self._cache.keys, layout, self._blocks, layer, n)
+        paged_keys = read_blocks(self._cache.keys, layout, self._blocks, layer)
+        keys = paged_keys[:, :n]
         values = keys.new_empty((*keys.shape[:2], 0))
         if self._policy.needs_values:
-            values = read_blocks(self._cache.values, layout, self._blocks, layer, n)
+            values = read_blocks(self._cache.values, layout, self._blocks, layer)[:, :n]
         return Observation(
             self._window(layer, query),
             keys,
@@ -152,6 +153,7 @@ class Compression:
             part.rotary,
             part.output_weight,
             part.layer,
+            paged_keys,
         )
 
     def _window(self, layer: int, query: Tensor) -> Tensor:

@@ -22,35 +22,41 @@ def window_attention(observation: Observation, window: int) -> Tensor:
 
 
 @Operation
-def mean_window_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+def mean_window_attention(queries: Tensor, keys: Tensor, scale: float, num_tokens: int) -> Tensor:
     """Mean attention [H, n - w] float32 that a group's window pays to the entries before it.
 
     Args:
         queries: [H, G, w, D] of the last w positions.
-        keys: [H, n, D].
+        keys: [H, n or more, D]: those behind the first n are anything, and not looked at.
         scale: the softmax scale.
+        num_tokens: n.
     """
     window = queries.shape[2]
-    return _window_attention(queries, keys, scale)[..., :-window].mean(dim=(1, 2))
+    attention = _window_attention(queries, keys[:, :num_tokens], scale)
+    return attention[..., :-window].mean(dim=(1, 2))
 
 
 @mean_window_attention.on("cpu")
-def _mean_window_attention_by_head(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+def _mean_window_attention_by_head(
+    queries: Tensor, keys: Tensor, scale: float, num_tokens: int
+) -> Tensor:
     # One KV head at a time, in place: fresh memory costs more than the arithmetic.
     heads, group, window, dim = queries.shape
     n, rows = keys.shape[1], group * window
     scaled = (queries.float() * scale).reshape(heads, rows, dim)
     keys = keys.float()
-    future = _future(window, keys)
+    # What lies behind the prompt is in everybody's future.
+    future = _future(window, n - num_tokens + window, keys)
     # A product with this takes the mean at a fraction of what `torch.mean` over rows costs.
     averaging = scaled.new_full((1, rows), 1 / rows)
     mean = scaled.new_empty((heads, 1, n))
     for head in range(heads):
         logits = _product(scaled[head], keys[head])
-        logits.view(group, window, n)[..., n - window :].masked_fill_(future, float("-inf"))
+        recent = logits.view(group, window, n)[..., num_tokens - window :]
+        recent.masked_fill_(future, float("-inf"))
         torch.softmax(logits, dim=-1, out=logits)
         torch.mm(averaging, logits, out=mean[head])
-    return mean[:, 0, : n - window]
+    return mean[:, 0, : num_tokens - window]
 
 
 def _product(queries: Tensor, keys: Tensor) -> Tensor:
@@ -66,13 +72,13 @@ def _window_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     n = keys.shape[1]
     flat = (queries.float() * scale).reshape(heads, group * window, dim)
     logits = torch.bmm(flat, keys.float().transpose(1, 2)).view(heads, group, window, n)
-    logits[..., n - window :].masked_fill_(_future(window, keys), float("-inf"))
+    logits[..., n - window :].masked_fill_(_future(window, window, keys), float("-inf"))
     return logits.softmax(dim=-1)
 
 
-def _future(window: int, keys: Tensor) -> Tensor:
-    """[w, w] bool: which keys of the window lie after which of its queries."""
-    return torch.ones((window, window), dtype=torch.bool, device=keys.device).triu(1)
+def _future(window: int, recent: int, like: Tensor) -> Tensor:
+    """[w, recent] bool: which of the last keys lie after which query of the window."""
+    return torch.ones((window, recent), dtype=torch.bool, device=like.device).triu(1)
 
 
 def pool(scores: Tensor, kernel_size: int, mode: str) -> Tensor:

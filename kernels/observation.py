@@ -18,6 +18,7 @@ class Observation(NamedTuple):
     output_weight: gives [hidden, H * G * D] of the output projection, for scorers that project
         values; a call, because engines repack weights.
     layer: index of the layer, for scorers that draw random numbers.
+    paged_keys: [H, n or more, D], `keys` with what lies behind them in their last page.
     """
 
     queries: Tensor
@@ -27,6 +28,7 @@ class Observation(NamedTuple):
     rotary: Rotary | None = None
     output_weight: Callable[[], Tensor] | None = None
     layer: int = 0
+    paged_keys: Tensor | None = None
 
     @property
     def num_kv_heads(self) -> int:

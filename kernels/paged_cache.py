@@ -27,23 +27,19 @@ class PagedCache(NamedTuple):
         )
 
 
-def read_blocks(
-    pool: Tensor, layout: PageLayout, blocks: Tensor, layer: int, num_tokens: int
-) -> Tensor:
-    """Copies one layer of an uncompressed request's keys or values: [H, num_tokens, D]."""
-    pages = layout.block_pages(blocks, layer).t().reshape(-1)
-    heads, (page_tokens, dim) = layout.offsets.shape[1], pool.shape[1:]
+def read_blocks(pool: Tensor, layout: PageLayout, blocks: Tensor, layer: int) -> Tensor:
+    """Copies one layer of an uncompressed request's keys or values: [H, nb * page_tokens, D].
+
+    What lies behind its last token in its last block comes along.
+    """
+    pages = layout.block_pages(blocks, layer).t()
+    heads, dim = layout.offsets.shape[1], pool.shape[2]
     if pool.stride(1) != 1:
-        return pool.index_select(0, pages).view(heads, -1, dim)[:, :num_tokens]
+        return pool.index_select(0, pages.reshape(-1)).view(heads, -1, dim)
     # Packed dimension-major, and left so: turning it costs twice the copy.
-    packed = pool.transpose(1, 2).index_select(0, pages).view(heads, -1, dim, page_tokens)
-    full, rest = divmod(num_tokens, page_tokens)
-    entries = packed.new_empty((heads, dim, num_tokens))
-    whole_pages = entries[..., : full * page_tokens].unflatten(-1, (full, page_tokens))
-    whole_pages.copy_(packed[:, :full].transpose(1, 2))
-    if rest:
-        entries[..., -rest:] = packed[:, full, :, :rest]
-    return entries.transpose(1, 2)
+    rows, stride = _rows(pool.transpose(1, 2))
+    packed = pages[:, None] * stride + torch.arange(dim, device=pool.device)[:, None]
+    return rows.index_select(0, packed.reshape(-1)).view(heads, dim, -1).transpose(1, 2)
 
 
 def write_slots(cache: PagedCache, slots: Tensor, keys: Tensor, values: Tensor) -> None:

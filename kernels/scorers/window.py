@@ -31,8 +31,13 @@ class WindowScorer:
     def score(self, observation: Observation) -> Tensor:
         window = self.window_tokens
         if self.group_reduction == "mean":
-            queries = observation.grouped_queries(window)
-            scores = mean_window_attention(queries, observation.keys, observation.scale)
+            paged = observation.paged_keys
+            scores = mean_window_attention(
+                observation.grouped_queries(window),
+                observation.keys if paged is None else paged,
+                observation.scale,
+                observation.num_tokens,
+            )
         else:
             attention = window_attention(observation, window)[..., :-window]
             scores = attention.mean(dim=2).amax(dim=1)

@@ -103,7 +103,7 @@ def test_too_few_slabs_change_nothing() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_what_is_read_from_blocks_and_written_to_pages_comes_back(layout: PageLayout) -> None:
-    dim, n = 8, 11
+    dim = 8
     generator = torch.Generator().manual_seed(0)
     pool = torch.randn((BLOCKS * LAYERS * HEADS, 2, PAGE * dim), generator=generator)
     # Keys packed dimension-major, as the CPU kernels do.
@@ -114,8 +114,8 @@ def test_what_is_read_from_blocks_and_written_to_pages_comes_back(layout: PageLa
     lens = torch.tensor([[3, 5], [4, 4], [1, 7]], dtype=torch.int32)
     row = tables.place(lens, [7, 9])
     blocks = torch.tensor([3, 20, 5])
-    keys = read_blocks(cache.keys, layout, blocks, 1, n)
-    values = read_blocks(cache.values, layout, blocks, 1, n)
+    keys = read_blocks(cache.keys, layout, blocks, 1)
+    values = read_blocks(cache.values, layout, blocks, 1)
     page = int(layout.block_pages(torch.tensor([20]), 1)[0, 1])
     assert torch.equal(keys[1, 4:8], cache.keys[page])
     kept = torch.tensor([0, 2, 3, 10])

@@ -23,14 +23,20 @@ def _generator(seed: int) -> torch.Generator:
     group=st.integers(1, 4),
     window=st.integers(1, 8),
     older=st.integers(0, 40),
+    behind=st.integers(0, 8),
     seed=st.integers(0, 10**6),
 )
-def test_mean_window_attention(heads: int, group: int, window: int, older: int, seed: int) -> None:
+def test_mean_window_attention(
+    heads: int, group: int, window: int, older: int, behind: int, seed: int
+) -> None:
     generator = _generator(seed)
     queries = torch.randn((heads, group, window, 8), generator=generator)
-    keys = torch.randn((heads, window + older, 8), generator=generator)
-    fast = mean_window_attention(queries, keys, 0.3)
-    torch.testing.assert_close(fast, mean_window_attention.reference(queries, keys, 0.3))
+    n = window + older
+    keys = torch.randn((heads, n + behind, 8), generator=generator)
+    keys[:, n:] = torch.nan
+    fast = mean_window_attention(queries, keys, 0.3, n)
+    reference = mean_window_attention.reference(queries, keys[:, :n], 0.3, n)
+    torch.testing.assert_close(fast, reference)
 
 
 @settings(max_examples=200, deadline=None)
