@@ -53,20 +53,22 @@ class SpillSettings(NamedTuple):
 class MoveReport(NamedTuple):
     """One move that came to its first output, or why it did not.
 
-    export_s: until its cache was out of the engine. seconds: in all.
+    Since it was chosen: export_s until its cache was out of the engine, arrival_s until it was
+    there, seconds in all.
     """
 
     request_id: str
     lender: str
     state_bytes: int
     export_s: float
+    arrival_s: float
     seconds: float
     problem: str | None
 
     @property
     def bytes_per_s(self) -> float:
-        """From the engine on. Until its step was over it decoded, which is no cost of the move."""
-        return self.state_bytes / max(self.seconds - self.export_s, 1e-3)
+        """From engine to engine. Both finish their steps first, which costs nobody anything."""
+        return self.state_bytes / max(self.arrival_s - self.export_s, 1e-3)
 
     def log_line(self) -> dict[str, Any]:
         return {
@@ -74,6 +76,7 @@ class MoveReport(NamedTuple):
             "lender": self.lender,
             "bytes": self.state_bytes,
             "export_ms": round(self.export_s * 1000, 2),
+            "arrival_ms": round(self.arrival_s * 1000, 2),
             "first_output_ms": round(self.seconds * 1000, 2),
         }
 
@@ -90,10 +93,14 @@ class _Facts:
         self._lender = lender
         self._began = time.monotonic()
         self._export_s = 0.0
+        self._arrival_s = 0.0
         self._state_bytes = 0
 
     def exported(self, state_bytes: int) -> None:
         self._export_s, self._state_bytes = time.monotonic() - self._began, state_bytes
+
+    def arrived(self) -> None:
+        self._arrival_s = time.monotonic() - self._began
 
     def report(self, problem: str | None) -> MoveReport:
         return MoveReport(
@@ -101,6 +108,7 @@ class _Facts:
             self._lender,
             self._state_bytes,
             self._export_s,
+            self._arrival_s,
             time.monotonic() - self._began,
             problem,
         )
@@ -281,6 +289,9 @@ class Borrower:
                 facts.exported(guest.nbytes)
                 outputs = await stack.enter_async_context(contextlib.aclosing(self._send(guest)))
                 del guest
+                # What comes first is nothing but the news that its cache has arrived.
+                await asyncio.wait_for(anext(outputs), self._settings.first_output_s)
+                facts.arrived()
                 first = await self._first_output(outputs, lease)
                 # It is in the lender's engine now.
                 files.close()
@@ -340,11 +351,11 @@ class Borrower:
         Raises:
             TimeoutError: it has not in time.
         """
-        if lease.resource == "host_bytes":
-            # What comes first is nothing but the news that its cache has arrived.
-            await asyncio.wait_for(anext(outputs), self._settings.first_output_s)
-            return await asyncio.wait_for(anext(outputs), self._settings.parked_s)
-        return await asyncio.wait_for(anext(outputs), self._settings.first_output_s)
+        parked = lease.resource == "host_bytes"
+        settings = self._settings
+        return await asyncio.wait_for(
+            anext(outputs), settings.parked_s if parked else settings.first_output_s
+        )
 
     async def _follow(
         self, request_id: str, first: "Decoded", outputs: "AsyncGenerator[Decoded, None]"
@@ -357,10 +368,9 @@ class Borrower:
                 raise ConnectionError("the lender has let go of it")
 
     def _note_move(self, report: MoveReport, lease: Lease) -> None:
-        if lease.resource == "blocks":
-            before = self._bytes_per_s.get(report.lender, self._settings.bytes_per_s)
-            newest = report.bytes_per_s
-            self._bytes_per_s[report.lender] = before + _NEWEST * (newest - before)
+        before = self._bytes_per_s.get(report.lender, self._settings.bytes_per_s)
+        newest = report.bytes_per_s
+        self._bytes_per_s[report.lender] = before + _NEWEST * (newest - before)
         logger.info("spill moved %s", json.dumps(report.log_line() | {"to": lease.resource}))
         self._on_move(report)
 

@@ -88,8 +88,8 @@ class Lender:
     async def take_in(self, guest: Guest) -> "AsyncGenerator[Decoded, None]":
         """Yields a guest's outputs until its end; closing it ends the guest.
 
-        One that has leased no blocks, but memory to wait in, waits with the engine's other requests
-        until it has them; nothing is yielded first then, once its cache is here.
+        Nothing is yielded first, once its cache is here. One that has leased no blocks, but memory
+        to wait in, waits with the engine's other requests until it has them.
 
         Raises:
             LookupError: it has leased from another replica.
@@ -112,8 +112,7 @@ class Lender:
                     await asyncio.to_thread(place_parcels, arrays, Path(path))
                     del parcels, arrays
                 outputs = self._core.take_in(departure, path)
-                if lease.resource == "host_bytes":
-                    yield []
+                yield []
                 first = await anext(outputs)
             async with contextlib.aclosing(outputs):
                 held.decoded = decoded

@@ -250,7 +250,13 @@ async def test_a_replica_hears_of_itself_alone_and_only_of_changes() -> None:
 
 async def test_waiting_for_a_steps_end_is_no_cost_of_a_move() -> None:
     report = MoveReport(
-        "one", "lender", state_bytes=10_000_000, export_s=3.0, seconds=3.1, problem=None
+        "one",
+        "lender",
+        state_bytes=10_000_000,
+        export_s=3.0,
+        arrival_s=3.1,
+        seconds=5,
+        problem=None,
     )
     assert report.bytes_per_s == pytest.approx(1e8)
 
