@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -111,6 +111,18 @@ class Engine:
             begun = True
             yield batch
 
+    async def place(self, parcels: list[Any], lease: Lease) -> str:
+        """Takes the cache of a request from another node, which `lend` is going to be asked of.
+
+        Args:
+            parcels: references to uint8 arrays, one for each tensor-parallel rank.
+
+        Returns:
+            The path of its files here, to be told to `lend`.
+        """
+        assert self._spill is not None, "only replicas that offer get guests"
+        return await self._spill.lender.place(lease, parcels)
+
     async def lend(self, guest: Guest, lease: Lease) -> "AsyncGenerator[Decoded, None]":
         """Goes on with another replica's request; yields what is decoded of it.
 
@@ -122,8 +134,6 @@ class Engine:
         """
         assert self._spill is not None, "only replicas that offer get guests"
         outputs = self._spill.lender.take_in(guest)
-        # Its cache goes as soon as it is in the engine; this lives as long as the request.
-        del guest
         async with contextlib.aclosing(outputs):
             async for batch in outputs:
                 yield batch

@@ -158,6 +158,11 @@ class VllmHost:
         return self.engine.engine_core
 
     @property
+    def max_running(self) -> int:
+        """Requests that its scheduler lets run at once."""
+        return self.engine.vllm_config.scheduler_config.max_num_seqs
+
+    @property
     def block_bytes(self) -> int:
         """Of one KV block, all layers, on all tensor-parallel ranks."""
         config = self.engine.vllm_config
@@ -286,9 +291,10 @@ class _LoadLogger(StatLoggerBase):
         self._stats = stats
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
+        # Those of a request that is away come without the engine's own statistics.
+        self._stats.preemptions += iteration_stats.num_preempted_reqs if iteration_stats else 0
         if scheduler_stats is not None:
             generated = iteration_stats.num_generation_tokens if iteration_stats else 0
-            self._stats.preemptions += iteration_stats.num_preempted_reqs if iteration_stats else 0
             self._stats.note(scheduler_stats, generated)
 
     def log_engine_initialized(self) -> None:

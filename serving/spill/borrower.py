@@ -284,15 +284,14 @@ class Borrower:
                 files = stack.enter_context(contextlib.ExitStack())
                 path = files.enter_context(self._files.path())
                 guest = await self._leave(request_id, lease, path)
+                self._check_away(request_id)
                 self._leaving.discard(lease.lease_id)
                 self._left_at = time.monotonic()
                 facts.exported(guest.nbytes)
                 outputs = await stack.enter_async_context(contextlib.aclosing(self._send(guest)))
                 del guest
-                # What comes first is nothing but the news that its cache has arrived.
-                await asyncio.wait_for(anext(outputs), self._settings.first_output_s)
-                facts.arrived()
-                first = await self._first_output(outputs, lease)
+                first = await self._first_output(outputs, lease, facts)
+                self._check_away(request_id)
                 # It is in the lender's engine now.
                 files.close()
                 self._note_move(facts.report(None), lease)
@@ -343,19 +342,27 @@ class Borrower:
         if task is not asyncio.current_task():
             task.cancel()
 
+    def _check_away(self, request_id: str) -> None:
+        """Raises _Stays: it has ended, or its client has left, while nobody could be told."""
+        if not self._core.is_away(request_id):
+            raise _Stays
+
     async def _first_output(
-        self, outputs: "AsyncGenerator[Decoded, None]", lease: Lease
+        self, outputs: "AsyncGenerator[Decoded, None]", lease: Lease, facts: _Facts
     ) -> "Decoded":
         """Waits until a lender has gone on with a request.
 
         Raises:
             TimeoutError: it has not in time.
         """
-        parked = lease.resource == "host_bytes"
         settings = self._settings
-        return await asyncio.wait_for(
-            anext(outputs), settings.parked_s if parked else settings.first_output_s
-        )
+        async with asyncio.timeout(settings.first_output_s) as patience:
+            # What comes first is nothing but the news that its cache has arrived.
+            await anext(outputs)
+            facts.arrived()
+            if lease.resource == "host_bytes":
+                patience.reschedule(asyncio.get_running_loop().time() + settings.parked_s)
+            return await anext(outputs)
 
     async def _follow(
         self, request_id: str, first: "Decoded", outputs: "AsyncGenerator[Decoded, None]"
@@ -381,6 +388,7 @@ class Borrower:
         self._renewed_at = now
         rest_s = self._settings.limits.rest_s
         self._stayed_at = {name: at for name, at in self._stayed_at.items() if now - at < rest_s}
-        for lease_id in list(self._leases):
-            # One that has ended all the same: its request goes on where it is.
-            await self._ledger.renew(lease_id)
+        for lease_id, lease in list(self._leases.items()):
+            # Where the store has forgotten it, others must not be lent the same.
+            if not await self._ledger.renew(lease_id) and lease_id in self._leases:
+                await self._ledger.take(lease)

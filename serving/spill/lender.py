@@ -3,10 +3,10 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import redis
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from serving.vllm_host import EngineLoad
 
 logger = logging.getLogger("ray.serve")
+
+# Between a cache's arrival from another node and its request's.
+_ARRIVED_S = 30.0
 
 
 @dataclass
@@ -53,10 +56,12 @@ class Lender:
         share: float,
         folder: Path,
         park_bytes: int,
+        max_requests: int,
     ) -> None:
         """
         Args:
             share: of the blocks that nobody here is going to need.
+            max_requests: with so many there is no offer, whatever blocks are free.
             folder: in memory, for the caches that come.
             park_bytes: of the host's memory, for caches that wait for blocks.
         """
@@ -67,7 +72,9 @@ class Lender:
         self._share = share
         self._files = StateFiles(folder)
         self._park_bytes = park_bytes
+        self._max_requests = max_requests
         self._guests: dict[str, _Held] = {}
+        self._arrived: dict[str, contextlib.ExitStack] = {}
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -81,9 +88,42 @@ class Lender:
         """Offers nothing any more. Guests stay until their end."""
         if self._task is not None:
             self._task.cancel()
+        for lease_id in list(self._arrived):
+            self._forget(lease_id)
         self._files.clear()
         with contextlib.suppress(redis.RedisError, OSError):
             await self._ledger.withdraw(self._replica_id)
+
+    async def place(self, lease: Lease, parcels: Sequence[Any]) -> str:
+        """Puts a cache from another node into files in memory; returns their path.
+
+        A call of its own, before `take_in`: what it is called with stays in Ray's object stores for
+        as long as it takes.
+
+        Args:
+            parcels: awaitables of uint8 arrays, one for each tensor-parallel rank.
+
+        Raises:
+            LookupError: it has leased from another replica.
+            OSError: there is no room for it.
+        """
+        self._check_own(lease)
+        with contextlib.ExitStack() as stack:
+            path = stack.enter_context(self._files.path())
+            arrays = [await parcel for parcel in parcels]
+            await asyncio.to_thread(place_parcels, arrays, path)
+            self._arrived[lease.lease_id] = stack.pop_all()
+        asyncio.get_running_loop().call_later(_ARRIVED_S, self._forget, lease.lease_id)
+        return str(path)
+
+    def _check_own(self, lease: Lease) -> None:
+        if lease.lender != self._replica_id:
+            raise LookupError(f"{lease.lender} is not here")
+
+    def _forget(self, lease_id: str) -> None:
+        """A cache whose request has not come."""
+        if files := self._arrived.pop(lease_id, None):
+            files.close()
 
     async def take_in(self, guest: Guest) -> "AsyncGenerator[Decoded, None]":
         """Yields a guest's outputs until its end; closing it ends the guest.
@@ -94,23 +134,14 @@ class Lender:
         Raises:
             LookupError: it has leased from another replica.
             StateRefused: its cache is not what it needs, or damaged.
-            OSError: there is no room for its cache.
         """
-        departure, path, lease, parcels = guest
-        # Nobody holds its cache for longer than it takes.
-        del guest
-        if lease.lender != self._replica_id:
-            raise LookupError(f"{lease.lender} is not here")
+        departure, path, lease = guest
+        self._check_own(lease)
         report = departure.report
         held = self._guests[lease.lease_id] = _Held(lease, round(report["kept_mean"]))
         decoded = len(departure.tokens) - report["original_tokens"]
         try:
-            with contextlib.ExitStack() as stack:
-                if parcels is not None:
-                    path = str(stack.enter_context(self._files.path()))
-                    arrays = [await parcel for parcel in parcels]
-                    await asyncio.to_thread(place_parcels, arrays, Path(path))
-                    del parcels, arrays
+            with self._arrived.pop(lease.lease_id, contextlib.nullcontext()):
                 outputs = self._core.take_in(departure, path)
                 yield []
                 first = await anext(outputs)
@@ -135,6 +166,8 @@ class Lender:
 
     def _offer(self) -> Offer:
         load = self._load()
+        if load.running + load.waiting >= self._max_requests:
+            return Offer(self._replica_id, self.lent_blocks, 0)
         size = load.block_size_tokens
         leased = sum(guest.growth_blocks(size) for guest in self._guests.values())
         # The engine expects growth of guests, too: whichever is more.

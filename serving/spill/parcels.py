@@ -1,16 +1,16 @@
 """A cache between two replicas: from files in memory to arrays that travel, and to files again."""
 
 import contextlib
+import fcntl
 import itertools
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import psutil
 
 from router.lending import Lease
 
@@ -23,16 +23,14 @@ _PREFIX = "adakv-spill-"
 class Guest(NamedTuple):
     """What a borrower sends.
 
-    path: of its cache's files in memory, which last until its first output has come.
+    path: of its cache's files in the memory of the lender's node, which last until its first output
+        has come.
     lease: of the lender's blocks, where it shall go on.
-    parcels: the cache, Ray's references to uint8 arrays, one for each tensor-parallel rank; None
-        where the lender's node is the borrower's, and `path` is enough.
     """
 
     departure: "Departure"
     path: str
     lease: Lease
-    parcels: Sequence[Any] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -59,12 +57,14 @@ class StateFiles:
     """Names for caches' files, in a folder that nobody else can read.
 
     Files whose use has ended well are written over by the next ones: to allocate memory takes
-    several times as long as to copy to it.
+    several times as long as to copy to it. Each folder is locked for as long as its process lives,
+    which replicas in other containers see, too.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._idle: list[Path] = []
+        self._locks: dict[Path, int] = {}
 
     @contextlib.contextmanager
     def path(self) -> Iterator[Path]:
@@ -73,26 +73,36 @@ class StateFiles:
         try:
             yield path
         except BaseException:
-            shutil.rmtree(path.parent, ignore_errors=True)
+            self._remove(path)
             raise
         self._idle.append(path)
 
     def clear(self) -> None:
         """Removes what is in no use."""
         while self._idle:
-            shutil.rmtree(self._idle.pop().parent, ignore_errors=True)
+            self._remove(self._idle.pop())
 
     def _new(self) -> Path:
-        mine = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=self._folder)
-        return Path(mine) / "state"
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._folder)) / "state"
+        self._locks[path] = lock = os.open(path.parent, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return path
+
+    def _remove(self, path: Path) -> None:
+        shutil.rmtree(path.parent, ignore_errors=True)
+        os.close(self._locks.pop(path))
 
 
 def remove_orphans(folder: Path) -> None:
     """Removes what replicas have left that were killed."""
     for left in folder.glob(f"{_PREFIX}*"):
-        pid = left.name.removeprefix(_PREFIX).partition("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            lock = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def open_parcels(path: Path) -> list[np.ndarray]:

@@ -59,6 +59,7 @@ class ReplicaSpill:
             share=spill.lend_share,
             folder=self._folder,
             park_bytes=spill.park_bytes,
+            max_requests=min(host.max_running, config.replica.max_ongoing_requests),
         )
         self._borrower = Borrower(
             core=host.core,
@@ -85,7 +86,10 @@ class ReplicaSpill:
         )
         # The first call makes the router; whoever answers it.
         own = serve.get_deployment_handle(self._name.deployment, self._application)
-        await own.options(method_name="is_there").remote()
+        try:
+            await own.options(method_name="is_there").remote()
+        except Exception as error:
+            logger.info("whoever was asked did not answer: %s", error)
         draining = False
         while True:
             if draining is not (there := await news.get()):
@@ -151,16 +155,19 @@ def _sender(name: LenderName, application: str, lenders: DeploymentHandle | None
             if lenders is None or deployment == name.deployment:
                 handle = serve.get_deployment_handle(deployment, application)
             assert handle is not None
-            handles[deployment] = handle.options(stream=True, method_name="lend")
+            handles[deployment] = handle
         return handles[deployment]
 
     async def send(guest: Guest) -> "AsyncGenerator[Decoded, None]":
         lender = LenderName.of(guest.lease.lender)
+        handle = handle_of(lender.deployment)
         if lender.node_id != name.node_id:
-            guest = guest._replace(parcels=await asyncio.to_thread(_put, guest.path))
-        outputs = handle_of(lender.deployment).remote(guest, guest.lease)
-        # This generator lives as long as the request, and its cache is not to.
-        del guest
+            parcels = await asyncio.to_thread(_put, guest.path)
+            placing = handle.options(method_name="place")
+            guest = guest._replace(path=await placing.remote(parcels, guest.lease))
+            # This generator lives as long as the request, and its cache in the store is not to.
+            del parcels
+        outputs = handle.options(stream=True, method_name="lend").remote(guest, guest.lease)
         try:
             async for batch in outputs:
                 yield batch

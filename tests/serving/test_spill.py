@@ -22,7 +22,7 @@ from router.spill_plan import SpillLimits
 from serving.spill.borrower import Borrower, MoveReport, Send, SpillSettings
 from serving.spill.lender import Lender
 from serving.spill.membership import on_membership, tell_membership
-from serving.spill.parcels import Guest, StateFiles
+from serving.spill.parcels import Guest, StateFiles, open_parcels, remove_orphans
 from serving.vllm_host import EngineLoad
 from tests.adakv_worker.async_engines import Client, Side, idle, undisturbed
 
@@ -50,7 +50,7 @@ class Pair:
         self.ledger = LendingLedger(url, KEYS)
         self.lender = Lender(
             core=there.core, load=lambda: self.lender_load, ledger=self.ledger, replica_id="lender",
-            share=0.5, folder=folder, park_bytes=1 << 24,
+            share=0.5, folder=folder, park_bytes=1 << 24, max_requests=64,
         )  # fmt: skip
         self.borrower = Borrower(
             core=here.core, load=lambda: self.load, ledger=self.ledger, replica_id="borrower",
@@ -185,6 +185,30 @@ async def test_a_lender_that_takes_its_time_keeps_no_other_request_from_leaving(
         assert client.tokens == (await undisturbed(pair.here, client)).tokens
 
 
+async def test_a_cache_from_another_node_lies_in_files_before_its_request_comes(
+    pair: Pair,
+) -> None:
+    async def fetched(array: Any) -> Any:
+        return array
+
+    async def crossing(guest: Guest) -> AsyncGenerator[Any, None]:
+        parcels = [fetched(array) for array in open_parcels(Path(guest.path))]
+        path = await pair.lender.place(guest.lease, parcels)
+        assert path != guest.path
+        async for batch in pair.lender.take_in(guest._replace(path=path)):
+            yield batch
+
+    pair.send = crossing
+    client = pair.here.ask(87)
+    await client.has(5)
+    pair.is_short_of(1)
+    await away(pair)
+    await client.task
+    await pair.ends()
+    assert [report.problem for report in pair.reports] == [None]
+    assert client.tokens == (await undisturbed(pair.here, client)).tokens
+
+
 async def test_what_has_left_is_not_asked_for_again_until_the_engine_tells_of_it(
     pair: Pair,
 ) -> None:
@@ -219,6 +243,23 @@ async def test_a_lender_does_not_offer_what_its_guests_are_going_to_need(pair: P
     await client.task
     await pair.ends()
     await offered(pair, blocks=LOAD.blocks_free // 2)
+
+
+async def test_a_lender_that_can_run_no_more_requests_offers_nothing(pair: Pair) -> None:
+    await offered(pair, blocks=LOAD.blocks_free // 2)
+    pair.lender_load = LOAD._replace(running=60, waiting=4)
+    await offered(pair, blocks=0)
+    assert (await pair.ledger.read()).room("host_bytes") == {"lender": 0}
+
+
+async def test_only_what_dead_replicas_have_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "adakv-spill-dead").mkdir()
+    files = StateFiles(tmp_path)
+    with files.path() as path:
+        remove_orphans(tmp_path)
+        assert list(tmp_path.iterdir()) == [path.parent]
+    files.clear()
+    assert not list(tmp_path.iterdir())
 
 
 async def test_all_leave_a_replica_that_is_to_go(pair: Pair) -> None:
@@ -361,6 +402,35 @@ async def test_what_has_moved_goes_on_when_the_store_forgets_everything(
     await pair.ends()
     assert client.tokens == (await undisturbed(pair.here, client, max_tokens=400)).tokens
     assert [report.problem for report in pair.reports] == [None]
+
+
+async def test_what_is_lent_is_leased_again_when_the_store_has_forgotten_it(
+    pair: Pair, store: ValkeyServer
+) -> None:
+    release = asyncio.Event()
+
+    async def paused(guest: Guest) -> AsyncGenerator[Any, None]:
+        async with contextlib.aclosing(pair.lender.take_in(guest)) as outputs:
+            async for batch in outputs:
+                yield batch
+                if batch:
+                    await release.wait()
+
+    pair.send = paused
+    client = pair.here.ask(73)
+    await client.has(5)
+    pair.is_short_of(1)
+    await away(pair)
+    (lease,) = (await pair.ledger.read()).leases
+    with redis.Redis.from_url(store.connection_url) as commands:
+        commands.flushall()
+    async with asyncio.timeout(60):
+        while (await pair.ledger.read()).leases != [lease]:
+            pair.borrower._renewed_at = float("-inf")
+            await asyncio.sleep(0.05)
+    release.set()
+    await client.task
+    await pair.ends()
 
 
 async def test_while_the_store_does_not_answer_requests_stay(
