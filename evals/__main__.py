@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from evals.http import HttpServer
     from evals.scores import Row
 
-_KV_BYTES = 2 << 30
 # The engine in this process, where what it would have said can be heard.
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -90,7 +90,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policies", nargs="+", default=POLICIES)
     parser.add_argument("--budgets", nargs="*", type=int, default=(64, 128, 256, 512))
     parser.add_argument("--ratios", nargs="*", type=float, default=())
-    parser.add_argument("--kv-bytes", type=int, default=_KV_BYTES)
+    parser.add_argument("--kv-bytes", type=int, help="without it enough for two whole contexts")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -103,6 +103,7 @@ def _run(args: argparse.Namespace) -> int:
             f"unknown tasks {', '.join(sorted(unknown))}: known are {', '.join(TASKS)}"
         )
     _refuse_agnostic_servers(args.server, args.modes or ())
+    _need_scorers()
     plan = Plan(
         args.tasks or list(TASKS), args.modes or (MODES[:1] if args.server else MODES),
         args.policies, args.budgets, args.ratios, args.document_tokens, args.samples, args.seed,
@@ -119,6 +120,7 @@ def _published(args: argparse.Namespace) -> int:
     from evals.run import choices
 
     _refuse_agnostic_servers(args.server, [args.mode])
+    _need_scorers()
     # All of them: a file that is not as published is told before anything is measured.
     if args.longbench:
         questions = list(read_longbench(args.longbench, args.tasks))
@@ -135,6 +137,11 @@ def _published(args: argparse.Namespace) -> int:
 def _refuse_agnostic_servers(server: str | None, modes: Iterable[str]) -> None:
     if server and "agnostic" in modes:
         raise ValueError("a server compresses a question with its document: only mode aware")
+
+
+def _need_scorers() -> None:
+    if missing := [name for name in ("rapidfuzz", "rouge") if find_spec(name) is None]:
+        raise ValueError(f"no {' and no '.join(missing)}: pip install -e '.[evals]'")
 
 
 def _model_name(args: argparse.Namespace) -> str:
@@ -213,7 +220,7 @@ def _crosscheck(args: argparse.Namespace) -> int:
     from serving.embedded_model import embedded_model_path
 
     model = args.model or embedded_model_path()
-    engine = ForcedEngine(model, 2 * args.document_tokens + 1024, _KV_BYTES)
+    engine = ForcedEngine(model, 2 * args.document_tokens + 1024)
     asked = [
         sample
         for task in ("factbook", "continuation")
@@ -231,7 +238,7 @@ def _gate(args: argparse.Namespace) -> int:
     from evals.run import read_rows, run, write_rows
     from serving.embedded_model import embedded_model_path
 
-    engine = ForcedEngine(embedded_model_path(), 2 * PLAN.document_tokens + 1024, _KV_BYTES)
+    engine = ForcedEngine(embedded_model_path(), 2 * PLAN.document_tokens + 1024)
     rows = [row for part in run(engine, EMBEDDED_MODEL_NAME, PLAN) for row in part]
     if args.record:
         list(write_rows([recordable(rows)], RECORDED))

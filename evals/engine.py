@@ -2,75 +2,20 @@
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
+from transformers import AutoConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from adakv_worker.plugin import engine_args
 from adakv_worker.request_options import bound_by
+from evals.choice import FULL, Choice, Outcome
 from evals.samples import Sample, Tokens
 
-FULL = "full"
-_FORCED = "evals_forced"
 _NAME = "evals_name"
-
-
-class Choice(NamedTuple):
-    """A policy and what it keeps. ratio: of the prompt; tokens: entries for each head on average.
-
-    alpha, window_tokens: None takes the preset's own.
-    """
-
-    policy: str
-    tokens: int | None = None
-    ratio: float | None = None
-    alpha: float | None = None
-    window_tokens: int | None = None
-
-    @property
-    def label(self) -> str:
-        parts = [self.policy]
-        parts += [f"alpha={self.alpha:g}"] if self.alpha is not None else []
-        parts += [f"window={self.window_tokens}"] if self.window_tokens is not None else []
-        return " ".join(parts)
-
-    @property
-    def kept(self) -> str:
-        if self.policy == FULL:
-            return "all"
-        return str(self.tokens) if self.tokens is not None else f"{self.ratio:g}x"
-
-    def xargs(self) -> dict[str, Any]:
-        given = {
-            "adakv_policy": self.policy, "adakv_budget_tokens": self.tokens,
-            "adakv_keep_ratio": self.ratio, "adakv_alpha": self.alpha,
-            "adakv_window_tokens": self.window_tokens,
-        }  # fmt: skip
-        return {name: value for name, value in given.items() if value is not None}
-
-
-@dataclass
-class Outcome:
-    """Of one sample under one choice.
-
-    predicted: the most likely token for each of the answer's.
-    The rest is of those that come from the compressed cache. surprise: -log p of the answer's own,
-    in nats. agreement: whether the most likely is the full cache's. kl: KL(full || this), in nats.
-    kept_tokens: entries for each head on average, by the engine's own count.
-    said: all that came, what was forced too.
-    """
-
-    predicted: list[int] = field(default_factory=list)
-    surprise: list[float] = field(default_factory=list)
-    agreement: list[bool] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    kept_tokens: float | None = None
-    skipped: str | None = None
-    said: list[int] = field(default_factory=list)
 
 
 class Listener(Protocol):
@@ -153,8 +98,16 @@ class ForcedEngine:
     each finds the prompt in the prefix cache, and none shares it with another that is running."""
 
     def __init__(
-        self, model: Path | str, context_tokens: int, kv_bytes: int, **options: Any
+        self,
+        model: Path | str,
+        context_tokens: int,
+        kv_bytes: int | None = None,
+        **options: Any,
     ) -> None:
+        """
+        Args:
+            kv_bytes: None takes enough for two whole contexts, and 2 GiB at least.
+        """
         from vllm import LLM
 
         # Bounds are the process's, and an `LLM` without statistics leaves those of the last engine.
@@ -164,7 +117,7 @@ class ForcedEngine:
             dtype="float32",
             max_model_len=context_tokens,
             block_size=32,
-            kv_cache_memory_bytes=kv_bytes,
+            kv_cache_memory_bytes=kv_bytes or _enough_bytes(model, context_tokens),
             enforce_eager=True,
             max_num_batched_tokens=2048,
             max_num_seqs=32,
@@ -251,6 +204,13 @@ class ForcedEngine:
                 if output.finished:
                     done[asked[output.request_id]] = _finished(output)
         return done
+
+
+def _enough_bytes(model: Path | str, context_tokens: int) -> int:
+    config = AutoConfig.from_pretrained(model)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    of_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * dim * 4
+    return max(2 << 30, 2 * context_tokens * of_a_token)
 
 
 def _params(max_tokens: int, name: str, choice: Choice, *, ignore_eos: bool) -> SamplingParams:

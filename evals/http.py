@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-from evals.engine import FULL, Choice, Outcome
+from evals.choice import FULL, Choice, Outcome
 from evals.samples import Sample, Tokens, messages
 
 _TIMEOUT_S = 600

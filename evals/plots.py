@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evals.engine import FULL
+from evals.choice import FULL
 from evals.scores import Row
 
 _MEASURES = {"agreement": "top-1 agreement with the whole cache", "exact": "exact answers"}

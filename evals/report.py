@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterable, Sequence
 
+from evals.choice import FULL
 from evals.scores import Row, difference
 
 _MEASURES = ("exact", "agreement", "kl")
@@ -12,8 +13,8 @@ def report(rows: Sequence[Row], baseline: str | None = None) -> str:
     """A table for each model, mode and length: policies by what they keep, the mean of all tasks.
 
     Args:
-        baseline: a policy that the others are compared with on the same samples, by KL, or by the
-            published score.
+        baseline: a policy that the others are compared with on the same samples, by exact answers
+            and KL, or by the published score.
     """
     parts = []
     for key in dict.fromkeys((row.model, row.mode, row.document_tokens) for row in rows):
@@ -21,11 +22,10 @@ def report(rows: Sequence[Row], baseline: str | None = None) -> str:
         model, mode, tokens = key
         parts.append(f"## {model}, {mode}, documents of {tokens} tokens\n\n{_summary(mine)}")
         parts += [f"### {task}\n\n{_table(rows_of)}" for task, rows_of in _by_task(mine)]
+        parts.append(f"### Best at equal memory\n\n{_best(mine)}")
         if baseline is not None:
-            forced = [row for row in mine if row.kl is not None]
-            scored = [row for row in mine if row.metric is not None]
-            for title, measure, some in (("KL", "kl", forced), ("Score", "metric", scored)):
-                if some:
+            for title, measure in (("Exact", "exact"), ("KL", "kl"), ("Score", "metric")):
+                if some := [row for row in mine if getattr(row, measure) is not None]:
                     table = _against(some, baseline, measure)
                     parts.append(f"### {title} less {baseline}'s\n\n{table}")
     return "\n\n".join(parts) + "\n"
@@ -42,7 +42,14 @@ def _summary(rows: Sequence[Row]) -> str:
     """Macro means over the tasks."""
     samples = sum(one[0].n for _, one in _by_task(rows))
     tasks = ", ".join(task for task, _ in _by_task(rows))
-    return f"Mean of {tasks}; {samples} samples.\n\n{_table(rows)}"
+    lines = [f"Mean of {tasks}; {samples} samples.", _table(rows)]
+    lines += [
+        f"Answered with the whole cache all the same: {row.policy} {row.kept}, {row.task}, "
+        f"{row.not_compressed} of {row.n}."
+        for row in rows
+        if row.not_compressed
+    ]
+    return "\n\n".join(lines)
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -60,6 +67,28 @@ def _table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _best(rows: Sequence[Row]) -> str:
+    """Of each task and budget the policy with the least KL, or with the highest score."""
+    kepts = list(dict.fromkeys(row.kept for row in rows if row.policy != FULL))
+    lines = [_line(["", *kepts]), _line(["---"] * (len(kepts) + 1))]
+    for task, mine in _by_task(rows):
+        tried = [row for row in mine if row.policy != FULL]
+        lines.append(
+            _line([task, *(_winner([row for row in tried if row.kept == kept]) for kept in kepts)])
+        )
+    return "\n".join(lines)
+
+
+def _winner(rows: Sequence[Row]) -> str:
+    """Named with its KL, or with its score."""
+    losses = [(row.kl, row.policy) for row in rows if row.kl is not None]
+    scores = [(row.metric, row.policy) for row in rows if row.metric is not None]
+    if not (losses or scores):
+        return ""
+    value, policy = min(losses) if losses else max(scores)
+    return f"{policy} {value:.3f}"
+
+
 def _cell(rows: Sequence[Row], measures: Sequence[str]) -> str:
     if not rows:
         return ""
@@ -73,7 +102,7 @@ def _cell(rows: Sequence[Row], measures: Sequence[str]) -> str:
 def _against(rows: Sequence[Row], baseline: str, measure: str) -> str:
     """Paired differences with their intervals, all tasks together; bold where it is clear."""
     kepts = list(dict.fromkeys(row.kept for row in rows if row.kept != "all"))
-    policies = [p for p in dict.fromkeys(row.policy for row in rows) if p not in ("full", baseline)]
+    policies = [p for p in dict.fromkeys(row.policy for row in rows) if p not in (FULL, baseline)]
     lines = [_line(["", *kepts]), _line(["---"] * (len(kepts) + 1))]
     for policy in policies:
         lines.append(

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from evals.engine import FULL, Choice, Outcome
+from evals.choice import FULL, Choice, Outcome
 from evals.published import metrics
 from evals.samples import Mode, Sample, Tokens, tokenize
 from evals.scores import Row, Score, row, score

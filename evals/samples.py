@@ -58,7 +58,8 @@ def tokenize(sample: Sample, tokenizer: Any, mode: Mode) -> Tokens:
     """The same tokens in the same order in both modes; only where the prompt ends differs."""
     answer = _ids(tokenizer, sample.answer)
     if not sample.turns:
-        return Tokens(_ids(tokenizer, sample.document), answer, 0)
+        # As a server begins a text that is no chat.
+        return Tokens(tokenizer.encode(sample.document), answer, 0)
     text = _chat(sample, tokenizer)
     edge = text.index(sample.document) + len(sample.document)
     if mode == "aware":

@@ -8,10 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evals.engine import Choice, Outcome
+from evals.choice import Choice, Outcome
 from evals.samples import Sample, Tokens
 
 _RESAMPLES = 2000
+# Of fewer documents an interval says too little.
+_ENOUGH_CLUSTERS = 6
+# Reasons for not compressing that leave what was asked for.
+_AS_ASKED = (None, "within_budget", "full_requested")
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Score:
     kl: mean KL(full || this) of the next token, in nats.
     surprise: mean -log p of the answer's tokens, in nats.
     metric: a published set's own, or a summary's ROUGE-L with the whole cache's, 0 to 1.
+    skipped: why the engine kept everything all the same.
     """
 
     sample_id: str
@@ -35,6 +40,7 @@ class Score:
     kept_tokens: float | None
     prompt_tokens: int
     metric: float | None = None
+    skipped: str | None = None
 
 
 def score(sample: Sample, tokens: Tokens, outcome: Outcome, metric: float | None = None) -> Score:
@@ -49,6 +55,7 @@ def score(sample: Sample, tokens: Tokens, outcome: Outcome, metric: float | None
         kept_tokens=outcome.kept_tokens,
         prompt_tokens=len(tokens.prompt),
         metric=metric,
+        skipped=outcome.skipped,
     )
 
 
@@ -59,7 +66,10 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a results file: a task under a choice."""
+    """One line of a results file: a task under a choice.
+
+    not_compressed: how many samples the engine answered with their whole cache all the same.
+    """
 
     task: str
     mode: str
@@ -76,6 +86,7 @@ class Row:
     surprise: float | None
     samples: list[dict[str, Any]]
     metric: float | None = None
+    not_compressed: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,6 +111,7 @@ def row(
         surprise=_mean([one.surprise for one in scores]),
         samples=[asdict(one) for one in scores],
         metric=_mean([one.metric for one in scores]),
+        not_compressed=sum(one.skipped not in _AS_ASKED for one in scores),
     )
 
 
@@ -123,26 +135,39 @@ def interval(
 
 
 class Difference(NamedTuple):
-    """Of a choice to another on the same samples: the mean, and 95 % of it."""
+    """Of a choice to another on the same samples: the mean, 95 % of it, how many clusters."""
 
     mean: float
     interval: Interval
+    clusters: int
 
     @property
     def is_clear(self) -> bool:
-        return self.interval.low > 0 or self.interval.high < 0
+        return self.clusters >= _ENOUGH_CLUSTERS and (
+            self.interval.low > 0 or self.interval.high < 0
+        )
 
 
 def difference(ours: Row, theirs: Row, measure: str) -> Difference:
-    """Raises ValueError: they are not of the same samples."""
+    """Of the samples that both have a value for.
+
+    Raises:
+        ValueError: they are not of the same samples, or none has.
+    """
     pairs = [(one["sample_id"], one["cluster"]) for one in ours.samples]
     if pairs != [(one["sample_id"], one["cluster"]) for one in theirs.samples]:
         raise ValueError("the rows are of different samples")
-    values = [
-        float(a[measure]) - float(b[measure])
+    both = [
+        (a["cluster"], float(a[measure]) - float(b[measure]))
         for a, b in zip(ours.samples, theirs.samples, strict=True)
+        if a[measure] is not None and b[measure] is not None
     ]
-    return Difference(statistics.fmean(values), interval([name for _, name in pairs], values))
+    if not both:
+        raise ValueError(f"no sample has {measure}")
+    clusters, values = zip(*both, strict=True)
+    return Difference(
+        statistics.fmean(values), interval(clusters, values), clusters=len(set(clusters))
+    )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

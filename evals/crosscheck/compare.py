@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from evals.engine import Choice, ForcedEngine
+from evals.choice import Choice
+from evals.engine import ForcedEngine
 from evals.samples import Sample, Tokens, tokenize
 from evals.theory import ObservingModel
 from kernels.head_allocations.adaptive import AdaptiveHeads

@@ -21,14 +21,18 @@ from kvpress import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+_WINDOW = 32
 
-def press_of(name: str, ratio: float) -> Any:
-    snapkv = SnapKVPress(ratio, window_size=32, kernel_size=5)
+
+def press_of(name: str, ratio: float, keep: int) -> Any:
+    # kvpress counts the window towards a head's floor; ours is a share of what lies before it.
+    floor = (_WINDOW + int(0.2 * (keep - _WINDOW)) + 0.5) / keep
+    snapkv = SnapKVPress(ratio, window_size=_WINDOW, kernel_size=5)
     expected = ExpectedAttentionPress(ratio)
     return {
         "snapkv": lambda: snapkv,
         "ada_snapkv": lambda: AdaKVPress(snapkv, alpha_safeguard=0.0),
-        "ada_snapkv_floor": lambda: AdaKVPress(snapkv, alpha_safeguard=0.2),
+        "ada_snapkv_floor": lambda: AdaKVPress(snapkv, alpha_safeguard=floor),
         "critical_ada_snapkv": lambda: CriticalAdaKVPress(snapkv, alpha_safeguard=0.0),
         "expected_attention": lambda: expected,
         "ada_expected_attention": lambda: AdaKVPress(expected, alpha_safeguard=0.0),
@@ -111,7 +115,7 @@ def main(model_path: str, asked_path: str, out_path: str) -> None:
         for name in asked["presses"]:
             for keep in asked["keeps"]:
                 ratio = 1 - (keep + 0.5) / len(prompt)
-                pressed = Compressed(model, prompt, press_of(name, ratio))
+                pressed = Compressed(model, prompt, press_of(name, ratio, keep))
                 kept = pressed.kept
                 ours = pressed.force(forced)[begin:]
                 told[f"{number}/{name}/{keep}"] = {

@@ -1,5 +1,6 @@
 """What published sets ask, whatever their file format."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ class Question:
     rest: what follows it. prefix: how the answer is to begin.
     in_chat: whether it is put into the model's chat format.
     one_line: whether the answer ends with its line.
+    may_shorten: whether a prompt that is too long loses its middle; else it is refused.
     score: of an answer's text, 0 to 1.
     """
 
@@ -28,6 +30,12 @@ class Question:
     prefix: str = ""
     in_chat: bool = True
     one_line: bool = False
+    may_shorten: bool = True
+
+    @property
+    def cluster(self) -> str:
+        """The same for all questions about a document."""
+        return hashlib.sha256(self.document.encode()).hexdigest()[:16]
 
     def prompt(
         self, tokenizer: Any, context_tokens: int, mode: Mode
@@ -36,12 +44,15 @@ class Question:
 
         A longer one loses its middle, as in LongBench. Then both modes compress all of it but what
         was behind the document.
+
+        Raises:
+            ValueError: it must not be shortened, and is too long; or the chat format changes it.
         """
         text, edge = _shortened(self, tokenizer, context_tokens - self.max_tokens)
         if self.in_chat:
             asked = [{"role": "user", "content": text}]
             chat = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-            edge += chat.index(text)
+            edge = _edge_in_chat(chat, text, edge)
             text = chat
         text += self.prefix
         coded = tokenizer(text, add_special_tokens=not self.in_chat, return_offsets_mapping=True)
@@ -59,6 +70,14 @@ class Question:
 _ROOM_TOKENS = 64
 
 
+def _edge_in_chat(chat: str, text: str, edge: int) -> int:
+    # Some chat formats take the space around a message away.
+    bare = text.strip()
+    if (begin := chat.find(bare)) < 0:
+        raise ValueError("the model's chat format changes the prompt")
+    return begin + min(max(0, edge - text.index(bare)), len(bare))
+
+
 def _shortened(question: Question, tokenizer: Any, room_tokens: int) -> tuple[str, int]:
     """The prompt, and where in it the document ends."""
     text = question.document + question.rest
@@ -66,6 +85,11 @@ def _shortened(question: Question, tokenizer: Any, room_tokens: int) -> tuple[st
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) <= room:
         return text, len(question.document)
+    if not question.may_shorten:
+        raise ValueError(
+            f"{question.task} {question.sample_id} has {len(ids)} tokens and must not lose any: "
+            f"--context-tokens {len(ids) + question.max_tokens + _ROOM_TOKENS} or more"
+        )
     half = room // 2
     first, last = (tokenizer.decode(part) for part in (ids[:half], ids[-half:]))
     return first + last, max(len(first), len(first + last) - len(question.rest))

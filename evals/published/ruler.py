@@ -45,4 +45,5 @@ def _question(task: str, kind: str, number: int, row: dict[str, Any]) -> Questio
         _MAX_TOKENS[kind],
         functools.partial(metric, answers=row["outputs"]),
         prefix=row.get("answer_prefix", ""),
+        may_shorten=False,
     )

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
-from evals.engine import FULL, Choice, Outcome
+from evals.choice import FULL, Choice, Outcome
 from evals.published.questions import Question
 from evals.run import Answering
 from evals.samples import Mode
@@ -39,7 +39,7 @@ def run_published(
 def _score(question: Question, text: str, outcome: Outcome, prompt_tokens: int) -> Score:
     return Score(
         question.sample_id,
-        question.sample_id,
+        question.cluster,
         exact=None,
         agreement=None,
         kl=None,
@@ -47,4 +47,5 @@ def _score(question: Question, text: str, outcome: Outcome, prompt_tokens: int) 
         kept_tokens=outcome.kept_tokens,
         prompt_tokens=prompt_tokens,
         metric=question.rate(text),
+        skipped=outcome.skipped,
     )

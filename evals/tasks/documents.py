@@ -24,7 +24,7 @@ def factbook(source: Source) -> Iterator[Sample]:
     for name in names:
         lines = _beginning(source, _profiles()[name])
         entries = [line.split(": ", 1) for line in lines]
-        askable = [(key, value) for key, value in entries if _ANSWER.fullmatch(value)]
+        askable = [(key, value) for key, value in entries if _is_answer(source, value)]
         text = f"Profile of {name}\n" + "\n".join(lines)
         for key, value in source.rng.sample(askable, min(_ASKED, len(askable))):
             question = (
@@ -33,6 +33,12 @@ def factbook(source: Source) -> Iterator[Sample]:
             )
             turns = (Turn(question, ""),)
             yield Sample("factbook", f"{name}/{key}", name, text, turns, f" {value}", f"{key}:")
+
+
+def _is_answer(source: Source, value: str) -> bool:
+    # One token alone would come from the prefill, whatever was kept.
+    tokens = source.tokenizer.encode(f" {value}", add_special_tokens=False)
+    return _ANSWER.fullmatch(value) is not None and len(tokens) > 1
 
 
 def _beginning(source: Source, lines: list[str]) -> list[str]:

@@ -133,7 +133,7 @@ def _hidden(source: Source, facts: list[str]) -> str:
     tokens = max(64, source.document_tokens - _AROUND_TOKENS - taken)
     text = source.passages(corpus.novels()).take(tokens)
     sentences = text.replace("\n", " \n").split(". ")
-    places = sorted(source.rng.sample(range(len(sentences)), min(len(facts), len(sentences))))
-    for offset, (place, fact) in enumerate(zip(places, facts, strict=False)):
+    places = sorted(source.rng.choices(range(len(sentences)), k=len(facts)))
+    for offset, (place, fact) in enumerate(zip(places, facts, strict=True)):
         sentences.insert(place + offset, fact.removesuffix("."))
     return ". ".join(sentences)

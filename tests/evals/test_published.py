@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from evals.engine import FULL, Choice, Outcome
+from evals.choice import FULL, Choice, Outcome
 from evals.published import metrics
 from evals.published.longbench import SETS, read_longbench
 from evals.published.questions import Question
@@ -112,6 +112,23 @@ def test_a_longer_prompt_loses_its_middle(tokenizer: Any, mode: Any) -> None:
     assert ("What came first?" in tokenizer.decode(begin)) is (mode == "agnostic")
 
 
+def test_a_chat_format_may_take_space_away(tokenizer: Any) -> None:
+    class Trimming:
+        def apply_chat_template(self, asked: list[dict[str, str]], **_: Any) -> str:
+            return f"<user>{asked[0]['content'].strip()}<assistant>"
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            return tokenizer(*args, **options)
+
+    question = Question("task", "1", "\nA document.", "\nWhat is it? ", 32, float)
+    prompt, begin = question.prompt(Trimming(), 512, "agnostic")
+    assert tokenizer.decode(prompt) == "<user>A document."
+    assert tokenizer.decode(begin) == "\nWhat is it?<assistant>"
+
+
 def test_longbench_answers_are_scored_as_published(longbench: Path) -> None:
     asked = {question.task: question for question in read_longbench(longbench)}
     assert asked["hotpotqa"].rate("The Austen.") == 1.0
@@ -154,6 +171,8 @@ def test_ruler_is_read_and_scored_as_published(tmp_path: Path, tokenizer: Any) -
     )
     needles, river = read_ruler(tmp_path)
     assert (needles.max_tokens, river.max_tokens) == (128, 32)
+    with pytest.raises(ValueError, match="and must not lose any: --context-tokens"):
+        needles.prompt(tokenizer, 200, "aware")
     assert (needles.rate("456 alone"), needles.rate("456, 123")) == (0.5, 1.0)
     assert river.rate("the oise") == 1.0
     prompt, begin = needles.prompt(tokenizer, 1024, "agnostic")

@@ -47,8 +47,9 @@ def test_both_modes_are_of_the_same_text(tokenizer: Any, task: str) -> None:
 
 
 @pytest.mark.parametrize("task", sorted(TASKS.keys() - _NOTHING_TO_FIND))
-def test_what_is_asked_for_is_in_the_document(tokenizer: Any, task: str) -> None:
-    for sample in samples(task, tokenizer, 800, 6):
+@pytest.mark.parametrize("tokens", [300, 800])
+def test_what_is_asked_for_is_in_the_document(tokenizer: Any, task: str, tokens: int) -> None:
+    for sample in samples(task, tokenizer, tokens, 6):
         for part in sample.answer.strip().split(", "):
             assert part in sample.document
             assert all(part not in turn.question for turn in sample.turns)
@@ -62,6 +63,14 @@ def test_later_questions_are_not_compressed_with_the_document(tokenizer: Any) ->
     assert "What is red?" in tokenizer.decode(tokens.prompt)
     assert "What is blue?" not in tokenizer.decode(tokens.prompt)
     assert tokenizer.decode(tokens.forced[tokens.answer :]) == " Skies."
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_answers_outlast_what_comes_from_the_prefill(tokenizer: Any, task: str) -> None:
+    for sample in samples(task, tokenizer, 400, 8):
+        if not sample.free_tokens:
+            tokens = tokenize(sample, tokenizer, "aware")
+            assert len(tokens.forced) > tokens.compressed
 
 
 def test_an_unknown_task_is_refused_with_the_known_ones(tokenizer: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals.engine import Choice, Outcome
+from evals.choice import Choice, Outcome
 from evals.plots import draw
 from evals.report import report
 from evals.samples import Sample, Tokens
@@ -46,7 +46,7 @@ def test_a_mean_of_many_clusters_is_known_better_than_of_few() -> None:
 
 
 @given(
-    kls=st.lists(st.floats(0, 5), min_size=2, max_size=20),
+    kls=st.lists(st.floats(0, 5), min_size=12, max_size=30),
     shift=st.floats(0.1, 2),
 )
 def test_what_differs_in_every_pair_differs_clearly(kls: list[float], shift: float) -> None:
@@ -67,7 +67,24 @@ def test_a_report_has_a_cell_for_each_policy_and_budget() -> None:
     rows = [scored("snapkv", [0.5, 0.7], ["a", "b"]), scored("ada_snapkv", [0.1, 0.2], ["a", "b"])]
     text = report(rows, baseline="snapkv")
     assert "| snapkv | 1.000 / 1.000 / 0.600 |" in text
-    assert "| ada_snapkv | **-0.450 [" in text
+    assert "| ada_snapkv | -0.450 [" in text
+    assert "| task | ada_snapkv 0.150 |" in text
+
+
+def test_few_documents_make_no_difference_clear() -> None:
+    sure, unsure = (["a", "b", "c", "d", "e", "f"], ["a", "a", "b", "b", "c", "c"])
+    for clusters, clear in ((sure, True), (unsure, False)):
+        ours, theirs = scored("one", [0.1] * 6, clusters), scored("other", [0.3] * 6, clusters)
+        assert difference(ours, theirs, "kl").is_clear is clear
+
+
+def test_what_was_answered_with_the_whole_cache_is_told() -> None:
+    full = row("task", "aware", "model", 400, Choice("snapkv", tokens=64), [
+        score(Sample("task", "1", "1", "", (), ""), TOKENS, Outcome(skipped=reason))
+        for reason in (None, "within_budget", "no_room")
+    ])  # fmt: skip
+    assert full.not_compressed == 1
+    assert "with the whole cache all the same: snapkv 64, task, 1 of 3." in report([full])
 
 
 def test_a_picture_has_a_line_for_each_policy(tmp_path: Path) -> None:

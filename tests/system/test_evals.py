@@ -6,7 +6,7 @@ import httpx
 import pytest
 from transformers import AutoTokenizer
 
-from evals.engine import FULL, Choice
+from evals.choice import FULL, Choice
 from evals.http import HttpServer
 from evals.samples import tokenize
 from evals.tasks import samples
