@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 
 def blocks_for_tokens(num_tokens: int, block_size_tokens: int) -> int:
@@ -21,14 +22,6 @@ def blocks_for_tokens(num_tokens: int, block_size_tokens: int) -> int:
     return -(-num_tokens // block_size_tokens)
 
 
-def kept_tokens(num_tokens: int, budget_tokens: int, keep_ratio: float = 0.0) -> int:
-    """Mean entries per (layer, KV head) that a request keeps of `num_tokens`.
-
-    The larger of the fixed budget and the share of the prompt, never more than the prompt.
-    """
-    return min(num_tokens, max(budget_tokens, math.ceil(keep_ratio * num_tokens)))
-
-
 def compressed_blocks_bound(kept: int, decoded: int, block_size_tokens: int) -> int:
     """Blocks that surely hold a compressed request after `decoded` more tokens.
 
@@ -38,6 +31,69 @@ def compressed_blocks_bound(kept: int, decoded: int, block_size_tokens: int) -> 
     the need. It depends on no split: the scheduler needs no word from the worker.
     """
     return blocks_for_tokens(kept + decoded + block_size_tokens - 1, block_size_tokens)
+
+
+class DecodeBound(NamedTuple):
+    """How far a compressed cache may grow while its request decodes.
+
+    Whenever it has come to `budget_tokens + interval_tokens` entries per (layer, KV head) on
+    average, it is cut down to `budget_tokens`. One entry comes with each token, so that everything
+    follows from counts: `kept` is what it began with, at most the budget, `decoded` the tokens
+    since.
+    """
+
+    budget_tokens: int
+    interval_tokens: int
+
+    @property
+    def most_tokens(self) -> int:
+        """Entries that it never exceeds."""
+        return self.budget_tokens + self.interval_tokens
+
+    def entries(self, kept: int, decoded: int) -> int:
+        """Entries in the step that adds the last of the decoded tokens, before it evicts any."""
+        grown = kept + decoded
+        if grown <= self.most_tokens:
+            return grown
+        return self.budget_tokens + 1 + (grown - self.most_tokens - 1) % self.interval_tokens
+
+    def evicts(self, kept: int, decoded: int) -> bool:
+        """Whether that step ends with an eviction."""
+        return self.entries(kept, decoded) == self.most_tokens
+
+    def evictions(self, kept: int, decoded: int) -> int:
+        """Evictions up to then, that step's included."""
+        return max(0, (kept + decoded - self.budget_tokens) // self.interval_tokens)
+
+    def until_next(self, kept: int, decoded: int) -> int:
+        """Further tokens until the next step that evicts."""
+        entries = self.entries(kept, decoded)
+        return self.interval_tokens if entries == self.most_tokens else self.most_tokens - entries
+
+
+def kept_tokens(
+    num_tokens: int,
+    budget_tokens: int,
+    keep_ratio: float = 0.0,
+    bound: DecodeBound | None = None,
+) -> int:
+    """Mean entries per (layer, KV head) that a request keeps of `num_tokens`.
+
+    The larger of the fixed budget and the share of the prompt, never more than the prompt, nor than
+    evictions while decoding would leave of it.
+    """
+    kept = min(num_tokens, max(budget_tokens, math.ceil(keep_ratio * num_tokens)))
+    return kept if bound is None else min(kept, bound.budget_tokens)
+
+
+def entries_after(kept: int, decoded: int, bound: DecodeBound | None) -> int:
+    """Entries per (layer, KV head) of a compressed cache after `decoded` more tokens."""
+    return kept + decoded if bound is None else bound.entries(kept, decoded)
+
+
+def most_entries(kept: int, decoded: int, bound: DecodeBound | None) -> int:
+    """Most that it holds on the way there."""
+    return kept + decoded if bound is None else min(kept + decoded, bound.most_tokens)
 
 
 def prefix_hash(parent: int, token_ids: Sequence[int]) -> int:

@@ -19,6 +19,7 @@ class Observation(NamedTuple):
         values; a call, because engines repack weights.
     layer: index of the layer, for scorers that draw random numbers.
     paged_keys: [H, n or more, D], `keys` with what lies behind them in their last page.
+    seen_tokens: tokens so far, where some have been evicted: the position after the last query's.
     """
 
     queries: Tensor
@@ -29,6 +30,7 @@ class Observation(NamedTuple):
     output_weight: Callable[[], Tensor] | None = None
     layer: int = 0
     paged_keys: Tensor | None = None
+    seen_tokens: int | None = None
 
     @property
     def num_kv_heads(self) -> int:
@@ -37,6 +39,10 @@ class Observation(NamedTuple):
     @property
     def num_tokens(self) -> int:
         return self.keys.shape[1]
+
+    @property
+    def next_position(self) -> int:
+        return self.num_tokens if self.seen_tokens is None else self.seen_tokens
 
     @property
     def group_size(self) -> int:

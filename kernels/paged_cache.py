@@ -8,6 +8,8 @@ from torch import Tensor
 from kernels.dispatch import Operation
 from kernels.pages import PageLayout
 
+_MOVED_PAGES = 64
+
 
 class PagedCache(NamedTuple):
     """All KV memory of an engine as pages, whatever order its kernels pack a page in.
@@ -32,8 +34,12 @@ def read_blocks(pool: Tensor, layout: PageLayout, blocks: Tensor, layer: int) ->
 
     What lies behind its last token in its last block comes along.
     """
-    pages = layout.block_pages(blocks, layer).t()
-    heads, dim = layout.offsets.shape[1], pool.shape[2]
+    return read_heads(pool, layout.block_pages(blocks, layer).t())
+
+
+def read_heads(pool: Tensor, pages: Tensor) -> Tensor:
+    """Copies whole pages [H, W] of keys or values: [H, W * page_tokens, D]."""
+    heads, dim = pages.shape[0], pool.shape[2]
     if pool.stride(1) != 1:
         return pool.index_select(0, pages.reshape(-1)).view(heads, -1, dim)
     # Packed dimension-major, and left so: turning it costs twice the copy.
@@ -78,6 +84,16 @@ def write_pages(cache: PagedCache, pages: Tensor, keys: Tensor, values: Tensor) 
     """Writes whole pages [p, page_tokens * D] of a cache of the same `packing`."""
     for pool, content in zip(cache, (keys, values), strict=True):
         _whole_pages(pool).index_copy_(0, pages, content)
+
+
+def move_pages(cache: PagedCache, sources: Tensor, targets: Tensor) -> None:
+    """Copies whole pages [p] over others [p]; no page is among both."""
+    # Some at a time: the copy in between is memory that nobody has reckoned with.
+    parts = zip(sources.split(_MOVED_PAGES), targets.split(_MOVED_PAGES), strict=True)
+    for some, places in parts:
+        for pool in cache:
+            whole = _whole_pages(pool)
+            whole.index_copy_(0, places, whole.index_select(0, some))
 
 
 def _whole_pages(pool: Tensor) -> Tensor:

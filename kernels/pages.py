@@ -53,8 +53,8 @@ class PageLayout(NamedTuple):
 class PageTables:
     """Page tables of up to `rows` compressed requests; grows in width with what they hold.
 
-    Pages of a request are handed out in the order of its slabs and are never given back one by one,
-    so that a counter is the whole allocator.
+    Pages of a request are handed out in the order of its slabs, and those in use are always the
+    first, so that a counter is the whole allocator.
     """
 
     def __init__(self, layout: PageLayout, page_tokens: int, rows: int) -> None:
@@ -152,6 +152,45 @@ class PageTables:
         """Appends blocks that the scheduler granted for growth."""
         self._slabs[row] += slabs
 
+    def shrink(self, row: int, lens: Tensor, slabs: int) -> tuple[Tensor, Tensor]:
+        """Leaves a request the first entries of each head, and the first slabs.
+
+        The pages still needed become the first that it may use; their content is the caller's to
+        move.
+
+        Args:
+            lens: [L, H], at most what the heads hold.
+            slabs: how many it keeps.
+
+        Returns:
+            Page ids [p] to move, and [p] where to.
+
+        Raises:
+            ValueError: the slabs are too few; nothing has changed then.
+        """
+        self._end_batch()
+        needed = -(-lens.long() // self.page_tokens)
+        used = int(needed.sum())
+        if used > slabs * len(self._offsets):
+            raise ValueError(f"{used} pages do not fit into {slabs} slabs")
+        order = self.pages(row)
+        tables = self._tables[row]
+        owned = torch.arange(tables.shape[-1]) < needed[..., None]
+        mine = tables[owned].long()
+        by_id = order.argsort()
+        ordinals = by_id[torch.searchsorted(order[by_id], mine)]
+        stays = torch.zeros(used, dtype=torch.bool)
+        stays[ordinals[ordinals < used]] = True
+        moves = ordinals >= used
+        targets = order[:used][~stays]
+        sources = mine[moves]
+        mine[moves] = targets
+        tables[owned] = mine.int()
+        self._lens[row] = lens
+        self._used_pages[row] = used
+        self._slabs[row] = self._slabs[row][:slabs]
+        return sources, targets
+
     def release(self, row: int) -> None:
         self._end_batch()
         self._lens[row] = 0
@@ -228,5 +267,6 @@ def check_page_tables(tables: PageTables, rows: list[int]) -> None:
         assert len(set(mine)) == len(mine), "a page serves two places of one request"
         assert set(mine) <= granted, "a page lies outside the request's slabs"
         assert len(mine) == tables.used_pages(row), "the page counter is wrong"
+        assert set(mine) == set(pages[: len(mine)]), "a page was handed out of turn"
         assert not owned & granted, "a page belongs to two requests"
         owned |= granted

@@ -17,6 +17,7 @@ from kernels.scorers.expected_attention import ExpectedAttentionScorer
 from kernels.scorers.key_diff import KeyDiffScorer
 from kernels.scorers.key_norm import KeyNormScorer
 from kernels.scorers.random import RandomScorer
+from kernels.scorers.redundancy import RedundancyScorer
 from kernels.scorers.sink_recency import SinkRecencyScorer
 from kernels.scorers.window import WindowScorer
 from kernels.scorers.window_l2 import WindowL2Scorer
@@ -37,9 +38,14 @@ PRESETS: dict[str, Callable[[], Policy]] = {
     "critical_ada_snapkv": lambda: Policy(
         WindowScorer(), UniformLayers(), AdaptiveHeads(), ProjectedValues()
     ),
+    "critical_kv_compress": lambda: Policy(
+        WindowL2Scorer(), JointLayers(), AdaptiveHeads(alpha=0.0), ProjectedValues()
+    ),
     "defensive": lambda: Policy(DefensiveScorer(), UniformLayers(), AdaptiveHeads()),
     "key_norm": lambda: Policy(KeyNormScorer(), UniformLayers(), UniformHeads()),
     "key_diff": lambda: Policy(KeyDiffScorer(), UniformLayers(), UniformHeads()),
+    "r_kv": lambda: Policy(RedundancyScorer(), UniformLayers(), UniformHeads()),
+    "ada_r_kv": lambda: Policy(RedundancyScorer(), UniformLayers(), AdaptiveHeads()),
     "random": lambda: Policy(RandomScorer(), UniformLayers(), UniformHeads()),
 }
 DEFAULT_PRESET = "ada_snapkv"

@@ -55,7 +55,7 @@ class ExpectedAttentionScorer:
         self, observation: Observation, rotary: Rotary, span: int
     ) -> tuple[Tensor, Tensor]:
         """Mean [H, G, D] and covariance [H, G, D, D] of queries at the coming positions."""
-        n = observation.num_tokens
+        n = observation.next_position
         device = observation.keys.device
         past = torch.arange(n - span, n, device=device)
         queries = rotary.rotate(observation.grouped_queries(span).float(), -past)

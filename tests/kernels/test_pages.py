@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.blocks import compressed_blocks_bound
-from kernels.paged_cache import PagedCache, placed_slots, read_blocks, read_slots, write_slots
+from kernels.paged_cache import (
+    PagedCache,
+    move_pages,
+    placed_slots,
+    read_blocks,
+    read_slots,
+    write_slots,
+)
 from kernels.pages import PageLayout, PageTables, check_page_tables
 
 PAGE = 4
@@ -126,3 +133,61 @@ def test_what_is_read_from_blocks_and_written_to_pages_comes_back(layout: PageLa
         back = read_slots(cache, torch.tensor(_entries(tables, row, 1, head)))
         assert torch.equal(back[0], keys[head, kept])
         assert torch.equal(back[1], values[head, kept])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_what_shrinks_keeps_its_first_entries_in_its_first_slabs(
+    layout: PageLayout, data: st.DataObject
+) -> None:
+    tables = PageTables(layout, PAGE, rows=1)
+    before = data.draw(st.integers(2, 30))
+    slabs = data.draw(st.permutations(range(1, BLOCKS)))[: compressed_blocks_bound(before, 0, PAGE)]
+    lens = _lens(data, before)
+    row = tables.place(lens, slabs)
+    shape = (BLOCKS * LAYERS * HEADS, PAGE, 2)
+    cache = PagedCache(torch.zeros(shape), torch.zeros(shape))
+    slots = placed_slots(tables.tables(row).flatten(0, 1), lens.flatten(), PAGE)
+    content = torch.rand((len(slots), 2))
+    write_slots(cache, slots, content, -content)
+
+    left = torch.stack([torch.tensor(data.draw(st.integers(1, int(n)))) for n in lens.flatten()])
+    mean = -(-int(left.sum()) // left.numel())
+    kept_slabs = compressed_blocks_bound(mean, 0, PAGE)
+    sources, targets = tables.shrink(row, left.view_as(lens).int(), kept_slabs)
+    assert not set(sources.tolist()) & set(targets.tolist())
+    move_pages(cache, sources, targets)
+    check_page_tables(tables, [row])
+    assert (
+        tables.pages(row).tolist() == layout.slab_pages(torch.tensor(slabs[:kept_slabs])).tolist()
+    )
+    slots = placed_slots(tables.tables(row).flatten(0, 1), left, PAGE)
+    first = torch.cat(
+        [
+            part[:count]
+            for part, count in zip(content.split(lens.flatten().tolist()), left, strict=True)
+        ]
+    )
+    keys, values = read_slots(cache, slots)
+    assert torch.equal(keys, first)
+    assert torch.equal(values, -first)
+
+    for grown in range(1, 2 * PAGE):
+        more = compressed_blocks_bound(mean, grown, PAGE) - kept_slabs
+        tables.add_slabs(row, slabs[kept_slabs : kept_slabs + more] if more > 0 else [])
+        kept_slabs += max(0, min(more, len(slabs) - kept_slabs))
+        if kept_slabs < compressed_blocks_bound(mean, grown, PAGE):
+            break
+        tables.grow([row])
+        check_page_tables(tables, [row])
+
+
+def test_too_few_slabs_leave_a_request_as_it_was() -> None:
+    tables = PageTables(LAYOUTS["layers outermost"], PAGE, rows=1)
+    lens = torch.full((LAYERS, HEADS), 9, dtype=torch.int32)
+    row = tables.place(lens, [1, 2, 3])
+    with pytest.raises(ValueError, match="do not fit into 1 slabs"):
+        tables.shrink(row, lens - 1, 1)
+    assert torch.equal(tables.lens(row), lens)
+    check_page_tables(tables, [row])

@@ -14,6 +14,7 @@ from kernels.scorers.defensive import DefensiveScorer
 from kernels.scorers.expected_attention import ExpectedAttentionScorer
 from kernels.scorers.key_diff import KeyDiffScorer
 from kernels.scorers.key_norm import KeyNormScorer
+from kernels.scorers.redundancy import RedundancyScorer
 from kernels.scorers.sink_recency import SinkRecencyScorer
 from kernels.scorers.window_l2 import WindowL2Scorer
 
@@ -168,6 +169,30 @@ def test_squared_attention(observation: Observation) -> None:
                 total += _attention(observation, head, member, query)[:m] ** 2
         pooled = torch.stack([total[max(0, i - 1) : i + 2].max() for i in range(m)])
         torch.testing.assert_close(scores[head], pooled)
+
+
+def test_redundancy(observation: Observation) -> None:
+    m = N - WINDOW
+    scorer = RedundancyScorer(
+        WINDOW, kernel_size=3, importance_share=0.3, least_similarity=0.1, spared_share=0.2
+    )
+    scores = scorer.score(observation)
+    for head in range(HEADS):
+        unit = [key / key.norm() for key in observation.keys[head, :m]]
+        sums = [0.0] * m
+        for row in range(m):
+            cosines = [float(unit[row] @ unit[i]) if i != row else 0.0 for i in range(m)]
+            similar = [i for i in range(m) if cosines[i] > 0.1]
+            for i in set(range(m)) - set(similar[len(similar) - 3 :]):
+                sums[i] += cosines[i]
+        redundancy = (torch.tensor(sums) / m).softmax(dim=0)
+        members = [
+            torch.stack([_attention(observation, head, g, q)[:m] for q in range(WINDOW)]).mean(0)
+            for g in range(GROUP)
+        ]
+        best = torch.stack(members).amax(dim=0)
+        pooled = torch.stack([best[max(0, i - 1) : i + 2].max() for i in range(m)])
+        torch.testing.assert_close(scores[head], 0.3 * pooled - 0.7 * redundancy)
 
 
 def test_sinks_come_first_and_then_the_most_recent(observation: Observation) -> None:

@@ -1,0 +1,59 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kernels.attention import pool, window_attention
+from kernels.observation import Observation
+
+# Rows of the similarity matrix at a time.
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class RedundancyScorer:
+    """R-KV (2505.24133): attention of the window, less what other entries say as well.
+
+    An entry is redundant by the mean cosine similarity of its key with all others of its head, as a
+    softmax over the entries. Of those that are similar to a key, the most recent ones are not
+    counted against themselves, so that the newest of a group stays. Takes time with the square of
+    the entries: it is made for answers that repeat themselves, not for long prompts.
+
+    importance_share: weight of attention; the rest is redundancy's.
+    least_similarity: from which on two keys are similar.
+    spared_share: of all entries, how many of the most recent similar ones are spared for each key.
+    """
+
+    needs_values: ClassVar[bool] = False
+    window_tokens: int = 32
+    kernel_size: int = 7
+    importance_share: float = 0.1
+    least_similarity: float = 0.5
+    spared_share: float = 0.1
+
+    @property
+    def query_span_tokens(self) -> int:
+        return self.window_tokens
+
+    def score(self, observation: Observation) -> Tensor:
+        attention = window_attention(observation, self.window_tokens)[..., : -self.window_tokens]
+        importance = pool(attention.mean(dim=2).amax(dim=1), self.kernel_size, "max")
+        redundancy = self._redundancy(observation.keys[:, : -self.window_tokens].float())
+        return self.importance_share * importance - (1 - self.importance_share) * redundancy
+
+    def _redundancy(self, keys: Tensor) -> Tensor:
+        """[H, m] of keys [H, m, D]; sums to one for each head."""
+        heads, m, _ = keys.shape
+        directions = torch.nn.functional.normalize(keys, dim=-1)
+        spared = int(self.spared_share * m)
+        sums = keys.new_zeros((heads, m))
+        for start in range(0, m, _ROWS):
+            rows = directions[:, start : start + _ROWS]
+            similarity = rows @ directions.transpose(1, 2)
+            own = torch.arange(rows.shape[1], device=keys.device)
+            similarity[:, own, start + own] = 0.0
+            similar = similarity > self.least_similarity
+            from_the_end = similar.flip(-1).cumsum(dim=-1).flip(-1)
+            sums += similarity.masked_fill(similar & (from_the_end <= spared), 0.0).sum(dim=1)
+        return (sums / max(m, 1)).softmax(dim=-1)

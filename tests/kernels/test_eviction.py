@@ -1,0 +1,90 @@
+"""Evictions while decoding: the counts, and what is selected among uneven heads."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.blocks import DecodeBound, entries_after, most_entries
+from kernels.eviction import SINK_TOKENS, fitted, reallocate, with_sinks
+from kernels.policy import Scored
+from kernels.presets import PRESETS, preset
+
+
+@given(st.integers(1, 60), st.integers(1, 40), st.integers(0, 60), st.integers(0, 300))
+def test_the_counts_are_those_of_a_step_by_step_count(
+    budget: int, interval: int, kept: int, decoded: int
+) -> None:
+    kept = min(kept, budget)
+    bound = DecodeBound(budget, interval)
+    entries, evictions, most = kept, 0, kept
+    evicted = False
+    for _ in range(decoded):
+        entries, evicted = (budget if evicted else entries) + 1, False
+        if entries == budget + interval:
+            evictions, evicted = evictions + 1, True
+        most = max(most, entries)
+    assert bound.entries(kept, decoded) == entries_after(kept, decoded, bound) == entries
+    assert bound.evictions(kept, decoded) == evictions
+    assert most_entries(kept, decoded, bound) == most <= bound.most_tokens
+    assert bound.evicts(kept, decoded) == evicted or decoded == 0
+    further = bound.until_next(kept, decoded)
+    assert further > 0
+    assert bound.evicts(kept, decoded + further)
+    assert bound.evictions(kept, decoded + further) == evictions + 1
+
+
+@given(st.data())
+def test_what_one_layer_lacks_the_others_get(data: st.DataObject) -> None:
+    most = data.draw(st.lists(st.integers(0, 50), min_size=1, max_size=8))
+    least = [data.draw(st.integers(0, high)) for high in most]
+    wanted = [data.draw(st.integers(0, 60)) for _ in most]
+    if not sum(least) <= sum(wanted) <= sum(most):
+        with pytest.raises(ValueError, match="cannot keep"):
+            fitted(wanted, least, most)
+        return
+    got = fitted(wanted, least, most)
+    assert sum(got) == sum(wanted)
+    assert all(low <= one <= high for low, one, high in zip(least, got, most, strict=True))
+    if all(low <= one <= high for low, one, high in zip(least, wanted, most, strict=True)):
+        assert got == wanted
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_the_total_is_conserved_whatever_the_heads_hold(name: str, data: st.DataObject) -> None:
+    policy = preset(name)
+    window = policy.scorer.window_tokens
+    layers, heads = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
+    spread = st.integers(window + SINK_TOKENS, window + 60)
+    lens = torch.tensor(
+        [[data.draw(spread) for _ in range(heads)] for _ in range(layers)], dtype=torch.int32
+    )
+    mean = int(lens.sum()) // lens.numel()
+    keep = data.draw(st.integers(window + SINK_TOKENS, mean))
+    seed = data.draw(st.integers(0, 100))
+    shape = (layers, heads, int(lens.max()) - window)
+    # Many ties, as pooled scores have.
+    scores = torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(seed)).float()
+    empty = torch.arange(shape[-1]) >= (lens - window)[..., None]
+    scored = with_sinks(Scored(scores.masked_fill(empty, float("-inf")), torch.ones(shape)))
+    kept = reallocate(policy, scored, lens, keep)
+    assert int(kept.sum()) == layers * heads * keep
+    position = torch.arange(kept.shape[-1])
+    assert not bool((kept & (position >= lens[..., None])).any())
+    assert bool(kept[..., :SINK_TOKENS].all())
+    recent = (position >= (lens - window)[..., None]) & (position < lens[..., None])
+    assert bool(kept[recent].all())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_even_heads_keep_what_a_prompt_would(name: str) -> None:
+    policy = preset(name)
+    n, keep = 200, 120
+    m = n - policy.scorer.window_tokens
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.rand((3, 2, m), generator=generator)
+    scored = with_sinks(Scored(scores, torch.rand((3, 2, m), generator=generator)))
+    lens = torch.full((3, 2), n, dtype=torch.int32)
+    assert torch.equal(reallocate(policy, scored, lens, keep), policy.allocate(scored, keep).kept)
