@@ -14,26 +14,41 @@ class Expected(NamedTuple):
 
 
 class Life(NamedTuple):
-    """A request from now on: tokens that fill its blocks, and those that it will still append."""
+    """A request from now on: tokens that fill its blocks, and those that it will still append.
+
+    most_tokens: what it never exceeds, however many come; None where there is no such bound.
+    """
 
     tokens: int
     to_come: Expected
+    most_tokens: int | None = None
+
+    @property
+    def reaches_bound(self) -> bool:
+        return self.most_tokens is not None and (
+            self.tokens + self.to_come.tokens >= self.most_tokens
+        )
 
 
 def peak_tokens(lives: Iterable[Life]) -> int:
     """Most tokens that the requests hold together, each growing by one per step to its end.
 
     After Past-Future scheduling (2507.10150), which sizes a batch by its future, not its present.
-    How long each goes on is uncertain: one standard deviation of the sum is added.
+    How long each goes on is uncertain: one standard deviation of the sum is added. One that comes
+    to its bound counts with that until it ends.
     """
-    peak = held = 0
+    peak = held = growing = 0
     variance = 0.0
     ordered = sorted(lives, key=lambda life: -life.to_come.tokens)
-    for count, life in enumerate(ordered, start=1):
+    for life in ordered:
         # When this one ends, those that last longer are still there.
-        held += life.tokens
-        variance += life.to_come.spread**2
-        peak = max(peak, held + count * life.to_come.tokens + math.ceil(math.sqrt(variance)))
+        if life.reaches_bound:
+            held += life.most_tokens or 0
+        else:
+            held += life.tokens
+            growing += 1
+            variance += life.to_come.spread**2
+        peak = max(peak, held + growing * life.to_come.tokens + math.ceil(math.sqrt(variance)))
     return peak
 
 

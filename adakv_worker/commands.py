@@ -12,7 +12,10 @@ ATTRIBUTE = "adakv"
 
 
 class Capture(NamedTuple):
-    """Keep the queries of the last `query_span` of `prompt_tokens` tokens for a later step."""
+    """Keep the queries of the last `query_span` of `prompt_tokens` tokens for a later step.
+
+    That is the one that completes them: the prompt, or as many as are cached when it next evicts.
+    """
 
     prompt_tokens: int
     query_span: int
@@ -22,6 +25,7 @@ class Compress(NamedTuple):
     """In this step's forward pass, copy what the policy keeps into `slabs`.
 
     The scorer wants the queries of the last `query_span` of `prompt_tokens` tokens.
+    sink_tokens: first entries that stay in any case.
     """
 
     choice: PolicyChoice
@@ -29,6 +33,20 @@ class Compress(NamedTuple):
     query_span: int
     keep: int
     slabs: list[int]
+    sink_tokens: int = 0
+
+
+class Evict(NamedTuple):
+    """After this step's forward pass, leave a compressed request `keep` entries in its first slabs.
+
+    The scorer wants the queries of the last `query_span` of `tokens` tokens.
+    """
+
+    choice: PolicyChoice
+    tokens: int
+    query_span: int
+    keep: int
+    slabs: int
 
 
 class TakeUp(NamedTuple):
@@ -47,9 +65,10 @@ class StepCommands(NamedTuple):
     capture: dict[str, Capture]
     compress: dict[str, Compress]
     take_up: dict[str, TakeUp]
+    evict: dict[str, Evict]
 
 
-NOTHING = StepCommands({}, {}, {})
+NOTHING = StepCommands({}, {}, {}, {})
 
 # Mean, least and most entries that the heads of a compressed request keep, by request id.
 Kept = dict[str, tuple[float, int, int]]

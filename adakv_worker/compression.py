@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adakv_worker.commands import Compress
 from adakv_worker.model_parts import LayerParts
+from kernels.eviction import fitted, with_sinks
 from kernels.observation import Observation
 from kernels.paged_cache import PagedCache, compact, read_blocks
 from kernels.pages import PageTables
@@ -89,7 +90,8 @@ class Compression:
             tables.heads,
             command.prompt_tokens - self._policy.scorer.window_tokens,
         )
-        self._totals = self._policy.layer_totals(shape, command.keep)
+        totals = self._policy.layer_totals(shape, command.keep)
+        self._totals = self._with_sinks(totals, shape) if totals is not None else None
         self._scored: dict[int, Scored] = {}
         self._held_bytes = 0
         self._kept: dict[int, Tensor] | None = {} if record else None
@@ -105,6 +107,8 @@ class Compression:
 
     def see(self, layer: int, query: Tensor) -> None:
         scored = self._policy.score(self._observe(layer, query))
+        if self._command.sink_tokens:
+            scored = with_sinks(scored, self._command.sink_tokens)
         self._scored[layer] = scored
         self._held_bytes += sum(t.numel() * t.element_size() for t in scored if t is not None)
         if self._totals is not None and self._held_bytes >= _HELD_BYTES:
@@ -116,10 +120,17 @@ class Compression:
         if totals is None:
             all_layers = stacked([self._scored[layer] for layer in sorted(self._scored)])
             totals = self._policy.totals(all_layers.scores, self._command.keep)
+            totals = self._with_sinks(totals, all_layers.scores.shape)
         self._copy_scored(totals)
         if self._kept is None:
             return None
         return torch.stack([self._kept[layer] for layer in sorted(self._kept)])
+
+    def _with_sinks(self, totals: list[int], shape: Sequence[int]) -> list[int]:
+        """`totals` of scores of `shape` [L, H, m] that leave room for each layer's sinks."""
+        layers, heads, entries = shape
+        least = heads * min(self._command.sink_tokens, entries)
+        return fitted(totals, [least] * layers, [heads * entries] * layers)
 
     def _copy_scored(self, totals: list[int]) -> None:
         """Selects and copies the layers whose scores are held."""
@@ -158,8 +169,17 @@ class Compression:
 
     def _window(self, layer: int, query: Tensor) -> Tensor:
         """[Hq, span, D]: the queries that the scorer wants."""
-        have = 0 if self._earlier is None else self._earlier.shape[1]
-        fresh = query[self._stop - (self._command.query_span - have) : self._stop]
-        if self._earlier is not None:
-            fresh = torch.cat((self._earlier[layer], fresh))
-        return fresh.transpose(0, 1)
+        return window_queries(self._earlier, query[: self._stop], self._command.query_span, layer)
+
+
+def window_queries(earlier: Tensor | None, query: Tensor, span: int, layer: int) -> Tensor:
+    """[Hq, span, D] of a window that ends with `query` [tokens, Hq, D].
+
+    Args:
+        earlier: [L, e, Hq, D], its first queries, from steps before.
+    """
+    have = 0 if earlier is None else earlier.shape[1]
+    fresh = query[len(query) - (span - have) :]
+    if earlier is not None:
+        fresh = torch.cat((earlier[layer], fresh))
+    return fresh.transpose(0, 1)

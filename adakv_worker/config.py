@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kernels.blocks import kept_tokens
+from kernels.blocks import DecodeBound, kept_tokens
+from kernels.eviction import SINK_TOKENS
 from kernels.presets import DEFAULT_PRESET, PRESETS, PolicyChoice
 
 CONFIG_KEY = "adakv"
@@ -28,6 +29,15 @@ class CompressionConfig(BaseModel):
     )
     alpha: float | None = Field(default=None, ge=0.0, le=1.0)
     window_tokens: int | None = Field(default=None, ge=1)
+    decode_budget_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Mean entries per (layer, KV head) that evictions while decoding leave; none: "
+        "answers grow without end",
+    )
+    decode_interval_tokens: int = Field(
+        default=128, ge=1, description="Tokens from one eviction while decoding to the next"
+    )
     min_budget_tokens: int = Field(default=64, ge=1, description="Least that a request may ask for")
     max_budget_tokens: int | None = Field(default=None, ge=1)
     allow_full: bool = Field(default=True, description="Whether a request may ask for `full`")
@@ -43,11 +53,36 @@ class CompressionConfig(BaseModel):
         check_policy_name(self.policy)
         if self.policy != FULL:
             self.default_choice.build()
+            self.decode_bound(self.default_choice, self.decode_budget_tokens)
         return self
 
     @property
     def default_choice(self) -> PolicyChoice:
         return PolicyChoice(self.policy, self.alpha, self.window_tokens)
+
+    def decode_bound(
+        self, choice: PolicyChoice, budget_tokens: int | None, interval_tokens: int | None = None
+    ) -> DecodeBound | None:
+        """The bound of a request, None if there is none.
+
+        Raises:
+            ValueError: the policy needs more; the text names the setting without its prefix.
+        """
+        if budget_tokens is None:
+            return None
+        bound = DecodeBound(budget_tokens, interval_tokens or self.decode_interval_tokens)
+        window = choice.build().scorer.window_tokens
+        if bound.budget_tokens < window + SINK_TOKENS:
+            raise ValueError(
+                f"decode_budget_tokens={bound.budget_tokens} is below the observation window of "
+                f"{window} and {SINK_TOKENS} sinks"
+            )
+        if bound.interval_tokens < window:
+            raise ValueError(
+                f"decode_interval_tokens={bound.interval_tokens} is below the observation window "
+                f"of {window}"
+            )
+        return bound
 
 
 class RequestBudget(BaseModel):
@@ -58,9 +93,10 @@ class RequestBudget(BaseModel):
     choice: PolicyChoice
     budget_tokens: int
     keep_ratio: float
+    decode: DecodeBound | None = None
 
     def keep_of(self, num_tokens: int) -> int:
-        return kept_tokens(num_tokens, self.budget_tokens, self.keep_ratio)
+        return kept_tokens(num_tokens, self.budget_tokens, self.keep_ratio, self.decode)
 
 
 class RequestOptions(BaseModel):
@@ -73,6 +109,8 @@ class RequestOptions(BaseModel):
     keep_ratio: float | None = Field(default=None, gt=0.0, le=1.0)
     alpha: float | None = Field(default=None, ge=0.0, le=1.0)
     window_tokens: int | None = Field(default=None, ge=1)
+    decode_budget_tokens: int | None = Field(default=None, ge=1)
+    decode_interval_tokens: int | None = Field(default=None, ge=1)
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None) -> "RequestOptions":
@@ -113,7 +151,8 @@ class RequestOptions(BaseModel):
         name = self.policy if self.policy is not None else config.policy
         if name == FULL and config.policy != FULL and not config.allow_full:
             raise ValueError("adakv_policy: this server does not allow `full`")
-        _check_bounds(self.budget_tokens, config)
+        _check_bounds("budget_tokens", self.budget_tokens, config)
+        _check_bounds("decode_budget_tokens", self.decode_budget_tokens, config)
         choice = PolicyChoice(
             name,
             self.alpha if self.alpha is not None else _if_same(config.alpha, name, config.policy),
@@ -130,7 +169,22 @@ class RequestOptions(BaseModel):
             raise ValueError(
                 f"adakv_budget_tokens={budget} is below the observation window of {window}"
             )
-        return RequestBudget(choice=choice, budget_tokens=budget, keep_ratio=ratio)
+        decode = self._decode_bound(choice, config)
+        if decode is not None:
+            # Of requests that are bounded the sinks always stay.
+            budget = max(budget, window + SINK_TOKENS)
+        return RequestBudget(choice=choice, budget_tokens=budget, keep_ratio=ratio, decode=decode)
+
+    def _decode_bound(self, choice: PolicyChoice, config: CompressionConfig) -> DecodeBound | None:
+        if choice.preset == FULL:
+            return None
+        budget = self.decode_budget_tokens or config.decode_budget_tokens
+        if budget is None and self.decode_interval_tokens is not None:
+            raise ValueError("adakv_decode_interval_tokens: there is no adakv_decode_budget_tokens")
+        try:
+            return config.decode_bound(choice, budget, self.decode_interval_tokens)
+        except ValueError as error:
+            raise ValueError(f"{CONFIG_KEY}_{error}") from None
 
 
 def check_policy_name(name: str) -> None:
@@ -145,17 +199,17 @@ def _if_same(value: Any, name: str, default: str) -> Any:
     return value if name == default else None
 
 
-def _check_bounds(budget_tokens: int | None, config: CompressionConfig) -> None:
+def _check_bounds(name: str, budget_tokens: int | None, config: CompressionConfig) -> None:
     if budget_tokens is None:
         return
     if budget_tokens < config.min_budget_tokens:
         raise ValueError(
-            f"adakv_budget_tokens={budget_tokens} is below this server's least, "
+            f"{CONFIG_KEY}_{name}={budget_tokens} is below this server's least, "
             f"{config.min_budget_tokens}"
         )
     if config.max_budget_tokens is not None and budget_tokens > config.max_budget_tokens:
         raise ValueError(
-            f"adakv_budget_tokens={budget_tokens} is above this server's most, "
+            f"{CONFIG_KEY}_{name}={budget_tokens} is above this server's most, "
             f"{config.max_budget_tokens}"
         )
 

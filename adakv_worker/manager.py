@@ -41,6 +41,7 @@ class AdaKVManager(FullAttentionManager):
         self.plans: dict[str, Plan] = {}
         self.output_lengths = OutputLengths(_PRIOR_OUTPUT_TOKENS)
         self._reserved: list[str] = []
+        self._evicting: list[str] = []
 
     def slabs_of(self, request_id: str) -> list[int]:
         """Block ids of the slabs of a RESERVED or COMPRESSED request."""
@@ -151,7 +152,9 @@ class AdaKVManager(FullAttentionManager):
     def _life(self, plan: Plan) -> Life:
         to_come = self.output_lengths.to_come(plan.generated, plan.max_outputs - plan.generated)
         # Its last block is half full on average, and nobody else's.
-        return Life(plan.held_tokens + self.block_size // 2, to_come)
+        half = self.block_size // 2
+        most = plan.most_held_tokens + half if plan.bound is not None else None
+        return Life(plan.held_tokens + half, to_come, most)
 
     def _promised_to_others(self, request_id: str) -> int:
         """Blocks that admitted requests still take before their prompts are complete.
@@ -170,6 +173,9 @@ class AdaKVManager(FullAttentionManager):
         self, plan: Plan, request_id: str, new_computed_blocks: Sequence[KVCacheBlock]
     ) -> str | None:
         """Why compressing would free no more than it takes: others hold the prompt's blocks too."""
+        if plan.outgrows_bound:
+            # It takes slabs to stay within it.
+            return None
         own = self.req_to_blocks.get(request_id, ())
         shared = sum(block.ref_cnt > 1 for block in own)
         shared += sum(block.ref_cnt > 0 for block in new_computed_blocks)
@@ -216,7 +222,24 @@ class AdaKVManager(FullAttentionManager):
             self.block_pool.free_blocks(reversed(blocks[: plan.prompt_blocks]))
             plan.phase = Phase.COMPRESSED
         self._reserved.clear()
+        self._free_evicted()
         super().new_step_starts()
+
+    def evict(self, request_id: str) -> int:
+        """Of a COMPRESSED request whose next step evicts: how many slabs that leaves it."""
+        self._evicting.append(request_id)
+        return self.plans[request_id].slabs_after_eviction
+
+    def _free_evicted(self) -> None:
+        """Frees the slabs that the last step's evictions left empty."""
+        for request_id in self._evicting:
+            plan, blocks = self.plans.get(request_id), self.req_to_blocks.get(request_id)
+            if plan is None or not blocks:
+                continue
+            left = plan.slabs_after_eviction
+            self.req_to_blocks[request_id] = blocks[:left]
+            self.block_pool.free_blocks(reversed(blocks[left:]))
+        self._evicting.clear()
 
     def evictable_blocks(self) -> int:
         """Free blocks that still hold a prefix. Looks at every block of the pool."""

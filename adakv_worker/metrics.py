@@ -59,7 +59,9 @@ class CompressionLogger(StatLoggerBase):
         if proof["skipped"] is None:
             metrics.original_tokens.labels(*labels).inc(proof["original_tokens"])
             metrics.kept_tokens.labels(*labels).inc(proof["kept_mean"])
-            metrics.freed_blocks.labels(*labels).inc(proof["blocks_before"] - proof["blocks_after"])
+            # One that takes slabs to stay within its bound may free none.
+            freed = max(0, proof["blocks_before"] - proof["blocks_after"])
+            metrics.freed_blocks.labels(*labels).inc(freed)
             metrics.kept_share.labels(*labels).observe(
                 proof["kept_mean"] / proof["original_tokens"]
             )

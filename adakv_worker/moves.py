@@ -79,6 +79,11 @@ def write_state(
         OSError: there is no room for it.
     """
     parts: dict[str, Tensor] = {}
+    window = state.window(request_id)
+    about = {
+        "header": json.dumps(header),
+        "window": json.dumps((0, 0) if window is None else (window.prompt_tokens, window.span)),
+    }
 
     def room(pages: int) -> tuple[Tensor, Tensor]:
         dtype = getattr(torch, header.dtype)
@@ -87,16 +92,18 @@ def write_state(
         sizes = {
             "keys": size,
             "values": size,
+            "queries": 0 if window is None else window.queries.nbytes,
             "lens": 4 * header.layers * header.heads,
             "checksum": DIGEST_BYTES,
             _GENERATOR: 0 if generator is None else generator.numel(),
         }
-        parts.update(_laid_out(path, sizes, {"header": json.dumps(header)}, files))
+        parts.update(_laid_out(path, sizes, about, files))
         keys, values = (parts[name].view(dtype).view(pages, -1) for name in ("keys", "values"))
         return keys, values
 
     packed = pack(state.export(request_id, room), header)
     parts["lens"].numpy()[:] = packed.lens.reshape(-1).view(np.uint8)
+    parts["queries"].numpy()[:] = packed.queries
     parts["checksum"].numpy()[:] = np.frombuffer(packed.checksum, dtype=np.uint8)
     if generator is not None:
         parts[_GENERATOR].numpy()[:] = generator.numpy()
@@ -130,11 +137,20 @@ def read_state(path: Path, expected: StateHeader, files: MappedFiles) -> Moved:
         (length,) = _LENGTH.unpack(content[: _LENGTH.size].numpy().tobytes())
         text, data = content[_LENGTH.size :].split([length, len(content) - _LENGTH.size - length])
         described = json.loads(text.numpy().tobytes())
-        header = StateHeader(*json.loads(described.pop("__metadata__")["header"]))
+        about = described.pop("__metadata__")
+        header = StateHeader(*json.loads(about["header"]))
+        tokens, span = json.loads(about["window"])
         parts = {name: data[slice(*part["data_offsets"])] for name, part in described.items()}
         lens = parts["lens"].view(torch.int32).view(header.layers, header.heads)
-        arrays = (part.numpy() for part in (lens, parts["keys"], parts["values"]))
-        packed = PackedState(header, parts["checksum"].numpy().tobytes(), *arrays)
+        packed = PackedState(
+            header,
+            parts["checksum"].numpy().tobytes(),
+            lens.numpy(),
+            parts["keys"].numpy(),
+            parts["values"].numpy(),
+            parts["queries"].numpy(),
+            (tokens, span),
+        )
     except Exception as error:
         raise StateRefused(f"the state cannot be read: {error}") from None
     # A copy: a generator takes only what lies at a multiple of eight bytes.

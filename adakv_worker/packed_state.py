@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adakv_worker.compression import Window
 from adakv_worker.state import CompressedState
 
 DIGEST_BYTES = 16
@@ -42,6 +43,7 @@ class PackedState(NamedTuple):
     """Contiguous arrays, so that an object store maps them without a copy.
 
     lens: [L, H] int32. keys, values: [pages, bytes of a page's keys or values] uint8.
+    queries: bytes of a window's, none where there is none. window: its tokens and its span.
     """
 
     header: StateHeader
@@ -49,10 +51,16 @@ class PackedState(NamedTuple):
     lens: np.ndarray
     keys: np.ndarray
     values: np.ndarray
+    queries: np.ndarray
+    window: tuple[int, int] = (0, 0)
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return self.lens, self.keys, self.values, self.queries
 
     @property
     def nbytes(self) -> int:
-        return self.lens.nbytes + self.keys.nbytes + self.values.nbytes
+        return sum(array.nbytes for array in self.arrays)
 
 
 class StateRefused(ValueError):
@@ -66,12 +74,17 @@ def hash_tokens(token_ids: Sequence[int]) -> str:
 
 def pack(state: CompressedState, header: StateHeader) -> PackedState:
     """Views the state's tensors as arrays: nothing is copied but to compute the checksum."""
-    arrays = (
+    window = state.window
+    packed = PackedState(
+        header,
+        b"",
         _bytes(state.lens).view(np.int32),
         _bytes(state.keys),
         _bytes(state.values),
+        np.empty(0, dtype=np.uint8) if window is None else _bytes(window.queries).reshape(-1),
+        (0, 0) if window is None else (window.prompt_tokens, window.span),
     )
-    return PackedState(header, _checksum(header, arrays), *arrays)
+    return packed._replace(checksum=_checksum(packed))
 
 
 def unpack(packed: PackedState, expected: StateHeader) -> CompressedState:
@@ -85,13 +98,23 @@ def unpack(packed: PackedState, expected: StateHeader) -> CompressedState:
     for name, theirs, ours in zip(StateHeader._fields, packed.header, expected, strict=True):
         if theirs != ours:
             raise StateRefused(f"the state has {name} {theirs!r}, here it is {ours!r}")
-    arrays = packed.lens, packed.keys, packed.values
-    if packed.checksum != _checksum(packed.header, arrays):
+    if packed.checksum != _checksum(packed):
         raise StateRefused("the state's content differs from its checksum")
     dtype = getattr(torch, expected.dtype)
     size = expected.page_tokens * expected.head_dim
-    keys, values = (_tensor(array).view(dtype).view(-1, size) for array in arrays[1:])
-    return CompressedState(_tensor(packed.lens), keys, values)
+    keys, values = (
+        _tensor(array).view(dtype).view(-1, size) for array in (packed.keys, packed.values)
+    )
+    return CompressedState(_tensor(packed.lens), keys, values, _window(packed, dtype))
+
+
+def _window(packed: PackedState, dtype: torch.dtype) -> Window | None:
+    tokens, span = packed.window
+    if span == 0:
+        return None
+    header = packed.header
+    queries = _tensor(packed.queries).view(dtype).view(header.layers, span, -1, header.head_dim)
+    return Window(tokens, span, queries)
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:
@@ -105,9 +128,10 @@ def _tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array)
 
 
-def _checksum(header: StateHeader, arrays: Sequence[np.ndarray]) -> bytes:
-    digest = hashlib.blake2b(repr(header).encode(), digest_size=DIGEST_BYTES)
-    for array in arrays:
+def _checksum(packed: PackedState) -> bytes:
+    about = packed.header, tuple(packed.window)
+    digest = hashlib.blake2b(repr(about).encode(), digest_size=DIGEST_BYTES)
+    for array in packed.arrays:
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         digest.update(f"{array.nbytes} ".encode())
         whole = len(content) // (8 * _COLUMNS) * (8 * _COLUMNS)

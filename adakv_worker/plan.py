@@ -1,11 +1,19 @@
 """What the scheduler decides for one request, before any worker knows of it."""
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from adakv_worker.config import FULL, RequestBudget
-from kernels.blocks import blocks_for_tokens, compressed_blocks_bound
+from kernels.blocks import (
+    DecodeBound,
+    blocks_for_tokens,
+    compressed_blocks_bound,
+    entries_after,
+    most_entries,
+)
+from kernels.eviction import SINK_TOKENS
 from kernels.presets import PolicyChoice
 
 
@@ -27,6 +35,8 @@ class Plan:
     max_outputs: tokens that it may generate from then on.
     num_tokens: tokens that it had blocks for when they were last counted.
     skipped: why it will not compress, or None.
+    bound: how far it may grow while it decodes. One that would outgrow it gets slabs in any case,
+        with all its entries where they are within the budget.
     """
 
     choice: PolicyChoice
@@ -37,6 +47,7 @@ class Plan:
     max_outputs: int
     num_tokens: int = 0
     skipped: str | None = None
+    bound: DecodeBound | None = None
     phase: Phase = Phase.PREFILL
     # Set when the last chunk is sized up, final when its blocks are taken.
     skip_if_taken_now: str | None = None
@@ -66,7 +77,20 @@ class Plan:
         if self.skipped is not None:
             return self.num_tokens
         # A page that is only partly filled is its head's all the same.
-        return self.keep + self.generated + self.block_size - 1
+        return self._entries_at(self.num_tokens) + self.block_size - 1
+
+    @property
+    def most_held_tokens(self) -> int:
+        """What `held_tokens` comes to at most, however long it goes on."""
+        if self.skipped is not None:
+            return self.num_tokens + self.max_outputs
+        return most_entries(self.keep, self.max_outputs, self.bound) + self.block_size - 1
+
+    @property
+    def outgrows_bound(self) -> bool:
+        """Whether it would come to hold more than it may, if it kept its whole prompt."""
+        whole = self.prompt_tokens + self.max_outputs
+        return self.bound is not None and whole > self.bound.most_tokens
 
     @property
     def active(self) -> bool:
@@ -74,8 +98,40 @@ class Plan:
 
     def blocks_at(self, num_tokens: int) -> int:
         """Blocks that surely hold the compressed request at `num_tokens` tokens."""
+        return compressed_blocks_bound(self._entries_at(num_tokens), 0, self.block_size)
+
+    def _entries_at(self, num_tokens: int) -> int:
         decoded = max(0, num_tokens - self.prompt_tokens)
-        return compressed_blocks_bound(self.keep, decoded, self.block_size)
+        return entries_after(self.keep, decoded, self.bound)
+
+    @property
+    def evicts(self) -> bool:
+        """Whether the step that it now has blocks for ends with an eviction."""
+        return self.bound is not None and self.bound.evicts(self.keep, self.generated)
+
+    @property
+    def next_eviction(self) -> int | None:
+        """Tokens that will be cached when it next evicts, after this step; None if it will not."""
+        if self.bound is None:
+            return None
+        tokens = self.num_tokens + self.bound.until_next(self.keep, self.generated)
+        return tokens if tokens < self.prompt_tokens + self.max_outputs else None
+
+    @property
+    def eviction_span(self) -> int:
+        """Queries of decoded tokens that an eviction looks at."""
+        return (
+            0 if self.bound is None else min(_query_span(self.choice), self.bound.interval_tokens)
+        )
+
+    @property
+    def slabs_after_eviction(self) -> int:
+        assert self.bound is not None
+        return compressed_blocks_bound(self.bound.budget_tokens, 0, self.block_size)
+
+    @property
+    def sink_tokens(self) -> int:
+        return SINK_TOKENS if self.bound is not None else 0
 
     def longest_hit(self) -> int:
         """Most tokens that may come from the prefix cache, so that all queries needed are seen."""
@@ -95,7 +151,30 @@ class Plan:
             "blocks_before": self.prompt_blocks,
             "blocks_after": self.prompt_blocks if kept is None else self.slabs,
             "skipped": self.skipped,
+            "decode_budget_tokens": self.bound.budget_tokens if self.bound else None,
+            "decode_interval_tokens": self.bound.interval_tokens if self.bound else None,
+            "decode_evictions": 0,
         }
+
+
+def bound_of(report: Mapping[str, Any]) -> DecodeBound | None:
+    """How far the request of a `Plan.report` may grow."""
+    budget = report.get("decode_budget_tokens")
+    return None if budget is None else DecodeBound(budget, report["decode_interval_tokens"])
+
+
+def held_blocks(report: Mapping[str, Any], decoded: int, block_size: int) -> int:
+    """Blocks of a compressed request, `decoded` tokens after what a `Plan.report` tells of."""
+    entries = entries_after(round(report["kept_mean"]), decoded, bound_of(report))
+    return compressed_blocks_bound(entries, 0, block_size)
+
+
+def peak_blocks(report: Mapping[str, Any], decoded: int, more: int, block_size: int) -> int:
+    """Most blocks that it holds within the next `more` tokens."""
+    bound = bound_of(report)
+    entries = entries_after(round(report["kept_mean"]), decoded, bound) + more
+    most = entries if bound is None else min(entries, bound.most_tokens)
+    return compressed_blocks_bound(most, 0, block_size)
 
 
 def resumed_plan(
@@ -119,8 +198,16 @@ def resumed_plan(
         block_size,
         num_tokens - prompt_tokens + remaining_outputs,
         num_tokens=num_tokens,
+        bound=bound_of(report),
         phase=Phase.COMPRESSED,
     )
+
+
+def _query_span(choice: PolicyChoice) -> int:
+    if choice.preset == FULL:
+        return 0
+    scorer = choice.build().scorer
+    return max(scorer.query_span_tokens, scorer.window_tokens)
 
 
 def make_plan(
@@ -137,21 +224,20 @@ def make_plan(
         remaining_outputs: tokens that it may still generate.
         pool_blocks: all blocks of the pool.
     """
-    span = 0
-    if budget.choice.preset != FULL:
-        scorer = budget.choice.build().scorer
-        span = max(scorer.query_span_tokens, scorer.window_tokens)
     keep = budget.keep_of(num_tokens)
+    # Nothing is chosen where all stay.
+    span = _query_span(budget.choice) if keep < num_tokens else 0
     plan = Plan(
-        budget.choice, num_tokens, keep, min(span, num_tokens), block_size, remaining_outputs
-    )
+        budget.choice, num_tokens, keep, min(span, num_tokens), block_size, remaining_outputs,
+        bound=budget.decode,
+    )  # fmt: skip
     if budget.choice.preset == FULL:
         plan.skipped = "full_requested"
-    elif keep >= num_tokens:
+    elif keep >= num_tokens and not plan.outgrows_bound:
         plan.skipped = "within_budget"
     elif remaining_outputs <= 1:
         plan.skipped = "no_decode"
-    elif plan.slabs >= plan.prompt_blocks:
+    elif plan.slabs >= plan.prompt_blocks and not plan.outgrows_bound:
         plan.skipped = "frees_nothing"
     elif plan.prompt_blocks + plan.slabs > pool_blocks:
         plan.skipped = "no_room"

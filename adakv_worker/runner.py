@@ -179,7 +179,7 @@ class AdaKVRunnerMixin(GPUModelRunner):
         return Step(folded, watchers)
 
     def _watchers(self, output: SchedulerOutput, commands: StepCommands) -> list[Watcher]:
-        if not commands.capture and not commands.compress:
+        if not commands.capture and not commands.compress and not commands.evict:
             return []
         watchers: list[Watcher] = []
         start = 0
@@ -189,6 +189,8 @@ class AdaKVRunnerMixin(GPUModelRunner):
             if compress := commands.compress.get(request_id):
                 blocks = self._prompt_blocks(request_id, compress)
                 watchers.append(self.adakv.compress(request_id, compress, blocks, start, first))
+            elif evict := commands.evict.get(request_id):
+                watchers.append(self.adakv.evict(request_id, evict, start))
             elif capture := commands.capture.get(request_id):
                 watcher = self.adakv.capture(request_id, capture, start, first, count)
                 watchers += [watcher] if watcher is not None else []
@@ -208,6 +210,7 @@ class AdaKVRunnerMixin(GPUModelRunner):
             self._adakv_step = None
         commands = commands_of(scheduler_output)
         self._adakv_kept = self._finish_compressions(commands)
+        self._finish_evictions(commands)
         self.adakv.drop_windows(scheduler_output.num_scheduled_tokens.keys() - commands.capture)
         if self._adakv_config.check_invariants:
             self.adakv.check()
@@ -218,10 +221,21 @@ class AdaKVRunnerMixin(GPUModelRunner):
             return {}
         kept = self.adakv.finish_compressions()
         for request_id, command in commands.compress.items():
-            self.requests[request_id].block_ids = (list(command.slabs),)
-            row = self.input_batch.req_id_to_index[request_id]
-            self.input_batch.block_table.add_row((command.slabs,), row)
+            self._hold(request_id, list(command.slabs))
         return _over_ranks(kept)
+
+    def _finish_evictions(self, commands: StepCommands) -> None:
+        if commands.evict:
+            self.adakv.finish_evictions()
+        for request_id, command in commands.evict.items():
+            (blocks,) = self.requests[request_id].block_ids
+            self._hold(request_id, blocks[: command.slabs])
+
+    def _hold(self, request_id: str, blocks: list[int]) -> None:
+        """From the next step on these blocks are the request's."""
+        self.requests[request_id].block_ids = (blocks,)
+        row = self.input_batch.req_id_to_index[request_id]
+        self.input_batch.block_table.add_row((blocks,), row)
 
     # vLLM's decorator hides the method's signature from the type checker.
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:  # type: ignore[override]

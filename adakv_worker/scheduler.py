@@ -15,7 +15,16 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from adakv_worker.checks import check_blocks
-from adakv_worker.commands import ATTRIBUTE, Capture, Compress, StepCommands, TakeUp, kept_of
+from adakv_worker.commands import (
+    ATTRIBUTE,
+    Capture,
+    Compress,
+    Evict,
+    StepCommands,
+    TakeUp,
+    commands_of,
+    kept_of,
+)
 from adakv_worker.config import (
     FULL,
     CompressionConfig,
@@ -34,6 +43,8 @@ from kernels.presets import PolicyChoice
 # Below vLLM's own logger, so that its settings show it.
 logger = init_logger("vllm.adakv")
 
+# Where all stay, the policy that looks at least.
+_KEEP_ALL = PolicyChoice("streaming_llm")
 REPORT_KEY = "kv_compression"
 # Counting takes a millisecond for some ten thousand blocks.
 _COUNT_EVICTABLE_EVERY_S = 1.0
@@ -50,6 +61,7 @@ class AdaKVSchedulerMixin(Scheduler):
         # Requests that go on here and have not begun yet.
         self._to_take_up: dict[str, Continuation] = {}
         self._recomputes = Recomputes()
+        self._decode_evictions = 0
         # First reports of requests, until the step's statistics take them along.
         self._new_reports: list[dict[str, Any]] = []
         self._blocks_to_start: dict[str, int] = {}
@@ -151,18 +163,23 @@ class AdaKVSchedulerMixin(Scheduler):
         super()._preempt_request(request, *args, **kwargs)
 
     def _commands(self, output: SchedulerOutput, manager: AdaKVManager) -> StepCommands:
-        commands = StepCommands({}, {}, self._take_ups(output))
+        commands = StepCommands({}, {}, self._take_ups(output), {})
         for request_id in output.num_scheduled_tokens:
             plan = manager.plans.get(request_id)
-            if plan is None or not plan.active or plan.phase is Phase.COMPRESSED:
+            if plan is None or not plan.active:
+                continue
+            if plan.phase is Phase.COMPRESSED:
+                if plan.bound is not None:
+                    _command_eviction(commands, manager, request_id, plan)
                 continue
             if plan.phase is Phase.RESERVED:
                 commands.compress[request_id] = Compress(
-                    plan.choice,
+                    plan.choice if plan.keep < plan.prompt_tokens else _KEEP_ALL,
                     plan.prompt_tokens,
                     plan.query_span,
                     plan.keep,
                     manager.slabs_of(request_id),
+                    plan.sink_tokens,
                 )
                 continue
             computed = self.requests[request_id].num_computed_tokens
@@ -198,6 +215,11 @@ class AdaKVSchedulerMixin(Scheduler):
     def _note_reports(
         self, step: SchedulerOutput, output: ModelRunnerOutput, manager: AdaKVManager
     ) -> None:
+        for request_id in commands_of(step).evict:
+            if report := self._reports.get(request_id):
+                evictions = report["decode_evictions"] + 1
+                self._reports[request_id] = {**report, "decode_evictions": evictions}
+                self._decode_evictions += 1
         kept = kept_of(output)
         for request_id in step.num_scheduled_tokens:
             if request_id in self._reports and request_id not in kept:
@@ -240,6 +262,7 @@ class AdaKVSchedulerMixin(Scheduler):
             ),
             evictable_blocks=self._evictable_blocks,
             recomputed_tokens=self._recomputes.tokens,
+            decode_evictions=self._decode_evictions,
         )
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
@@ -258,6 +281,24 @@ class AdaKVSchedulerMixin(Scheduler):
             self._reports.pop(request.request_id, None)
             self._to_take_up.pop(request.request_id, None)
         return finished
+
+
+def _command_eviction(
+    commands: StepCommands, manager: AdaKVManager, request_id: str, plan: Plan
+) -> None:
+    """Commands a bounded request's eviction at the end of this step, or what a later one needs."""
+    span = plan.eviction_span
+    if plan.evicts:
+        assert plan.bound is not None
+        commands.evict[request_id] = Evict(
+            plan.choice,
+            plan.num_tokens,
+            span,
+            plan.bound.budget_tokens,
+            manager.evict(request_id),
+        )
+    elif (tokens := plan.next_eviction) is not None and plan.num_tokens > tokens - span:
+        commands.capture[request_id] = Capture(tokens, span)
 
 
 def _begun(output: SchedulerOutput) -> Iterator[tuple[str, int]]:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from adakv_worker import commands
-from adakv_worker.commands import Compress, Kept
+from adakv_worker.commands import Compress, Evict, Kept
 from adakv_worker.compression import Capture, Compression, Window
+from adakv_worker.eviction import Eviction
 from adakv_worker.model_parts import LayerParts
 from kernels.growth import GrownStep
 from kernels.paged_cache import PagedCache, read_pages, write_pages
@@ -20,11 +21,13 @@ class CompressedState(NamedTuple):
 
     lens: [L, H] int32. keys, values: [pages, page_tokens * D], layer after layer, head after head,
     each page packed as the cache that it is from.
+    window: queries for its next eviction, of tokens that are already there.
     """
 
     lens: Tensor
     keys: Tensor
     values: Tensor
+    window: Window | None = None
 
 
 class CompressionState:
@@ -45,7 +48,9 @@ class CompressionState:
         self._rows: dict[str, int] = {}
         self._windows: dict[str, Window] = {}
         self._compressing: dict[str, Compression] = {}
-        # Kept positions [L, H, n] bool by request, when recorded for debugging.
+        self._evicting: dict[str, Eviction] = {}
+        # Kept positions [L, H, n] bool by request, when recorded for debugging: of its prompt, or
+        # of what was cached when it last evicted.
         self.selections: dict[str, Tensor] | None = {} if record_selections else None
 
     def __contains__(self, request_id: str) -> bool:
@@ -56,7 +61,11 @@ class CompressionState:
         """Bytes held beside the engine's KV memory: tables, queries and scores."""
         windows = [window.queries for window in self._windows.values()]
         held = sum(queries.numel() * queries.element_size() for queries in windows)
-        running = sum(compression.nbytes for compression in self._compressing.values())
+        watching: list[Compression | Eviction] = [
+            *self._compressing.values(),
+            *self._evicting.values(),
+        ]
+        running = sum(watcher.nbytes for watcher in watching)
         return self.tables.nbytes + held + running
 
     def forget(self, request_id: str) -> None:
@@ -159,6 +168,39 @@ class CompressionState:
         self._compressing.clear()
         return kept
 
+    def evict(self, request_id: str, command: Evict, position: int) -> Eviction:
+        """Begins the eviction of a compressed request with this step's token.
+
+        Args:
+            position: index of that token in the batch.
+        """
+        window = self._windows.pop(request_id, None)
+        earlier = None
+        if command.query_span > 1:
+            assert window is not None, "the scheduler asked for no queries of the steps before"
+            earlier = window.queries[:, : command.query_span - 1]
+        eviction = Eviction(
+            command,
+            self._rows[request_id],
+            position,
+            earlier,
+            self._cache,
+            self.tables,
+            self._parts,
+        )
+        self._evicting[request_id] = eviction
+        return eviction
+
+    def finish_evictions(self) -> None:
+        """After the forward pass: the requests hold less from the next step on."""
+        for request_id, eviction in self._evicting.items():
+            kept = eviction.finish()
+            # Of a cache that has come from elsewhere nobody recorded any.
+            if self.selections is not None and request_id in self.selections:
+                before = self.selections[request_id]
+                self.selections[request_id] = _still_kept(before, kept, eviction.tokens)
+        self._evicting.clear()
+
     @property
     def cache_shape(self) -> tuple[int, int, int, int]:
         """Layers, KV heads, entries of a page, head size."""
@@ -167,6 +209,10 @@ class CompressionState:
     @property
     def packing(self) -> str:
         return self._cache.packing
+
+    def window(self, request_id: str) -> Window | None:
+        """The queries that its next eviction will look at, as far as they are there."""
+        return self._windows.get(request_id)
 
     @torch.inference_mode()
     def export(
@@ -185,7 +231,8 @@ class CompressionState:
         else:
             keys, values = room(len(pages))
         read_pages(self._cache, pages, keys, values)
-        return CompressedState(self.tables.lens(row).clone(), keys, values)
+        lens = self.tables.lens(row).clone()
+        return CompressedState(lens, keys, values, self.window(request_id))
 
     @torch.inference_mode()
     def restore(self, request_id: str, state: CompressedState, slabs: list[int]) -> None:
@@ -197,8 +244,24 @@ class CompressionState:
         self.forget(request_id)
         row = self.tables.place(state.lens, slabs)
         self._rows[request_id] = row
+        if state.window is not None:
+            queries = state.window.queries.clone()
+            self._windows[request_id] = state.window._replace(queries=queries)
         write_pages(self._cache, self.tables.filled_pages(row), state.keys, state.values)
 
     def check(self) -> None:
         """Asserts the invariants of all page tables."""
         check_page_tables(self.tables, list(self._rows.values()))
+
+
+def _still_kept(positions: Tensor, kept: Tensor, tokens: int) -> Tensor:
+    """Kept positions [L, H, tokens] after an eviction that leaves `kept` [L, H, e] of the entries.
+
+    Args:
+        positions: [L, H, n] bool, kept before of the first n; all that came later were.
+    """
+    held = torch.nn.functional.pad(positions, (0, tokens - positions.shape[-1]), value=True)
+    for layer, head in torch.cartesian_prod(*map(torch.arange, held.shape[:2])).tolist():
+        places = held[layer, head].nonzero()[:, 0]
+        held[layer, head, places] = kept[layer, head, : len(places)]
+    return held

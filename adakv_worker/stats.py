@@ -24,6 +24,7 @@ class MemoryStats(NamedTuple):
     kept_tokens, original_tokens: prompt tokens of the compressed requests, after and before.
     evictable_blocks: free ones that still hold a prefix, as of the last second.
     recomputed_tokens: computed a second time since the engine's start, see `Recomputes`.
+    decode_evictions: since then, of requests that had grown to their bound.
     """
 
     compressed_blocks: int = 0
@@ -34,6 +35,7 @@ class MemoryStats(NamedTuple):
     original_tokens: int = 0
     evictable_blocks: int = 0
     recomputed_tokens: int = 0
+    decode_evictions: int = 0
 
     def attach(self, stats: SchedulerStats) -> None:
         stats.waiting_lora_adapters |= {

@@ -5,7 +5,14 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kernels.blocks import blocks_for_tokens, compressed_blocks_bound, kept_tokens, prefix_hash
+from kernels.blocks import (
+    DecodeBound,
+    blocks_for_tokens,
+    compressed_blocks_bound,
+    kept_tokens,
+    most_entries,
+    prefix_hash,
+)
 
 _REMEMBERED_OUTPUTS = 256
 
@@ -15,7 +22,7 @@ class Footprint(NamedTuple):
 
     peak_blocks: the most it holds at once: its prompt's blocks and, beside them, its slabs while it
         is compressed; or what it holds at its end, if that is more.
-    steady_blocks: what it holds at its expected end.
+    steady_blocks: what it holds at its expected end, or most of what it holds while it evicts.
     prompt_tokens, output_tokens: the prompt's exactly, the output's as expected.
     block_hashes: the prompt's full blocks as prefix hashes, for affinity.
     """
@@ -32,6 +39,7 @@ class Budget(NamedTuple):
 
     budget_tokens: int
     keep_ratio: float
+    decode: DecodeBound | None = None
 
 
 def predict(
@@ -56,11 +64,13 @@ def predict(
     uncompressed = Footprint(whole, whole, prompt_tokens, output_tokens, block_hashes)
     if budget is None or output_tokens <= 1:
         return uncompressed
-    kept = kept_tokens(prompt_tokens, budget.budget_tokens, budget.keep_ratio)
+    kept = kept_tokens(prompt_tokens, budget.budget_tokens, budget.keep_ratio, budget.decode)
     slabs = compressed_blocks_bound(kept, 1, block_size_tokens)
-    if kept >= prompt_tokens or slabs >= prompt_blocks:
+    most = most_entries(kept, output_tokens, budget.decode)
+    outgrows_bound = most < kept + output_tokens
+    if not outgrows_bound and (kept >= prompt_tokens or slabs >= prompt_blocks):
         return uncompressed
-    end = compressed_blocks_bound(kept, output_tokens, block_size_tokens)
+    end = compressed_blocks_bound(most, 0, block_size_tokens)
     peak = max(prompt_blocks + slabs, end)
     return Footprint(peak, end, prompt_tokens, output_tokens, block_hashes)
 

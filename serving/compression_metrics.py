@@ -25,6 +25,7 @@ class CompressionMetrics:
         if proof["skipped"] is None:
             self._original.inc(proof["original_tokens"])
             self._kept.inc(proof["kept_mean"])
-            self._freed.inc(proof["blocks_before"] - proof["blocks_after"])
+            # One that takes slabs to stay within its bound may free none.
+            self._freed.inc(max(0, proof["blocks_before"] - proof["blocks_after"]))
             self._share.observe(proof["kept_mean"] / proof["original_tokens"])
             self._blocks.observe(proof["blocks_after"])

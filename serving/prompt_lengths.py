@@ -106,7 +106,7 @@ class FootprintPredictor:
         budget = RequestOptions.of(request.get("vllm_xargs")).budget(self._compression)
         if budget.choice.preset == FULL:
             return None
-        return Budget(budget.budget_tokens, budget.keep_ratio)
+        return Budget(budget.budget_tokens, budget.keep_ratio, budget.decode)
 
     def _prompt(self, request: dict[str, Any]) -> _Prompt:
         given: dict[str, Any] = {

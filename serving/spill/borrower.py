@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import redis
 
-from kernels.blocks import compressed_blocks_bound
+from adakv_worker.plan import held_blocks, peak_blocks
 from router.lending import Lease
 from router.redis_lending import LEASE_TTL_S, LendingLedger
 from router.spill_plan import Candidate, Move, Peer, SpillLimits, plan_spill
@@ -256,14 +256,14 @@ class Borrower:
 
     def _candidate(self, movable: "Movable", load: "EngineLoad") -> Candidate:
         report, size = movable.report, load.block_size_tokens
-        kept, decoded = round(report["kept_mean"]), movable.tokens - report["original_tokens"]
+        decoded = movable.tokens - report["original_tokens"]
         left = min(movable.tokens_left, self._settings.expected_tokens)
         past = self._past.get(movable.request_id)
-        blocks = compressed_blocks_bound(kept, decoded, size)
+        blocks = held_blocks(report, decoded, size)
         return Candidate(
             movable.request_id,
             blocks=blocks,
-            peak_blocks=compressed_blocks_bound(kept, decoded + left, size),
+            peak_blocks=peak_blocks(report, decoded, left, size),
             state_bytes=blocks * self._block_bytes,
             tokens=movable.tokens,
             tokens_left=left,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 
-from kernels.blocks import compressed_blocks_bound
+from adakv_worker.plan import held_blocks
 from router.lending import Lease, Offer
 from router.redis_lending import OFFER_TTL_S, LendingLedger
 from serving.spill.parcels import Guest, StateFiles, place_parcels
@@ -27,10 +27,13 @@ _ARRIVED_S = 30.0
 
 @dataclass
 class _Held:
-    """A guest, and how far it has come. decoded: None until its cache is in the engine."""
+    """A guest, and how far it has come since its proof of compression.
+
+    decoded: None until its cache is in the engine.
+    """
 
     lease: Lease
-    kept_tokens: int
+    report: dict[str, Any]
     decoded: int | None = None
 
     @property
@@ -41,7 +44,7 @@ class _Held:
         """What it has leased and does not hold yet."""
         if self.decoded is None:
             return self.leased_blocks
-        held = compressed_blocks_bound(self.kept_tokens, self.decoded, block_size)
+        held = held_blocks(self.report, self.decoded, block_size)
         return max(0, self.leased_blocks - held)
 
 
@@ -138,7 +141,7 @@ class Lender:
         departure, path, lease = guest
         self._check_own(lease)
         report = departure.report
-        held = self._guests[lease.lease_id] = _Held(lease, round(report["kept_mean"]))
+        held = self._guests[lease.lease_id] = _Held(lease, report)
         decoded = len(departure.tokens) - report["original_tokens"]
         try:
             with self._arrived.pop(lease.lease_id, contextlib.nullcontext()):

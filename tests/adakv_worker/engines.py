@@ -1,6 +1,7 @@
 """Real engines in this process, and a Hugging Face forward pass with the same entries kept."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,8 +176,15 @@ class Reference:
         return use_mask
 
     @torch.inference_mode()
-    def logprobs(self, result: Result) -> torch.Tensor:
-        """Log-probabilities [len(tokens), V] of the steps that made `result.tokens`."""
+    def logprobs(
+        self, result: Result, kept_at: Sequence[torch.Tensor | None] | None = None
+    ) -> torch.Tensor:
+        """Log-probabilities [len(tokens), V] of the steps that made `result.tokens`.
+
+        Args:
+            kept_at: for each token what its step saw of the first entries, [L, H, m] bool, None for
+                all; without it `result.kept` counts for all steps after the first.
+        """
         ids = torch.tensor([[*result.prompt, *result.tokens[:-1]]])
         n, total = len(result.prompt), ids.shape[1]
         causal = torch.ones((total, total), dtype=torch.bool).tril()
@@ -186,17 +194,24 @@ class Reference:
         self._masks = []
         for layer in range(layers):
             seen = causal.expand(heads, -1, -1).clone()
-            if result.kept is not None:
+            for step in range(1, len(result.tokens)):
                 # Steps after the first see the kept entries and everything since.
-                kept = result.kept[layer].repeat_interleave(group, dim=0)
-                seen[:, n:, :n] &= kept[:, None, :]
+                kept = result.kept if kept_at is None else kept_at[step]
+                if kept is not None:
+                    heads_kept = kept[layer].repeat_interleave(group, dim=0)
+                    seen[:, n + step - 1, : kept.shape[-1]] &= heads_kept
             self._masks.append(torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))[None])
         logits = self.model(input_ids=ids, use_cache=False).logits[0]
         return logits[n - 1 :].log_softmax(dim=-1)
 
 
-def assert_equals_reference(result: Result, reference: Reference, tolerance: float) -> None:
-    expected = reference.logprobs(result)
+def assert_equals_reference(
+    result: Result,
+    reference: Reference,
+    tolerance: float,
+    kept_at: Sequence[torch.Tensor | None] | None = None,
+) -> None:
+    expected = reference.logprobs(result, kept_at)
     for step, (token, logprobs) in enumerate(zip(result.tokens, result.logprobs, strict=True)):
         for candidate, logprob in logprobs.items():
             difference = abs(logprob - float(expected[step, candidate]))

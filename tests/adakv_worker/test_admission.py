@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from adakv_worker.admission import Expected, Life, OutputLengths, peak_tokens
 
 SURE = st.builds(Expected, st.integers(0, 300), st.just(0.0))
-LIVES = st.lists(st.builds(Life, st.integers(1, 50), SURE), max_size=12)
+LIVES = st.lists(st.builds(Life, st.integers(1, 50), SURE, st.none()), max_size=12)
+BOUNDED = st.lists(st.builds(Life, st.integers(1, 50), SURE, st.integers(50, 200)), max_size=12)
 
 
 @given(LIVES)
@@ -19,6 +20,19 @@ def test_the_peak_is_the_most_that_they_ever_hold_together(lives: list[Life]) ->
         for step in range(301)
     ]
     assert peak_tokens(lives) == max(held)
+
+
+@given(BOUNDED)
+def test_a_bounded_request_counts_with_no_more_than_its_bound(lives: list[Life]) -> None:
+    held = [
+        sum(
+            min(life.tokens + step, life.most_tokens or 0)
+            for life in lives
+            if life.to_come.tokens >= step
+        )
+        for step in range(301)
+    ]
+    assert max(held) <= peak_tokens(lives) <= sum(life.most_tokens or 0 for life in lives)
 
 
 @given(LIVES, st.floats(0, 100))

@@ -116,6 +116,23 @@ def others(engine: Engine) -> Iterator[None]:
     engine.flush()
 
 
+@pytest.mark.parametrize("after", [12, 30, 33, 50])
+@pytest.mark.usefixtures("others")
+def test_it_goes_on_evicting_as_if_it_had_stayed(engine: Engine, after: int, path: str) -> None:
+    ids = prompt(500, seed=42)
+    # It evicts with every 32nd token, by the queries of the last 16.
+    bound = {"adakv_decode_budget_tokens": 48, "adakv_decode_interval_tokens": 32}
+    params = engine.params(max_tokens=120, extra_args=bound)
+    engine.llm.llm_engine.add_request("staying", {"prompt_token_ids": ids}, params)
+    staying = run(engine, "staying")
+    left = leave(engine, ids, params, after, path)
+    arrived = go_on(engine, left, len(ids), params, staged=True)
+    assert [*left.answer.tokens, *arrived.tokens] == staying.tokens
+    assert arrived.proof == staying.proof
+    assert staying.proof is not None
+    assert staying.proof["decode_evictions"] == 119 // 32
+
+
 @pytest.mark.parametrize("way", WAYS_TO_SAMPLE)
 @pytest.mark.usefixtures("others")
 def test_it_goes_on_as_if_it_had_stayed(engine: Engine, way: str, path: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adakv_worker.compression import Window
 from adakv_worker.packed_state import (
     PackedState,
     StateHeader,
@@ -28,10 +29,17 @@ def header(dtype: str = "float32") -> StateHeader:
     )  # fmt: skip
 
 
-def state(dtype: str = "float32", most: int = 300) -> CompressedState:
+def state(dtype: str = "float32", most: int = 300, *, has_window: bool = True) -> CompressedState:
+    """Of 5 layers, with 3 KV heads for 6 query heads."""
     lens = torch.randint(0, most, (5, 3), dtype=torch.int32)
     pages = torch.randn((2, int((-(-lens // 32)).sum()), 32 * 8)).to(DTYPES[dtype])
-    return CompressedState(lens, pages[0], pages[1])
+    window = Window(90, 4, torch.randn((5, 4, 6, 8)).to(DTYPES[dtype])) if has_window else None
+    return CompressedState(lens, pages[0], pages[1], window)
+
+
+def tensors(state: CompressedState) -> list[torch.Tensor]:
+    window = [state.window.queries] if state.window is not None else []
+    return [state.lens, state.keys, state.values, *window]
 
 
 def sent(packed: PackedState) -> PackedState:
@@ -41,12 +49,17 @@ def sent(packed: PackedState) -> PackedState:
     return pickle.loads(text, buffers=[bytes(buffer) for buffer in buffers])
 
 
+@pytest.mark.parametrize("has_window", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_state_arrives_as_it_left(dtype: str) -> None:
-    before = state(dtype)
+def test_a_state_arrives_as_it_left(dtype: str, has_window: bool) -> None:
+    before = state(dtype, has_window=has_window)
     packed = sent(pack(before, header(dtype)))
     assert not packed.keys.flags.writeable
-    for ours, theirs in zip(unpack(packed, header(dtype)), before, strict=True):
+    arrived = unpack(packed, header(dtype))
+    if before.window is not None:
+        assert arrived.window is not None
+        assert arrived.window[:2] == before.window[:2]
+    for ours, theirs in zip(tensors(arrived), tensors(before), strict=True):
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs)
 
@@ -55,7 +68,7 @@ def test_packing_copies_nothing() -> None:
     before = state()
     packed = pack(before, header())
     assert packed.keys.ctypes.data == before.keys.data_ptr()
-    assert packed.nbytes == sum(part.numel() * part.element_size() for part in before)
+    assert packed.nbytes == sum(part.numel() * part.element_size() for part in tensors(before))
 
 
 def test_a_state_of_something_else_is_refused_with_what_differs() -> None:
@@ -71,7 +84,7 @@ def test_a_state_of_something_else_is_refused_with_what_differs() -> None:
 def test_a_damaged_state_is_refused(data: st.DataObject, most: int) -> None:
     torch.manual_seed(most)
     packed = pack(state(most=most), header())
-    name = data.draw(st.sampled_from(("lens", "keys", "values")))
+    name = data.draw(st.sampled_from(("lens", "keys", "values", "queries")))
     array = getattr(packed, name).copy()
     content = array.reshape(-1).view(np.uint8)
     if content.size == 0:
@@ -81,7 +94,7 @@ def test_a_damaged_state_is_refused(data: st.DataObject, most: int) -> None:
         unpack(packed._replace(**{name: array}), header())
 
 
-@pytest.mark.parametrize("name", ["lens", "keys", "values"])
+@pytest.mark.parametrize("name", ["lens", "keys", "values", "queries"])
 def test_a_truncated_state_is_refused(name: str) -> None:
     packed = pack(state(), header())
     with pytest.raises(StateRefused, match="differs from its checksum"):

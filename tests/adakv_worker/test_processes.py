@@ -28,10 +28,13 @@ if __name__ == "__main__":
         **(engine_args(compression) if compression is not None else {}),
     )
     answers = []
-    for budget in (None, 2000):
+    ways = [{}, {"adakv_budget_tokens": 2000}]
+    if compression is not None:
+        ways.append({"adakv_decode_budget_tokens": 64, "adakv_decode_interval_tokens": 32})
+    for way in ways:
         params = SamplingParams(
-            temperature=0, max_tokens=40, ignore_eos=True, detokenize=False, logprobs=5,
-            extra_args={"adakv_budget_tokens": budget} if budget else None,
+            temperature=0, max_tokens=80 if "adakv_decode_budget_tokens" in way else 40,
+            ignore_eos=True, detokenize=False, logprobs=5, extra_args=way or None,
         )
         prompts = [{"prompt_token_ids": ids} for ids in settings["prompts"]]
         for output in llm.generate(prompts, params, use_tqdm=False):
@@ -49,10 +52,12 @@ if __name__ == "__main__":
 
 
 class Answers(NamedTuple):
-    """Of the two prompts: at the engine's budget, and at one that is above their lengths."""
+    """Of the two prompts: at the engine's budget, at one that is above their lengths, and evicting
+    while they are written."""
 
     compressed: list[dict[str, Any]]
     whole: list[dict[str, Any]]
+    evicting: list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +82,7 @@ def _answers(
     for line in done.stdout.splitlines():
         if line.startswith("ANSWERS "):
             answers = json.loads(line.removeprefix("ANSWERS "))
-            return Answers(answers[:2], answers[2:])
+            return Answers(answers[:2], answers[2:4], answers[4:])
     raise AssertionError(f"no answers:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
@@ -108,6 +113,8 @@ def test_two_ranks_answer_as_one(model: Path) -> None:
     assert _tokens(one.compressed) == _tokens(two.compressed)
     assert _proofs(one.compressed) == _proofs(two.compressed)
     assert [proof["skipped"] for proof in _proofs(one.compressed)] == [None, None]
+    assert _tokens(one.evicting) == _tokens(two.evicting)
+    assert [proof["decode_evictions"] for proof in _proofs(two.evicting)] == [2, 2]
     _assert_as_stock(model, two.whole, ranks=2, compiled=False)
 
 
@@ -133,4 +140,5 @@ def test_a_compiled_model_answers_as_an_eager_one(model: Path) -> None:
     compiled = _answers(model, 1, compression, compiled=True)
     assert _proofs(compiled.compressed) == _proofs(eager.compressed)
     assert _tokens(compiled.compressed) == _tokens(eager.compressed)
+    assert _tokens(compiled.evicting) == _tokens(eager.evicting)
     _assert_as_stock(model, compiled.whole, ranks=1, compiled=True)

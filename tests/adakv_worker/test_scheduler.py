@@ -101,6 +101,12 @@ class Fake:
             assert (
                 self._captured.pop(request_id, first) <= command.prompt_tokens - command.query_span
             )
+        for request_id, evict in commands.evict.items():
+            assert len(self.manager.req_to_blocks[request_id]) >= evict.slabs
+            assert output.num_scheduled_tokens[request_id] == 1
+            # Of the window, queries of steps before were captured then.
+            if evict.query_span > 1:
+                assert self._captured.pop(request_id) <= evict.tokens - evict.query_span
         for request_id in commands.capture:
             computed = self.scheduler.requests[request_id].num_computed_tokens
             first = computed - output.num_scheduled_tokens[request_id]
@@ -148,12 +154,16 @@ class Fake:
 
 
 OPTIONS = st.sampled_from(
-    [{}, {}, {"adakv_policy": "full"}, {"adakv_budget_tokens": 200}, {"adakv_keep_ratio": 0.3}]
-)
+    [
+        {}, {}, {"adakv_policy": "full"}, {"adakv_budget_tokens": 200}, {"adakv_keep_ratio": 0.3},
+        {"adakv_decode_budget_tokens": 70, "adakv_decode_interval_tokens": 32},
+        {"adakv_policy": "streaming_llm", "adakv_decode_budget_tokens": 64},
+    ]
+)  # fmt: skip
 ACTIONS = st.lists(
     st.one_of(
         st.tuples(
-            st.just("add"), st.integers(1, 700), st.integers(1, 60), st.integers(0, 3), OPTIONS
+            st.just("add"), st.integers(1, 700), st.integers(1, 200), st.integers(0, 3), OPTIONS
         ),
         st.tuples(
             st.just("arrive"),
@@ -254,6 +264,49 @@ def test_what_comes_with_its_cache_waits_for_room(small: Engine) -> None:
     running = {request.request_id for request in fake.scheduler.running}
     assert not running >= set(names)
     fake.finish()
+
+
+@pytest.mark.parametrize("in_flight", [0, 1], ids=["synchronous", "asynchronous"])
+@pytest.mark.parametrize("length", [3, 60, 600])
+def test_a_bounded_request_never_holds_more_than_its_bound(
+    small: Engine, in_flight: int, length: int
+) -> None:
+    fake = Fake(small, in_flight)
+    free = fake.scheduler.kv_cache_manager.block_pool.get_num_free_blocks
+    before = free()
+    bound = {"adakv_decode_budget_tokens": 70, "adakv_decode_interval_tokens": 40}
+    fake.add(length, 400, 0, bound)
+    request = fake.scheduler.requests["r0"]
+    fake.step()
+    while request.num_output_tokens < 3:
+        fake.step()
+    held = []
+    while fake.scheduler.has_unfinished_requests():
+        held.append(before - free())
+        evictions = fake.scheduler._reports["r0"]["decode_evictions"]
+        fake.step()
+    # 110 entries for each head, and as many as fit a page but one, in blocks of 32.
+    assert max(held) == (110 + 31 + 31) // 32
+    # The last of its 400 tokens is never cached.
+    assert evictions == (min(length, 64) + 399 - 70) // 40
+    fake.finish()
+    assert free() == before
+
+
+def test_bounded_requests_are_admitted_by_their_bounds(small: Engine) -> None:
+    fake = Fake(small, in_flight=0)
+    preempted = _count_preemptions(fake)
+    for seed in range(6):
+        bound = {"adakv_decode_budget_tokens": 70, "adakv_decode_interval_tokens": 40}
+        fake.add(100, 800, seed, bound)
+    most = 0
+    while fake.scheduler.has_unfinished_requests():
+        fake.step()
+        most = max(most, len(fake.scheduler.running))
+    # Unbounded, one would come to more than half of the pool.
+    assert most == 6
+    assert not preempted
+    assert _memory_stats(fake).decode_evictions == 6 * ((64 + 800 - 1 - 70) // 40)
 
 
 def test_the_statistics_tell_of_compressed_memory(small: Engine) -> None:

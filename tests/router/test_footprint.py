@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.blocks import blocks_for_tokens, compressed_blocks_bound, kept_tokens
+from kernels.blocks import (
+    DecodeBound,
+    blocks_for_tokens,
+    compressed_blocks_bound,
+    kept_tokens,
+)
 from router.footprint import Budget, OutputLengths, predict, prefix_hashes
 
 BLOCK = 32
@@ -36,6 +41,17 @@ def test_compression_frees_most_of_a_long_prompt() -> None:
     compressed = predict(3200, 100, Budget(256, 0.0), BLOCK)
     assert compressed.steady_blocks == blocks_for_tokens(256 + 100 + 31, BLOCK) == 13
     assert compressed.peak_blocks == 100 + blocks_for_tokens(256 + 1 + 31, BLOCK) == 109
+
+
+def test_a_bounded_answer_takes_no_more_than_its_bound() -> None:
+    budget = Budget(256, 0.0, DecodeBound(128, 64))
+    long = predict(3200, 5000, budget, BLOCK)
+    assert long.steady_blocks == blocks_for_tokens(128 + 64 + 31, BLOCK)
+    assert long.peak_blocks == 100 + blocks_for_tokens(128 + 1 + 31, BLOCK)
+    # A short prompt takes slabs, too, once its answer is going to outgrow the bound.
+    short = predict(20, 5000, budget, BLOCK)
+    assert short.peak_blocks == short.steady_blocks == long.steady_blocks
+    assert predict(20, 100, budget, BLOCK) == predict(20, 100, None, BLOCK)
 
 
 def test_what_is_not_compressed_is_told_as_such() -> None:

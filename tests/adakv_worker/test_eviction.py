@@ -1,0 +1,132 @@
+"""Requests that go on writing while their caches are cut down, on a real engine."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.presets import PRESETS
+from tests.adakv_worker.engines import Engine, Reference, Result, assert_equals_reference, prompt
+
+BOUND = {"adakv_decode_budget_tokens": 48, "adakv_decode_interval_tokens": 32}
+
+
+class Traced:
+    """A request, and what each of its steps saw."""
+
+    def __init__(self, engine: Engine, name: str, ids: list[int], params: Any) -> None:
+        self._state = engine.runner.adakv
+        self._name = name
+        self._ids = ids
+        self.kept_at: list[torch.Tensor | None] = []
+        self.result: Result | None = None
+        engine.llm.llm_engine.add_request(name, {"prompt_token_ids": ids}, params)
+
+    def before_step(self) -> torch.Tensor | None:
+        for name, kept in self._state.selections.items():
+            if name.startswith(f"{self._name}-"):
+                return kept.clone()
+        return None
+
+    def note(self, output: Any, kept: torch.Tensor | None) -> None:
+        (answer,) = output.outputs
+        self.kept_at += [kept] * (len(answer.token_ids) - len(self.kept_at))
+        logprobs = [{t: e.logprob for t, e in step.items()} for step in answer.logprobs]
+        proof = (output.kv_transfer_params or {}).get("kv_compression")
+        self.result = Result(
+            self._ids, list(answer.token_ids), logprobs, proof, None, answer.finish_reason
+        )
+
+
+def run(engine: Engine, requests: dict[str, Traced]) -> None:
+    core = engine.llm.llm_engine
+    while core.has_unfinished_requests():
+        seen = {name: traced.before_step() for name, traced in requests.items()}
+        for output in core.step():
+            requests[output.request_id].note(output, seen[output.request_id])
+    engine.flush()
+
+
+@pytest.mark.parametrize("policy", PRESETS)
+def test_every_step_sees_exactly_what_was_kept(
+    engine: Engine, reference: Reference, policy: str
+) -> None:
+    options = {**BOUND, "adakv_policy": policy, "adakv_budget_tokens": 48}
+    bounded = engine.params(max_tokens=100, extra_args=options)
+    unbounded = engine.params(max_tokens=60, extra_args={"adakv_policy": policy})
+    # One shorter than the window, one within the budget, one that is compressed; and others that
+    # evict nothing in the same steps.
+    requests = {
+        f"{length}": Traced(engine, f"{length}", prompt(length, seed=length), params)
+        for length, params in ((5, bounded), (40, bounded), (300, bounded), (200, unbounded))
+    }
+    run(engine, requests)
+    for name, traced in requests.items():
+        result = traced.result
+        assert result is not None
+        assert result.proof is not None
+        length = int(name)
+        if length != 200:
+            evictions = (min(length, 48) + 99 - 48) // 32
+            assert result.proof["decode_evictions"] == evictions
+            last = traced.kept_at[-1]
+            assert last is not None
+            lens = last.sum(dim=-1)
+            assert int(lens.sum()) == lens.numel() * 48
+            assert bool(last[..., :4].all()), "the sinks are not kept"
+        assert_equals_reference(result, reference, 1e-3, traced.kept_at)
+
+
+def test_the_blocks_that_it_holds_stay_as_many(engine: Engine) -> None:
+    before = engine.free_blocks
+    core = engine.llm.llm_engine
+    params = engine.params(max_tokens=600, extra_args=BOUND)
+    core.add_request("long", {"prompt_token_ids": prompt(300)}, params)
+    for _ in range(3):
+        core.step()
+    held = []
+    while core.has_unfinished_requests():
+        held.append(before - engine.free_blocks)
+        core.step()
+    engine.flush()
+    assert max(held) == (48 + 32 + 31 + 31) // 32
+    assert engine.free_blocks == before
+
+
+def test_a_preempted_request_goes_on_within_its_bound(engine: Engine) -> None:
+    core = engine.llm.llm_engine
+    params = engine.params(max_tokens=200, extra_args=BOUND)
+    core.add_request("victim", {"prompt_token_ids": prompt(300)}, params)
+    for _ in range(120):
+        core.step()
+    (request,) = engine.scheduler.running
+    engine.scheduler.running.remove(request)
+    engine.scheduler._preempt_request(request, 0.0)
+    outputs: list[Any] = []
+    while core.has_unfinished_requests():
+        outputs += core.step()
+    engine.flush()
+    output = outputs[-1]
+    assert len(output.outputs[0].token_ids) == 200
+    # Its answer so far was a part of what it was compressed from.
+    assert output.kv_transfer_params["kv_compression"]["original_tokens"] > 400
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adakv_decode_budget_tokens": 19}, "below the observation window of 16 and 4 sinks"),
+        (
+            {"adakv_decode_budget_tokens": 64, "adakv_decode_interval_tokens": 15},
+            "adakv_decode_interval_tokens=15 is below the observation window of 16",
+        ),
+        ({"adakv_decode_interval_tokens": 64}, "there is no adakv_decode_budget_tokens"),
+        ({"adakv_decode_budget_tokens": 200_000}, "above this server's most"),
+    ],
+)
+def test_bad_bounds_are_refused(options: dict[str, Any], message: str) -> None:
+    from adakv_worker.config import CompressionConfig, RequestOptions
+
+    config = CompressionConfig(window_tokens=16, min_budget_tokens=1, max_budget_tokens=100_000)
+    with pytest.raises(ValueError, match=message):
+        RequestOptions.of(options).budget(config)
