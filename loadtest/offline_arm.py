@@ -10,6 +10,7 @@ from typing import Any
 
 # A plug-in of vLLM, loaded in every process; imported for its settings' names and to time it.
 from adakv_worker.compression import Compression
+from adakv_worker.eviction import Eviction
 from adakv_worker.plugin import engine_args
 from serving.embedded_model import embedded_model_path
 
@@ -93,8 +94,11 @@ class Engine:
         if state := getattr(self._runner, "adakv", None):
             state.compress = self._timed(state.compress, "compress_s")
             state.finish_compressions = self._timed(state.finish_compressions, "compress_s")
-            watched: Any = Compression
-            watched.see = self._timed(Compression.see, "compress_s")
+            state.evict = self._timed(state.evict, "compress_s")
+            state.finish_evictions = self._timed(state.finish_evictions, "compress_s")
+            watched: Any
+            for watched in (Compression, Eviction):
+                watched.see = self._timed(watched.see, "compress_s")
             self._runner._plan_step = self._timed(self._runner._plan_step, "prepare_s")
 
     def _timed(self, call: Callable, name: str) -> Callable:
@@ -149,8 +153,13 @@ class Engine:
         from vllm import SamplingParams
 
         prompts = self._prompts(command["requests"], command["prompt_tokens"], command["seed"])
+        bound = command["decode_budget_tokens"]
         params = SamplingParams(
-            temperature=0, max_tokens=command["output_tokens"], ignore_eos=True, detokenize=False
+            temperature=0,
+            max_tokens=command["output_tokens"],
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"adakv_decode_budget_tokens": bound} if bound else None,
         )
         self._times = StepTimes()
         started = time.perf_counter()

@@ -1,0 +1,105 @@
+"""`python -m loadtest.long_answer`: a long answer with and without evictions while it is written.
+
+Prints blocks held over time, tokens per second, and the texts.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_QUESTION = (
+    "Write a very long and detailed story about a sailor who finds an island that is on no map. "
+    "Tell of every day that he spends there."
+)
+_POINTS = 16
+
+
+class Written(NamedTuple):
+    """held_blocks: at equal distances, from the first token to the last."""
+
+    tokens: int
+    tokens_per_s: float
+    held_blocks: list[int]
+    evictions: int
+    text: str
+
+
+def write(llm: Any, prompt: list[int], tokens: int, options: dict[str, Any]) -> Written:
+    """Has one answer of `tokens` tokens written, greedily."""
+    from vllm import SamplingParams
+
+    pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, extra_args=options)
+    free = pool.get_num_free_blocks()
+    llm.llm_engine.add_request("answer", {"prompt_token_ids": prompt}, params)
+    held: list[int] = []
+    outputs: list[Any] = []
+    started = time.perf_counter()
+    while llm.llm_engine.has_unfinished_requests():
+        outputs = llm.llm_engine.step() or outputs
+        held.append(free - pool.get_num_free_blocks())
+    elapsed = time.perf_counter() - started
+    (answer,) = outputs[-1].outputs
+    proof = outputs[-1].kv_transfer_params["kv_compression"]
+    # With the last step it has given its blocks back.
+    held = held[1:-1]
+    return Written(
+        len(answer.token_ids),
+        round(tokens / elapsed, 2),
+        held[:: max(1, len(held) // _POINTS)],
+        proof["decode_evictions"],
+        answer.text,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m loadtest.long_answer", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=4000)
+    parser.add_argument("--decode-budget", type=int, default=512)
+    parser.add_argument("--policy", default=None, help="without it the default")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args(argv)
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    from vllm import LLM
+
+    from adakv_worker.plugin import engine_args
+    from serving.embedded_model import embedded_model_path
+
+    llm = LLM(
+        model=str(embedded_model_path()), dtype="float32", max_model_len=args.tokens + 512,
+        block_size=32, kv_cache_memory_bytes=1 << 30, enforce_eager=True, **engine_args({}),
+    )  # fmt: skip
+    tokenizer: Any = llm.get_tokenizer()
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _QUESTION}], add_generation_prompt=True, return_dict=False
+    )
+    policy = {"adakv_policy": args.policy} if args.policy else {}
+    arms = {
+        "unbounded": {"adakv_policy": "full"},
+        "bounded": {**policy, "adakv_decode_budget_tokens": args.decode_budget},
+    }
+    figures = {}
+    for name, options in arms.items():
+        written = write(llm, prompt, args.tokens, options)
+        figures[name] = written._asdict()
+        print(
+            f"{name}: {written.tokens} tokens, {written.tokens_per_s} tokens/s, "
+            f"{written.evictions} evictions, blocks held {written.held_blocks}\n"
+            f"{written.text}\n",
+            flush=True,
+        )
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
