@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from evals.policies import POLICIES
+from evals.policies import EVICTING_POLICIES, POLICIES
 from evals.report import report
 from evals.samples import MODES
 from serving.embedded_model import EMBEDDED_MODEL_NAME
@@ -45,6 +45,17 @@ def main(argv: list[str] | None = None) -> int:
     publishing.add_argument("--limit", type=int, help="of each task's questions")
     publishing.add_argument("--context-tokens", type=int, default=8192)
     _add_common(publishing)
+    generating = commands.add_parser(
+        "generation", help="long answers, with evictions while they are written"
+    )
+    generating.add_argument("--out", type=Path, required=True, help="a .jsonl file")
+    generating.add_argument("--model", help="a folder or a hub id; without it the embedded model")
+    generating.add_argument("--policies", nargs="+", default=EVICTING_POLICIES)
+    generating.add_argument("--budgets", nargs="+", type=int, default=(64, 128, 256))
+    generating.add_argument("--answer-tokens", type=int, default=1000, help="at most")
+    generating.add_argument("--samples", type=int, default=12)
+    generating.add_argument("--seed", type=int, default=0)
+    generating.add_argument("--kv-bytes", type=int, help="without it enough for two whole contexts")
     reporting = commands.add_parser("report", help="print tables of results files")
     reporting.add_argument("results", nargs="+", type=Path)
     reporting.add_argument(
@@ -69,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     gating.add_argument("--record", action="store_true", help="record how they answer now")
     args = parser.parse_args(argv)
     commands_by_name = {
-        "run": _run, "published": _published, "report": _report, "fetch": _fetch,
-        "theory": _theory, "crosscheck": _crosscheck, "gate": _gate,
+        "run": _run, "published": _published, "generation": _generation, "report": _report,
+        "fetch": _fetch, "theory": _theory, "crosscheck": _crosscheck, "gate": _gate,
     }  # fmt: skip
     try:
         return commands_by_name[args.command](args)
@@ -132,6 +143,30 @@ def _published(args: argparse.Namespace) -> int:
         answering, _model_name(args), questions, tried, args.mode, args.context_tokens, args.limit
     )
     return _write(rows, args.out)
+
+
+def _generation(args: argparse.Namespace) -> int:
+    os.environ.update(_ENVIRONMENT)
+    import random
+
+    from evals.choice import Choice
+    from evals.engine import ForcedEngine
+    from evals.generation import run_generation
+    from evals.tasks.source import Source
+    from serving.embedded_model import embedded_model_path
+
+    context_tokens = args.answer_tokens + 1024
+    engine = ForcedEngine(args.model or embedded_model_path(), context_tokens, args.kv_bytes)
+    source = Source(engine.tokenizer, context_tokens, random.Random(args.seed))
+    choices = [
+        Choice(policy, tokens=budget, decode_tokens=budget)
+        for policy in args.policies
+        for budget in args.budgets
+    ]
+    rows = run_generation(
+        engine, _model_name(args), source, choices, args.samples, args.answer_tokens
+    )
+    return _write([rows], args.out)
 
 
 def _refuse_agnostic_servers(server: str | None, modes: Iterable[str]) -> None:

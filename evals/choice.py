@@ -10,6 +10,7 @@ class Choice(NamedTuple):
     """A policy and what it keeps. ratio: of the prompt; tokens: entries for each head on average.
 
     alpha, window_tokens: None takes the preset's own.
+    decode_tokens: what evictions leave while it decodes; None: there are none.
     """
 
     policy: str
@@ -17,6 +18,7 @@ class Choice(NamedTuple):
     ratio: float | None = None
     alpha: float | None = None
     window_tokens: int | None = None
+    decode_tokens: int | None = None
 
     @property
     def label(self) -> str:
@@ -29,6 +31,8 @@ class Choice(NamedTuple):
     def kept(self) -> str:
         if self.policy == FULL:
             return "all"
+        if self.decode_tokens is not None:
+            return f"{self.decode_tokens} while decoding"
         return str(self.tokens) if self.tokens is not None else f"{self.ratio:g}x"
 
     def xargs(self) -> dict[str, Any]:
@@ -36,6 +40,7 @@ class Choice(NamedTuple):
             "adakv_policy": self.policy, "adakv_budget_tokens": self.tokens,
             "adakv_keep_ratio": self.ratio, "adakv_alpha": self.alpha,
             "adakv_window_tokens": self.window_tokens,
+            "adakv_decode_budget_tokens": self.decode_tokens,
         }  # fmt: skip
         return {name: value for name, value in given.items() if value is not None}
 

@@ -1,9 +1,10 @@
 """Tables of results, as Markdown."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from evals.choice import FULL
+from evals.policies import TWINS
 from evals.scores import Row, difference
 
 _MEASURES = ("exact", "agreement", "kl")
@@ -14,7 +15,7 @@ def report(rows: Sequence[Row], baseline: str | None = None) -> str:
 
     Args:
         baseline: a policy that the others are compared with on the same samples, by exact answers
-            and KL, or by the published score.
+            and KL, or by the published score. Adaptive heads are, with even ones, in any case.
     """
     parts = []
     for key in dict.fromkeys((row.model, row.mode, row.document_tokens) for row in rows):
@@ -23,11 +24,10 @@ def report(rows: Sequence[Row], baseline: str | None = None) -> str:
         parts.append(f"## {model}, {mode}, documents of {tokens} tokens\n\n{_summary(mine)}")
         parts += [f"### {task}\n\n{_table(rows_of)}" for task, rows_of in _by_task(mine)]
         parts.append(f"### Best at equal memory\n\n{_best(mine)}")
+        parts += _compared("even heads'", mine, TWINS)
         if baseline is not None:
-            for title, measure in (("Exact", "exact"), ("KL", "kl"), ("Score", "metric")):
-                if some := [row for row in mine if getattr(row, measure) is not None]:
-                    table = _against(some, baseline, measure)
-                    parts.append(f"### {title} less {baseline}'s\n\n{table}")
+            others = {row.policy: baseline for row in mine if row.policy != FULL}
+            parts += _compared(f"{baseline}'s", mine, others)
     return "\n\n".join(parts) + "\n"
 
 
@@ -99,16 +99,26 @@ def _cell(rows: Sequence[Row], measures: Sequence[str]) -> str:
     return " / ".join(means)
 
 
-def _against(rows: Sequence[Row], baseline: str, measure: str) -> str:
+def _compared(whose: str, rows: Sequence[Row], baselines: Mapping[str, str]) -> list[str]:
+    """A table for each measure: policies against their baselines."""
+    parts = []
+    for title, measure in (("Exact", "exact"), ("KL", "kl"), ("Score", "metric")):
+        some = [row for row in rows if getattr(row, measure) is not None]
+        if lines := _against(some, baselines, measure):
+            parts.append(f"### {title} less {whose}\n\n" + "\n".join(lines))
+    return parts
+
+
+def _against(rows: Sequence[Row], baselines: Mapping[str, str], measure: str) -> list[str]:
     """Paired differences with their intervals, all tasks together; bold where it is clear."""
     kepts = list(dict.fromkeys(row.kept for row in rows if row.kept != "all"))
-    policies = [p for p in dict.fromkeys(row.policy for row in rows) if p not in (FULL, baseline)]
-    lines = [_line(["", *kepts]), _line(["---"] * (len(kepts) + 1))]
-    for policy in policies:
-        lines.append(
-            _line([policy, *(_paired(rows, policy, baseline, kept, measure) for kept in kepts)])
-        )
-    return "\n".join(lines)
+    measured = {row.policy for row in rows}
+    lines = []
+    for policy, baseline in baselines.items():
+        if policy != baseline and {policy, baseline} <= measured:
+            cells = [_paired(rows, policy, baseline, kept, measure) for kept in kepts]
+            lines.append(_line([policy, *cells]))
+    return [_line(["", *kepts]), _line(["---"] * (len(kepts) + 1)), *lines] if lines else []
 
 
 def _paired(rows: Sequence[Row], policy: str, baseline: str, kept: str, measure: str) -> str:

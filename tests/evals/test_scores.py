@@ -65,9 +65,11 @@ def test_rows_of_other_samples_are_not_compared() -> None:
 
 def test_a_report_has_a_cell_for_each_policy_and_budget() -> None:
     rows = [scored("snapkv", [0.5, 0.7], ["a", "b"]), scored("ada_snapkv", [0.1, 0.2], ["a", "b"])]
-    text = report(rows, baseline="snapkv")
+    text = report(rows)
     assert "| snapkv | 1.000 / 1.000 / 0.600 |" in text
-    assert "| ada_snapkv | -0.450 [" in text
+    twins = text.split("### KL less even heads'")[1]
+    assert "| ada_snapkv | -0.450 [" in twins
+    assert "| snapkv | +0.450 [" in report(rows, baseline="ada_snapkv")
     assert "| task | ada_snapkv 0.150 |" in text
 
 

@@ -1,0 +1,54 @@
+"""Long answers whose caches are cut down while they are written, against the whole cache's own."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from evals.choice import FULL, Choice
+from evals.run import Answering
+from evals.samples import Sample, Tokens, Turn, messages
+from evals.scores import Row, Score, row, score
+from evals.tasks.source import Source
+from loadtest import corpus
+
+TASK = "generation"
+_WISHES = (
+    "Continue this text as a long story. Do not stop early.",
+    "Explain this text step by step, sentence by sentence, at great length.",
+    "Write a long letter to a friend that tells of this text in every detail.",
+    "Discuss this text from as many sides as you can, one paragraph for each.",
+)
+
+
+def requests(source: Source, passage_tokens: int = 160) -> Iterator[Sample]:
+    """Passages of novels and something long to write about each."""
+    passages = source.passages(corpus.novels())
+    for number in range(1 << 30):
+        text = passages.take(passage_tokens)
+        turns = (Turn(_WISHES[number % len(_WISHES)], ""),)
+        name = f"passage-{number}"
+        yield Sample(TASK, name, name, text, turns, "", has_answer=False)
+
+
+def run_generation(
+    engine: Answering,
+    model: str,
+    source: Source,
+    choices: Sequence[Choice],
+    count: int,
+    answer_tokens: int,
+) -> list[Row]:
+    """The rows of all choices, the whole cache's first.
+
+    What the whole cache's model says by itself, greedily, is the answer that all are made to say.
+    """
+    every = [Choice(FULL), *choices]
+    scores: dict[Choice, list[Score]] = {choice: [] for choice in every}
+    for sample in islice(requests(source), count):
+        prompt = engine.tokenizer.apply_chat_template(
+            messages(sample), add_generation_prompt=True, return_dict=False
+        )
+        own = engine.answers(prompt, [], answer_tokens, [Choice(FULL)])[Choice(FULL)].predicted
+        tokens = Tokens(prompt, own, 0)
+        for choice, outcome in engine.outcomes(sample, tokens, every).items():
+            scores[choice].append(score(sample, tokens, outcome))
+    return [row(TASK, "aware", model, answer_tokens, choice, scores[choice]) for choice in every]
