@@ -10,7 +10,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from adakv_worker import metric_names, request_options
 from adakv_worker.config import compression_config
-from adakv_worker.stats import proofs_of
+from adakv_worker.stats import MemoryStats, proofs_of
 
 _LABELS = ("model_name", "engine")
 
@@ -22,6 +22,7 @@ class _Metrics(NamedTuple):
     freed_blocks: Counter
     kept_share: Histogram
     blocks_after: Histogram
+    decode_evictions: Counter
 
     @classmethod
     @functools.cache
@@ -34,6 +35,7 @@ class _Metrics(NamedTuple):
             Counter(*metric_names.FREED_BLOCKS, _LABELS),
             Histogram(*metric_names.KEPT_SHARE, _LABELS, buckets=metric_names.SHARE_BUCKETS),
             Histogram(*metric_names.BLOCKS_AFTER, _LABELS, buckets=metric_names.BLOCK_BUCKETS),
+            Counter(*metric_names.DECODE_EVICTIONS, _LABELS),
         )
 
 
@@ -47,11 +49,16 @@ class CompressionLogger(StatLoggerBase):
         self._metrics = _Metrics.registered() if config is not None else None
         model = vllm_config.model_config.served_model_name
         self._labels = (str(model), str(engine_index))
+        self._evictions = 0
 
     def record(self, scheduler_stats: SchedulerStats | None, *args: Any, **kwargs: Any) -> None:
         if scheduler_stats is not None and self._metrics is not None:
             for proof in proofs_of(scheduler_stats):
                 self._note(self._metrics, proof)
+            if (memory := MemoryStats.of(scheduler_stats)) is not None:
+                evictions = self._metrics.decode_evictions.labels(*self._labels)
+                evictions.inc(memory.decode_evictions - self._evictions)
+                self._evictions = memory.decode_evictions
 
     def _note(self, metrics: _Metrics, proof: dict[str, Any]) -> None:
         labels = self._labels

@@ -55,6 +55,9 @@ class Occupancy(BaseModel):
     recomputed_tokens: Count | None = Field(
         default=None, description="Computed a second time, since the start of this life"
     )
+    decode_evictions: Count | None = Field(
+        default=None, description="Of requests that write long answers, since then"
+    )
     sessions_held: Count = 0
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from ray.serve import metrics
 
+from adakv_worker import metric_names
 from router.occupancy import Occupancy
 
 
@@ -16,11 +17,11 @@ class OccupancyMetrics:
         self._waiting_blocks = metrics.Gauge(
             "adakv_waiting_blocks", "KV blocks that starting the waiting requests takes"
         )
-        self._recomputed = metrics.Counter(
+        self._recomputed = _Total(
             "adakv_recomputed_tokens",
             "Tokens computed again after a preemption, or because a cache got lost on its way",
         )
-        self._recomputed_tokens = 0
+        self._evictions = _Total(*metric_names.DECODE_EVICTIONS)
         self._prefill_tokens = metrics.Gauge(
             "adakv_prefill_tokens_queued", "Prompt tokens that are still to be computed"
         )
@@ -37,7 +38,18 @@ class OccupancyMetrics:
             self._blocks.set(blocks, tags={"state": state})
         self._waiting_blocks.set(occupancy.waiting_blocks or 0)
         self._prefill_tokens.set(occupancy.prefill_tokens_queued)
-        recomputed = occupancy.recomputed_tokens or 0
-        if recomputed > self._recomputed_tokens:
-            self._recomputed.inc(recomputed - self._recomputed_tokens)
-            self._recomputed_tokens = recomputed
+        self._recomputed.note(occupancy.recomputed_tokens)
+        self._evictions.note(occupancy.decode_evictions)
+
+
+class _Total:
+    """A counter of what is told as the sum so far."""
+
+    def __init__(self, name: str, description: str) -> None:
+        self._counter = metrics.Counter(name, description)
+        self._sum = 0
+
+    def note(self, total: int | None) -> None:
+        if total is not None and total > self._sum:
+            self._counter.inc(total - self._sum)
+            self._sum = total

@@ -77,6 +77,7 @@ class EngineLoad(NamedTuple):
     achieved_compression: float
     preemptions: int
     recomputed_tokens: int | None = None
+    decode_evictions: int | None = None
     blocks_lent: int = 0
     blocks_borrowed: int = 0
     told_at: float = float("inf")
@@ -282,6 +283,7 @@ class _LoadStats:
             preemptions=self.preemptions,
             # Of the engine's whole life, so not forgotten with its last request.
             recomputed_tokens=cached.recomputed_tokens if cached else None,
+            decode_evictions=cached.decode_evictions if cached else None,
             told_at=self._told_at,
         )
 

@@ -76,6 +76,18 @@ def test_metrics_tell_what_compression_did(url: str) -> None:
     assert grown["adakv_blocks_after_sum"] == proof["blocks_after"]
 
 
+def test_metrics_count_evictions_while_decoding(url: str) -> None:
+    before = _metrics(url).get("adakv_decode_evictions_total", 0)
+    bound = {"adakv_decode_budget_tokens": 64, "adakv_decode_interval_tokens": 32}
+    options = {**bound, "adakv_window_tokens": 16}
+    proof = _ask(url, vllm_xargs=options, max_tokens=70, ignore_eos=True).json()[
+        "kv_transfer_params"
+    ]["kv_compression"]
+    assert proof["decode_evictions"] == 2
+    assert {name: proof[name.removeprefix("adakv_")] for name in bound} == bound
+    assert _metrics(url)["adakv_decode_evictions_total"] == before + 2
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -84,6 +96,8 @@ def test_metrics_tell_what_compression_did(url: str) -> None:
         ({"adakv_polcy": "snapkv"}, "did you mean adakv_policy"),
         ({"adakv_policy": "best"}, "unknown policy 'best'"),
         ({"adakv_window_tokens": 300}, "observation window"),
+        ({"adakv_decode_budget_tokens": 1024}, "above this server's most, 512"),
+        ({"adakv_decode_interval_tokens": 64}, "there is no adakv_decode_budget_tokens"),
     ],
 )
 def test_a_bad_option_is_a_400_and_the_engine_lives(
