@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from kernels.presets import PolicyChoice
 
 ATTRIBUTE = "adakv"
+# Looks at no queries.
+WITHOUT_QUERIES = PolicyChoice("streaming_llm")
 
 
 class Capture(NamedTuple):

@@ -32,7 +32,8 @@ class Watcher(Protocol):
 class Window(NamedTuple):
     """The queries of the last `span` of `prompt_tokens` tokens: queries [L, span, Hq, D].
 
-    Allocated only for a window that lies across two chunks of a prefill.
+    Allocated only for a window that lies across two chunks of a prefill, and for evictions, of
+    which `prompt_tokens` counts the answer so far as well.
     """
 
     prompt_tokens: int

@@ -38,6 +38,12 @@ class CompressionConfig(BaseModel):
     decode_interval_tokens: int = Field(
         default=128, ge=1, description="Tokens from one eviction while decoding to the next"
     )
+    min_decode_interval_tokens: int = Field(
+        default=16, ge=1, description="Least that a request may ask for"
+    )
+    max_decode_interval_tokens: int = Field(
+        default=1024, ge=1, description="Most that a request may ask for"
+    )
     min_budget_tokens: int = Field(default=64, ge=1, description="Least that a request may ask for")
     max_budget_tokens: int | None = Field(default=None, ge=1)
     allow_full: bool = Field(default=True, description="Whether a request may ask for `full`")
@@ -53,36 +59,15 @@ class CompressionConfig(BaseModel):
         check_policy_name(self.policy)
         if self.policy != FULL:
             self.default_choice.build()
-            self.decode_bound(self.default_choice, self.decode_budget_tokens)
+            if self.decode_budget_tokens is not None:
+                _check_bound(
+                    self.default_choice, self.decode_budget_tokens, self.decode_interval_tokens
+                )
         return self
 
     @property
     def default_choice(self) -> PolicyChoice:
         return PolicyChoice(self.policy, self.alpha, self.window_tokens)
-
-    def decode_bound(
-        self, choice: PolicyChoice, budget_tokens: int | None, interval_tokens: int | None = None
-    ) -> DecodeBound | None:
-        """The bound of a request, None if there is none.
-
-        Raises:
-            ValueError: the policy needs more; the text names the setting without its prefix.
-        """
-        if budget_tokens is None:
-            return None
-        bound = DecodeBound(budget_tokens, interval_tokens or self.decode_interval_tokens)
-        window = choice.build().scorer.window_tokens
-        if bound.budget_tokens < window + SINK_TOKENS:
-            raise ValueError(
-                f"decode_budget_tokens={bound.budget_tokens} is below the observation window of "
-                f"{window} and {SINK_TOKENS} sinks"
-            )
-        if bound.interval_tokens < window:
-            raise ValueError(
-                f"decode_interval_tokens={bound.interval_tokens} is below the observation window "
-                f"of {window}"
-            )
-        return bound
 
 
 class RequestBudget(BaseModel):
@@ -151,8 +136,15 @@ class RequestOptions(BaseModel):
         name = self.policy if self.policy is not None else config.policy
         if name == FULL and config.policy != FULL and not config.allow_full:
             raise ValueError("adakv_policy: this server does not allow `full`")
-        _check_bounds("budget_tokens", self.budget_tokens, config)
-        _check_bounds("decode_budget_tokens", self.decode_budget_tokens, config)
+        least, most = config.min_budget_tokens, config.max_budget_tokens
+        _check_range("budget_tokens", self.budget_tokens, least, most)
+        _check_range("decode_budget_tokens", self.decode_budget_tokens, least, most)
+        _check_range(
+            "decode_interval_tokens",
+            self.decode_interval_tokens,
+            config.min_decode_interval_tokens,
+            config.max_decode_interval_tokens,
+        )
         choice = PolicyChoice(
             name,
             self.alpha if self.alpha is not None else _if_same(config.alpha, name, config.policy),
@@ -178,13 +170,39 @@ class RequestOptions(BaseModel):
     def _decode_bound(self, choice: PolicyChoice, config: CompressionConfig) -> DecodeBound | None:
         if choice.preset == FULL:
             return None
-        budget = self.decode_budget_tokens or config.decode_budget_tokens
-        if budget is None and self.decode_interval_tokens is not None:
-            raise ValueError("adakv_decode_interval_tokens: there is no adakv_decode_budget_tokens")
+        own, interval = self.decode_budget_tokens, self.decode_interval_tokens
+        if own is None and config.decode_budget_tokens is None:
+            if interval is not None:
+                raise ValueError(
+                    "adakv_decode_interval_tokens: there is no adakv_decode_budget_tokens"
+                )
+            return None
         try:
-            return config.decode_bound(choice, budget, self.decode_interval_tokens)
+            _check_bound(choice, own, interval)
         except ValueError as error:
             raise ValueError(f"{CONFIG_KEY}_{error}") from None
+        # The operator's are for the operator's policy; another one may need more.
+        window = choice.build().scorer.window_tokens
+        return DecodeBound(
+            own or max(config.decode_budget_tokens or 0, window + SINK_TOKENS),
+            interval or max(config.decode_interval_tokens, window),
+        )
+
+
+def _check_bound(
+    choice: PolicyChoice, budget_tokens: int | None, interval_tokens: int | None
+) -> None:
+    """Raises ValueError if the policy needs more; the text names the setting without its prefix."""
+    window = choice.build().scorer.window_tokens
+    if budget_tokens is not None and budget_tokens < window + SINK_TOKENS:
+        raise ValueError(
+            f"decode_budget_tokens={budget_tokens} is below the observation window of {window} "
+            f"and {SINK_TOKENS} sinks"
+        )
+    if interval_tokens is not None and interval_tokens < window:
+        raise ValueError(
+            f"decode_interval_tokens={interval_tokens} is below the observation window of {window}"
+        )
 
 
 def check_policy_name(name: str) -> None:
@@ -199,19 +217,13 @@ def _if_same(value: Any, name: str, default: str) -> Any:
     return value if name == default else None
 
 
-def _check_bounds(name: str, budget_tokens: int | None, config: CompressionConfig) -> None:
-    if budget_tokens is None:
+def _check_range(name: str, tokens: int | None, least: int, most: int | None) -> None:
+    if tokens is None:
         return
-    if budget_tokens < config.min_budget_tokens:
-        raise ValueError(
-            f"{CONFIG_KEY}_{name}={budget_tokens} is below this server's least, "
-            f"{config.min_budget_tokens}"
-        )
-    if config.max_budget_tokens is not None and budget_tokens > config.max_budget_tokens:
-        raise ValueError(
-            f"{CONFIG_KEY}_{name}={budget_tokens} is above this server's most, "
-            f"{config.max_budget_tokens}"
-        )
+    if tokens < least:
+        raise ValueError(f"{CONFIG_KEY}_{name}={tokens} is below this server's least, {least}")
+    if most is not None and tokens > most:
+        raise ValueError(f"{CONFIG_KEY}_{name}={tokens} is above this server's most, {most}")
 
 
 def compression_config(additional_config: Any) -> CompressionConfig | None:

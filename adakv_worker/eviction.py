@@ -21,7 +21,8 @@ class Eviction:
 
     In place: what a head keeps moves to the front of the head's own pages, and pages in slabs that
     the request gives back move to pages that have become free in those that it keeps. So a request
-    never holds more than its bound, and beside it lie a layer's kept entries at most.
+    never holds more than its bound; beside it lie a layer's entries at a time, the scores, and the
+    window's queries.
     """
 
     def __init__(
@@ -71,9 +72,10 @@ class Eviction:
         kept = reallocate(self._policy, scored, tables.lens(row), self._command.keep)
         lens = kept.sum(dim=-1, dtype=torch.int32)
         pages = tables.tables(row)
+        used = -(-kept.shape[-1] // tables.page_tokens)
         for layer in range(len(kept)):
             part = slice(layer, layer + 1)
-            source = pages[part].transpose(1, 2).long()
+            source = pages[part, :, :used].transpose(1, 2).long()
             compact(kept[part], self._cache, source, pages[part], lens[part])
         move_pages(self._cache, *tables.shrink(row, lens, self._command.slabs))
         return kept
@@ -84,13 +86,17 @@ class Eviction:
         queries = window_queries(
             self._earlier, query[: self._position + 1], self._command.query_span, layer
         )
-        pages = self._tables.tables(self._row)[layer].long()
+        lens = self._tables.lens(self._row)[layer]
+        # Tables are as wide as the longest head of any request.
+        used = -(-int(lens.max()) // self._tables.page_tokens)
+        pages = self._tables.tables(self._row)[layer, :, :used].long()
+        weights = _columns(part.output_weight, self._tables.heads)
         keys = read_heads(self._cache.keys, pages)
         values = None
         if self._policy.needs_values:
             values = read_heads(self._cache.values, pages)
         observed = []
-        for head, entries in enumerate(self._tables.lens(self._row)[layer].tolist()):
+        for head, entries in enumerate(lens.tolist()):
             paged = keys[head : head + 1]
             mine = paged[:, :entries]
             observed.append(
@@ -102,7 +108,7 @@ class Eviction:
                     else values[head : head + 1, :entries],
                     part.scale,
                     part.rotary,
-                    _columns_of(part.output_weight, head, self._tables.heads),
+                    None if weights is None else functools.partial(weights, head),
                     part.layer,
                     paged,
                     self._command.tokens,
@@ -111,14 +117,12 @@ class Eviction:
         return observed
 
 
-def _columns_of(
-    output_weight: Callable[[], Tensor] | None, head: int, heads: int
-) -> Callable[[], Tensor] | None:
-    """What an output projection does with one KV head's values."""
+def _columns(
+    output_weight: Callable[[], Tensor] | None, heads: int
+) -> Callable[[int], Tensor] | None:
+    """What an output projection does with the values of each KV head."""
     if output_weight is None:
         return None
-    return functools.partial(_columns, output_weight, head, heads)
-
-
-def _columns(output_weight: Callable[[], Tensor], head: int, heads: int) -> Tensor:
-    return output_weight().chunk(heads, dim=1)[head]
+    # Engines repack weights, so that one call costs as much as a product with them.
+    weight = functools.cache(output_weight)
+    return lambda head: weight().chunk(heads, dim=1)[head]

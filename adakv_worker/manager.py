@@ -26,8 +26,8 @@ class AdaKVSpec(FullAttentionSpec):
     """Full attention whose block-table rows also hold slabs, for the step that compresses."""
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        # Slabs are fewer than the blocks they replace, else the request is not compressed.
-        return 2 * super().max_num_blocks_per_req(vllm_config, max_len)
+        # Slabs are fewer than the blocks they replace, or one more where all entries stay.
+        return 2 * super().max_num_blocks_per_req(vllm_config, max_len) + 1
 
 
 class AdaKVManager(FullAttentionManager):
@@ -103,7 +103,7 @@ class AdaKVManager(FullAttentionManager):
     def _growth_during_prefill(self, request_id: str) -> int:
         """Blocks that compressed requests take while another one's prompt is computed."""
         return sum(
-            max(plan.blocks_at(plan.num_tokens + _PREFILL_STEPS) - len(self.req_to_blocks[name]), 0)
+            max(plan.most_blocks_within(_PREFILL_STEPS) - len(self.req_to_blocks[name]), 0)
             for name, plan in self._compressed()
             if name != request_id
         )
@@ -153,8 +153,8 @@ class AdaKVManager(FullAttentionManager):
         to_come = self.output_lengths.to_come(plan.generated, plan.max_outputs - plan.generated)
         # Its last block is half full on average, and nobody else's.
         half = self.block_size // 2
-        most = plan.most_held_tokens + half if plan.bound is not None else None
-        return Life(plan.held_tokens + half, to_come, most)
+        most = plan.most_held_tokens
+        return Life(plan.held_tokens + half, to_come, None if most is None else most + half)
 
     def _promised_to_others(self, request_id: str) -> int:
         """Blocks that admitted requests still take before their prompts are complete.

@@ -49,7 +49,6 @@ class CompressionLogger(StatLoggerBase):
         self._metrics = _Metrics.registered() if config is not None else None
         model = vllm_config.model_config.served_model_name
         self._labels = (str(model), str(engine_index))
-        self._evictions = 0
 
     def record(self, scheduler_stats: SchedulerStats | None, *args: Any, **kwargs: Any) -> None:
         if scheduler_stats is not None and self._metrics is not None:
@@ -57,8 +56,7 @@ class CompressionLogger(StatLoggerBase):
                 self._note(self._metrics, proof)
             if (memory := MemoryStats.of(scheduler_stats)) is not None:
                 evictions = self._metrics.decode_evictions.labels(*self._labels)
-                evictions.inc(memory.decode_evictions - self._evictions)
-                self._evictions = memory.decode_evictions
+                evictions.inc(memory.decode_evictions)
 
     def _note(self, metrics: _Metrics, proof: dict[str, Any]) -> None:
         labels = self._labels

@@ -11,10 +11,13 @@ from kernels.blocks import (
     blocks_for_tokens,
     compressed_blocks_bound,
     entries_after,
-    most_entries,
 )
 from kernels.eviction import SINK_TOKENS
 from kernels.presets import PolicyChoice
+
+# Queries that an eviction looks at beyond the policy's window, at most: while they are collected
+# they take memory.
+_EVICTION_SPAN = 64
 
 
 class Phase(enum.Enum):
@@ -35,8 +38,8 @@ class Plan:
     max_outputs: tokens that it may generate from then on.
     num_tokens: tokens that it had blocks for when they were last counted.
     skipped: why it will not compress, or None.
-    bound: how far it may grow while it decodes. One that would outgrow it gets slabs in any case,
-        with all its entries where they are within the budget.
+    bound: how far it may grow while it decodes. One that could outgrow it gets slabs where there is
+        room, with all its entries where they are within the budget.
     """
 
     choice: PolicyChoice
@@ -80,15 +83,17 @@ class Plan:
         return self._entries_at(self.num_tokens) + self.block_size - 1
 
     @property
-    def most_held_tokens(self) -> int:
-        """What `held_tokens` comes to at most, however long it goes on."""
-        if self.skipped is not None:
-            return self.num_tokens + self.max_outputs
-        return most_entries(self.keep, self.max_outputs, self.bound) + self.block_size - 1
+    def most_held_tokens(self) -> int | None:
+        """What `held_tokens` never exceeds once it evicts; None if it grows to its end."""
+        if self.bound is None or not self.active:
+            return None
+        if self.keep + self.max_outputs <= self.bound.most_tokens:
+            return None
+        return self.bound.most_tokens + self.block_size - 1
 
     @property
     def outgrows_bound(self) -> bool:
-        """Whether it would come to hold more than it may, if it kept its whole prompt."""
+        """Whether it could come to hold more than it may, if it kept its whole prompt."""
         whole = self.prompt_tokens + self.max_outputs
         return self.bound is not None and whole > self.bound.most_tokens
 
@@ -99,6 +104,12 @@ class Plan:
     def blocks_at(self, num_tokens: int) -> int:
         """Blocks that surely hold the compressed request at `num_tokens` tokens."""
         return compressed_blocks_bound(self._entries_at(num_tokens), 0, self.block_size)
+
+    def most_blocks_within(self, tokens: int) -> int:
+        """Most blocks that the compressed request holds within the next tokens."""
+        entries = self._entries_at(self.num_tokens) + tokens
+        most = entries if self.bound is None else min(entries, self.bound.most_tokens)
+        return compressed_blocks_bound(most, 0, self.block_size)
 
     def _entries_at(self, num_tokens: int) -> int:
         decoded = max(0, num_tokens - self.prompt_tokens)
@@ -120,9 +131,11 @@ class Plan:
     @property
     def eviction_span(self) -> int:
         """Queries of decoded tokens that an eviction looks at."""
-        return (
-            0 if self.bound is None else min(_query_span(self.choice), self.bound.interval_tokens)
-        )
+        if self.bound is None:
+            return 0
+        scorer = self.choice.build().scorer
+        span = max(min(scorer.query_span_tokens, _EVICTION_SPAN), scorer.window_tokens)
+        return min(span, self.bound.interval_tokens)
 
     @property
     def slabs_after_eviction(self) -> int:
@@ -198,7 +211,8 @@ def resumed_plan(
         block_size,
         num_tokens - prompt_tokens + remaining_outputs,
         num_tokens=num_tokens,
-        bound=bound_of(report),
+        # Where no policy says what to evict, nothing is.
+        bound=bound_of(report) if budget.choice.preset != FULL else None,
         phase=Phase.COMPRESSED,
     )
 

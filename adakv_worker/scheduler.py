@@ -17,6 +17,7 @@ from vllm.v1.request import Request, RequestStatus
 from adakv_worker.checks import check_blocks
 from adakv_worker.commands import (
     ATTRIBUTE,
+    WITHOUT_QUERIES,
     Capture,
     Compress,
     Evict,
@@ -43,8 +44,6 @@ from kernels.presets import PolicyChoice
 # Below vLLM's own logger, so that its settings show it.
 logger = init_logger("vllm.adakv")
 
-# Where all stay, the policy that looks at least.
-_KEEP_ALL = PolicyChoice("streaming_llm")
 REPORT_KEY = "kv_compression"
 # Counting takes a millisecond for some ten thousand blocks.
 _COUNT_EVICTABLE_EVERY_S = 1.0
@@ -61,6 +60,7 @@ class AdaKVSchedulerMixin(Scheduler):
         # Requests that go on here and have not begun yet.
         self._to_take_up: dict[str, Continuation] = {}
         self._recomputes = Recomputes()
+        # Until the step's statistics take them along.
         self._decode_evictions = 0
         # First reports of requests, until the step's statistics take them along.
         self._new_reports: list[dict[str, Any]] = []
@@ -174,7 +174,8 @@ class AdaKVSchedulerMixin(Scheduler):
                 continue
             if plan.phase is Phase.RESERVED:
                 commands.compress[request_id] = Compress(
-                    plan.choice if plan.keep < plan.prompt_tokens else _KEEP_ALL,
+                    # Where all stay, nothing need be looked at.
+                    plan.choice if plan.keep < plan.prompt_tokens else WITHOUT_QUERIES,
                     plan.prompt_tokens,
                     plan.query_span,
                     plan.keep,
@@ -217,20 +218,24 @@ class AdaKVSchedulerMixin(Scheduler):
     ) -> None:
         for request_id in commands_of(step).evict:
             if report := self._reports.get(request_id):
-                evictions = report["decode_evictions"] + 1
+                evictions = report.get("decode_evictions", 0) + 1
                 self._reports[request_id] = {**report, "decode_evictions": evictions}
                 self._decode_evictions += 1
         kept = kept_of(output)
         for request_id in step.num_scheduled_tokens:
-            if request_id in self._reports and request_id not in kept:
-                continue
-            plan = manager.plans.get(request_id)
+            plan, before = manager.plans.get(request_id), self._reports.get(request_id)
             # A compressed request is reported with what the worker really kept.
-            if plan is not None and (request_id in kept or not plan.active):
-                report = plan.report(kept.get(request_id))
-                if request_id not in self._reports:
-                    self._new_reports.append(report)
-                self._reports[request_id] = report
+            if plan is None or (request_id not in kept and plan.active):
+                continue
+            # One that was preempted may not compress this time.
+            if before is not None and request_id not in kept and before["skipped"] == plan.skipped:
+                continue
+            report = plan.report(kept.get(request_id))
+            if before is None:
+                self._new_reports.append(report)
+            else:
+                report["decode_evictions"] = before.get("decode_evictions", 0)
+            self._reports[request_id] = report
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
@@ -238,6 +243,7 @@ class AdaKVSchedulerMixin(Scheduler):
             self._memory_stats(self._manager).attach(stats)
             attach_proofs(stats, self._new_reports)
         self._new_reports.clear()
+        self._decode_evictions = 0
         return stats
 
     def _memory_stats(self, manager: AdaKVManager) -> MemoryStats:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adakv_worker import commands
-from adakv_worker.commands import Compress, Evict, Kept
+from adakv_worker.commands import WITHOUT_QUERIES, Compress, Evict, Kept
 from adakv_worker.compression import Capture, Compression, Window
 from adakv_worker.eviction import Eviction
 from adakv_worker.model_parts import LayerParts
@@ -105,7 +105,10 @@ class CompressionState:
         if first >= last:
             return None
         window = self._windows.get(request_id)
-        if window is None or window.prompt_tokens != prompt_tokens:
+        if window is None or window[:2] != (prompt_tokens, span):
+            if first > window_start:
+                # Its beginning cannot be had any more.
+                return None
             shape = (len(self._parts), span, self._parts[0].num_heads, self._cache.keys.shape[-1])
             window = Window(prompt_tokens, span, self._cache.keys.new_empty(shape))
             self._windows[request_id] = window
@@ -116,7 +119,7 @@ class CompressionState:
         )
 
     def drop_windows(self, request_ids: Iterable[str]) -> None:
-        """Forgets queries kept for compressions that were skipped in the end."""
+        """Forgets queries kept for what was not done in the end."""
         if self._windows:
             for request_id in request_ids:
                 self._windows.pop(request_id, None)
@@ -176,9 +179,11 @@ class CompressionState:
         """
         window = self._windows.pop(request_id, None)
         earlier = None
-        if command.query_span > 1:
-            assert window is not None, "the scheduler asked for no queries of the steps before"
+        if window is not None and window[:2] == (command.tokens, command.query_span):
             earlier = window.queries[:, : command.query_span - 1]
+        elif command.query_span > 1:
+            # Its cache has come from an engine of other settings: once it evicts without queries.
+            command = command._replace(choice=WITHOUT_QUERIES, query_span=0)
         eviction = Eviction(
             command,
             self._rows[request_id],

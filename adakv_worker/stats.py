@@ -24,7 +24,7 @@ class MemoryStats(NamedTuple):
     kept_tokens, original_tokens: prompt tokens of the compressed requests, after and before.
     evictable_blocks: free ones that still hold a prefix, as of the last second.
     recomputed_tokens: computed a second time since the engine's start, see `Recomputes`.
-    decode_evictions: since then, of requests that had grown to their bound.
+    decode_evictions: since the statistics before, of requests that had grown to their bounds.
     """
 
     compressed_blocks: int = 0

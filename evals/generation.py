@@ -48,6 +48,8 @@ def run_generation(
             messages(sample), add_generation_prompt=True, return_dict=False
         )
         own = engine.answers(prompt, [], answer_tokens, [Choice(FULL)])[Choice(FULL)].predicted
+        if len(own) < 2:
+            continue
         tokens = Tokens(prompt, own, 0)
         for choice, outcome in engine.outcomes(sample, tokens, every).items():
             scores[choice].append(score(sample, tokens, outcome))

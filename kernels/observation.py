@@ -1,4 +1,4 @@
-"""What a scorer may look at: one layer of one request after its prefill."""
+"""What a scorer may look at: one layer of one request after its prefill, or while it decodes."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -21,6 +21,7 @@ class StepTimes:
 
     steps: list[tuple[float, int, int]] = field(default_factory=list)  # seconds, prefill, decode
     compress_s: float = 0.0
+    evict_s: float = 0.0
     prepare_s: float = 0.0
     preemptions: int = 0
     peak_running: int = 0
@@ -47,6 +48,7 @@ class StepTimes:
             "preemptions": self.preemptions,
             "prefill_s": prefill_s,
             "compress_s": self.compress_s,
+            "evict_s": self.evict_s,
             "decode_s": decode_s + riding,
             "decode_tokens_per_s": peak * len(at_peak) / max(sum(s for s, _ in at_peak), 1e-9),
             "compress_share": self.compress_s / prefill_s,
@@ -94,11 +96,12 @@ class Engine:
         if state := getattr(self._runner, "adakv", None):
             state.compress = self._timed(state.compress, "compress_s")
             state.finish_compressions = self._timed(state.finish_compressions, "compress_s")
-            state.evict = self._timed(state.evict, "compress_s")
-            state.finish_evictions = self._timed(state.finish_evictions, "compress_s")
-            watched: Any
-            for watched in (Compression, Eviction):
-                watched.see = self._timed(watched.see, "compress_s")
+            state.evict = self._timed(state.evict, "evict_s")
+            state.finish_evictions = self._timed(state.finish_evictions, "evict_s")
+            watched: Any = Compression
+            watched.see = self._timed(Compression.see, "compress_s")
+            watched = Eviction
+            watched.see = self._timed(Eviction.see, "evict_s")
             self._runner._plan_step = self._timed(self._runner._plan_step, "prepare_s")
 
     def _timed(self, call: Callable, name: str) -> Callable:

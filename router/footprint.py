@@ -48,11 +48,17 @@ def predict(
     budget: Budget | None,
     block_size_tokens: int,
     block_hashes: tuple[int, ...] = (),
+    *,
+    answers: int = 1,
+    most_output_tokens: int | None = None,
 ) -> Footprint:
     """The footprint of a request.
 
     Args:
+        output_tokens: expected of each answer.
         budget: None for a request that stays uncompressed.
+        answers: that are written to the same prompt, each with slabs of its own.
+        most_output_tokens: that each may come to; None where there is no such limit.
 
     Raises:
         ValueError: a count is negative.
@@ -60,19 +66,23 @@ def predict(
     if output_tokens < 0:
         raise ValueError(f"output_tokens={output_tokens} is negative")
     prompt_blocks = blocks_for_tokens(prompt_tokens, block_size_tokens)
-    whole = blocks_for_tokens(prompt_tokens + output_tokens, block_size_tokens)
-    uncompressed = Footprint(whole, whole, prompt_tokens, output_tokens, block_hashes)
+    outputs = answers * output_tokens
+    whole = blocks_for_tokens(prompt_tokens + outputs, block_size_tokens)
+    uncompressed = Footprint(whole, whole, prompt_tokens, outputs, block_hashes)
     if budget is None or output_tokens <= 1:
         return uncompressed
     kept = kept_tokens(prompt_tokens, budget.budget_tokens, budget.keep_ratio, budget.decode)
     slabs = compressed_blocks_bound(kept, 1, block_size_tokens)
-    most = most_entries(kept, output_tokens, budget.decode)
-    outgrows_bound = most < kept + output_tokens
+    # As the scheduler decides it, which does not know how long an answer will be either.
+    outgrows_bound = budget.decode is not None and (
+        most_output_tokens is None or prompt_tokens + most_output_tokens > budget.decode.most_tokens
+    )
     if not outgrows_bound and (kept >= prompt_tokens or slabs >= prompt_blocks):
         return uncompressed
-    end = compressed_blocks_bound(most, 0, block_size_tokens)
-    peak = max(prompt_blocks + slabs, end)
-    return Footprint(peak, end, prompt_tokens, output_tokens, block_hashes)
+    most = most_entries(kept, output_tokens, budget.decode)
+    end = answers * compressed_blocks_bound(most, 0, block_size_tokens)
+    peak = max(prompt_blocks + answers * slabs, end)
+    return Footprint(peak, end, prompt_tokens, outputs, block_hashes)
 
 
 class OutputLengths:

@@ -91,9 +91,14 @@ class FootprintPredictor:
             prompt = self._prompt(request)
             budget = self._budget(request)
             asked = request.get("max_completion_tokens") or request.get("max_tokens")
-            output = self._outputs.expected(asked) * (request.get("n") or 1)
             return predict(
-                prompt.tokens, output, budget, self._block_size_tokens, prompt.block_hashes
+                prompt.tokens,
+                self._outputs.expected(asked),
+                budget,
+                self._block_size_tokens,
+                prompt.block_hashes,
+                answers=request.get("n") or 1,
+                most_output_tokens=asked,
             )
         except Exception as error:
             # Whatever is wrong with the request, the engine says it better.

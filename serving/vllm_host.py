@@ -207,6 +207,7 @@ class _LoadStats:
         self.changed = asyncio.Event()
         self.latest = SchedulerStats()
         self.preemptions = 0
+        self._decode_evictions = 0
         self._told_at = float("-inf")
         self._tokens: list[tuple[float, int]] = []
 
@@ -219,6 +220,8 @@ class _LoadStats:
         self._told_at = now
         for proof in proofs_of(scheduler_stats):
             self._on_proof(proof)
+        if (memory := MemoryStats.of(scheduler_stats)) is not None:
+            self._decode_evictions += memory.decode_evictions
         self._tokens.append((now, generated_tokens))
         while self._tokens and now - self._tokens[0][0] > _RATE_WINDOW_S:
             self._tokens.pop(0)
@@ -283,7 +286,7 @@ class _LoadStats:
             preemptions=self.preemptions,
             # Of the engine's whole life, so not forgotten with its last request.
             recomputed_tokens=cached.recomputed_tokens if cached else None,
-            decode_evictions=cached.decode_evictions if cached else None,
+            decode_evictions=self._decode_evictions if cached else None,
             told_at=self._told_at,
         )
 

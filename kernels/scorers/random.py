@@ -9,7 +9,7 @@ from kernels.observation import Observation
 
 @dataclass(frozen=True)
 class RandomScorer:
-    """A control: uniform scores, the same for the same seed, layer and shape on every device."""
+    """A control: uniform scores, the same for the same seed, layer and length on every device."""
 
     needs_values: ClassVar[bool] = False
     seed: int = 0
@@ -17,6 +17,8 @@ class RandomScorer:
     query_span_tokens: int = 0
 
     def score(self, observation: Observation) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + observation.layer)
+        seed = self.seed * 100_003 + observation.layer
+        # Others with each eviction, or the same entries would survive them all.
+        generator = torch.Generator().manual_seed(seed + 1_000_003 * (observation.seen_tokens or 0))
         shape = (observation.num_kv_heads, observation.num_tokens - self.window_tokens)
         return torch.rand(shape, generator=generator).to(observation.keys.device)

@@ -7,8 +7,8 @@ from torch import Tensor
 from kernels.attention import pool, window_attention
 from kernels.observation import Observation
 
-# Rows of the similarity matrix at a time.
-_ROWS = 256
+# Of the similarity matrix at a time.
+_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class RedundancyScorer:
 
     An entry is redundant by the mean cosine similarity of its key with all others of its head, as a
     softmax over the entries. Of those that are similar to a key, the most recent ones are not
-    counted against themselves, so that the newest of a group stays. Takes time with the square of
-    the entries: it is made for answers that repeat themselves, not for long prompts.
+    counted against themselves, so that the newest of a group stays. Made for answers that repeat
+    themselves: of a long prompt only the last `compared_tokens` keys are compared with all.
 
     importance_share: weight of attention; the rest is redundancy's.
     least_similarity: from which on two keys are similar.
@@ -31,6 +31,7 @@ class RedundancyScorer:
     importance_share: float = 0.1
     least_similarity: float = 0.5
     spared_share: float = 0.1
+    compared_tokens: int = 4096
 
     @property
     def query_span_tokens(self) -> int:
@@ -48,12 +49,13 @@ class RedundancyScorer:
         directions = torch.nn.functional.normalize(keys, dim=-1)
         spared = int(self.spared_share * m)
         sums = keys.new_zeros((heads, m))
-        for start in range(0, m, _ROWS):
-            rows = directions[:, start : start + _ROWS]
+        first, rows_at_once = max(0, m - self.compared_tokens), max(1, _ELEMENTS // (heads * m))
+        for start in range(first, m, rows_at_once):
+            rows = directions[:, start : start + rows_at_once]
             similarity = rows @ directions.transpose(1, 2)
             own = torch.arange(rows.shape[1], device=keys.device)
             similarity[:, own, start + own] = 0.0
             similar = similarity > self.least_similarity
-            from_the_end = similar.flip(-1).cumsum(dim=-1).flip(-1)
+            from_the_end = similar.flip(-1).cumsum(dim=-1, dtype=torch.int32).flip(-1)
             sums += similarity.masked_fill(similar & (from_the_end <= spared), 0.0).sum(dim=1)
-        return (sums / max(m, 1)).softmax(dim=-1)
+        return (sums / (m - first)).softmax(dim=-1)

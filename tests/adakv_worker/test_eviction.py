@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from adakv_worker.plan import make_plan
 from kernels.presets import PRESETS
 from tests.adakv_worker.engines import Engine, Reference, Result, assert_equals_reference, prompt
 
@@ -100,6 +101,8 @@ def test_a_preempted_request_goes_on_within_its_bound(engine: Engine) -> None:
     for _ in range(120):
         core.step()
     (request,) = engine.scheduler.running
+    evicted = engine.scheduler._reports[request.request_id]["decode_evictions"]
+    left = 200 - request.num_output_tokens
     engine.scheduler.running.remove(request)
     engine.scheduler._preempt_request(request, 0.0)
     outputs: list[Any] = []
@@ -109,17 +112,60 @@ def test_a_preempted_request_goes_on_within_its_bound(engine: Engine) -> None:
     output = outputs[-1]
     assert len(output.outputs[0].token_ids) == 200
     # Its answer so far was a part of what it was compressed from.
-    assert output.kv_transfer_params["kv_compression"]["original_tokens"] > 400
+    proof = output.kv_transfer_params["kv_compression"]
+    assert proof["original_tokens"] > 400
+    assert proof["decode_evictions"] == evicted + (left - 1) // 32
+    assert evicted == 3
+
+
+def test_one_that_finds_no_room_after_a_preemption_says_so(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = engine.llm.llm_engine
+    params = engine.params(max_tokens=150, extra_args=BOUND)
+    core.add_request("victim", {"prompt_token_ids": prompt(300)}, params)
+    for _ in range(100):
+        core.step()
+    (request,) = engine.scheduler.running
+    engine.scheduler.running.remove(request)
+    engine.scheduler._preempt_request(request, 0.0)
+
+    def in_a_small_pool(*args: Any) -> Any:
+        return make_plan(*args[:-1], 14)
+
+    monkeypatch.setattr("adakv_worker.scheduler.make_plan", in_a_small_pool)
+    outputs: list[Any] = []
+    while core.has_unfinished_requests():
+        outputs += core.step()
+    engine.flush()
+    proof = outputs[-1].kv_transfer_params["kv_compression"]
+    assert proof["skipped"] == "no_room"
+    assert proof["decode_evictions"] == 3
+
+
+def test_a_table_row_holds_a_whole_context_and_its_slabs(engine: Engine) -> None:
+    # All entries stay, and their slabs are one more than the prompt's blocks.
+    options = {
+        "adakv_policy": "streaming_llm", "adakv_keep_ratio": 1.0,
+        "adakv_decode_budget_tokens": 2018, "adakv_decode_interval_tokens": 16,
+    }  # fmt: skip
+    params = engine.params(max_tokens=20, extra_args=options)
+    (result,) = engine.run([prompt(2018)], params)
+    assert result.proof is not None
+    assert result.proof["blocks_after"] == result.proof["blocks_before"] + 1
+    assert len(result.tokens) == 20
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adakv_decode_budget_tokens": 19}, "below the observation window of 16 and 4 sinks"),
+        ({"adakv_decode_budget_tokens": 23}, "below the observation window of 20 and 4 sinks"),
         (
-            {"adakv_decode_budget_tokens": 64, "adakv_decode_interval_tokens": 15},
-            "adakv_decode_interval_tokens=15 is below the observation window of 16",
+            {"adakv_decode_budget_tokens": 64, "adakv_decode_interval_tokens": 18},
+            "adakv_decode_interval_tokens=18 is below the observation window of 20",
         ),
+        ({"adakv_decode_interval_tokens": 15}, "below this server's least, 16"),
+        ({"adakv_decode_interval_tokens": 5000}, "above this server's most, 1024"),
         ({"adakv_decode_interval_tokens": 64}, "there is no adakv_decode_budget_tokens"),
         ({"adakv_decode_budget_tokens": 200_000}, "above this server's most"),
     ],
@@ -127,6 +173,19 @@ def test_a_preempted_request_goes_on_within_its_bound(engine: Engine) -> None:
 def test_bad_bounds_are_refused(options: dict[str, Any], message: str) -> None:
     from adakv_worker.config import CompressionConfig, RequestOptions
 
-    config = CompressionConfig(window_tokens=16, min_budget_tokens=1, max_budget_tokens=100_000)
+    config = CompressionConfig(window_tokens=20, min_budget_tokens=1, max_budget_tokens=100_000)
     with pytest.raises(ValueError, match=message):
         RequestOptions.of(options).budget(config)
+
+
+def test_an_operators_bound_fits_any_policy_that_a_request_names() -> None:
+    from adakv_worker.config import CompressionConfig, RequestOptions
+
+    config = CompressionConfig(
+        policy="streaming_llm", decode_budget_tokens=8, decode_interval_tokens=4
+    )
+    assert RequestOptions().budget(config).decode == (8, 4)
+    assert RequestOptions(policy="snapkv").budget(config).decode == (36, 32)
+    assert RequestOptions(policy="full").budget(config).decode is None
+    with pytest.raises(ValueError, match="decode_budget_tokens=8 is below the observation window"):
+        CompressionConfig(decode_budget_tokens=8)

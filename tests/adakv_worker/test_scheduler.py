@@ -306,7 +306,6 @@ def test_bounded_requests_are_admitted_by_their_bounds(small: Engine) -> None:
     # Unbounded, one would come to more than half of the pool.
     assert most == 6
     assert not preempted
-    assert _memory_stats(fake).decode_evictions == 6 * ((64 + 800 - 1 - 70) // 40)
 
 
 def test_the_statistics_tell_of_compressed_memory(small: Engine) -> None:

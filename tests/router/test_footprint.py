@@ -48,10 +48,19 @@ def test_a_bounded_answer_takes_no_more_than_its_bound() -> None:
     long = predict(3200, 5000, budget, BLOCK)
     assert long.steady_blocks == blocks_for_tokens(128 + 64 + 31, BLOCK)
     assert long.peak_blocks == 100 + blocks_for_tokens(128 + 1 + 31, BLOCK)
-    # A short prompt takes slabs, too, once its answer is going to outgrow the bound.
+    # A short prompt takes slabs, too, where its answer could outgrow the bound.
     short = predict(20, 5000, budget, BLOCK)
     assert short.peak_blocks == short.steady_blocks == long.steady_blocks
-    assert predict(20, 100, budget, BLOCK) == predict(20, 100, None, BLOCK)
+    limited = predict(20, 100, budget, BLOCK, most_output_tokens=150)
+    assert limited == predict(20, 100, None, BLOCK)
+
+
+def test_each_answer_to_a_prompt_has_slabs_of_its_own() -> None:
+    one = predict(3200, 100, Budget(256, 0.0), BLOCK)
+    four = predict(3200, 100, Budget(256, 0.0), BLOCK, answers=4)
+    assert four.steady_blocks == 4 * one.steady_blocks
+    assert four.peak_blocks == 100 + 4 * (one.peak_blocks - 100)
+    assert four.output_tokens == 400
 
 
 def test_what_is_not_compressed_is_told_as_such() -> None:
