@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -25,6 +26,8 @@ KV_BYTES = 190 << 20
 # For page tables and scores of the arms that compress: three blocks of the default model. The
 # report shows what they really took.
 RESERVED_BYTES = 3 * 1_474_560
+# And for the queries of evictions, which all requests of a mix collect at the same time.
+RESERVED_EVICTING_BYTES = 19 * 1_474_560
 REQUESTS = 12
 MIXES = ("1500/192", "512/512")
 # Long answers, whose caches ours cuts down while it writes; not part of the default run.
@@ -40,11 +43,11 @@ _COLUMNS = {
 class Arm:
     """One engine process, driven by a line of JSON at a time."""
 
-    def __init__(self, name: str, threads: int, log: IO[str]) -> None:
+    def __init__(self, name: str, threads: int, reserved_bytes: int, log: IO[str]) -> None:
         compressing = name not in ("stock", "off")
         settings = {
             "name": name,
-            "kv_bytes": KV_BYTES - (RESERVED_BYTES if compressing else 0),
+            "kv_bytes": KV_BYTES - (reserved_bytes if compressing else 0),
             "compression": None,
         }
         if name != "stock":
@@ -162,7 +165,12 @@ def _medians(turns: list[dict[str, Any]]) -> dict[str, Any]:
     return medians
 
 
-def _print(mix: str, summary: dict[str, Any], names: list[str]) -> None:
+def _reserved_bytes(mixes: Iterable[str]) -> int:
+    """Taken off the KV bytes of the arms that compress."""
+    return RESERVED_EVICTING_BYTES if set(mixes) & set(EVICTING_MIXES) else RESERVED_BYTES
+
+
+def _print(mix: str, summary: dict[str, Any], names: list[str], reserved_bytes: int) -> None:
     print(f"\n{mix}: {REQUESTS} requests, {KV_BYTES >> 20} MiB of KV")
     print("arm    tok/s   ratio  bound  running  blocks/req  preempt  prefill  compress  decode")
     for name in names:
@@ -178,7 +186,7 @@ def _print(mix: str, summary: dict[str, Any], names: list[str]) -> None:
     equal = "equal" if summary["output_tokens_equal"] else "NOT equal"
     print(
         f"output tokens of all arms: {equal}; held beside KV: {summary['extra_bytes']} bytes, "
-        f"{RESERVED_BYTES} taken off the compressing arms' KV"
+        f"{reserved_bytes} taken off the compressing arms' KV"
     )
 
 
@@ -191,7 +199,8 @@ def run(mixes: list[str], budgets: list[int], repeat: int, threads: int) -> dict
         "w", prefix="adakv-offline-", suffix=".log", delete=False
     ) as log:
         print(f"starting the engines, their log is {log.name}", flush=True)
-        arms = {name: Arm(name, threads, log) for name in names}
+        reserved = _reserved_bytes(mixes)
+        arms = {name: Arm(name, threads, reserved, log) for name in names}
         try:
             for name, arm in arms.items():
                 arm.ask(
@@ -206,7 +215,7 @@ def run(mixes: list[str], budgets: list[int], repeat: int, threads: int) -> dict
                 print(f"{name}: engine ready", flush=True)
             for mix in mixes:
                 result["mixes"][mix] = run_mix(arms, mix, repeat)
-                _print(mix, result["mixes"][mix], names)
+                _print(mix, result["mixes"][mix], names, reserved)
         finally:
             for arm in arms.values():
                 arm.stop()
