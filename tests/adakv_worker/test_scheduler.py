@@ -59,7 +59,9 @@ class Fake:
 
     def arrive(self, length: int, answered: int, max_tokens: int, with_state: bool) -> str:
         """A request that began elsewhere: `answered` tokens of `max_tokens` are there."""
-        report = {"policy": "ada_snapkv", "original_tokens": length, "kept_mean": 64.0}
+        report = {
+            "policy": "ada_snapkv", "original_tokens": length, "kept_mean": 64.0, "skipped": None,
+        }  # fmt: skip
         state = f"state-{self.count}" if with_state else None
         continuation = Continuation(length, state, report if with_state else None)
         self.add(length + answered, max_tokens, 0, continuation.as_extra_args())
