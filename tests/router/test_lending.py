@@ -21,6 +21,14 @@ NAMES = ("a", "b", "c")
 TTL_S, OFFER_TTL_S, JUMP_S = 50, 310, 30
 
 
+@pytest.fixture(scope="module", autouse=True)
+def patient() -> Iterator[None]:
+    """Machines that run tests stall at times; how long a store may be silent is not tested here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("router.redis_lending.SOCKET_TIMEOUT_S", 60.0)
+        yield
+
+
 @pytest.fixture
 async def ledger(store_url: str, client: redis.Redis) -> AsyncIterator[LendingLedger]:
     ledger = LendingLedger(store_url, KEYS)
