@@ -189,3 +189,35 @@ def test_an_operators_bound_fits_any_policy_that_a_request_names() -> None:
     assert RequestOptions(policy="full").budget(config).decode is None
     with pytest.raises(ValueError, match="decode_budget_tokens=8 is below the observation window"):
         CompressionConfig(decode_budget_tokens=8)
+
+
+def test_others_prompts_come_in_chunks_while_it_evicts(
+    engine: Engine, reference: Reference
+) -> None:
+    bounded = engine.params(max_tokens=90, extra_args={**BOUND, "adakv_budget_tokens": 48})
+    requests = {"long": Traced(engine, "long", prompt(300, seed=7), bounded)}
+    core, kept = engine.llm.llm_engine, None
+    # The step after the next evicts; prompts of three chunks arrive before it.
+    for _ in range(31):
+        kept = requests["long"].before_step()
+        for output in core.step():
+            requests[output.request_id].note(output, kept)
+    for name in ("first", "second"):
+        requests[name] = Traced(engine, name, prompt(1200, seed=len(name)), bounded)
+    run(engine, requests)
+    for traced in requests.values():
+        assert traced.result is not None
+        assert_equals_reference(traced.result, reference, 1e-3, traced.kept_at)
+        assert traced.result.proof is not None
+        assert traced.result.proof["decode_evictions"] == 89 // 32
+
+
+def test_several_answers_to_one_prompt_evict_each_for_itself(engine: Engine) -> None:
+    before = engine.free_blocks
+    params = engine.params(max_tokens=120, n=3, temperature=1.0, seed=5, extra_args={**BOUND})
+    (output,) = engine.llm.generate([{"prompt_token_ids": prompt(300)}], params, use_tqdm=False)
+    engine.flush()
+    assert [len(answer.token_ids) for answer in output.outputs] == [120] * 3
+    assert len({tuple(answer.token_ids) for answer in output.outputs}) == 3
+    assert output.kv_transfer_params["kv_compression"]["decode_evictions"] == 119 // 32
+    assert engine.free_blocks == before
