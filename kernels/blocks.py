@@ -61,10 +61,6 @@ class DecodeBound(NamedTuple):
         """Whether that step ends with an eviction."""
         return self.entries(kept, decoded) == self.most_tokens
 
-    def evictions(self, kept: int, decoded: int) -> int:
-        """Evictions up to then, that step's included."""
-        return max(0, (kept + decoded - self.budget_tokens) // self.interval_tokens)
-
     def until_next(self, kept: int, decoded: int) -> int:
         """Further tokens until the next step that evicts."""
         entries = self.entries(kept, decoded)
