@@ -65,9 +65,9 @@ def decision_times_s(replicas: int, decisions: int) -> list[float]:
         hashes = tuple(hash((conversation, block)) for block in range(_PROMPT_TOKENS // 32))
         footprint = predict(_PROMPT_TOKENS, 200, Budget(256, 0.5), 32, hashes)
         started = time.perf_counter()
-        decision = chooser.choose(ids, footprint, now)
+        decision = chooser.choose(number, ids, footprint, now)
         assert decision is not None
-        chooser.sent(decision.replica_ids[0], footprint, now)
+        chooser.sent(number, decision.replica_ids[0], footprint, now)
         times.append(time.perf_counter() - started)
         # Those that no longer report must not drop out of the measurement.
         if number % 200 == 0:
@@ -105,7 +105,7 @@ def _added_rss_mib(replicas: int) -> float:
     for index in range(replicas):
         hashes = tuple(hash((index, block)) for block in range(_PROMPT_TOKENS // 32))
         footprint = predict(_PROMPT_TOKENS, 200, None, 32, hashes)
-        chooser.sent(f"replica-{index:04}", footprint, time.monotonic())
+        chooser.sent(index, f"replica-{index:04}", footprint, time.monotonic())
     return _rss_mib() - before
 
 

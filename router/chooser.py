@@ -1,7 +1,7 @@
 """The decision: which replica a request goes to, and why. Knows neither Ray nor Redis."""
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from router.affinity import PrefixAffinity
@@ -64,13 +64,16 @@ class Chooser:
         self._rng = rng or random.Random()
 
     def choose(
-        self, replica_ids: Sequence[str], footprint: Footprint, now_s: float
+        self, request_id: Hashable, replica_ids: Sequence[str], footprint: Footprint, now_s: float
     ) -> Decision | None:
         """Ranks the replicas for a request; None when none of them has reported lately.
 
         A replica without a fresh report is left out while others have one. Of many replicas a
-        random few are ranked, and those that hold the request's prefix.
+        random few are ranked, and those that hold the request's prefix. The request is booked at
+        the best at once: others that are decided before it has arrived there count with it.
         """
+        # It may have been decided before, and found its replica full.
+        self.view.unbook(request_id)
         hashes = footprint.block_hashes
         views = self.view.views(self._shortlist(replica_ids, hashes), now_s)
         if not views:
@@ -81,11 +84,14 @@ class Chooser:
                 for view in views
             ]
         )
+        self.view.book(request_id, scores[0].replica_id, footprint, now_s)
         return Decision([one.replica_id for one in scores], scores, reason(scores[0], scores[1:]))
 
-    def sent(self, replica_id: str, footprint: Footprint, now_s: float) -> None:
-        """The request went there."""
-        self.view.book(replica_id, footprint, now_s)
+    def sent(
+        self, request_id: Hashable, replica_id: str, footprint: Footprint, now_s: float
+    ) -> None:
+        """The request went there, as decided or not."""
+        self.view.book(request_id, replica_id, footprint, now_s)
         if footprint.block_hashes:
             capacity = self.view.blocks_total(replica_id)
             self._affinity.note(replica_id, footprint.block_hashes, capacity)

@@ -1,7 +1,7 @@
 """What one router knows of all replicas: their last reports and its own bookings since. No I/O."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 from pydantic import ValidationError
@@ -37,7 +37,7 @@ class _Replica:
     )  # fmt: skip
 
     def __init__(self, report: Occupancy, now_s: float) -> None:
-        self.bookings: list[_Booking] = []
+        self.bookings: dict[Hashable, _Booking] = {}
         self.epoch, self.prefill_tokens = report.epoch, 0
         self.update(report, now_s)
 
@@ -68,7 +68,11 @@ class _Replica:
 
     def drop_bookings(self, before_s: float) -> None:
         if self.bookings:
-            self.bookings = [booking for booking in self.bookings if booking.at_s > before_s]
+            self.bookings = {
+                request_id: booking
+                for request_id, booking in self.bookings.items()
+                if booking.at_s > before_s
+            }
 
 
 class LocalView:
@@ -91,6 +95,8 @@ class LocalView:
         self._prefill_tokens_per_s = prefill_tokens_per_s
         self._replicas: dict[str, _Replica] = {}
         self._quarantine: dict[str, float] = {}
+        # Where each request is booked and since when, the longest ago first.
+        self._booked: dict[Hashable, tuple[str, float]] = {}
         self.dropped = 0
         self.quarantined = 0
 
@@ -125,11 +131,27 @@ class LocalView:
     def withdraw(self, replica_id: str) -> None:
         self._replicas.pop(replica_id, None)
 
-    def book(self, replica_id: str, footprint: Footprint, now_s: float) -> None:
-        """Counts a request as there until the replica's own reports do."""
+    def book(
+        self, request_id: Hashable, replica_id: str, footprint: Footprint, now_s: float
+    ) -> None:
+        """Counts a request as there, and nowhere else, until the replica's own reports do."""
+        self.unbook(request_id)
+        self._forget_bookings(now_s - _BOOKING_LIFE_S)
         if known := self._replicas.get(replica_id):
-            booking = _Booking(now_s, footprint.peak_blocks, footprint.prompt_tokens)
-            known.bookings.append(booking)
+            known.bookings[request_id] = _Booking(
+                now_s, footprint.peak_blocks, footprint.prompt_tokens
+            )
+            self._booked[request_id] = replica_id, now_s
+
+    def unbook(self, request_id: Hashable) -> None:
+        """The request counts nowhere any more, but where a report shows it."""
+        replica_id, _ = self._booked.pop(request_id, ("", 0.0))
+        if known := self._replicas.get(replica_id):
+            known.bookings.pop(request_id, None)
+
+    def _forget_bookings(self, before_s: float) -> None:
+        while self._booked and next(iter(self._booked.values()))[1] <= before_s:
+            del self._booked[next(iter(self._booked))]
 
     def views(self, replica_ids: Iterable[str], now_s: float) -> list[ReplicaView]:
         """Those of the replicas whose reports are fresh."""
@@ -139,7 +161,7 @@ class LocalView:
             if known is None or now_s - known.seen_at_s > self._ttl_s:
                 continue
             known.drop_bookings(now_s - _BOOKING_LIFE_S)
-            bookings = known.bookings
+            bookings = known.bookings.values()
             views.append(
                 ReplicaView(
                     replica_id,

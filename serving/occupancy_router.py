@@ -35,7 +35,9 @@ class OccupancyRouter(RequestRouter):
         routing = Routing.current()
         if routing is not None and pending_request is not None and candidate_replicas:
             by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-            decision = routing.choose(list(by_id), _last_argument(pending_request, Footprint))
+            request_id = pending_request.metadata.internal_request_id
+            footprint = _last_argument(pending_request, Footprint)
+            decision = routing.choose(request_id, list(by_id), footprint)
             if decision is not None:
                 return [[by_id[replica_id]] for replica_id in decision.replica_ids]
         return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
@@ -45,7 +47,8 @@ class OccupancyRouter(RequestRouter):
     ) -> None:
         footprint = _last_argument(pending_request, Footprint)
         if footprint is not None and (routing := Routing.current()):
-            routing.sent(replica_id.unique_id, footprint)
+            request_id = pending_request.metadata.internal_request_id
+            routing.sent(request_id, replica_id.unique_id, footprint)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         before = {replica_id.unique_id for replica_id in self.curr_replicas}

@@ -50,20 +50,22 @@ class Routing:
         )
         self._task = asyncio.get_running_loop().create_task(subscription.run())
 
-    def choose(self, replica_ids: Sequence[str], footprint: Footprint | None) -> Decision | None:
+    def choose(
+        self, request_id: str, replica_ids: Sequence[str], footprint: Footprint | None
+    ) -> Decision | None:
         """None where there is nothing to decide by; counted all the same."""
         if footprint is None:
             self._decisions.inc(tags={"reason": "no_footprint"})
             return None
-        decision = self._chooser.choose(replica_ids, footprint, time.monotonic())
+        decision = self._chooser.choose(request_id, replica_ids, footprint, time.monotonic())
         self._decisions.inc(tags={"reason": decision.reason if decision else "no_reports"})
         self._dropped.set(self._chooser.view.dropped)
         if decision and self._log_decisions:
             logger.info("routing %s", json.dumps(decision.log_line(footprint)))
         return decision
 
-    def sent(self, replica_id: str, footprint: Footprint) -> None:
-        self._chooser.sent(replica_id, footprint, time.monotonic())
+    def sent(self, request_id: str, replica_id: str, footprint: Footprint) -> None:
+        self._chooser.sent(request_id, replica_id, footprint, time.monotonic())
 
     def retain(self, replica_ids: Collection[str]) -> None:
         """Forgets all replicas but these."""

@@ -96,7 +96,7 @@ class _Ours:
         self._ids = [replica.replica_id for replica in fleet]
         self._index = {replica_id: index for index, replica_id in enumerate(self._ids)}
         self._outputs = OutputLengths()
-        self._sequence = 0
+        self._sequence = self._chosen = 0
         for index in range(len(fleet)):
             self.report(index, 0.0)
 
@@ -105,10 +105,11 @@ class _Ours:
         footprint = predict(
             request.prompt_tokens, expected, self._budget, BLOCK_SIZE_TOKENS, request.block_hashes
         )
-        decision = self._chooser.choose(self._ids, footprint, now_s)
+        self._chosen += 1
+        decision = self._chooser.choose(self._chosen, self._ids, footprint, now_s)
         assert decision is not None
         best = decision.replica_ids[0]
-        self._chooser.sent(best, footprint, now_s)
+        self._chooser.sent(self._chosen, best, footprint, now_s)
         # An ingress sees outputs end a little later; the distribution is the same.
         self._outputs.note(request.output_tokens)
         return self._index[best]

@@ -27,9 +27,13 @@ def chooser(*reports: Occupancy, now_s: float = 0.0) -> Chooser:
 
 
 def decided(
-    chooser: Chooser, *ids: str, footprint: Footprint = SMALL, now_s: float = 0.0
+    chooser: Chooser,
+    *ids: str,
+    footprint: Footprint = SMALL,
+    now_s: float = 0.0,
+    request_id: str = "decided",
 ) -> Decision:
-    decision = chooser.choose(ids, footprint, now_s)
+    decision = chooser.choose(request_id, ids, footprint, now_s)
     assert decision is not None
     return decision
 
@@ -73,17 +77,34 @@ def test_a_prefill_backlog_counts_even_with_all_memory_free() -> None:
 def test_requests_that_come_at_once_do_not_herd() -> None:
     ids = [f"r{index}" for index in range(4)]
     fleet = chooser(*(idle(i) for i in ids))
-    sent = []
-    for _ in range(8):
-        best = decided(fleet, *ids).replica_ids[0]
-        fleet.sent(best, SMALL, 0.0)
-        sent.append(best)
+    # All are decided before any has arrived.
+    sent = [decided(fleet, *ids, request_id=f"q{n}").replica_ids[0] for n in range(8)]
     assert {sent.count(i) for i in ids} == {2}
+    for number, best in enumerate(sent):
+        fleet.sent(f"q{number}", best, SMALL, 0.1)
+    sent += [decided(fleet, *ids, request_id=f"r{n}").replica_ids[0] for n in range(8)]
+    assert {sent.count(i) for i in ids} == {4}
+
+
+def test_a_request_counts_only_where_it_went() -> None:
+    fleet = chooser(idle("a"), idle("b"))
+    big = Footprint(90, 90, 5000, 50)
+    first, second = decided(fleet, "a", "b", footprint=big, request_id="big").replica_ids
+    # The best was full after all.
+    fleet.sent("big", second, big, 0.1)
+    assert decided(fleet, "a", "b", now_s=0.1).replica_ids[0] == first
+
+
+def test_a_request_that_is_decided_again_does_not_stand_in_its_own_way() -> None:
+    fleet = chooser(idle("a"), idle("b", running=3))
+    big = Footprint(90, 90, 5000, 50)
+    for _ in range(3):
+        assert decided(fleet, "a", "b", footprint=big).replica_ids[0] == "a"
 
 
 def test_a_booking_ends_with_the_report_that_must_show_it() -> None:
     fleet = chooser(idle("a"), idle("b"))
-    fleet.sent("a", Footprint(90, 90, 5000, 50), 0.0)
+    fleet.sent("earlier", "a", Footprint(90, 90, 5000, 50), 0.0)
     assert decided(fleet, "a", "b").replica_ids[0] == "b"
     # Made before the request arrived: it cannot know of it.
     fleet.view.accept(idle("a", sequence=2), 0.1)
@@ -97,7 +118,7 @@ def test_a_booking_ends_with_the_report_that_must_show_it() -> None:
 def test_the_next_turn_goes_where_the_last_one_was() -> None:
     fleet = chooser(idle("a"), idle("b"))
     history = tuple(range(20))
-    fleet.sent("b", Footprint(25, 25, 640, 50, history), 0.0)
+    fleet.sent("earlier", "b", Footprint(25, 25, 640, 50, history), 0.0)
     fleet.view.accept(idle("b", sequence=2), 1.0)
     fleet.view.accept(idle("a", sequence=2), 1.0)
     turn = Footprint(30, 30, 800, 50, (*history, 20, 21))
@@ -110,7 +131,7 @@ def test_the_next_turn_goes_where_the_last_one_was() -> None:
 def test_affinity_yields_when_the_favoured_replica_is_overloaded() -> None:
     fleet = chooser(idle("a"), idle("b"))
     history = tuple(range(20))
-    fleet.sent("b", Footprint(25, 25, 640, 50, history), 0.0)
+    fleet.sent("earlier", "b", Footprint(25, 25, 640, 50, history), 0.0)
     fleet.view.accept(idle("b", sequence=2, prefill_tokens_queued=9000), 1.0)
     turn = Footprint(30, 30, 800, 50, history)
     assert decided(fleet, "a", "b", footprint=turn, now_s=1.0).replica_ids[0] == "a"
@@ -144,9 +165,9 @@ def test_stale_and_unknown_replicas_are_left_out() -> None:
     fleet = chooser(idle("old"), now_s=0.0)
     fleet.view.accept(idle("fresh"), 3.0)
     assert decided(fleet, "old", "fresh", "new", now_s=3.0).replica_ids == ["fresh"]
-    assert fleet.choose(["old"], SMALL, 3.0) is None
+    assert fleet.choose("one", ["old"], SMALL, 3.0) is None
     fleet.retain({"old"})
-    assert fleet.choose(["fresh"], SMALL, 3.0) is None
+    assert fleet.choose("one", ["fresh"], SMALL, 3.0) is None
 
 
 def test_only_the_given_candidates_are_ranked() -> None:
@@ -165,7 +186,7 @@ def test_in_a_large_fleet_the_holder_of_the_prefix_is_among_the_ranked() -> None
     ids = [f"r{index}" for index in range(1000)]
     fleet = chooser(*(idle(i) for i in ids))
     history = tuple(range(50))
-    fleet.sent("r777", Footprint(60, 60, 1600, 50, history), 0.0)
+    fleet.sent("earlier", "r777", Footprint(60, 60, 1600, 50, history), 0.0)
     fleet.view.accept(idle("r777", sequence=2), 1.0)
     decision = decided(fleet, *ids, footprint=Footprint(60, 60, 1600, 50, history), now_s=1.0)
     assert decision.replica_ids[0] == "r777"

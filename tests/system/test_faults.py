@@ -75,7 +75,7 @@ def _wait_until_both_work(deployment: Deployment) -> None:
     # A new replica reports before Serve sends it anything.
     eventually(
         lambda: all(report.running > 1 for report in deployment.occupancy().values()),
-        60, "both replicas running",
+        120, "both replicas running",
     )  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def _kill_a_replica_under_traffic(
 
     def kill() -> None:
         _wait_until_both_work(deployment)
-        eventually(ready, 60, "traffic as it should be")
+        eventually(ready, 120, "traffic as it should be")
         deployment.kill("ServeReplica:llm:Engine")
         eventually(lambda: len(deployment.occupancy()) == 1, 30, "the killed one gone")
 

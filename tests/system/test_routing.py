@@ -1,7 +1,9 @@
 """What routers learn of running replicas."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
+import openai
 import redis
 from transformers import AutoTokenizer
 
@@ -32,3 +34,23 @@ def test_replicas_tell_which_prefixes_they_have_cached(deployment: Deployment) -
         body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 2}
         assert deployment.post("/v1/completions", body).status_code == 200
         eventually(complete, 30, "the prompt's blocks")
+
+
+def test_requests_that_come_at_once_are_spread(
+    deployment: Deployment, client: openai.OpenAI
+) -> None:
+    eventually(lambda: deployment.running() == 0, 60, "an idle deployment")
+
+    def ask(number: int) -> str:
+        answer = client.completions.create(
+            model=MODEL, prompt=f"{number}. Once", max_tokens=100, extra_body={"ignore_eos": True}
+        )
+        return answer.choices[0].finish_reason
+
+    def spread() -> bool:
+        return sorted(one.running for one in deployment.occupancy().values()) >= [2, 2]
+
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(ask, number) for number in range(6)]
+        eventually(spread, 120, "both replicas with two requests at least")
+        assert {one.result() for one in asked} == {"length"}
