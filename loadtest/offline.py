@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -44,6 +45,7 @@ class Arm:
     """One engine process, driven by a line of JSON at a time."""
 
     def __init__(self, name: str, threads: int, reserved_bytes: int, log: IO[str]) -> None:
+        self._name = name
         compressing = name not in ("stock", "off")
         settings = {
             "name": name,
@@ -78,16 +80,18 @@ class Arm:
         """Raises RuntimeError when the engine process has died."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise RuntimeError("an engine process died: see the log")
+        raise RuntimeError(f"the engine of arm {self._name} died: see the log")
 
     def stop(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait(60)
 
 
@@ -269,7 +273,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=3, help="rounds for each arm")
     parser.add_argument("--threads", type=int, default=1, help="threads of each engine")
     args = parser.parse_args(argv)
-    result = run(args.mix, args.budgets, args.repeat, args.threads)
+    try:
+        result = run(args.mix, args.budgets, args.repeat, args.threads)
+    except RuntimeError as error:
+        print(f"loadtest.offline: {error}", file=sys.stderr)
+        return 1
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     if args.out:

@@ -65,7 +65,7 @@ class Engine:
         self._llm = LLM(
             model=str(embedded_model_path()),
             dtype="float32",
-            max_model_len=4096,
+            max_model_len=3072,
             block_size=32,
             kv_cache_memory_bytes=settings["kv_bytes"],
             enforce_eager=True,
