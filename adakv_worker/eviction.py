@@ -11,7 +11,7 @@ from adakv_worker.compression import window_queries
 from adakv_worker.model_parts import LayerParts
 from kernels.eviction import reallocate, score_heads, stacked_layers
 from kernels.observation import Observation
-from kernels.paged_cache import PagedCache, compact, move_pages, read_heads
+from kernels.paged_cache import PagedCache, compact_in_place, move_pages, read_heads
 from kernels.pages import PageTables
 from kernels.policy import Policy, Scored
 
@@ -72,11 +72,9 @@ class Eviction:
         kept = reallocate(self._policy, scored, tables.lens(row), self._command.keep)
         lens = kept.sum(dim=-1, dtype=torch.int32)
         pages = tables.tables(row)
-        used = -(-kept.shape[-1] // tables.page_tokens)
         for layer in range(len(kept)):
             part = slice(layer, layer + 1)
-            source = pages[part, :, :used].transpose(1, 2).long()
-            compact(kept[part], self._cache, source, pages[part], lens[part])
+            compact_in_place(kept[part], self._cache, pages[part], lens[part])
         move_pages(self._cache, *tables.shrink(row, lens, self._command.slabs))
         return kept
 

@@ -150,6 +150,18 @@ def _compact_at_once(
     write_slots(cache, targets, *read_slots(cache, slots))
 
 
+@Operation
+def compact_in_place(kept: Tensor, cache: PagedCache, tables: Tensor, lens: Tensor) -> None:
+    """Moves the entries of K layers that stay to the front of their heads' own pages.
+
+    Args:
+        kept: [K, H, n] bool, of the entries that there are.
+        tables, lens: [K, H, W] int32 and [K, H]: the pages, and how many entries stay.
+    """
+    used = -(-kept.shape[-1] // cache.keys.shape[1])
+    compact(kept, cache, tables[..., :used].transpose(1, 2).long(), tables, lens)
+
+
 def placed_slots(tables: Tensor, lens: Tensor, page_tokens: int) -> Tensor:
     """Slots [sum of lens] of all entries of heads with page tables [H, W], head after head."""
     lens = lens.long()

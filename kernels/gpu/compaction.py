@@ -1,0 +1,213 @@
+"""Copying the entries that stay: prefix sums give each its place, then rows move page to page."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.paged_cache import PagedCache, compact, compact_in_place
+
+_TILE = 64
+_COUNTED = 1024
+_PROGRAMS = 2048
+
+
+class QuantizedCache(NamedTuple):
+    """Pages of entries in int8, with one scale for each entry's keys and one for its values.
+
+    keys, values: [pages, page_tokens, D] int8.
+    key_scales, value_scales: [pages, page_tokens] float32: an entry is its numbers times its scale.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor
+    value_scales: Tensor
+
+
+@compact.on("cuda")
+def compact_paged(
+    kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, lens: Tensor
+) -> None:
+    """What `kernels.paged_cache.compact` does; no target page may be a source."""
+    _copy(kept, cache, source, tables, QuantizedCache(*cache, *_no_scales(kept)), quantize=False)
+
+
+def compact_quantized(
+    kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, target: QuantizedCache
+) -> None:
+    """Copies the entries that stay into pages of int8, rounded to 1/127 of each row's largest.
+
+    Args:
+        kept: [K, H, n] bool.
+        source: [K, nb, H] int64, the pages of `cache` that hold them.
+        tables: [K, H, W] int32, the pages of `target` that shall.
+    """
+    _copy(kept, cache, source, tables, target, quantize=True)
+
+
+def _no_scales(like: Tensor) -> tuple[Tensor, Tensor]:
+    nothing = like.new_empty((1, 1), dtype=torch.float32)
+    return nothing, nothing
+
+
+def _copy(
+    kept: Tensor,
+    cache: PagedCache,
+    source: Tensor,
+    tables: Tensor,
+    target: QuantizedCache,
+    *,
+    quantize: bool,
+) -> None:
+    layers, heads, n = kept.shape
+    rows = layers * heads
+    kept, source, tables = kept.contiguous(), source.contiguous(), tables.contiguous()
+    tiles = triton.cdiv(n, _COUNTED)
+    splits = max(1, min(tiles, _PROGRAMS // rows))
+    span = triton.cdiv(tiles, splits) * _COUNTED
+    counts = torch.empty((rows, splits), dtype=torch.int32, device=kept.device)
+    _count_kept[(rows, splits)](kept, counts, n, span, splits, TILE=_COUNTED)
+    before = (counts.cumsum(dim=1) - counts).to(torch.int32)
+    _copy_kept[(rows, splits)](
+        kept, before, source, tables, *cache, *target, n, span, splits, heads, source.shape[1],
+        tables.shape[2], *cache.keys.stride(), *cache.values.stride(), *target.keys.stride(),
+        *target.values.stride(), **_shape(cache), TILE=_TILE, QUANTIZE=quantize,
+    )  # fmt: skip
+
+
+@compact_in_place.on("cuda")
+def compact_pages_in_place(kept: Tensor, cache: PagedCache, tables: Tensor, lens: Tensor) -> None:
+    """What `kernels.paged_cache.compact_in_place` does: a program for each head, front to back."""
+    layers, heads, n = kept.shape
+    _move_kept[(layers * heads,)](
+        kept.contiguous(), tables.contiguous(), *cache, n, tables.shape[2],
+        *cache.keys.stride(), *cache.values.stride(), **_shape(cache), TILE=_TILE,
+    )  # fmt: skip
+
+
+def _shape(cache: PagedCache) -> dict[str, int]:
+    _, page_tokens, dim = cache.keys.shape
+    return {"PAGE": page_tokens, "DIM": dim, "BLOCK_DIM": triton.next_power_of_2(dim)}
+
+
+@triton.jit
+def _count_kept(kept, counts, n, span, splits, TILE: tl.constexpr):
+    row, split = tl.program_id(0), tl.program_id(1)
+    start = split * span
+    count = tl.zeros([TILE], tl.int32)
+    for tile in range(start, min(start + span, n), TILE):
+        position = tile + tl.arange(0, TILE)
+        here = tl.load(kept + row.to(tl.int64) * n + position, mask=position < n, other=0)
+        count += (here != 0).to(tl.int32)
+    tl.store(counts + row * splits + split, tl.sum(count, 0))
+
+
+@triton.jit
+def _offsets(
+    pages, offset, stride_page, stride_token, stride_dim, BLOCK_DIM: tl.constexpr
+):  # fmt: skip
+    """Where the rows of entries at `offset` of `pages` lie: [TILE, BLOCK_DIM]."""
+    dim = tl.arange(0, BLOCK_DIM)
+    start = pages.to(tl.int64) * stride_page + offset * stride_token
+    return start[:, None] + dim[None, :] * stride_dim
+
+
+@triton.jit
+def _store_quantized(content, scales, place, scale_place, rows, mask, valid):
+    """Stores content [TILE, BLOCK_DIM] as int8, and a scale for each row."""
+    rows = rows.to(tl.float32)
+    scale = tl.max(tl.abs(rows), 1) / 127.0
+    ratio = rows / tl.where(scale == 0.0, 1.0, scale)[:, None]
+    rounded = tl.where(ratio >= 0.0, tl.floor(ratio + 0.5), tl.ceil(ratio - 0.5))
+    tl.store(content + place, rounded.to(tl.int8), mask=mask)
+    tl.store(scales + scale_place, scale, mask=valid)
+
+
+@triton.jit
+def _copy_kept(
+    kept, before, source, tables, keys, values, new_keys, new_values, key_scales, value_scales,
+    n, span, splits, heads, blocks, width,
+    key_page, key_token, key_dim, value_page, value_token, value_dim,
+    new_key_page, new_key_token, new_key_dim, new_value_page, new_value_token, new_value_dim,
+    PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+):  # fmt: skip
+    row, split = tl.program_id(0), tl.program_id(1)
+    layer, head = row // heads, row % heads
+    start = split * span
+    entries = tl.load(before + row * splits + split)
+    is_dim = tl.arange(0, BLOCK_DIM) < DIM
+    for tile in range(start, min(start + span, n), TILE):
+        position = tile + tl.arange(0, TILE)
+        here = tl.load(kept + row.to(tl.int64) * n + position, mask=position < n, other=0)
+        stays = here != 0
+        rank = tl.cumsum(stays.to(tl.int32), 0)
+        entry = entries + rank - 1
+        block = (layer * blocks + position // PAGE).to(tl.int64) * heads + head
+        old = tl.load(source + block, mask=stays, other=0)
+        new = tl.load(tables + row.to(tl.int64) * width + entry // PAGE, mask=stays, other=0)
+        mask = stays[:, None] & is_dim[None, :]
+        offset, new_offset = position % PAGE, entry % PAGE
+        key = tl.load(
+            keys + _offsets(old, offset, key_page, key_token, key_dim, BLOCK_DIM),
+            mask=mask, other=0.0,
+        )  # fmt: skip
+        value = tl.load(
+            values + _offsets(old, offset, value_page, value_token, value_dim, BLOCK_DIM),
+            mask=mask, other=0.0,
+        )  # fmt: skip
+        key_place = _offsets(
+            new, new_offset, new_key_page, new_key_token, new_key_dim, BLOCK_DIM
+        )  # fmt: skip
+        value_place = _offsets(
+            new, new_offset, new_value_page, new_value_token, new_value_dim, BLOCK_DIM
+        )  # fmt: skip
+        if QUANTIZE:
+            slot = new.to(tl.int64) * PAGE + new_offset
+            _store_quantized(new_keys, key_scales, key_place, slot, key, mask, stays)
+            _store_quantized(new_values, value_scales, value_place, slot, value, mask, stays)
+        else:
+            tl.store(new_keys + key_place, key, mask=mask)
+            tl.store(new_values + value_place, value, mask=mask)
+        entries += tl.sum(stays.to(tl.int32), 0)
+
+
+@triton.jit
+def _move_kept(
+    kept, tables, keys, values, n, width,
+    key_page, key_token, key_dim, value_page, value_token, value_dim,
+    PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    table = tables + row.to(tl.int64) * width
+    is_dim = tl.arange(0, BLOCK_DIM) < DIM
+    entries = 0
+    for tile in range(0, n, TILE):
+        position = tile + tl.arange(0, TILE)
+        here = tl.load(kept + row.to(tl.int64) * n + position, mask=position < n, other=0)
+        stays = here != 0
+        entry = entries + tl.cumsum(stays.to(tl.int32), 0) - 1
+        moves = stays & (entry < position)
+        old = tl.load(table + position // PAGE, mask=moves, other=0)
+        new = tl.load(table + entry // PAGE, mask=moves, other=0)
+        mask = moves[:, None] & is_dim[None, :]
+        offset, new_offset = position % PAGE, entry % PAGE
+        key = tl.load(
+            keys + _offsets(old, offset, key_page, key_token, key_dim, BLOCK_DIM),
+            mask=mask, other=0.0,
+        )  # fmt: skip
+        value = tl.load(
+            values + _offsets(old, offset, value_page, value_token, value_dim, BLOCK_DIM),
+            mask=mask, other=0.0,
+        )  # fmt: skip
+        # Targets lie before their sources, but not before those of others of this tile.
+        tl.debug_barrier()
+        key_place = _offsets(new, new_offset, key_page, key_token, key_dim, BLOCK_DIM)
+        value_place = _offsets(new, new_offset, value_page, value_token, value_dim, BLOCK_DIM)
+        tl.store(keys + key_place, key, mask=mask)
+        tl.store(values + value_place, value, mask=mask)
+        tl.debug_barrier()
+        entries += tl.sum(stays.to(tl.int32), 0)

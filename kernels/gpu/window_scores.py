@@ -1,0 +1,205 @@
+"""Window attention over keys where they lie: log-sum-exp first, then what each key gets.
+
+Probabilities are never stored: the second pass computes them again from the row's log-sum-exp and
+adds them up key by key, so that memory traffic is the keys, twice.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.attention import mean_window_attention
+
+Reduction = Literal["mean", "max", "squares"]
+
+_KEYS_PER_TILE = 64
+_ROWS_PER_TILE = 64
+# Programs enough to fill a large GPU, each with keys enough to be worth its start.
+_PROGRAMS = 1024
+
+
+def window_scores(
+    queries: Tensor,
+    pool: Tensor,
+    pages: Tensor,
+    scale: float,
+    num_tokens: int,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Scores [H, n - w] float32 of the entries before the window, from keys in pages.
+
+    Args:
+        queries: [H, G, w, D] of the last w positions.
+        pool: [pages, page_tokens, D] keys.
+        pages: [nb, H] int64, the pages of the prompt's blocks.
+        scale: the softmax scale.
+        num_tokens: n.
+        reduction: `mean` over window and group; `max` over the group of means over the window;
+            sum of `squares` over both.
+    """
+    return _scores(queries, pool, pages, scale, num_tokens, reduction)
+
+
+@mean_window_attention.on("cuda")
+def _mean_window_attention(queries: Tensor, keys: Tensor, scale: float, num_tokens: int) -> Tensor:
+    return _scores(queries, keys, None, scale, num_tokens, "mean")
+
+
+def _scores(
+    queries: Tensor,
+    keys: Tensor,
+    pages: Tensor | None,
+    scale: float,
+    n: int,
+    reduction: Reduction,
+) -> Tensor:
+    heads, group, window, dim = queries.shape
+    rows = group * window
+    queries = queries.reshape(heads, rows, dim)
+    row_tiles, key_tiles = triton.cdiv(rows, _ROWS_PER_TILE), triton.cdiv(n, _KEYS_PER_TILE)
+    splits = max(1, min(key_tiles, _PROGRAMS // (heads * row_tiles)))
+    most, total = queries.new_empty((2, heads, rows, splits), dtype=torch.float32)
+    # Powers of two instead of e: one instruction on the GPU.
+    scale = scale * math.log2(math.e)
+    layout = {
+        "pages": queries if pages is None else pages,
+        "stride_head": keys.stride(0),
+        "stride_token": keys.stride(1),
+        "stride_dim": keys.stride(2),
+        "PAGE": 0 if pages is None else keys.shape[1],
+        "DIM": dim,
+        "BLOCK_DIM": triton.next_power_of_2(max(dim, 16)),
+        "BLOCK_ROWS": _ROWS_PER_TILE,
+        "BLOCK_KEYS": _KEYS_PER_TILE,
+        # Triton's interpreter multiplies bfloat16 as the integers that it is stored in.
+        "EXACT": queries.dtype == torch.float32 or triton.knobs.runtime.interpret,
+    }
+    _log_sum_exp[(heads, row_tiles, splits)](
+        queries, keys, most, total, scale, n, rows, window, splits,
+        triton.cdiv(key_tiles, splits), heads, **layout,
+    )  # fmt: skip
+    highest = most.amax(dim=-1)
+    normalizer = highest + (total * torch.exp2(most - highest[..., None])).sum(dim=-1).log2()
+    scores = queries.new_empty((heads, n - window), dtype=torch.float32)
+    segments, segment_rows = (group, window) if reduction == "max" else (1, rows)
+    if n > window:
+        _column_scores[(heads, triton.cdiv(n - window, _KEYS_PER_TILE))](
+            queries, keys, normalizer, scores, scale, n - window, rows, segments, segment_rows,
+            heads, SQUARES=reduction == "squares", **layout,
+        )  # fmt: skip
+    return scores
+
+
+@triton.jit
+def _load_keys(
+    keys, pages, head, heads, position, valid, stride_head, stride_token, stride_dim,
+    PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """Keys [BLOCK_DIM, BLOCK_KEYS] at `position`."""
+    dim = tl.arange(0, BLOCK_DIM)
+    if PAGE > 0:
+        page = tl.load(pages + (position // PAGE) * heads + head, mask=valid, other=0)
+        start = page.to(tl.int64) * stride_head + (position % PAGE) * stride_token
+    else:
+        start = head.to(tl.int64) * stride_head + position.to(tl.int64) * stride_token
+    return tl.load(
+        keys + start[None, :] + dim[:, None] * stride_dim,
+        mask=valid[None, :] & (dim < DIM)[:, None],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _load_queries(
+    queries, head, rows, row, valid, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+):  # fmt: skip
+    """Queries [BLOCK_ROWS, BLOCK_DIM]."""
+    dim = tl.arange(0, BLOCK_DIM)
+    start = (head.to(tl.int64) * rows + row) * DIM
+    return tl.load(
+        queries + start[:, None] + dim[None, :],
+        mask=valid[:, None] & (dim < DIM)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _product(query, key, EXACT: tl.constexpr):
+    if EXACT:
+        return tl.dot(query.to(tl.float32), key.to(tl.float32), input_precision="ieee")
+    return tl.dot(query, key)
+
+
+@triton.jit
+def _log_sum_exp(
+    queries, keys, most, total, scale, n, rows, window, splits, tiles_per_split, heads,
+    pages, stride_head, stride_token, stride_dim,
+    PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Maximum and sum of powers over one split of the keys, for a tile of rows."""
+    head, split = tl.program_id(0), tl.program_id(2)
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    is_row = row < rows
+    query = _load_queries(queries, head, rows, row, is_row, DIM, BLOCK_DIM)
+    last_seen = n - window + row % window
+    highest = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    summed = tl.zeros([BLOCK_ROWS], tl.float32)
+    first = split * tiles_per_split
+    for tile in range(first, min(first + tiles_per_split, tl.cdiv(n, BLOCK_KEYS))):
+        position = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+        key = _load_keys(
+            keys, pages, head, heads, position, position < n,
+            stride_head, stride_token, stride_dim, PAGE, DIM, BLOCK_DIM,
+        )  # fmt: skip
+        logits = _product(query, key, EXACT) * scale
+        logits = tl.where(position[None, :] <= last_seen[:, None], logits, float("-inf"))
+        higher = tl.maximum(highest, tl.max(logits, 1))
+        # A row that has seen no key yet would subtract infinities.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        summed = summed * tl.exp2(highest - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
+        highest = higher
+    place = (head.to(tl.int64) * rows + row) * splits + split
+    tl.store(most + place, highest, mask=is_row)
+    tl.store(total + place, summed, mask=is_row)
+
+
+@triton.jit
+def _column_scores(
+    queries, keys, normalizer, scores, scale, entries, rows, segments, segment_rows, heads,
+    pages, stride_head, stride_token, stride_dim,
+    SQUARES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Reduces the probabilities of a tile of keys: over segments of rows, then their maximum.
+
+    All rows see all of these keys, which lie before the window.
+    """
+    head = tl.program_id(0)
+    position = tl.program_id(1) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    is_entry = position < entries
+    key = _load_keys(
+        keys, pages, head, heads, position, is_entry,
+        stride_head, stride_token, stride_dim, PAGE, DIM, BLOCK_DIM,
+    )  # fmt: skip
+    best = tl.zeros([BLOCK_KEYS], tl.float32)
+    for segment in range(segments):
+        summed = tl.zeros([BLOCK_KEYS], tl.float32)
+        for start in range(0, segment_rows, BLOCK_ROWS):
+            within = start + tl.arange(0, BLOCK_ROWS)
+            is_row = within < segment_rows
+            row = segment * segment_rows + within
+            query = _load_queries(queries, head, rows, row, is_row, DIM, BLOCK_DIM)
+            base = tl.load(normalizer + head * rows + row, mask=is_row, other=float("inf"))
+            weight = tl.exp2(_product(query, key, EXACT) * scale - base[:, None])
+            if SQUARES:
+                weight = weight * weight
+            summed += tl.sum(weight, 0)
+        best = tl.maximum(best, summed)
+    if not SQUARES:
+        best = best / segment_rows
+    tl.store(scores + head.to(tl.int64) * entries + position, best, mask=is_entry)

@@ -1,0 +1,106 @@
+"""Window scores from pages against attention in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.gpu.window_scores import Reduction, _mean_window_attention, window_scores
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def expected(queries: Tensor, keys: Tensor, scale: float, reduction: Reduction) -> Tensor:
+    """Scores [H, n - w] of queries [H, G, w, D] over keys [H, n, D]."""
+    window, n = queries.shape[2], keys.shape[1]
+    logits = torch.einsum("hgwd,hnd->hgwn", queries.double(), keys.double()) * scale
+    future = torch.ones((window, n), dtype=torch.bool, device=keys.device).triu(n - window + 1)
+    attention = logits.masked_fill(future, float("-inf")).softmax(dim=-1)[..., : n - window]
+    if reduction == "mean":
+        return attention.mean(dim=(1, 2))
+    if reduction == "max":
+        return attention.mean(dim=2).amax(dim=1)
+    return attention.square().sum(dim=(1, 2))
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    assert not got.isnan().any()
+    return float((got.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+
+
+def paged(keys: Tensor, page_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The keys [H, n, D] in a pool of shuffled pages, keys beside values: pool, pages [nb, H]."""
+    heads, n, dim = keys.shape
+    blocks = -(-n // page_tokens)
+    generator = torch.Generator().manual_seed(seed)
+    memory = torch.full(
+        (2 * blocks * heads, page_tokens, 2 * dim), torch.nan, dtype=keys.dtype, device=keys.device
+    )
+    pool = memory[..., :dim]
+    pages = torch.randperm(2 * blocks * heads, generator=generator)[: blocks * heads]
+    pages = pages.view(blocks, heads).to(keys.device)
+    for position in range(n):
+        pool[pages[position // page_tokens], position % page_tokens] = keys[:, position]
+    return pool, pages
+
+
+CASES = [
+    # H, G, w, n, D, page
+    (1, 1, 1, 1, 64, 16),
+    (1, 1, 1, 2, 64, 16),
+    (2, 3, 8, 77, 64, 16),
+    (1, 8, 32, 300, 128, 32),
+    (2, 4, 32, 33, 80, 16),
+    (3, 2, 5, 200, 96, 32),
+    (1, 2, 16, 130, 256, 16),
+]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "max", "squares"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_random_shapes(
+    case: tuple[int, ...], reduction: Reduction, dtype: torch.dtype, device: torch.device
+) -> None:
+    heads, group, window, n, dim, page_tokens = case
+    generator = torch.Generator().manual_seed(sum(case))
+    queries = torch.randn((heads, group, window, dim), generator=generator).to(device, dtype)
+    keys = torch.randn((heads, n, dim), generator=generator).to(device, dtype)
+    pool, pages = paged(keys, page_tokens, seed=n)
+    scores = window_scores(queries, pool, pages, dim**-0.5, n, reduction)
+    wanted = expected(queries, keys, dim**-0.5, reduction)
+    assert scores.shape == wanted.shape
+    if n > window:
+        assert relative_error(scores, wanted) < TOLERANCE[dtype]
+
+
+def test_keys_in_one_piece_give_the_same(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(1)
+    queries = torch.randn((2, 3, 8, 64), generator=generator).to(device)
+    keys = torch.randn((2, 96, 64), generator=generator).to(device)
+    keys[:, 90:] = torch.nan
+    scores = _mean_window_attention(queries, keys, 0.125, 90)
+    assert relative_error(scores, expected(queries, keys[:, :90], 0.125, "mean")) < 1e-5
+    # As keys lie that are packed dimension by dimension.
+    turned = keys.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(_mean_window_attention(queries, turned, 0.125, 90), scores)
+
+
+def test_a_spike_far_away_takes_it_all(device: torch.device) -> None:
+    """Logits of hundreds neither overflow nor lose the rest."""
+    queries = torch.ones((1, 1, 4, 64), device=device)
+    keys = torch.zeros((1, 5000, 64), device=device)
+    keys[0, 17] = 10.0
+    pool, pages = paged(keys, 32, seed=0)
+    scores = window_scores(queries, pool, pages, 1.0, 5000)
+    assert float(scores[0, 17]) == pytest.approx(1.0)
+    assert float(scores.sum()) == pytest.approx(1.0)
+
+
+def test_a_long_prompt_is_split(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(2)
+    n = 128 * 1024 if device.type == "cuda" else 6000
+    queries = torch.randn((1, 2, 8, 64), generator=generator).to(device)
+    keys = torch.randn((1, n, 64), generator=generator).to(device)
+    pool, pages = paged(keys, 32, seed=3)
+    scores = window_scores(queries, pool, pages, 0.125, n)
+    assert relative_error(scores, expected(queries, keys, 0.125, "mean")) < 1e-5

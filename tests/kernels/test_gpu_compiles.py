@@ -1,0 +1,67 @@
+"""The GPU's kernels as machine code: the interpreter takes programs that the compiler refuses."""
+
+import os
+from typing import Any
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.gpu import compaction, tables, top, window_scores
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
+)
+
+# Types by parameter where they are not whole numbers of 32 bits.
+POINTERS = {
+    "queries": "*bf16", "keys": "*bf16", "values": "*bf16", "most": "*fp32", "total": "*fp32",
+    "pages": "*i64", "normalizer": "*fp32", "scores": "*fp32", "scale": "fp32", "prefix": "*i32",
+    "histogram": "*i32", "left": "*i32", "ties": "*i32", "before": "*i32", "mask": "*i1",
+    "kept": "*i1", "counts": "*i32", "source": "*i64", "tables": "*i32", "new_keys": "*bf16",
+    "new_values": "*bf16", "key_scales": "*fp32", "value_scales": "*fp32", "needed": "*i64",
+    "first": "*i64", "slabs": "*i32", "offsets": "*i64", "lens": "*i32", "used": "*i32",
+    "granted": "*i32", "slots": "*i64",
+}  # fmt: skip
+ATTENTION = {
+    "PAGE": 16, "DIM": 128, "BLOCK_DIM": 128, "BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "EXACT": False,
+}  # fmt: skip
+ROWS = {"PAGE": 16, "DIM": 128, "BLOCK_DIM": 128, "TILE": 64}
+INT8 = {"new_keys": "*i8", "new_values": "*i8"}
+KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
+    "log-sum-exp": (window_scores._log_sum_exp, ATTENTION, {}),
+    "log-sum-exp, float32, no pages": (
+        window_scores._log_sum_exp,
+        {**ATTENTION, "PAGE": 0, "EXACT": True},
+        {"queries": "*fp32", "keys": "*fp32", "pages": "*fp32"},
+    ),
+    "column means": (window_scores._column_scores, {**ATTENTION, "SQUARES": False}, {}),
+    "column squares": (window_scores._column_scores, {**ATTENTION, "SQUARES": True}, {}),
+    "digits": (top._count_digits, {"SHIFT": 24, "TILE": 1024}, {}),
+    "further digits": (top._count_digits, {"SHIFT": 0, "TILE": 1024}, {}),
+    "choice": (top._choose_digit, {"SHIFT": 24}, {}),
+    "ties": (top._count_ties, {"TILE": 1024}, {}),
+    "marks": (top._mark, {"TILE": 1024}, {}),
+    "counts": (compaction._count_kept, {"TILE": 1024}, {}),
+    "copies": (compaction._copy_kept, {**ROWS, "QUANTIZE": False}, {}),
+    "quantized copies": (compaction._copy_kept, {**ROWS, "QUANTIZE": True}, INT8),
+    "moves": (compaction._move_kept, ROWS, {}),
+    "placement": (tables._place, {"EACH": 256, "TILE": 64}, {}),
+    "growth": (tables._grow, {"PAGE": 16, "EACH": 256, "BLOCK": 256}, {}),
+}
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles(name: str, architecture: int) -> None:
+    kernel, constants, types = KERNELS[name]
+    signature = {
+        parameter: "constexpr"
+        if parameter in constants
+        else {**POINTERS, **types}.get(parameter, "i32")
+        for parameter in kernel.arg_names
+    }
+    source = ASTSource(kernel, signature, constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    assert compiled.asm["cubin"]
