@@ -110,6 +110,7 @@ class Eviction:
                     part.layer,
                     paged,
                     self._command.tokens,
+                    head,
                 )
             )
         return observed

@@ -11,6 +11,7 @@ from kernels.blocks import (
     blocks_for_tokens,
     compressed_blocks_bound,
     entries_after,
+    most_entries,
 )
 from kernels.eviction import SINK_TOKENS
 from kernels.presets import PolicyChoice
@@ -107,8 +108,7 @@ class Plan:
 
     def most_blocks_within(self, tokens: int) -> int:
         """Most blocks that the compressed request holds within the next tokens."""
-        entries = self._entries_at(self.num_tokens) + tokens
-        most = entries if self.bound is None else min(entries, self.bound.most_tokens)
+        most = most_entries(self._entries_at(self.num_tokens), tokens, self.bound)
         return compressed_blocks_bound(most, 0, self.block_size)
 
     def _entries_at(self, num_tokens: int) -> int:
@@ -185,9 +185,8 @@ def held_blocks(report: Mapping[str, Any], decoded: int, block_size: int) -> int
 def peak_blocks(report: Mapping[str, Any], decoded: int, more: int, block_size: int) -> int:
     """Most blocks that it holds within the next `more` tokens."""
     bound = bound_of(report)
-    entries = entries_after(round(report["kept_mean"]), decoded, bound) + more
-    most = entries if bound is None else min(entries, bound.most_tokens)
-    return compressed_blocks_bound(most, 0, block_size)
+    entries = entries_after(round(report["kept_mean"]), decoded, bound)
+    return compressed_blocks_bound(most_entries(entries, more, bound), 0, block_size)
 
 
 def resumed_plan(

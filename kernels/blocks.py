@@ -87,9 +87,9 @@ def entries_after(kept: int, decoded: int, bound: DecodeBound | None) -> int:
     return kept + decoded if bound is None else bound.entries(kept, decoded)
 
 
-def most_entries(kept: int, decoded: int, bound: DecodeBound | None) -> int:
-    """Most that it holds on the way there."""
-    return kept + decoded if bound is None else min(kept + decoded, bound.most_tokens)
+def most_entries(entries: int, more: int, bound: DecodeBound | None) -> int:
+    """Most that a compressed cache of so many entries holds within `more` tokens."""
+    return entries + more if bound is None else min(entries + more, bound.most_tokens)
 
 
 def prefix_hash(parent: int, token_ids: Sequence[int]) -> int:

@@ -17,7 +17,7 @@ class Observation(NamedTuple):
     rotary: the model's rotation, for scorers that need queries at other positions.
     output_weight: gives [hidden, H * G * D] of the output projection, for scorers that project
         values; a call, because engines repack weights.
-    layer: index of the layer, for scorers that draw random numbers.
+    layer, first_head: indices in the model, for scorers that draw random numbers.
     paged_keys: [H, n or more, D], `keys` with what lies behind them in their last page.
     seen_tokens: tokens so far, where some have been evicted: the position after the last query's.
     """
@@ -31,6 +31,7 @@ class Observation(NamedTuple):
     layer: int = 0
     paged_keys: Tensor | None = None
     seen_tokens: int | None = None
+    first_head: int = 0
 
     @property
     def num_kv_heads(self) -> int:

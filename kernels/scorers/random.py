@@ -17,7 +17,7 @@ class RandomScorer:
     query_span_tokens: int = 0
 
     def score(self, observation: Observation) -> Tensor:
-        seed = self.seed * 100_003 + observation.layer
+        seed = self.seed * 100_003 + observation.layer + 10_007 * observation.first_head
         # Others with each eviction, or the same entries would survive them all.
         generator = torch.Generator().manual_seed(seed + 1_000_003 * (observation.seen_tokens or 0))
         shape = (observation.num_kv_heads, observation.num_tokens - self.window_tokens)

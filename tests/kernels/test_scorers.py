@@ -14,6 +14,7 @@ from kernels.scorers.defensive import DefensiveScorer
 from kernels.scorers.expected_attention import ExpectedAttentionScorer
 from kernels.scorers.key_diff import KeyDiffScorer
 from kernels.scorers.key_norm import KeyNormScorer
+from kernels.scorers.random import RandomScorer
 from kernels.scorers.redundancy import RedundancyScorer
 from kernels.scorers.sink_recency import SinkRecencyScorer
 from kernels.scorers.window_l2 import WindowL2Scorer
@@ -193,6 +194,19 @@ def test_redundancy(observation: Observation) -> None:
         best = torch.stack(members).amax(dim=0)
         pooled = torch.stack([best[max(0, i - 1) : i + 2].max() for i in range(m)])
         torch.testing.assert_close(scores[head], 0.3 * pooled - 0.7 * redundancy)
+
+
+def test_random_scores_are_each_heads_own(observation: Observation) -> None:
+    scorer = RandomScorer(window_tokens=WINDOW)
+    together = scorer.score(observation)
+    assert not torch.equal(together[0], together[1])
+    # Heads that hold different entries are observed one by one.
+    keys = observation.keys[:1]
+    first, second = (
+        scorer.score(observation._replace(keys=keys, first_head=head)) for head in (0, 1)
+    )
+    assert not torch.equal(first, second)
+    assert torch.equal(first, scorer.score(observation._replace(keys=keys)))
 
 
 def test_sinks_come_first_and_then_the_most_recent(observation: Observation) -> None:
