@@ -16,8 +16,10 @@ serve: install
 
 test:
 	@scripts/install loadtest,dev
-	@echo "==> pytest"
-	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@echo "==> pytest: two files at a time, one thread each"
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --ignore tests/system $(PYTEST_ARGS)
+	@echo "==> pytest: the running application"
+	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/system
 
 check:
 	@scripts/install loadtest,dev
