@@ -1,0 +1,14 @@
+from collections.abc import Iterator
+
+import pytest
+
+from evals.engine import ForcedEngine
+from serving.embedded_model import embedded_model_path
+
+
+@pytest.fixture(scope="module")
+def embedded_engine(in_process: None) -> Iterator[ForcedEngine]:
+    """Answers with the embedded model."""
+    engine = ForcedEngine(embedded_model_path(), 2048, 512 << 20)
+    yield engine
+    engine.close()
