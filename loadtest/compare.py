@@ -87,6 +87,12 @@ def main(argv: list[str] | None = None) -> int:
         except (ValueError, yaml.YAMLError, OSError) as error:
             print(f"loadtest.compare: {path}: {_in_a_line(error)}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print(
+                f"\nloadtest.compare: {path}: interrupted; the same command goes on from here",
+                file=sys.stderr,
+            )
+            return 130
     return 1 if crashes else 0
 
 

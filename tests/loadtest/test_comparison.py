@@ -163,6 +163,18 @@ def test_a_bad_comparison_is_refused_in_a_line(
     assert reason in line
 
 
+def test_an_interruption_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runs, "run", interrupted)
+    code, _ = run(tmp_path)
+    assert code == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+
+
 def test_runs_of_another_comparison_are_not_mixed_in(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
