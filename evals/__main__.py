@@ -163,10 +163,10 @@ def _generation(args: argparse.Namespace) -> int:
         for policy in args.policies
         for budget in args.budgets
     ]
-    rows = run_generation(
+    parts = run_generation(
         engine, _model_name(args), source, choices, args.samples, args.answer_tokens
     )
-    return _write([rows], args.out)
+    return _write(parts, args.out)
 
 
 def _refuse_agnostic_servers(server: str | None, modes: Iterable[str]) -> None:
@@ -199,15 +199,13 @@ def _answering(args: argparse.Namespace, context_tokens: int) -> "ForcedEngine |
 
 
 def _write(parts: Iterable[list["Row"]], out: Path) -> int:
-    from evals.run import write_rows
+    from evals.run import read_rows, write_rows
 
-    rows: list[Row] = []
     for done in write_rows(parts, out):
-        rows += done
         full = done[0]
         shares = f"exact {full.exact}" if full.metric is None else f"score {full.metric}"
         print(f"{full.mode} {full.task}: n={full.n}, full cache {shares}", flush=True)
-    print(report(rows))
+    print(report(read_rows(out)))
     return 0
 
 
@@ -270,11 +268,11 @@ def _gate(args: argparse.Namespace) -> int:
     os.environ.update(_ENVIRONMENT)
     from evals.engine import ForcedEngine
     from evals.gate import PLAN, RECORDED, moved, recordable
-    from evals.run import read_rows, run, write_rows
+    from evals.run import finished, read_rows, run, write_rows
     from serving.embedded_model import embedded_model_path
 
     engine = ForcedEngine(embedded_model_path(), 2 * PLAN.document_tokens + 1024)
-    rows = [row for part in run(engine, EMBEDDED_MODEL_NAME, PLAN) for row in part]
+    rows = finished(run(engine, EMBEDDED_MODEL_NAME, PLAN))
     if args.record:
         list(write_rows([recordable(rows)], RECORDED))
         return 0

@@ -36,8 +36,8 @@ def run_generation(
     choices: Sequence[Choice],
     count: int,
     answer_tokens: int,
-) -> list[Row]:
-    """The rows of all choices, the whole cache's first.
+) -> Iterator[list[Row]]:
+    """The rows of all choices, the whole cache's first: after every passage of those so far.
 
     What the whole cache's model says by itself, greedily, is the answer that all are made to say.
     """
@@ -53,4 +53,4 @@ def run_generation(
         tokens = Tokens(prompt, own, 0)
         for choice, outcome in engine.outcomes(sample, tokens, every).items():
             scores[choice].append(score(sample, tokens, outcome))
-    return [row(TASK, "aware", model, answer_tokens, choice, scores[choice]) for choice in every]
+        yield [row(TASK, "aware", model, answer_tokens, choice, scores[choice]) for choice in every]

@@ -54,13 +54,18 @@ def choices(
 
 
 def run(engine: Answering, model: str, plan: Plan) -> Iterator[list[Row]]:
-    """The rows of one task in one mode after the other; the whole cache's is the first."""
+    """The rows of one task in one mode after the other; the whole cache's is the first.
+
+    After every sample: rows of the samples so far, which take the place of the last.
+    """
     for mode in plan.modes:
         for task in plan.tasks:
-            yield _run_task(engine, model, plan, task, mode)
+            yield from _run_task(engine, model, plan, task, mode)
 
 
-def _run_task(engine: Answering, model: str, plan: Plan, task: str, mode: Mode) -> list[Row]:
+def _run_task(
+    engine: Answering, model: str, plan: Plan, task: str, mode: Mode
+) -> Iterator[list[Row]]:
     every = [Choice(FULL), *plan.choices()]
     scores: dict[Choice, list[Score]] = {choice: [] for choice in every}
     asked = samples(task, engine.tokenizer, plan.document_tokens, plan.samples, plan.seed)
@@ -69,9 +74,9 @@ def _run_task(engine: Answering, model: str, plan: Plan, task: str, mode: Mode) 
         found = _score_free if sample.free_tokens else _score_forced
         for choice, one in found(engine, sample, tokens, every).items():
             scores[choice].append(one)
-    return [
-        row(task, mode, model, plan.document_tokens, choice, scores[choice]) for choice in every
-    ]
+        yield [
+            row(task, mode, model, plan.document_tokens, choice, scores[choice]) for choice in every
+        ]
 
 
 def _score_forced(
@@ -96,18 +101,30 @@ def _score_free(
     }
 
 
+def finished(parts: Iterable[Sequence[Row]]) -> list[Row]:
+    """The last rows of each task and mode."""
+    last = {(rows[0].task, rows[0].mode): rows for rows in parts}
+    return [row for rows in last.values() for row in rows]
+
+
 def write_rows(parts: Iterable[Sequence[Row]], path: Path) -> Iterator[Sequence[Row]]:
     """Writes each part as it comes, so that a run that is cut short keeps what it has.
+
+    A part takes the place of the last one of the same task and mode.
 
     Raises:
         OSError: the file cannot be written; before anything is measured.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for rows in parts:
-            file.write("".join(json.dumps(one.as_dict()) + "\n" for one in rows))
-            file.flush()
-            yield rows
+    path.write_text("")
+    part_path = path.with_name(f"{path.name}.part")
+    last: dict[tuple[str, str], Sequence[Row]] = {}
+    for rows in parts:
+        last[rows[0].task, rows[0].mode] = rows
+        every = finished(last.values())
+        part_path.write_text("".join(json.dumps(one.as_dict()) + "\n" for one in every))
+        part_path.replace(path)
+        yield rows
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 from evals.engine import ForcedEngine
 from evals.gate import PLAN, RECORDED, moved
-from evals.run import read_rows, run
+from evals.run import finished, read_rows, run
 from serving.embedded_model import EMBEDDED_MODEL_NAME
 
 
 def test_no_preset_answers_otherwise_than_was_recorded(embedded_engine: ForcedEngine) -> None:
-    parts = run(embedded_engine, EMBEDDED_MODEL_NAME, PLAN)
-    assert moved(read_rows(RECORDED), [row for part in parts for row in part]) == []
+    rows = finished(run(embedded_engine, EMBEDDED_MODEL_NAME, PLAN))
+    assert moved(read_rows(RECORDED), rows) == []
 
 
 def test_a_preset_that_got_worse_is_told() -> None:
