@@ -79,6 +79,7 @@ class Lender:
         self._guests: dict[str, _Held] = {}
         self._arrived: dict[str, contextlib.ExitStack] = {}
         self._task: asyncio.Task[None] | None = None
+        self._stopped = False
 
     @property
     def lent_blocks(self) -> int:
@@ -89,8 +90,11 @@ class Lender:
 
     async def stop(self) -> None:
         """Offers nothing any more. Guests stay until their end."""
+        self._stopped = True
         if self._task is not None:
+            # An offer that is on its way must not come after the withdrawal.
             self._task.cancel()
+            await asyncio.wait([self._task])
         for lease_id in list(self._arrived):
             self._forget(lease_id)
         self._files.clear()
@@ -158,7 +162,7 @@ class Lender:
             del self._guests[lease.lease_id]
 
     async def _run(self) -> None:
-        while True:
+        while not self._stopped:
             try:
                 await self._ledger.offer(self._offer())
             except (redis.RedisError, OSError):
