@@ -86,6 +86,7 @@ class Lender:
         return sum(guest.leased_blocks for guest in self._guests.values())
 
     def start(self) -> None:
+        self._stopped = False
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:

@@ -181,6 +181,14 @@ async def test_a_lender_does_not_offer_what_its_guests_are_going_to_need(pair: P
     await offered(pair, blocks=LOAD.blocks_free // 2)
 
 
+async def test_a_lender_that_was_stopped_offers_again_once_it_is_started(pair: Pair) -> None:
+    await offered(pair, blocks=LOAD.blocks_free // 2)
+    await pair.lender.stop()
+    assert not (await pair.ledger.read()).offers
+    pair.lender.start()
+    await offered(pair, blocks=LOAD.blocks_free // 2)
+
+
 async def test_a_lender_that_can_run_no_more_requests_offers_nothing(pair: Pair) -> None:
     await offered(pair, blocks=LOAD.blocks_free // 2)
     pair.lender_load = LOAD._replace(running=60, waiting=4)
