@@ -151,14 +151,10 @@ def _copy_kept(
         new = tl.load(tables + row.to(tl.int64) * width + entry // PAGE, mask=stays, other=0)
         mask = stays[:, None] & is_dim[None, :]
         offset, new_offset = position % PAGE, entry % PAGE
-        key = tl.load(
-            keys + _offsets(old, offset, key_page, key_token, key_dim, BLOCK_DIM),
-            mask=mask, other=0.0,
-        )  # fmt: skip
-        value = tl.load(
-            values + _offsets(old, offset, value_page, value_token, value_dim, BLOCK_DIM),
-            mask=mask, other=0.0,
-        )  # fmt: skip
+        place = _offsets(old, offset, key_page, key_token, key_dim, BLOCK_DIM)
+        key = tl.load(keys + place, mask=mask, other=0.0)
+        place = _offsets(old, offset, value_page, value_token, value_dim, BLOCK_DIM)
+        value = tl.load(values + place, mask=mask, other=0.0)
         key_place = _offsets(
             new, new_offset, new_key_page, new_key_token, new_key_dim, BLOCK_DIM
         )  # fmt: skip
@@ -195,14 +191,10 @@ def _move_kept(
         new = tl.load(table + entry // PAGE, mask=moves, other=0)
         mask = moves[:, None] & is_dim[None, :]
         offset, new_offset = position % PAGE, entry % PAGE
-        key = tl.load(
-            keys + _offsets(old, offset, key_page, key_token, key_dim, BLOCK_DIM),
-            mask=mask, other=0.0,
-        )  # fmt: skip
-        value = tl.load(
-            values + _offsets(old, offset, value_page, value_token, value_dim, BLOCK_DIM),
-            mask=mask, other=0.0,
-        )  # fmt: skip
+        place = _offsets(old, offset, key_page, key_token, key_dim, BLOCK_DIM)
+        key = tl.load(keys + place, mask=mask, other=0.0)
+        place = _offsets(old, offset, value_page, value_token, value_dim, BLOCK_DIM)
+        value = tl.load(values + place, mask=mask, other=0.0)
         # Targets lie before their sources, but not before those of others of this tile.
         tl.debug_barrier()
         key_place = _offsets(new, new_offset, key_page, key_token, key_dim, BLOCK_DIM)

@@ -79,19 +79,16 @@ class Lender:
         self._guests: dict[str, _Held] = {}
         self._arrived: dict[str, contextlib.ExitStack] = {}
         self._task: asyncio.Task[None] | None = None
-        self._stopped = False
 
     @property
     def lent_blocks(self) -> int:
         return sum(guest.leased_blocks for guest in self._guests.values())
 
     def start(self) -> None:
-        self._stopped = False
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
         """Offers nothing any more. Guests stay until their end."""
-        self._stopped = True
         if self._task is not None:
             # An offer that is on its way must not come after the withdrawal.
             self._task.cancel()
@@ -163,7 +160,7 @@ class Lender:
             del self._guests[lease.lease_id]
 
     async def _run(self) -> None:
-        while not self._stopped:
+        while True:
             try:
                 await self._ledger.offer(self._offer())
             except (redis.RedisError, OSError):

