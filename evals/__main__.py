@@ -36,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     running.add_argument("--document-tokens", type=int, default=1024)
     running.add_argument("--samples", type=int, default=24, help="of each task")
     running.add_argument("--seed", type=int, default=0)
+    running.add_argument(
+        "--resume", action="store_true", help="ask only what --out has no results of yet"
+    )
     _add_common(running)
     publishing = commands.add_parser("published", help="LongBench or RULER from a folder")
     where = publishing.add_mutually_exclusive_group(required=True)
@@ -106,7 +109,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     os.environ.update(_ENVIRONMENT)
-    from evals.run import Plan, run
+    from evals.run import Plan, read_rows, run
     from evals.tasks import TASKS
 
     if unknown := set(args.tasks or ()) - TASKS.keys():
@@ -119,8 +122,9 @@ def _run(args: argparse.Namespace) -> int:
         args.tasks or list(TASKS), args.modes or (MODES[:1] if args.server else MODES),
         args.policies, args.budgets, args.ratios, args.document_tokens, args.samples, args.seed,
     )  # fmt: skip
+    earlier = read_rows(args.out) if args.resume and args.out.exists() else []
     answering = _answering(args, 2 * args.document_tokens + 1024)
-    return _write(run(answering, _model_name(args), plan), args.out)
+    return _write(run(answering, _model_name(args), plan, earlier), args.out, earlier)
 
 
 def _published(args: argparse.Namespace) -> int:
@@ -198,10 +202,10 @@ def _answering(args: argparse.Namespace, context_tokens: int) -> "ForcedEngine |
     return ForcedEngine(model, context_tokens, args.kv_bytes)
 
 
-def _write(parts: Iterable[list["Row"]], out: Path) -> int:
+def _write(parts: Iterable[list["Row"]], out: Path, earlier: Iterable["Row"] = ()) -> int:
     from evals.run import read_rows, write_rows
 
-    for done in write_rows(parts, out):
+    for done in write_rows(parts, out, earlier):
         full = done[0]
         shares = f"exact {full.exact}" if full.metric is None else f"score {full.metric}"
         print(f"{full.mode} {full.task}: n={full.n}, full cache {shares}", flush=True)

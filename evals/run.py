@@ -1,7 +1,7 @@
 """Runs tasks under policies and budgets in one engine, a results line for each."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -53,30 +53,73 @@ def choices(
     ]
 
 
-def run(engine: Answering, model: str, plan: Plan) -> Iterator[list[Row]]:
+def run(
+    engine: Answering, model: str, plan: Plan, earlier: Iterable[Row] = ()
+) -> Iterator[list[Row]]:
     """The rows of one task in one mode after the other; the whole cache's is the first.
 
     After every sample: rows of the samples so far, which take the place of the last.
+
+    Args:
+        earlier: a run's that was cut short, or had fewer samples or choices: not asked again.
+
+    Raises:
+        ValueError: it was of another model, or of documents of another length.
     """
+    known: dict[tuple[str, str, str, str], dict[str, Score]] = {}
+    for one in earlier:
+        if (one.model, one.document_tokens) != (model, plan.document_tokens):
+            raise ValueError(
+                f"the results so far are of {one.model} and {one.document_tokens} tokens"
+            )
+        by_sample = {sample["sample_id"]: Score(**sample) for sample in one.samples}
+        known[one.mode, one.task, one.policy, one.kept] = by_sample
     for mode in plan.modes:
         for task in plan.tasks:
-            yield from _run_task(engine, model, plan, task, mode)
+            before = {
+                choice: known.get((mode, task, choice.label, choice.kept), {})
+                for choice in [Choice(FULL), *plan.choices()]
+            }
+            yield from _run_task(engine, model, plan, task, mode, before)
 
 
 def _run_task(
-    engine: Answering, model: str, plan: Plan, task: str, mode: Mode
+    engine: Answering,
+    model: str,
+    plan: Plan,
+    task: str,
+    mode: Mode,
+    known: Mapping[Choice, Mapping[str, Score]],
 ) -> Iterator[list[Row]]:
-    every = [Choice(FULL), *plan.choices()]
-    scores: dict[Choice, list[Score]] = {choice: [] for choice in every}
+    """Args: known: of every choice, by sample."""
     asked = samples(task, engine.tokenizer, plan.document_tokens, plan.samples, plan.seed)
+    scores = {choice: dict(by_sample) for choice, by_sample in known.items()}
+
+    def rows() -> list[Row]:
+        order = [sample.sample_id for sample in asked]
+        return [
+            row(
+                task, mode, model, plan.document_tokens, choice,
+                [by_sample[name] for name in order if name in by_sample],
+            )
+            for choice, by_sample in scores.items()
+        ]  # fmt: skip
+
+    unknown = False
     for sample in asked:
+        missing = [choice for choice, found in scores.items() if sample.sample_id not in found]
+        if not missing:
+            continue
+        unknown = True
         tokens = tokenize(sample, engine.tokenizer, mode)
-        found = _score_free if sample.free_tokens else _score_forced
-        for choice, one in found(engine, sample, tokens, every).items():
-            scores[choice].append(one)
-        yield [
-            row(task, mode, model, plan.document_tokens, choice, scores[choice]) for choice in every
-        ]
+        score_sample = _score_free if sample.free_tokens else _score_forced
+        # Whatever is compared is compared with the whole cache.
+        asked_for = [Choice(FULL), *(choice for choice in missing if choice.policy != FULL)]
+        for choice, one in score_sample(engine, sample, tokens, asked_for).items():
+            scores[choice][sample.sample_id] = one
+        yield rows()
+    if not unknown:
+        yield rows()
 
 
 def _score_forced(
@@ -107,18 +150,25 @@ def finished(parts: Iterable[Sequence[Row]]) -> list[Row]:
     return [row for rows in last.values() for row in rows]
 
 
-def write_rows(parts: Iterable[Sequence[Row]], path: Path) -> Iterator[Sequence[Row]]:
+def write_rows(
+    parts: Iterable[Sequence[Row]], path: Path, earlier: Iterable[Row] = ()
+) -> Iterator[Sequence[Row]]:
     """Writes each part as it comes, so that a run that is cut short keeps what it has.
 
     A part takes the place of the last one of the same task and mode.
+
+    Args:
+        earlier: rows that stay where no part takes their place.
 
     Raises:
         OSError: the file cannot be written; before anything is measured.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("")
-    part_path = path.with_name(f"{path.name}.part")
     last: dict[tuple[str, str], Sequence[Row]] = {}
+    for one in earlier:
+        last[one.task, one.mode] = [*last.get((one.task, one.mode), ()), one]
+    with path.open("a" if last else "w"):
+        part_path = path.with_name(f"{path.name}.part")
     for rows in parts:
         last[rows[0].task, rows[0].mode] = rows
         every = finished(last.values())

@@ -1,14 +1,20 @@
 """Results files while they are written."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from evals.choice import Choice, Outcome
 from evals.gate import RECORDED
-from evals.run import finished, read_rows, write_rows
+from evals.run import Plan, finished, read_rows, run, write_rows
+from evals.samples import Sample, Tokens
 from evals.scores import Row
+from serving.embedded_model import embedded_model_path
 
 
 def parts() -> Iterator[list[Row]]:
@@ -43,3 +49,64 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_p
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         next(write_rows(parts(), tmp_path / "file" / "rows.jsonl"))
+
+
+class Writing:
+    """Answers that count the samples they are asked for."""
+
+    tokenizer: Any = None
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, list[str]]] = []
+
+    def answers(
+        self, prompt: list[int], begin: list[int], max_tokens: int, choices: Iterable[Choice]
+    ) -> dict[Choice, Outcome]:
+        raise NotImplementedError
+
+    def outcomes(
+        self, sample: Sample, tokens: Tokens, choices: Iterable[Choice]
+    ) -> dict[Choice, Outcome]:
+        found = {choice: Outcome(agreement=[True], kl=[0.5], surprise=[1.0]) for choice in choices}
+        self.asked.append((sample.sample_id, [choice.label for choice in found]))
+        return found
+
+
+def test_a_run_goes_on_where_it_was_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    plan = Plan(["code"], ["aware", "agnostic"], ["snapkv"], [64], [], 256, 3)
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
+
+    def resumed(plan: Plan, parts: int | None = None) -> list[tuple[str, list[str]]]:
+        engine = Writing()
+        engine.tokenizer = tokenizer
+        earlier = read_rows(path) if path.exists() else []
+        writing = write_rows(run(engine, "model", plan, earlier), path, earlier)
+        list(islice(writing, parts))
+        return engine.asked
+
+    first = resumed(plan, parts=4)
+    assert len(first) == 4
+    rest = resumed(plan)
+    assert [choices for _, choices in rest] == [["full", "snapkv"]] * 2
+    assert len({sample for sample, _ in first[:3]}) == 3
+    assert [(row.mode, row.policy, row.n) for row in read_rows(path)] == [
+        (mode, policy, 3) for mode in ("aware", "agnostic") for policy in ("full", "snapkv")
+    ]
+    assert resumed(plan) == []
+    # Another policy and another sample: what is there stays.
+    more = resumed(plan._replace(policies=["snapkv", "ada_snapkv"], samples=4, modes=["aware"]))
+    assert [choices for _, choices in more] == [["full", "ada_snapkv"]] * 3 + [
+        ["full", "snapkv", "ada_snapkv"]
+    ]
+    assert {(row.mode, row.policy): row.n for row in read_rows(path)} == {
+        ("aware", "full"): 4, ("aware", "snapkv"): 4, ("aware", "ada_snapkv"): 4,
+        ("agnostic", "full"): 3, ("agnostic", "snapkv"): 3,
+    }  # fmt: skip
+
+
+def test_results_of_another_model_are_no_beginning(tmp_path: Path) -> None:
+    earlier = read_rows(RECORDED)
+    plan = Plan(["code"], ["aware"], ["snapkv"], [64], [], 256, 3)
+    with pytest.raises(ValueError, match="the results so far are of"):
+        next(run(Writing(), "another", plan, earlier))
