@@ -106,18 +106,21 @@ class ForcedEngine:
     ) -> None:
         """
         Args:
+            context_tokens: as many, or what the model can do if that is less.
             kv_bytes: None takes enough for two whole contexts, and 2 GiB at least.
         """
         from vllm import LLM
 
         # Bounds are the process's, and an `LLM` without statistics leaves those of the last engine.
         bound_by(None)
+        config = AutoConfig.from_pretrained(model)
+        context_tokens = min(context_tokens, config.max_position_embeddings)
         self._llm = LLM(
             model=str(model),
             dtype="float32",
             max_model_len=context_tokens,
             block_size=32,
-            kv_cache_memory_bytes=kv_bytes or _enough_bytes(model, context_tokens),
+            kv_cache_memory_bytes=kv_bytes or _enough_bytes(config, context_tokens),
             enforce_eager=True,
             max_num_batched_tokens=2048,
             max_num_seqs=32,
@@ -206,8 +209,7 @@ class ForcedEngine:
         return done
 
 
-def _enough_bytes(model: Path | str, context_tokens: int) -> int:
-    config = AutoConfig.from_pretrained(model)
+def _enough_bytes(config: Any, context_tokens: int) -> int:
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     of_a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * dim * 4
     return max(2 << 30, 2 * context_tokens * of_a_token)
