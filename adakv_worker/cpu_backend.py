@@ -1,30 +1,28 @@
-"""CPU attention with compressed requests: each of their (request, KV head) is one sequence.
+"""CPU attention with compressed requests."""
 
-The batch has the R compressed decodes first, one token each; stock attention handles the rest.
-"""
-
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm import envs
-from vllm.config import get_current_vllm_config_or_none
-from vllm.forward_context import get_forward_context
-from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
-from adakv_worker.compression import Watcher
-from adakv_worker.config import compression_config
-from adakv_worker.manager import AdaKVSpec
-from adakv_worker.support import require_classes
+from adakv_worker.folding import (
+    FoldedDecode,
+    FoldingBackend,
+    FoldingBuilder,
+    FoldingImpl,
+    Pages,
+    WithStep,
+)
 from kernels.growth import GrownStep
 from kernels.paged_cache import PagedCache
 
@@ -32,82 +30,25 @@ from kernels.paged_cache import PagedCache
 _PLAN_STEPS = 32
 
 
-class Pages(NamedTuple):
-    """The whole KV memory as the kernels' caches of one KV head: [pages, 1, page_tokens, D]."""
-
-    keys: Tensor
-    values: Tensor
-
-
-class FoldedPlan(NamedTuple):
-    """The kernel's plan for R * H sequences of one token: query_start_loc [R * H + 1] int32."""
-
-    query_start_loc: Tensor
-    metadata: Tensor
-
-
-class FoldedDecode(NamedTuple):
-    """The compressed decodes of one step, R requests of H KV heads each.
-
-    plan: good for all layers.
-    """
-
-    requests: int
-    grown: GrownStep
-    plan: FoldedPlan
-    pages: Pages
-
-
-class Step(NamedTuple):
-    """What the runner adds to a step's attention metadata."""
-
-    folded: FoldedDecode | None
-    watchers: list[Watcher]
-
-
 @dataclass
-class AdaKVCPUMetadata(CPUAttentionMetadata):
-    """Stock metadata of the rows after the folded ones, and the step.
-
-    has_rest: whether there are such rows.
-    """
-
-    step: Step | None = None
-    has_rest: bool = True
+class AdaKVCPUMetadata(WithStep, CPUAttentionMetadata):
+    """Of CPU attention."""
 
 
-class AdaKVCPUMetadataBuilder(CPUAttentionMetadataBuilder):
-    # Set by the runner before each build, and taken by it.
-    next_step: Step | None = None
-    _folded_plan: FoldedPlan | None = None
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> CPUAttentionMetadata:
-        step, self.next_step = self.next_step, None
-        if step is None:
-            return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        folded = step.folded.requests if step.folded is not None else 0
-        common = _without_first(common_attn_metadata, folded)
-        if common.num_reqs == 0:
-            return _only_folded(common, step)
-        stock = super().build(common_prefix_len, common, fast_build)
-        return AdaKVCPUMetadata(**vars(stock), step=step)
+class AdaKVCPUMetadataBuilder(FoldingBuilder, CPUAttentionMetadataBuilder):
+    metadata_class = AdaKVCPUMetadata
+    _folded: tuple[Tensor, Tensor] | None = None
 
     def fold(self, grown: GrownStep, requests: int, pages: Pages) -> FoldedDecode:
-        """Plans attention for R compressed decodes."""
         if grown.age % _PLAN_STEPS == 0:
             # A plan divides the work; what is attended to, the kernel takes from the lengths. So
             # one for the longest layer, and for the steps to come, serves all.
             longest = grown.lens.amax(dim=0) + (_PLAN_STEPS - 1)
-            self._folded_plan = self._plan(longest, pages.keys.dtype)
-        assert self._folded_plan is not None
-        return FoldedDecode(requests, grown, self._folded_plan, pages)
+            self._folded = self._plan(longest, pages.keys.dtype)
+        assert self._folded is not None
+        return FoldedDecode(requests, grown, pages, *self._folded)
 
-    def _plan(self, lens: Tensor, dtype: torch.dtype) -> FoldedPlan:
+    def _plan(self, lens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sequences = lens.shape[0]
         query_start_loc = torch.arange(sequences + 1, dtype=torch.int32)
         metadata = ops.cpu_attn_get_scheduler_metadata(
@@ -124,110 +65,31 @@ class AdaKVCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
             kv_cache_dtype=self.kv_cache_dtype,
         )
-        return FoldedPlan(query_start_loc, metadata)
+        return query_start_loc, metadata
+
+    def _nothing(self, common: CommonAttentionMetadata) -> dict[str, Any]:
+        return {**super()._nothing(common), "scheduler_metadata": None}
 
 
-def _without_first(common: CommonAttentionMetadata, count: int) -> CommonAttentionMetadata:
-    """The metadata of the rows after the first `count`, which have one token each."""
-    if count == 0:
-        return common
-    return replace(
-        common,
-        query_start_loc=common.query_start_loc[count:] - count,
-        query_start_loc_cpu=common.query_start_loc_cpu[count:] - count,
-        seq_lens=common.seq_lens[count:],
-        num_reqs=common.num_reqs - count,
-        num_actual_tokens=common.num_actual_tokens - count,
-        block_table_tensor=common.block_table_tensor[count:],
-        slot_mapping=common.slot_mapping[count:],
-    )
-
-
-def _only_folded(common: CommonAttentionMetadata, step: Step) -> AdaKVCPUMetadata:
-    return AdaKVCPUMetadata(
-        num_actual_tokens=0,
-        max_query_len=0,
-        query_start_loc=common.query_start_loc,
-        max_seq_len=0,
-        seq_lens=common.seq_lens,
-        block_table=common.block_table_tensor,
-        slot_mapping=common.slot_mapping,
-        scheduler_metadata=None,
-        step=step,
-        has_rest=False,
-    )
-
-
-class AdaKVCPUImpl(CPUAttentionBackendImpl):
-    def do_kv_cache_update(
-        self,
-        layer: Any,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        slot_mapping: Tensor,
+class AdaKVCPUImpl(FoldingImpl, CPUAttentionBackendImpl):
+    def _store_folded(
+        self, layer: Any, key: Tensor, value: Tensor, pages: Pages, slots: Tensor
     ) -> None:
-        metadata = _metadata_of(layer)
-        folded = metadata.step.folded if metadata is not None and metadata.step else None
-        if folded is None:
-            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-            return
-        count = folded.requests
         ops.cpu_attn_reshape_and_cache(
-            _fold(key[:count], 1),
-            _fold(value[:count], 1),
-            folded.pages.keys,
-            folded.pages.values,
-            folded.grown.slots[layer.adakv_index],
-            layer.isa,
+            key, value, pages.keys, pages.values, slots, layer.isa,
             kv_cache_dtype=self.kv_cache_dtype,
-        )
-        if metadata is not None and metadata.has_rest:
-            super().do_kv_cache_update(
-                layer, key[count:], value[count:], kv_cache, slot_mapping[count:]
-            )
-
-    def forward(
-        self,
-        layer: AttentionLayer,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: CPUAttentionMetadata | None,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        step = attn_metadata.step if isinstance(attn_metadata, AdaKVCPUMetadata) else None
-        if attn_metadata is None or step is None:
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output,
-                output_scale, output_block_scale,
-            )  # fmt: skip
-        index = layer.adakv_index  # type: ignore[attr-defined]
-        count = 0
-        if step.folded is not None:
-            count = step.folded.requests
-            self._attend_folded(layer, index, query[:count], output[:count], step.folded)
-        if attn_metadata.has_rest:  # type: ignore[attr-defined]
-            super().forward(
-                layer, query[count:], key, value, kv_cache, attn_metadata, output[count:],
-                output_scale, output_block_scale,
-            )  # fmt: skip
-        for watcher in step.watchers:
-            watcher.see(index, query)
-        return output
+        )  # fmt: skip
 
     def _attend_folded(
-        self, layer: AttentionLayer, index: int, query: Tensor, output: Tensor, folded: FoldedDecode
+        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: FoldedDecode
     ) -> None:
+        assert folded.plan is not None
         ops.cpu_attention_with_kv_cache(
-            query=_fold(query, self.num_queries_per_kv),
+            query=query,
             key_cache=folded.pages.keys,
             value_cache=folded.pages.values,
-            output=output.view(-1, self.num_queries_per_kv, self.head_size),
-            query_start_loc=folded.plan.query_start_loc,
+            output=output,
+            query_start_loc=folded.query_start_loc,
             seq_lens=folded.grown.lens[index],
             scale=self.scale,
             causal=True,
@@ -235,50 +97,17 @@ class AdaKVCPUImpl(CPUAttentionBackendImpl):
             sliding_window=-1,
             block_table=folded.grown.tables[index],
             softcap=self.logits_soft_cap,
-            scheduler_metadata=folded.plan.metadata,
+            scheduler_metadata=folded.plan,
             s_aux=None,
             kv_cache_dtype=self.kv_cache_dtype,
         )
 
 
-def _fold(x: Tensor, heads: int) -> Tensor:
-    """[R, H * heads, D] -> [R * H, heads, D]: the KV heads join the batch."""
-    return x.reshape(-1, heads, x.shape[-1])
+class AdaKVCPUBackend(FoldingBackend, CPUAttentionBackend):  # type: ignore[misc]
+    """Registered in place of vLLM's."""
 
-
-def _metadata_of(layer: Any) -> AdaKVCPUMetadata | None:
-    metadata = get_forward_context().attn_metadata
-    if isinstance(metadata, dict):
-        found = metadata.get(layer.layer_name)
-        return found if isinstance(found, AdaKVCPUMetadata) else None
-    return None
-
-
-class AdaKVCPUBackend(CPUAttentionBackend):
-    """Registered in place of vLLM's; identical to it where compression is off."""
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        spec = super().customize_spec(spec)
-        if type(spec) is FullAttentionSpec and _is_on():
-            return AdaKVSpec(**vars(spec))
-        return spec
-
-    @staticmethod
-    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
-        return AdaKVCPUImpl if _is_on() else CPUAttentionBackendImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
-        return AdaKVCPUMetadataBuilder if _is_on() else CPUAttentionMetadataBuilder
-
-
-def _is_on() -> bool:
-    config = get_current_vllm_config_or_none()
-    if config is None or compression_config(config.additional_config) is None:
-        return False
-    require_classes(config)
-    return True
+    folding_impl = AdaKVCPUImpl
+    folding_builder = AdaKVCPUMetadataBuilder
 
 
 def paged_cache(pages: Pages, isa: str) -> PagedCache:

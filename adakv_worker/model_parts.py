@@ -50,8 +50,8 @@ def _parts(index: int, attention: Attention, around: nn.Module) -> LayerParts:
 
 def _weight(projection: LinearBase, width: int) -> Tensor:
     """This rank's [hidden, width] of a linear layer, whatever its kernels have made of it."""
-    dtype = next(projection.parameters()).dtype
-    identity = torch.eye(width, dtype=dtype)
+    weight = next(projection.parameters())
+    identity = torch.eye(width, dtype=weight.dtype, device=weight.device)
     assert projection.quant_method is not None
     return projection.quant_method.apply(projection, identity, bias=None).t()
 

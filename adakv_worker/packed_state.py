@@ -118,7 +118,7 @@ def _window(packed: PackedState, dtype: torch.dtype) -> Window | None:
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.contiguous().view(torch.uint8).numpy()
+    return tensor.cpu().contiguous().view(torch.uint8).numpy()
 
 
 def _tensor(array: np.ndarray) -> Tensor:

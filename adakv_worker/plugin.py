@@ -1,5 +1,6 @@
 """vLLM's entry point: tells it about the compressed cache. Changes nothing where that is off."""
 
+import os
 from typing import Any
 
 
@@ -15,15 +16,30 @@ def register() -> None:
     # vLLM fills its registry on first use, but only while it is empty.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(AdaKVSpec, AdaKVManager, uniform_type_base_spec=FullAttentionSpec)
+    backends = {}
     if current_platform.is_cpu():
-        register_backend(AttentionBackendEnum.CPU_ATTN, "adakv_worker.cpu_backend.AdaKVCPUBackend")
+        backends = {AttentionBackendEnum.CPU_ATTN: "cpu_backend.AdaKVCPUBackend"}
+    elif current_platform.is_cuda():
+        backends = {
+            AttentionBackendEnum.FLASH_ATTN: "gpu_backends.AdaKVFlashBackend",
+            AttentionBackendEnum.TRITON_ATTN: "gpu_backends.AdaKVTritonBackend",
+        }
+    for backend, name in backends.items():
+        register_backend(backend, f"adakv_worker.{name}")
 
 
 def engine_args(config: dict[str, Any], *, asynchronous: bool = False) -> dict[str, Any]:
     """The engine arguments that turn compression on with these settings."""
+    from vllm.platforms import current_platform
+
+    worker = "cpu_worker.AdaKVCPUWorker"
+    if current_platform.is_cuda():
+        worker = "gpu_worker.AdaKVGPUWorker"
+        # vLLM takes the model runner's version from nowhere else.
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     scheduler = "AdaKVAsyncScheduler" if asynchronous else "AdaKVScheduler"
     return {
         "scheduler_cls": f"adakv_worker.scheduler.{scheduler}",
-        "worker_cls": "adakv_worker.worker.AdaKVCPUWorker",
+        "worker_cls": f"adakv_worker.{worker}",
         "additional_config": {"adakv": config},
     }

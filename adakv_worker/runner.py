@@ -8,19 +8,17 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from adakv_worker.commands import ATTRIBUTE, Compress, Kept, StepCommands, TakeUp, commands_of
 from adakv_worker.compression import Watcher
 from adakv_worker.config import CompressionConfig, compression_config
-from adakv_worker.cpu_backend import AdaKVCPUMetadataBuilder, Pages, Step, paged_cache
+from adakv_worker.folding import FoldingBuilder, Pages, Step
 from adakv_worker.mapped_files import MappedFiles
-from adakv_worker.model_parts import layer_parts
+from adakv_worker.model_parts import LayerParts, layer_parts
 from adakv_worker.moves import CacheKind, Moved, rank_file, read_state, write_state
 from adakv_worker.packed_state import StateRefused
 from adakv_worker.state import CompressionState
-from kernels.pages import PageLayout
 
 
 class AdaKVRunnerMixin(GPUModelRunner):
@@ -47,14 +45,37 @@ class AdaKVRunnerMixin(GPUModelRunner):
         config = compression_config(self.vllm_config.additional_config)
         if config is None or not self.kv_caches:
             return
+        self._refuse_other_backends()
         self._adakv_config = config
         self._adakv_kept = {}
         self._adakv_staged = {}
         self._adakv_files = MappedFiles()
         self._bind_pages(config)
 
+    def _refuse_other_backends(self) -> None:
+        for group in self.attn_groups[0]:
+            if not isinstance(group.get_metadata_builder(), FoldingBuilder):
+                raise ValueError(
+                    f"adakv: compression does not work with {group.backend.get_name()}: set "
+                    "attention_backend to FLASH_ATTN or TRITON_ATTN"
+                )
+
     def _bind_pages(self, config: CompressionConfig) -> None:
+        """Finds all layers' memory as pages, and makes `adakv` of it."""
         raise NotImplementedError
+
+    def _layers(self) -> list[Any]:
+        """The attention layers in the order of their caches, each told its index there."""
+        (group,) = self.kv_cache_config.kv_cache_groups
+        context = self.vllm_config.compilation_config.static_forward_context
+        layers = [context[name] for name in group.layer_names]
+        layers.sort(key=lambda layer: layer.kv_cache.data_ptr())
+        for index, layer in enumerate(layers):
+            layer.adakv_index = index
+        return layers
+
+    def _parts(self, layers: list[Any]) -> list[LayerParts]:
+        return layer_parts(self.get_model(), [layer.layer_name for layer in layers])
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         cached = scheduler_output.scheduled_cached_reqs
@@ -159,7 +180,7 @@ class AdaKVRunnerMixin(GPUModelRunner):
             step = self._plan_step(self._adakv_step, commands_of(self._adakv_step))
             for group in self.attn_groups[0]:
                 builder = group.get_metadata_builder()
-                assert isinstance(builder, AdaKVCPUMetadataBuilder)
+                assert isinstance(builder, FoldingBuilder)
                 builder.next_step = step
         return super()._build_attention_metadata(*args, **kwargs)
 
@@ -173,7 +194,7 @@ class AdaKVRunnerMixin(GPUModelRunner):
         if compressed:
             assert request_ids[: len(compressed)] == compressed, "compressed rows must come first"
             builder = self.attn_groups[0][0].get_metadata_builder()
-            assert isinstance(builder, AdaKVCPUMetadataBuilder)
+            assert isinstance(builder, FoldingBuilder)
             grown = self.adakv.grow(compressed)
             folded = builder.fold(grown, len(compressed), self._adakv_pages)
         return Step(folded, watchers)
@@ -272,44 +293,3 @@ def _over_ranks(kept: Kept) -> Kept:
         request_id: (kept[request_id][0], -least, most)
         for request_id, (least, most) in zip(kept, extremes.tolist(), strict=True)
     }
-
-
-class AdaKVCPUModelRunner(AdaKVRunnerMixin, CPUModelRunner):
-    """CPU: one allocation for all layers, layers outermost."""
-
-    def _bind_pages(self, config: CompressionConfig) -> None:
-        (group,) = self.kv_cache_config.kv_cache_groups
-        context = self.vllm_config.compilation_config.static_forward_context
-        layers = [context[name] for name in group.layer_names]
-        layers.sort(key=lambda layer: layer.kv_cache.data_ptr())
-        for index, layer in enumerate(layers):
-            layer.adakv_index = index
-        self._adakv_pages = _all_pages([layer.kv_cache for layer in layers])
-        blocks, heads, _, _ = layers[0].kv_cache.shape
-        self.adakv = CompressionState(
-            paged_cache(self._adakv_pages, layers[0].isa),
-            PageLayout.layers_outermost(len(layers), heads, blocks),
-            layer_parts(self.get_model(), [layer.layer_name for layer in layers]),
-            self.vllm_config.scheduler_config.max_num_seqs,
-            record_selections=config.record_selections,
-        )
-
-
-def _all_pages(caches: list[torch.Tensor]) -> Pages:
-    """Views the layers' caches [NB, H, page_tokens, 2 * D] as one pool of pages.
-
-    Raises:
-        RuntimeError: they do not lie one after the other in one allocation.
-    """
-    first = caches[0]
-    size = first.numel() * first.element_size()
-    for index, cache in enumerate(caches):
-        if not cache.is_contiguous() or cache.data_ptr() != first.data_ptr() + index * size:
-            raise RuntimeError("adakv: the layers' KV caches are not one contiguous allocation")
-    blocks, heads, page_tokens, width = first.shape
-    pages = len(caches) * blocks * heads
-    pool = first.as_strided(
-        (pages, 1, 2 * page_tokens, width // 2),
-        (page_tokens * width, page_tokens * width, width // 2, 1),
-    )
-    return Pages(*pool.chunk(2, dim=2))

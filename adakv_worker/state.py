@@ -13,7 +13,7 @@ from adakv_worker.eviction import Eviction
 from adakv_worker.model_parts import LayerParts
 from kernels.growth import GrownStep
 from kernels.paged_cache import PagedCache, read_pages, write_pages
-from kernels.pages import PageLayout, PageTables, check_page_tables
+from kernels.pages import PageTables, check_page_tables
 
 
 class CompressedState(NamedTuple):
@@ -36,15 +36,14 @@ class CompressionState:
     def __init__(
         self,
         cache: PagedCache,
-        layout: PageLayout,
+        tables: PageTables,
         parts: Sequence[LayerParts],
-        max_requests: int,
         *,
         record_selections: bool = False,
     ) -> None:
         self._cache = cache
         self._parts = parts
-        self.tables = PageTables(layout, cache.keys.shape[1], max_requests)
+        self.tables = tables
         self._rows: dict[str, int] = {}
         self._windows: dict[str, Window] = {}
         self._compressing: dict[str, Compression] = {}
@@ -164,9 +163,10 @@ class CompressionState:
         for request_id, compression in self._compressing.items():
             positions = compression.finish()
             if self.selections is not None and positions is not None:
-                self.selections[request_id] = positions
+                self.selections[request_id] = positions.cpu()
             self._rows[request_id] = compression.row
-            lens = self.tables.lens(compression.row)
+            # The one look at what the device has decided.
+            lens = self.tables.lens(compression.row).cpu()
             kept[request_id] = (float(lens.float().mean()), int(lens.min()), int(lens.max()))
         self._compressing.clear()
         return kept
@@ -203,7 +203,7 @@ class CompressionState:
             # Of a cache that has come from elsewhere nobody recorded any.
             if self.selections is not None and request_id in self.selections:
                 before = self.selections[request_id]
-                self.selections[request_id] = _still_kept(before, kept, eviction.tokens)
+                self.selections[request_id] = _still_kept(before, kept.cpu(), eviction.tokens)
         self._evicting.clear()
 
     @property
@@ -236,7 +236,7 @@ class CompressionState:
         else:
             keys, values = room(len(pages))
         read_pages(self._cache, pages, keys, values)
-        lens = self.tables.lens(row).clone()
+        lens = self.tables.lens(row).to("cpu", copy=True)
         return CompressedState(lens, keys, values, self.window(request_id))
 
     @torch.inference_mode()
@@ -250,7 +250,7 @@ class CompressionState:
         row = self.tables.place(state.lens, slabs)
         self._rows[request_id] = row
         if state.window is not None:
-            queries = state.window.queries.clone()
+            queries = state.window.queries.to(self.tables.device, copy=True)
             self._windows[request_id] = state.window._replace(queries=queries)
         write_pages(self._cache, self.tables.filled_pages(row), state.keys, state.values)
 

@@ -1,20 +1,22 @@
-"""The CPU worker with compression."""
+"""What our workers have in common, whatever the platform."""
 
-from vllm.v1.worker.cpu_worker import CPUWorker
+from typing import Any
 
-from adakv_worker.config import compression_config
-from adakv_worker.runner import AdaKVCPUModelRunner
-from adakv_worker.support import refuse_unsupported
+from vllm.config import set_current_vllm_config
+from vllm.v1.worker.worker_base import WorkerBase
+
+from adakv_worker.runner import AdaKVRunnerMixin
 
 
-class AdaKVCPUWorker(CPUWorker):
-    def init_device(self) -> None:
-        if compression_config(self.vllm_config.additional_config) is not None:
-            refuse_unsupported(self.vllm_config)
-        super().init_device()
-        if compression_config(self.vllm_config.additional_config) is not None:
-            # vLLM's CPU worker makes its runner itself and asks nobody for the class.
-            self.model_runner.__class__ = AdaKVCPUModelRunner
+class AdaKVWorkerMixin(WorkerBase):
+    """Before a platform's worker."""
+
+    model_runner: Any
+
+    def get_supported_kv_cache_layouts(self) -> list[str]:
+        # The backend looks there for whether it is on.
+        with set_current_vllm_config(self.vllm_config):
+            return super().get_supported_kv_cache_layouts()
 
     # For `collective_rpc`, which runs between two steps.
 
@@ -28,6 +30,6 @@ class AdaKVCPUWorker(CPUWorker):
         self._adakv_runner.unstage_state(name)
 
     @property
-    def _adakv_runner(self) -> AdaKVCPUModelRunner:
-        assert isinstance(self.model_runner, AdaKVCPUModelRunner)
+    def _adakv_runner(self) -> AdaKVRunnerMixin:
+        assert isinstance(self.model_runner, AdaKVRunnerMixin)
         return self.model_runner

@@ -77,13 +77,19 @@ def _read(pool: Tensor, page: Tensor, offset: Tensor) -> Tensor:
 def read_pages(cache: PagedCache, pages: Tensor, keys: Tensor, values: Tensor) -> None:
     """Copies whole pages [p], packed as they are, to keys and values [p, page_tokens * D]."""
     for pool, content in zip(cache, (keys, values), strict=True):
-        torch.index_select(_whole_pages(pool), 0, pages, out=content)
+        if _is_whole(pool) and pool.device == content.device:
+            torch.index_select(_whole_pages(pool), 0, pages, out=content)
+        else:
+            content.view(len(pages), *pool.shape[1:]).copy_(pool.index_select(0, pages))
 
 
 def write_pages(cache: PagedCache, pages: Tensor, keys: Tensor, values: Tensor) -> None:
     """Writes whole pages [p, page_tokens * D] of a cache of the same `packing`."""
     for pool, content in zip(cache, (keys, values), strict=True):
-        _whole_pages(pool).index_copy_(0, pages, content)
+        if _is_whole(pool) and pool.device == content.device:
+            _whole_pages(pool).index_copy_(0, pages, content)
+        else:
+            pool[pages] = content.view(len(pages), *pool.shape[1:]).to(pool.device)
 
 
 def move_pages(cache: PagedCache, sources: Tensor, targets: Tensor) -> None:
@@ -92,19 +98,19 @@ def move_pages(cache: PagedCache, sources: Tensor, targets: Tensor) -> None:
     parts = zip(sources.split(_MOVED_PAGES), targets.split(_MOVED_PAGES), strict=True)
     for some, places in parts:
         for pool in cache:
-            whole = _whole_pages(pool)
-            whole.index_copy_(0, places, whole.index_select(0, some))
+            whole = _whole_pages(pool) if _is_whole(pool) else pool
+            whole[places] = whole.index_select(0, some)
+
+
+def _is_whole(pool: Tensor) -> bool:
+    """Whether each of a pool's pages lies in one piece."""
+    _, page_tokens, dim = pool.shape
+    return pool.stride()[1:] in ((dim, 1), (1, page_tokens))
 
 
 def _whole_pages(pool: Tensor) -> Tensor:
-    """A pool's pages as rows [pages, page_tokens * D].
-
-    Raises:
-        ValueError: they do not lie in one piece.
-    """
+    """A pool's pages as rows [pages, page_tokens * D]."""
     pages, page_tokens, dim = pool.shape
-    if pool.stride()[1:] not in ((dim, 1), (1, page_tokens)):
-        raise ValueError("the pages do not lie in one piece")
     return pool.as_strided((pages, page_tokens * dim), (pool.stride(0), 1))
 
 

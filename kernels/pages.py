@@ -8,7 +8,7 @@ page of a slab may serve any (layer, head).
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.growth import DecodeBatch, GrownStep
 
@@ -33,6 +33,9 @@ class PageLayout(NamedTuple):
         """One region for each block, with all its layers (vLLM's BLHNC)."""
         return cls(layers * heads, torch.arange(layers * heads).view(layers, heads))
 
+    def to(self, device: torch.device) -> "PageLayout":
+        return self._replace(offsets=self.offsets.to(device))
+
     @property
     def pages_per_block(self) -> int:
         return self.offsets.numel()
@@ -54,15 +57,17 @@ class PageTables:
     """Page tables of up to `rows` compressed requests; grows in width with what they hold.
 
     Pages of a request are handed out in the order of its slabs, and those in use are always the
-    first, so that a counter is the whole allocator.
+    first, so that a counter is the whole allocator. They are on the layout's device.
     """
 
     def __init__(self, layout: PageLayout, page_tokens: int, rows: int) -> None:
         self.layout = layout
         self.page_tokens = page_tokens
         self.layers, self.heads = layout.offsets.shape
-        self._lens = torch.zeros((rows, self.layers, self.heads), dtype=torch.int32)
-        self._tables = torch.zeros((rows, self.layers, self.heads, 1), dtype=torch.int32)
+        self.device = layout.offsets.device
+        shape = (rows, self.layers, self.heads)
+        self._lens = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self._tables = torch.zeros((*shape, 1), dtype=torch.int32, device=self.device)
         self._slabs: list[list[int]] = [[] for _ in range(rows)]
         self._used_pages = [0] * rows
         self._free_rows = list(range(rows - 1, -1, -1))
@@ -91,11 +96,12 @@ class PageTables:
         """Page ids [p] that hold a request's entries, layer after layer, head after head."""
         tables = self.tables(row).flatten(0, 1)
         counts = -(-self.lens(row).flatten() // self.page_tokens)
-        return tables[torch.arange(tables.shape[1]) < counts[:, None]].long()
+        return tables[self._columns(tables) < counts[:, None]].long()
 
     def pages(self, row: int) -> Tensor:
         """All page ids [num_slabs * L * H] that a request may use, in the order of use."""
-        return self.layout.slab_pages(torch.tensor(self._slabs[row], dtype=torch.int64))
+        slabs = torch.tensor(self._slabs[row], dtype=torch.int64, device=self.device)
+        return self.layout.slab_pages(slabs)
 
     def used_pages(self, row: int) -> int:
         """How many of `pages` are in use."""
@@ -138,11 +144,11 @@ class PageTables:
             raise ValueError(f"{end} pages do not fit into {granted}")
         self._widen(widest)
         # `nonzero` goes by layer, head and column: the order in which pages are handed out.
-        owned = torch.arange(self._tables.shape[-1]) < needed[..., None]
+        owned = self._columns(self._tables) < needed[..., None]
         k, head, column = owned.nonzero(as_tuple=True)
-        tables = torch.zeros(owned.shape, dtype=torch.int32)
+        tables = torch.zeros(owned.shape, dtype=torch.int32, device=self.device)
         tables[k, head, column] = self.pages(row)[start:end].int()
-        index = torch.tensor(layers)
+        index = torch.tensor(layers, device=self.device)
         self._tables[row, index] = tables
         self._lens[row, index] = lens
         self._used_pages[row] = end
@@ -175,11 +181,11 @@ class PageTables:
             raise ValueError(f"{used} pages do not fit into {slabs} slabs")
         order = self.pages(row)
         tables = self._tables[row]
-        owned = torch.arange(tables.shape[-1]) < needed[..., None]
+        owned = self._columns(tables) < needed[..., None]
         mine = tables[owned].long()
         by_id = order.argsort()
         ordinals = by_id[torch.searchsorted(order[by_id], mine)]
-        stays = torch.zeros(used, dtype=torch.bool)
+        stays = torch.zeros(used, dtype=torch.bool, device=self.device)
         stays[ordinals[ordinals < used]] = True
         moves = ordinals >= used
         targets = order[:used][~stays]
@@ -249,9 +255,10 @@ class PageTables:
         if width <= have:
             return
         # Steps of a quarter: each widening copies all tables once.
-        wider = torch.zeros((*self._tables.shape[:-1], width + width // 4 + 1), dtype=torch.int32)
-        wider[..., :have] = self._tables
-        self._tables = wider
+        self._tables = nn.functional.pad(self._tables, (0, width + width // 4 + 1 - have))
+
+    def _columns(self, tables: Tensor) -> Tensor:
+        return torch.arange(tables.shape[-1], device=self.device)
 
 
 def check_page_tables(tables: PageTables, rows: list[int]) -> None:
@@ -263,7 +270,8 @@ def check_page_tables(tables: PageTables, rows: list[int]) -> None:
         assert len(granted) == len(pages), "a slab was granted twice"
         needed = -(-tables.lens(row).long() // tables.page_tokens)
         table = tables.tables(row)
-        mine = table[torch.arange(table.shape[-1]) < needed[..., None]].tolist()
+        columns = torch.arange(table.shape[-1], device=table.device)
+        mine = table[columns < needed[..., None]].tolist()
         assert len(set(mine)) == len(mine), "a page serves two places of one request"
         assert set(mine) <= granted, "a page lies outside the request's slabs"
         assert len(mine) == tables.used_pages(row), "the page counter is wrong"

@@ -16,7 +16,7 @@ from adakv_worker.moves import CacheKind, rank_file, read_state, write_state
 from adakv_worker.packed_state import StateHeader
 from adakv_worker.state import CompressedState, CompressionState
 from kernels.paged_cache import PagedCache
-from kernels.pages import PageLayout
+from kernels.pages import PageLayout, PageTables
 from serving.spill.parcels import open_parcels, place_parcels
 
 # SmolLM2-135M in 32-bit floats.
@@ -90,7 +90,7 @@ def _worker(blocks: int) -> CompressionState:
         values.unflatten(1, (_PAGE_TOKENS, _DIM)),
     )
     layout = PageLayout.layers_outermost(_LAYERS, _HEADS, blocks)
-    return CompressionState(cache, layout, [], max_requests=1)
+    return CompressionState(cache, PageTables(layout, _PAGE_TOKENS, rows=1), [])
 
 
 def _header(worker: CompressionState) -> StateHeader:

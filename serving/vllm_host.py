@@ -329,9 +329,9 @@ def _with_compression(
     """The engine's arguments with those that compression needs; what the operator set stays."""
     if compression is None or not compression.enabled:
         return engine_args
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
         logger.warning(
-            "compression is configured but NOT running: it has a CPU backend only so far"
+            "compression is configured but NOT running: it has backends for CPUs and CUDA only"
         )
         return engine_args
     needed = compression_engine_args(compression.model_dump(exclude_unset=True))

@@ -19,5 +19,7 @@ class JointLayers:
         if scores is None:
             raise ValueError("joint layers need the scores of all layers")
         layers, heads, _ = shape
-        kept = top_mask(scores.flatten(), torch.tensor(layers * heads * quota))
-        return [int(count) for count in kept.view(layers, -1).sum(dim=-1)]
+        count = torch.tensor(layers * heads * quota, device=scores.device)
+        kept = top_mask(scores.flatten(), count)
+        totals: list[int] = kept.view(layers, -1).sum(dim=-1).tolist()
+        return totals

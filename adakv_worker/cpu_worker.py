@@ -1,0 +1,18 @@
+"""The CPU worker with compression."""
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from adakv_worker.config import compression_config
+from adakv_worker.cpu_runner import AdaKVCPUModelRunner
+from adakv_worker.support import refuse_unsupported
+from adakv_worker.worker import AdaKVWorkerMixin
+
+
+class AdaKVCPUWorker(AdaKVWorkerMixin, CPUWorker):
+    def init_device(self) -> None:
+        if compression_config(self.vllm_config.additional_config) is not None:
+            refuse_unsupported(self.vllm_config)
+        super().init_device()
+        if compression_config(self.vllm_config.additional_config) is not None:
+            # vLLM's CPU worker makes its runner itself and asks nobody for the class.
+            self.model_runner.__class__ = AdaKVCPUModelRunner

@@ -1,0 +1,199 @@
+"""Attention on CUDA with compressed requests: FlashAttention, and vLLM's own kernel in Triton.
+
+Both read the lengths of the folded sequences from the device, and pages of one KV head by a block
+table: nothing of a step depends on what the host does not know.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends import flash_attn, triton_attn
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from adakv_worker.folding import (
+    FoldedDecode,
+    FoldingBackend,
+    FoldingBuilder,
+    FoldingImpl,
+    Pages,
+    WithStep,
+    is_on,
+)
+from kernels.growth import GrownStep
+
+
+class GPUFoldingBuilder(FoldingBuilder):
+    # Tables are as wide as the longest head, and rows come and go: graphs are of what lies between
+    # the attention layers, which run as they are.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    _starts: Tensor | None = None
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        return cls._cudagraph_support
+
+    def fold(self, grown: GrownStep, requests: int, pages: Pages) -> FoldedDecode:
+        sequences = grown.lens.shape[1]
+        if self._starts is None or len(self._starts) <= sequences:
+            self._starts = torch.arange(
+                2 * sequences + 1, dtype=torch.int32, device=pages.keys.device
+            )
+        return FoldedDecode(requests, grown, pages, self._starts[: sequences + 1])
+
+
+class GPUFoldingBackend(FoldingBackend):
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...] | None:
+        # A block's pages lie together, so that any of them may serve any layer and head.
+        return (KVCacheLayout.BLHNC,) if is_on() else super().supported_kv_cache_layouts()
+
+
+def _most_entries(folded: FoldedDecode) -> int:
+    """As many as a sequence can have: what it has, only the device knows."""
+    return folded.grown.tables.shape[-1] * folded.pages.keys.shape[1]
+
+
+@dataclass
+class AdaKVFlashMetadata(WithStep, flash_attn.FlashAttentionMetadata):
+    """Of FlashAttention."""
+
+
+class AdaKVFlashMetadataBuilder(GPUFoldingBuilder, flash_attn.FlashAttentionMetadataBuilder):
+    metadata_class = AdaKVFlashMetadata
+
+
+class AdaKVFlashImpl(FoldingImpl, flash_attn.FlashAttentionImpl):
+    def _store_folded(
+        self, layer: Any, key: Tensor, value: Tensor, pages: Pages, slots: Tensor
+    ) -> None:
+        flash_attn.reshape_and_cache_flash(
+            key, value, pages.keys, pages.values, slots, self.kv_cache_dtype,
+            layer._k_scale, layer._v_scale,
+        )  # fmt: skip
+
+    def _attend_folded(
+        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: FoldedDecode
+    ) -> None:
+        assert self.vllm_flash_attn_version is not None
+        flash_attn.flash_attn_varlen_func(
+            q=query,
+            k=folded.pages.keys,
+            v=folded.pages.values,
+            out=output,
+            cu_seqlens_q=folded.query_start_loc,
+            max_seqlen_q=1,
+            seqused_k=folded.grown.lens[index],
+            max_seqlen_k=_most_entries(folded),
+            softmax_scale=self.scale,
+            causal=True,
+            block_table=folded.grown.tables[index],
+            softcap=self.logits_soft_cap,
+            fa_version=self.vllm_flash_attn_version,
+        )
+
+
+class AdaKVFlashBackend(GPUFoldingBackend, flash_attn.FlashAttentionBackend):  # type: ignore[misc]
+    """Registered in place of vLLM's FLASH_ATTN."""
+
+    folding_impl = AdaKVFlashImpl
+    folding_builder = AdaKVFlashMetadataBuilder
+
+
+class _Segments(NamedTuple):
+    """Where the kernel puts parts of long sequences, if there are few: see `unified_attention`."""
+
+    sequences: int
+    segments: int
+    outputs: Tensor
+    most: Tensor
+    sums: Tensor
+
+
+@dataclass
+class AdaKVTritonMetadata(WithStep, triton_attn.TritonAttentionMetadata):
+    """Of Triton's unified attention."""
+
+
+class AdaKVTritonMetadataBuilder(GPUFoldingBuilder, triton_attn.TritonAttentionMetadataBuilder):
+    metadata_class = AdaKVTritonMetadata
+    _segments: _Segments | None = None
+
+    def fold(self, grown: GrownStep, requests: int, pages: Pages) -> FoldedDecode:
+        if self._segments is None:
+            self._segments = self._make_segments(pages.keys.device)
+        return super().fold(grown, requests, pages)._replace(plan=self._segments)
+
+    def _make_segments(self, device: torch.device) -> _Segments:
+        # One KV head for each sequence: from so many on there is work for the whole device.
+        sequences = triton_attn.MIN_LAUNCH_GRID_SIZE_2D
+        count = triton_attn.NUM_PAR_SOFTMAX_SEGMENTS
+        shape = (sequences, self.num_heads_q // self.num_heads_kv, count)
+        width = self.softmax_segm_output.shape[-1]
+        outputs, most, sums = (
+            torch.empty(size, dtype=torch.float32, device=device)
+            for size in ((*shape, width), shape, shape)
+        )
+        return _Segments(sequences, count, outputs, most, sums)
+
+    def _nothing(self, common: Any) -> dict[str, Any]:
+        return {
+            **super()._nothing(common),
+            "seq_threshold_3D": 0,
+            "num_par_softmax_segments": self.num_par_softmax_segments,
+            "softmax_segm_output": self.softmax_segm_output,
+            "softmax_segm_max": self.softmax_segm_max,
+            "softmax_segm_expsum": self.softmax_segm_expsum,
+            "causal": True,
+        }
+
+
+class AdaKVTritonImpl(FoldingImpl, triton_attn.TritonAttentionImpl):
+    def _store_folded(
+        self, layer: Any, key: Tensor, value: Tensor, pages: Pages, slots: Tensor
+    ) -> None:
+        triton_attn.triton_reshape_and_cache_flash(
+            key, value, pages.keys, pages.values, slots, self.kv_cache_dtype,
+            layer._k_scale, layer._v_scale,
+        )  # fmt: skip
+
+    def _attend_folded(
+        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: FoldedDecode
+    ) -> None:
+        segments: _Segments = folded.plan
+        triton_attn.unified_attention(
+            q=query,
+            k=folded.pages.keys,
+            v=folded.pages.values,
+            out=output,
+            cu_seqlens_q=folded.query_start_loc,
+            max_seqlen_q=1,
+            seqused_k=folded.grown.lens[index],
+            max_seqlen_k=_most_entries(folded),
+            softmax_scale=self.scale,
+            causal=True,
+            window_size=(-1, -1),
+            block_table=folded.grown.tables[index],
+            softcap=self.logits_soft_cap,
+            q_descale=None,
+            k_descale=None,
+            v_descale=None,
+            seq_threshold_3D=segments.sequences,
+            num_par_softmax_segments=segments.segments,
+            softmax_segm_output=segments.outputs,
+            softmax_segm_max=segments.most,
+            softmax_segm_expsum=segments.sums,
+        )
+
+
+class AdaKVTritonBackend(GPUFoldingBackend, triton_attn.TritonAttentionBackend):  # type: ignore[misc]
+    """Registered in place of vLLM's TRITON_ATTN."""
+
+    folding_impl = AdaKVTritonImpl
+    folding_builder = AdaKVTritonMetadataBuilder

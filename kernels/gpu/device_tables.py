@@ -1,0 +1,172 @@
+"""Page tables that grow on the device: no step of an unchanged decode batch waits for it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kernels.gpu.tables import grow_by_one, place_pages
+from kernels.growth import GrownStep
+from kernels.pages import PageLayout, PageTables
+
+
+class _Batch(NamedTuple):
+    """R requests that decode together.
+
+    lens, tables, used: as `grow_by_one` takes them.
+    longest: entries of the longest head, when it began.
+    """
+
+    rows: Tensor
+    lens: Tensor
+    tables: Tensor
+    used: Tensor
+    longest: int
+
+    @property
+    def nbytes(self) -> int:
+        held = (self.lens, self.tables, self.used)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+class DeviceTables(PageTables):
+    """What `PageTables` are, with everything that decoding needs on the layout's device.
+
+    The host keeps what follows without looking: slabs, and how long the longest head can be. What a
+    request has used of its slabs only the device knows; asking, placing and shrinking wait for it.
+    """
+
+    def __init__(self, layout: PageLayout, page_tokens: int, rows: int) -> None:
+        super().__init__(layout, page_tokens, rows)
+        self._used = torch.zeros(rows, dtype=torch.int32, device=self.device)
+        self._granted = torch.zeros(rows, dtype=torch.int32, device=self.device)
+        self._slab_ids = torch.zeros((rows, 1), dtype=torch.int32, device=self.device)
+        # Slabs that the device does not know of yet: row, place, block.
+        self._news: list[tuple[int, int, int]] = []
+        self._longest = [0] * rows
+        self._growing: _Batch | None = None
+        self._steps = 0
+
+    @property
+    def nbytes(self) -> int:
+        held = (self._used, self._granted, self._slab_ids)
+        mine = sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return super().nbytes + mine + (0 if self._growing is None else self._growing.nbytes)
+
+    def used_pages(self, row: int) -> int:
+        self._end_batch()
+        return int(self._used[row])
+
+    def open(self, slabs: list[int]) -> int:
+        row = super().open(slabs)
+        self._tell(row, 0, slabs)
+        return row
+
+    def add_slabs(self, row: int, slabs: list[int]) -> None:
+        self._tell(row, len(self._slabs[row]), slabs)
+        super().add_slabs(row, slabs)
+
+    def place_layers(self, row: int, layers: list[int], lens: Tensor) -> Tensor:
+        start = self.used_pages(row)
+        on_host = lens.cpu().long()
+        needed = -(-on_host // self.page_tokens)
+        end, granted = start + int(needed.sum()), len(self._slabs[row]) * len(self._offsets)
+        if end > granted:
+            raise ValueError(f"{end} pages do not fit into {granted}")
+        self._widen(int(needed.max()))
+        self._send_news()
+        lens = lens.to(self.device)
+        tables = place_pages(
+            lens, self._slab_ids[row], self._used[row : row + 1], self.layout, self.page_tokens,
+            self._tables.shape[-1],
+        ).clamp_(min=0)  # fmt: skip
+        index = self._sent(layers)
+        self._tables[row, index] = tables
+        self._lens[row, index] = lens
+        self._longest[row] = max(self._longest[row], int(on_host.max()))
+        return tables
+
+    def shrink(self, row: int, lens: Tensor, slabs: int) -> tuple[Tensor, Tensor]:
+        moves = super().shrink(row, lens, slabs)
+        self._used[row] = self._used_pages[row]
+        self._granted[row] = slabs
+        self._news = [news for news in self._news if news[0] != row or news[1] < slabs]
+        self._longest[row] = int(lens.max())
+        return moves
+
+    def release(self, row: int) -> None:
+        super().release(row)
+        self._used[row] = 0
+        self._granted[row] = 0
+        self._news = [news for news in self._news if news[0] != row]
+        self._longest[row] = 0
+
+    def grow(self, rows: list[int]) -> GrownStep:
+        """Adds one entry to every head of the requests at `rows` [R].
+
+        A head without a page left gets the slot -1, which cache writes leave out.
+        """
+        batch = self._growing
+        room = self._tables.shape[-1] * self.page_tokens
+        if batch is None or rows != self._batch_rows or batch.longest + self._steps >= room:
+            batch = self._begin(rows)
+        self._send_news()
+        slots = grow_by_one(
+            batch.lens, batch.tables, batch.used, self._slab_ids[batch.rows],
+            self._granted[batch.rows], self.layout, self.page_tokens,
+        )  # fmt: skip
+        self._steps += 1
+        layers = self.layers
+        return GrownStep(
+            slots, batch.tables.view(layers, -1, batch.tables.shape[-1]),
+            batch.lens.view(layers, -1), self._steps - 1,
+        )  # fmt: skip
+
+    def _begin(self, rows: list[int]) -> _Batch:
+        self._end_batch()
+        index = self._sent(rows)
+        longest = max(self._longest[row] for row in rows)
+        self._widen(longest // self.page_tokens + 1)
+        self._growing = _Batch(
+            index,
+            self._lens[index].transpose(0, 1).contiguous(),
+            self._tables[index].transpose(0, 1).contiguous(),
+            self._used[index],
+            longest,
+        )
+        self._batch_rows, self._steps = list(rows), 0
+        return self._growing
+
+    def _end_batch(self) -> None:
+        batch, self._growing = self._growing, None
+        if batch is None:
+            return
+        self._lens[batch.rows] = batch.lens.transpose(0, 1)
+        self._tables[batch.rows] = batch.tables.transpose(0, 1)
+        self._used[batch.rows] = batch.used
+        for row in self._batch_rows:
+            self._longest[row] += self._steps
+
+    def _tell(self, row: int, first: int, slabs: Sequence[int]) -> None:
+        self._news += [(row, first + place, slab) for place, slab in enumerate(slabs)]
+
+    def _send_news(self) -> None:
+        if not self._news:
+            return
+        missing = max(place for _, place, _ in self._news) + 1 - self._slab_ids.shape[1]
+        if missing > 0:
+            spare = missing + self._slab_ids.shape[1] // 4
+            self._slab_ids = nn.functional.pad(self._slab_ids, (0, spare))
+        rows, places, slabs = self._sent(self._news).unbind(dim=1)
+        self._slab_ids[rows, places] = slabs.int()
+        told = sorted({row for row, _, _ in self._news})
+        counts = self._sent([len(self._slabs[row]) for row in told])
+        self._granted[self._sent(told)] = counts.int()
+        self._news.clear()
+
+    def _sent(self, numbers: Sequence[int] | Sequence[tuple[int, int, int]]) -> Tensor:
+        """On the device, without waiting for what it is doing."""
+        pinned = self.device.type == "cuda"
+        on_host = torch.tensor(numbers, dtype=torch.int64, pin_memory=pinned)
+        return on_host.to(self.device, non_blocking=True)

@@ -1,0 +1,106 @@
+"""A pytest plugin for machines without a GPU: vLLM's CPU engine takes the GPU's path.
+
+Backends, page layout, page tables and kernels are the GPU's, in Triton's interpreter. What remains
+is CUDA's own: streams, graphs, and FlashAttention's kernels, of which `flash_attention` does what
+they promise. It must be loaded before anything imports vLLM.
+"""
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ENVIRONMENT = {
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+def pytest_load_initial_conftests() -> None:
+    os.environ.update(_ENVIRONMENT)
+    from triton.backends import backends
+
+    # vLLM for CPUs uses Triton only where it has a backend for them.
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False))  # type: ignore[assignment]
+    torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
+    from vllm.v1.attention.backends import flash_attn, triton_attn
+
+    # Long sequences of few are split for the device's sake, which takes long here: of two they are.
+    triton_attn.MIN_LAUNCH_GRID_SIZE_2D = 2
+    flash_attn.get_flash_attn_version = lambda *_, **__: 3  # type: ignore[assignment]
+    flash_attn.flash_attn_varlen_func = flash_attention  # type: ignore[assignment]
+    flash_attn.reshape_and_cache_flash = store  # type: ignore[attr-defined]
+    _take_the_gpus_kernels()
+    _take_the_gpus_worker()
+
+
+def _take_the_gpus_kernels() -> None:
+    import adakv_worker.gpu_runner  # noqa: F401
+    from kernels.attention import mean_window_attention
+    from kernels.paged_cache import compact, compact_in_place
+    from kernels.top import top_mask
+
+    for operation in (mean_window_attention, compact, compact_in_place, top_mask):
+        paths: dict[str, Any] = operation._paths
+        paths["cpu"] = paths["cuda"]
+
+
+def _take_the_gpus_worker() -> None:
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    from adakv_worker import cpu_worker
+    from adakv_worker.gpu_runner import BlocksOutermost
+
+    class Runner(BlocksOutermost, CPUModelRunner):
+        """The GPU's pages in the CPU's runner."""
+
+    cpu_worker.AdaKVCPUModelRunner = Runner  # type: ignore[misc, assignment]
+
+
+def store(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, *_: Any
+) -> None:
+    """vLLM's `reshape_and_cache_flash` of caches [pages, page_tokens, H, D]."""
+    page_tokens = key_cache.shape[1]
+    for entry, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            key_cache[slot // page_tokens, slot % page_tokens] = key[entry]
+            value_cache[slot // page_tokens, slot % page_tokens] = value[entry]
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    seqused_k: Tensor,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    block_table: Tensor,
+    **_: Any,
+) -> Tensor:
+    """`flash_attn_varlen_func` of paged caches [pages, page_tokens, H, D]."""
+    assert causal
+    assert int(seqused_k.max()) <= max_seqlen_k
+    starts, page_tokens, group = cu_seqlens_q.tolist(), k.shape[1], q.shape[1] // k.shape[2]
+    assert block_table.shape[1] * page_tokens >= int(seqused_k.max())
+    for index, length in enumerate(seqused_k.tolist()):
+        query = q[starts[index] : starts[index + 1]]
+        assert len(query) <= max_seqlen_q
+        pages = block_table[index, : -(-length // page_tokens)].long()
+        keys, values = (
+            cache[pages].flatten(0, 1)[:length].repeat_interleave(group, dim=1) for cache in (k, v)
+        )
+        logits = torch.einsum("qhd,khd->hqk", query, keys) * softmax_scale
+        places = torch.arange(length) <= torch.arange(length - len(query), length)[:, None]
+        weights = logits.masked_fill(~places, float("-inf")).softmax(dim=-1)
+        out[starts[index] : starts[index + 1]] = torch.einsum("hqk,khd->qhd", weights, values)
+    return out

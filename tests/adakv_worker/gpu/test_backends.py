@@ -1,0 +1,113 @@
+"""Real engines on the GPU's path: each answer is that of a model which sees what was kept."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.adakv_worker.engines import (
+    Engine,
+    Reference,
+    assert_equals_reference,
+    make_tiny_model,
+    prompt,
+)
+from tests.adakv_worker.test_eviction import Traced, run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"), heads=4, kv_heads=2, layers=2)
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path) -> Reference:
+    return Reference(model)
+
+
+# Attention in Triton takes long in its interpreter: what is not about attention does without.
+_BOTH = pytest.mark.parametrize(
+    "engine", ["AdaKVTritonBackend", "AdaKVFlashBackend"], indirect=True, scope="module"
+)
+_ONE = pytest.mark.parametrize("engine", ["AdaKVFlashBackend"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[Engine]:
+    from adakv_worker import cpu_backend, gpu_backends
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_backend, "AdaKVCPUBackend", getattr(gpu_backends, request.param))
+        engine = Engine(
+            model, {"budget_tokens": 40, "keep_ratio": 0.0, "window_tokens": 8},
+            block_size=16, max_model_len=512, max_num_batched_tokens=64,
+            kv_cache_memory_bytes=8 << 20,
+        )  # fmt: skip
+        yield engine
+        engine.assert_nothing_leaked()
+        engine.close()
+
+
+@_BOTH
+def test_pages_lie_as_on_the_gpu(engine: Engine) -> None:
+    # A block of two layers, two heads, 16 entries of keys and values of 32 numbers.
+    assert engine.runner.kv_caches[0].stride() == (2 * 2 * 16 * 64, 16 * 64, 64, 1)
+    assert type(engine.runner.adakv.tables).__name__ == "DeviceTables"
+
+
+@_BOTH
+def test_compressed_and_whole_caches_in_one_batch(engine: Engine, reference: Reference) -> None:
+    # Prefills of several chunks, a prefix that is found, one that keeps everything.
+    prompts = [prompt(90, seed=1), prompt(120, seed=2), prompt(20, seed=3), prompt(90, seed=1)]
+    results = engine.run(prompts, engine.params(max_tokens=10))
+    assert [result.kept is None for result in results] == [False, False, True, False]
+    assert torch.equal(results[0].kept, results[3].kept)  # type: ignore[arg-type]
+    for result in results:
+        assert_equals_reference(result, reference, 1e-3)
+
+
+@_ONE
+@pytest.mark.parametrize("policy", ["critical_kv_compress", "defensive", "expected_attention"])
+def test_policies(engine: Engine, reference: Reference, policy: str) -> None:
+    params = engine.params(max_tokens=3, extra_args={"adakv_policy": policy})
+    (result,) = engine.run([prompt(70, seed=4)], params)
+    assert result.kept is not None
+    assert_equals_reference(result, reference, 1e-3)
+
+
+@_ONE
+def test_evictions_while_answers_are_written(engine: Engine, reference: Reference) -> None:
+    bound = {"adakv_decode_budget_tokens": 40, "adakv_decode_interval_tokens": 32}
+    params = engine.params(max_tokens=36, extra_args=bound)
+    traced = Traced(engine, "one", prompt(60, seed=5), params)
+    run(engine, {"one": traced})
+    result = traced.result
+    assert result is not None
+    assert result.proof is not None
+    assert result.proof["decode_evictions"] == 1
+    assert_equals_reference(result, reference, 1e-3, traced.kept_at)
+
+
+@_ONE
+def test_a_cache_leaves_and_comes_back(engine: Engine, reference: Reference) -> None:
+    core, state = engine.llm.llm_engine, engine.runner.adakv
+    traced = Traced(engine, "moving", prompt(120, seed=7), engine.params(max_tokens=8))
+    moved = False
+    while core.has_unfinished_requests():
+        kept = traced.before_step()
+        (request_id,) = state._rows or [""]
+        if kept is not None and not moved:
+            row = state._rows[request_id]
+            exported, slabs = state.export(request_id), list(state.tables._slabs[row])
+            state._cache.keys[state.tables.filled_pages(row)] = float("nan")
+            selections = state.selections[request_id]
+            state.restore(request_id, exported, slabs)
+            state.selections[request_id] = selections
+            moved = True
+        for output in core.step():
+            traced.note(output, kept)
+    engine.flush()
+    assert moved
+    assert traced.result is not None
+    assert_equals_reference(traced.result, reference, 1e-3, traced.kept_at)

@@ -1,0 +1,104 @@
+"""Page tables that grow on the device against those of the host, whatever is done to them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.gpu.device_tables import DeviceTables
+from kernels.pages import PageLayout, PageTables, check_page_tables
+
+PAGE, ROWS, BLOCKS = 4, 4, 64
+LAYERS, HEADS = 3, 2
+
+
+class Pair:
+    """The same done to both."""
+
+    def __init__(self, device: torch.device) -> None:
+        layout = PageLayout.blocks_outermost(LAYERS, HEADS)
+        self.host = PageTables(layout, PAGE, ROWS)
+        self.device = DeviceTables(layout.to(device), PAGE, ROWS)
+        self.free = list(range(BLOCKS))
+        self.slabs: dict[int, list[int]] = {}
+
+    def take(self, count: int) -> list[int]:
+        taken, self.free = self.free[:count], self.free[count:]
+        return taken
+
+    def place(self, lens: Tensor) -> None:
+        pages = int((-(-lens // PAGE)).sum())
+        slabs = self.take(-(-pages // (LAYERS * HEADS)) + 1)
+        rows = {tables.place(lens, slabs) for tables in (self.host, self.device)}
+        assert len(rows) == 1
+        self.slabs[rows.pop()] = slabs
+
+    def grow(self, rows: list[int]) -> None:
+        for row in rows:
+            used = self.host.used_pages(row)
+            while used + LAYERS * HEADS > len(self.slabs[row]) * LAYERS * HEADS:
+                (slab,) = self.take(1)
+                self.slabs[row].append(slab)
+                self.host.add_slabs(row, [slab])
+                self.device.add_slabs(row, [slab])
+        expected, got = self.host.grow(rows), self.device.grow(rows)
+        assert torch.equal(got.slots.cpu(), expected.slots)
+        assert torch.equal(got.lens.cpu(), expected.lens)
+
+    def shrink(self, row: int, keep: Tensor) -> None:
+        lens = (self.host.lens(row) * keep).int()
+        pages = int((-(-lens // PAGE)).sum())
+        slabs = max(1, -(-pages // (LAYERS * HEADS)))
+        expected = self.host.shrink(row, lens, slabs)
+        got = self.device.shrink(row, lens.to(self.device.device), slabs)
+        for mine, theirs in zip(got, expected, strict=True):
+            assert torch.equal(mine.cpu(), theirs)
+        self.free += self.slabs[row][slabs:]
+        self.slabs[row] = self.slabs[row][:slabs]
+
+    def release(self, row: int) -> None:
+        self.free += self.slabs.pop(row)
+        self.host.release(row)
+        self.device.release(row)
+
+    def check(self) -> None:
+        check_page_tables(self.device, list(self.slabs))
+        for row in self.slabs:
+            assert torch.equal(self.device.lens(row).cpu(), self.host.lens(row))
+            assert torch.equal(self.device.filled_pages(row).cpu(), self.host.filled_pages(row))
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_whatever_is_done_to_them(device: torch.device, data: st.DataObject) -> None:
+    pair = Pair(device)
+    lens = st.lists(st.integers(1, 11), min_size=LAYERS * HEADS, max_size=LAYERS * HEADS)
+
+    def some_lens() -> Tensor:
+        return torch.tensor(data.draw(lens), dtype=torch.int32).view(LAYERS, HEADS)
+
+    for _ in range(data.draw(st.integers(1, 12))):
+        rows = sorted(pair.slabs)
+        deeds = ["place"] if len(rows) < ROWS else []
+        deeds += ["grow", "grow", "shrink", "release"] if rows else []
+        deed = data.draw(st.sampled_from(deeds))
+        if deed == "place":
+            pair.place(some_lens())
+        elif deed == "grow":
+            together = data.draw(st.permutations(rows))[: data.draw(st.integers(1, len(rows)))]
+            for _ in range(data.draw(st.integers(1, 6))):
+                pair.grow(together)
+        elif deed == "shrink":
+            pair.shrink(data.draw(st.sampled_from(rows)), some_lens() / 11)
+        else:
+            pair.release(data.draw(st.sampled_from(rows)))
+    pair.check()
+
+
+def test_pages_that_do_not_fit_are_refused(device: torch.device) -> None:
+    tables = DeviceTables(PageLayout.blocks_outermost(LAYERS, HEADS).to(device), PAGE, ROWS)
+    lens = torch.full((LAYERS, HEADS), 2 * PAGE, dtype=torch.int32)
+    for _ in range(ROWS + 1):
+        with pytest.raises(ValueError, match="12 pages do not fit into 6"):
+            tables.place(lens, [3])
