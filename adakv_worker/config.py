@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kernels.blocks import DecodeBound, kept_tokens
 from kernels.eviction import SINK_TOKENS
-from kernels.presets import DEFAULT_PRESET, PRESETS, PolicyChoice
+from kernels.presets import AUTO, DEFAULT_PRESET, PRESETS, PolicyChoice
 
 CONFIG_KEY = "adakv"
 FULL = "full"
@@ -20,7 +20,7 @@ class CompressionConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     enabled: bool = True
-    policy: str = Field(default=DEFAULT_PRESET, description="A preset's name, or `full`")
+    policy: str = Field(default=DEFAULT_PRESET, description="A preset's name, `auto` or `full`")
     budget_tokens: int = Field(
         default=256, ge=1, description="Mean entries per (layer, KV head) that are kept at least"
     )
@@ -207,8 +207,8 @@ def _check_bound(
 
 def check_policy_name(name: str) -> None:
     """Raises ValueError, naming the known ones, if there is no such policy."""
-    if name != FULL and name not in PRESETS:
-        known = ", ".join(sorted([*PRESETS, FULL]))
+    if name not in (FULL, AUTO, *PRESETS):
+        known = ", ".join(sorted([*PRESETS, FULL, AUTO]))
         raise ValueError(f"unknown policy '{name}': known are {known}")
 
 

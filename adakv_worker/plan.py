@@ -201,11 +201,11 @@ def resumed_plan(
     Args:
         num_tokens: all its tokens, of which the last is not cached yet.
     """
-    prompt_tokens = report["original_tokens"]
+    prompt_tokens, keep = report["original_tokens"], round(report["kept_mean"])
     return Plan(
-        budget.choice,
+        budget.choice.for_budget(keep, prompt_tokens),
         prompt_tokens,
-        round(report["kept_mean"]),
+        keep,
         0,
         block_size,
         num_tokens - prompt_tokens + remaining_outputs,
@@ -238,13 +238,14 @@ def make_plan(
         pool_blocks: all blocks of the pool.
     """
     keep = budget.keep_of(num_tokens)
+    choice = budget.choice.for_budget(keep, num_tokens)
     # Nothing is chosen where all stay.
-    span = _query_span(budget.choice) if keep < num_tokens else 0
+    span = _query_span(choice) if keep < num_tokens else 0
     plan = Plan(
-        budget.choice, num_tokens, keep, min(span, num_tokens), block_size, remaining_outputs,
+        choice, num_tokens, keep, min(span, num_tokens), block_size, remaining_outputs,
         bound=budget.decode,
     )  # fmt: skip
-    if budget.choice.preset == FULL:
+    if choice.preset == FULL:
         plan.skipped = "full_requested"
     elif keep >= num_tokens and not plan.outgrows_bound:
         plan.skipped = "within_budget"

@@ -50,6 +50,12 @@ PRESETS: dict[str, Callable[[], Policy]] = {
 }
 DEFAULT_PRESET = "ada_snapkv"
 
+# Not one policy but two: which is better depends on how much stays (docs/quality.md).
+AUTO = "auto"
+_FOR_LITTLE, _FOR_MUCH = "kv_compress", "defensive"
+# The share of a prompt from which it is much.
+_MUCH = 0.25
+
 
 def preset(name: str) -> Policy:
     """Returns the policy of that name. (`full` is no policy: it keeps everything.)
@@ -63,14 +69,22 @@ def preset(name: str) -> Policy:
 
 
 class PolicyChoice(NamedTuple):
-    """A preset and what is changed of it; hashable and cheap to send."""
+    """A preset, or `auto`, and what is changed of it; hashable and cheap to send."""
 
     preset: str
     alpha: float | None = None
     window_tokens: int | None = None
 
+    def for_budget(self, keep_tokens: int, num_tokens: int) -> "PolicyChoice":
+        """What `auto` stands for where so much of a prompt stays; any other choice as it is."""
+        if self.preset != AUTO:
+            return self
+        much = _MUCH * num_tokens <= keep_tokens < num_tokens
+        # Where all stays, evictions will leave little of what is to come.
+        return self._replace(preset=_FOR_MUCH if much else _FOR_LITTLE)
+
     def build(self) -> Policy:
-        """The policy; the same object every time.
+        """The policy; the same object every time. Of `auto` the one for small budgets.
 
         Raises:
             ValueError: unknown preset, or one that does not take the value given.
@@ -81,6 +95,10 @@ class PolicyChoice(NamedTuple):
 @functools.cache
 def configured(choice: PolicyChoice) -> Policy:
     """The preset with its floor share and observation window replaced where given."""
+    if choice.preset == AUTO:
+        # What either does not take is refused for both.
+        configured(choice._replace(preset=_FOR_MUCH))
+        return configured(choice._replace(preset=_FOR_LITTLE))
     policy = preset(choice.preset)
     if choice.alpha is not None:
         if not isinstance(policy.head_allocation, AdaptiveHeads):

@@ -201,3 +201,14 @@ def test_a_value_out_of_bounds_that_gets_through_harms_nobody(engine: Engine) ->
     )
     assert result.proof is not None
     assert result.proof["skipped"] == "full_requested"
+
+
+@pytest.mark.parametrize(("keep", "policy"), [(0.5, "defensive"), (0.2, "kv_compress")])
+def test_auto_tells_what_it_was(
+    engine: Engine, reference: Reference, keep: float, policy: str
+) -> None:
+    options = {"adakv_policy": "auto", "adakv_keep_ratio": keep}
+    (result,) = engine.run([prompt(400, seed=70)], engine.params(extra_args=options))
+    assert result.proof is not None
+    assert result.proof["policy"] == policy
+    _answers_right(result, reference)

@@ -19,7 +19,7 @@ from kernels.layer_budgets.joint import JointLayers
 from kernels.layer_budgets.pyramid import PyramidLayers
 from kernels.observation import Observation
 from kernels.policy import check_selection
-from kernels.presets import PRESETS, preset
+from kernels.presets import PRESETS, PolicyChoice, preset
 from kernels.rotary import Rotary
 from kernels.scorers.window import WindowScorer
 from kernels.top import top_mask
@@ -209,3 +209,17 @@ def test_the_block_bound_holds_for_any_split_and_wastes_one_block_at_most(
     needed_blocks = -(-needed_pages // len(lens))
     assert needed_blocks <= bound
     assert bound <= (sum(lens) // len(lens) + decoded) / page + 2
+
+
+def test_auto_is_two_policies() -> None:
+    auto = PolicyChoice("auto", alpha=0.3)
+    assert auto.for_budget(255, 1024) == PolicyChoice("kv_compress", alpha=0.3)
+    assert auto.for_budget(256, 1024) == PolicyChoice("defensive", alpha=0.3)
+    assert auto.for_budget(1024, 1024).preset == "kv_compress"
+    assert PolicyChoice("snapkv").for_budget(512, 1024) == PolicyChoice("snapkv")
+    # Budgets are checked, and queries collected, before it is known which it will be.
+    little, much = (auto.for_budget(keep, 1024).build().scorer for keep in (1, 512))
+    assert little.window_tokens == much.window_tokens
+    assert little.query_span_tokens == much.query_span_tokens
+    with pytest.raises(ValueError, match="unknown policy 'automatic'"):
+        PolicyChoice("automatic").build()
