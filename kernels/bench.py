@@ -56,7 +56,7 @@ class Measured(NamedTuple):
         }
 
 
-def _seconds(call: Callable[[], Any], *, graph: bool = False) -> float:
+def seconds(call: Callable[[], Any], *, graph: bool = False) -> float:
     """Median of many runs: cold caches, or launches replayed from a graph where those count."""
     from triton.testing import do_bench, do_bench_cudagraph
 
@@ -68,10 +68,10 @@ def _seconds(call: Callable[[], Any], *, graph: bool = False) -> float:
 def ceilings() -> Ceilings:
     source = torch.randn(1 << 29, device="cuda")
     target = torch.empty_like(source)
-    copied = 2 * source.numel() * source.element_size() / _seconds(lambda: target.copy_(source))
+    copied = 2 * source.numel() * source.element_size() / seconds(lambda: target.copy_(source))
     size = 8192
     a, b = torch.randn((2, size, size), device="cuda", dtype=DTYPE)
-    return Ceilings(copied, 2 * size**3 / _seconds(lambda: a @ b))
+    return Ceilings(copied, 2 * size**3 / seconds(lambda: a @ b))
 
 
 class Prompt:
@@ -118,7 +118,7 @@ def measure(tokens: int, device: str) -> Iterator[Measured]:
         size,
         2 * HEADS * tokens * DIM * DTYPE.itemsize,
         2 * 2 * HEADS * rows * tokens * DIM,
-        _seconds(lambda: prompt.score(0)),
+        seconds(lambda: prompt.score(0)),
     )
     scores = torch.rand((1, HEADS * tokens), device=device)
     count = torch.tensor([HEADS * tokens // 4], device=device)
@@ -127,7 +127,7 @@ def measure(tokens: int, device: str) -> Iterator[Measured]:
         size,
         scores.numel() * (scores.element_size() + 1),
         0,
-        _seconds(lambda: radix_top_mask(scores, count)),
+        seconds(lambda: radix_top_mask(scores, count)),
     )
     kept = prompt.kept(0.25)
     lens = kept.sum(dim=-1, dtype=torch.int32)
@@ -138,7 +138,7 @@ def measure(tokens: int, device: str) -> Iterator[Measured]:
         copied,
         moved,
         0,
-        _seconds(lambda: compact_paged(kept, prompt.cache, prompt.source, prompt.tables, lens)),
+        seconds(lambda: compact_paged(kept, prompt.cache, prompt.source, prompt.tables, lens)),
     )
     pages = prompt.cache.keys.shape[0]
     content = torch.empty((2, pages, PAGE, DIM), device=device, dtype=torch.int8)
@@ -149,7 +149,7 @@ def measure(tokens: int, device: str) -> Iterator[Measured]:
         copied,
         int(lens.sum()) * (_ENTRY_BYTES + 2 * (DIM + 4)) + kept.numel(),
         0,
-        _seconds(
+        seconds(
             lambda: compact_quantized(kept, prompt.cache, prompt.source, prompt.tables, target)
         ),
     )
@@ -158,7 +158,7 @@ def measure(tokens: int, device: str) -> Iterator[Measured]:
         copied,
         moved,
         0,
-        _seconds(lambda: compact_pages_in_place(kept, prompt.cache, prompt.tables, lens)),
+        seconds(lambda: compact_pages_in_place(kept, prompt.cache, prompt.tables, lens)),
     )
 
 
@@ -177,10 +177,10 @@ def measure_growth(requests: int, device: str) -> Measured:
     sequences = LAYERS * requests * HEADS
     # Lengths read and written, a page id read or written, a slot written.
     moved = sequences * (4 + 4 + 4 + 8)
-    seconds = _seconds(
+    taken = seconds(
         lambda: grow_by_one(lens, tables, used, slabs, granted, layout, PAGE), graph=True
     )
-    return Measured("growth, a step", f"{requests} requests, all layers", moved, 0, seconds)
+    return Measured("growth, a step", f"{requests} requests, all layers", moved, 0, taken)
 
 
 def compression_over_prefill(
@@ -209,7 +209,7 @@ def compression_over_prefill(
         tables = torch.where(tables < 0, tables, prompt.tables[..., :width])
         compact_paged(kept, prompt.cache, prompt.source, tables, lens)
 
-    compress = LAYERS * _seconds(layer)
+    compress = LAYERS * seconds(layer)
     prefill = 2 * PARAMETERS * tokens / limits.flops_per_s
     return {
         "tokens": tokens,

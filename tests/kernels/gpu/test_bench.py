@@ -11,7 +11,7 @@ def test_every_measurement_runs(device: torch.device, monkeypatch: pytest.Monkey
         call()
         return 1.0
 
-    monkeypatch.setattr(bench, "_seconds", once)
+    monkeypatch.setattr(bench, "seconds", once)
     monkeypatch.setattr(bench, "LAYERS", 2)
     monkeypatch.setattr(bench, "HEADS", 2)
     limits = bench.Ceilings(1e12, 1e15)

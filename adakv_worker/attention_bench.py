@@ -1,0 +1,147 @@
+"""`python -m adakv_worker.attention_bench`: folded decodes against stock ones at equal bytes.
+
+Stock: R requests of H KV heads, all of one length. Folded: R * H sequences of one head whose
+lengths differ as those of compressed heads do, and come to the same. Both read the same number of
+bytes, so that folding costs what it takes longer. Llama-3.1-8B's heads. Needs a CUDA GPU.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backends import flash_attn, triton_attn
+
+from kernels.bench import DIM, DTYPE, GROUP, HEADS, PAGE, ceilings, seconds
+
+# The deviation of the logarithm of a head's length: a tenth of the heads keep more than twice the
+# mean, as adaptive heads do.
+_SKEW = 0.8
+
+
+class Sequences(NamedTuple):
+    """What a kernel is called with.
+
+    query, output: [S, heads * GROUP, D]. keys, values: [pages, PAGE, heads, D].
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    output: Tensor
+    starts: Tensor
+    lens: Tensor
+    tables: Tensor
+
+    @property
+    def kv_bytes(self) -> int:
+        entries = int(self.lens.sum()) * self.keys.shape[2]
+        return 2 * entries * DIM * self.keys.element_size()
+
+
+Attend = Callable[[Sequences], Any]
+
+
+def flash(s: Sequences) -> None:
+    flash_attn.flash_attn_varlen_func(
+        q=s.query, k=s.keys, v=s.values, out=s.output, cu_seqlens_q=s.starts, max_seqlen_q=1,
+        seqused_k=s.lens, max_seqlen_k=s.tables.shape[1] * PAGE, softmax_scale=DIM**-0.5,
+        causal=True, block_table=s.tables, fa_version=flash_attn.get_flash_attn_version() or 2,
+    )  # fmt: skip
+
+
+def triton_unified(s: Sequences) -> None:
+    count, segments = s.query.shape[0], triton_attn.NUM_PAR_SOFTMAX_SEGMENTS
+    most = triton_attn.MIN_LAUNCH_GRID_SIZE_2D // s.keys.shape[2]
+    shape = (min(most, count), s.query.shape[1], segments)
+    sizes = ((*shape, DIM), shape, shape)
+    outputs, maxima, sums = (torch.empty(size, device=s.query.device) for size in sizes)
+    triton_attn.unified_attention(
+        q=s.query, k=s.keys, v=s.values, out=s.output, cu_seqlens_q=s.starts, max_seqlen_q=1,
+        seqused_k=s.lens, max_seqlen_k=s.tables.shape[1] * PAGE, softmax_scale=DIM**-0.5,
+        causal=True, window_size=(-1, -1), block_table=s.tables, softcap=0.0,
+        q_descale=None, k_descale=None, v_descale=None,
+        seq_threshold_3D=most, num_par_softmax_segments=segments, softmax_segm_output=outputs,
+        softmax_segm_max=maxima, softmax_segm_expsum=sums,
+    )  # fmt: skip
+
+
+def sequences(lens: Tensor, heads: int) -> Sequences:
+    """Pages in random order, as memory that has been in use for a while."""
+    device, count = lens.device, lens.numel()
+    width = -(-int(lens.max()) // PAGE)
+    needed = -(-lens.long() // PAGE)
+    pages = int(needed.sum())
+    pool = torch.randn((pages, PAGE, heads, 2 * DIM), device=device, dtype=DTYPE)
+    tables = torch.zeros((count, width), dtype=torch.int32, device=device)
+    owned = torch.arange(width, device=device) < needed[:, None]
+    tables[owned] = torch.randperm(pages, device=device).int()
+    query = torch.randn((count, heads * GROUP, DIM), device=device, dtype=DTYPE)
+    starts = torch.arange(count + 1, dtype=torch.int32, device=device)
+    return Sequences(
+        query, pool[..., :DIM], pool[..., DIM:], torch.empty_like(query), starts, lens, tables
+    )
+
+
+def skewed(requests: int, mean: int, device: str) -> Tensor:
+    """Lengths [R * H] int32 of heads that keep `mean` on average, at least one each."""
+    weights = (torch.randn(requests, HEADS, device=device) * _SKEW).exp()
+    lens = (weights / weights.mean(dim=1, keepdim=True) * mean).long().clamp_(min=1)
+    lens[:, 0] += mean * HEADS - lens.sum(dim=1)
+    return lens.clamp_(min=1).view(-1).int()
+
+
+def measure(attend: Attend, requests: int, mean: int, device: str) -> dict[str, Any]:
+    stock = sequences(torch.full((requests,), mean, dtype=torch.int32, device=device), HEADS)
+    folded = sequences(skewed(requests, mean, device), 1)
+    stock_s, folded_s = (seconds(partial(attend, one)) for one in (stock, folded))
+    return {
+        "kernel": attend.__name__,
+        "requests": requests,
+        "mean_entries": mean,
+        "kv_bytes": stock.kv_bytes,
+        "folded_kv_bytes": folded.kv_bytes,
+        "stock_s": stock_s,
+        "folded_s": folded_s,
+        # Lengths are whole numbers, so that the bytes are only nearly equal.
+        "ratio_at_equal_bytes": folded_s / stock_s * stock.kv_bytes / folded.kv_bytes,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m adakv_worker.attention_bench")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--entries", type=int, nargs="+", default=[256, 1500, 6000])
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("attention_bench: needs a CUDA GPU, and there is none", file=sys.stderr)
+        return 2
+    limits = ceilings()
+    print(f"{torch.cuda.get_device_name()}: copies {limits.bytes_per_s / 1e12:.2f} TB/s")
+    print(f"{'kernel':16}{'requests':>9}{'entries':>9}{'stock':>12}{'folded':>12}{'ratio':>7}"
+          f"{'of copy':>9}")  # fmt: skip
+    rows = []
+    for attend in (flash, triton_unified):
+        for requests in args.requests:
+            for mean in args.entries:
+                row = measure(attend, requests, mean, "cuda")
+                # A copy reads and writes; attention reads.
+                share = row["folded_kv_bytes"] / row["folded_s"] / limits.bytes_per_s
+                rows.append({**row, "share_of_copy": share})
+                times = "".join(f"{row[name] * 1e6:10.1f}us" for name in ("stock_s", "folded_s"))
+                ratio = row["ratio_at_equal_bytes"]
+                name = row["kernel"]
+                print(f"{name:16}{requests:9}{mean:9}{times}{ratio:7.2f}{share:9.2f}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({**limits._asdict(), "attention": rows}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
