@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     running.add_argument("--modes", nargs="+", choices=MODES, help="without it all that can be")
     running.add_argument("--document-tokens", type=int, default=1024)
     running.add_argument("--samples", type=int, default=24, help="of each task")
+    running.add_argument("--questions", type=int, help="of each document, at most")
     running.add_argument("--seed", type=int, default=0)
     running.add_argument(
         "--resume", action="store_true", help="ask only what --out has no results of yet"
@@ -121,6 +122,7 @@ def _run(args: argparse.Namespace) -> int:
     plan = Plan(
         args.tasks or list(TASKS), args.modes or (MODES[:1] if args.server else MODES),
         args.policies, args.budgets, args.ratios, args.document_tokens, args.samples, args.seed,
+        args.questions,
     )  # fmt: skip
     earlier = read_rows(args.out) if args.resume and args.out.exists() else []
     answering = _answering(args, 2 * args.document_tokens + 1024)

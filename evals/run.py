@@ -28,7 +28,10 @@ class Answering(Protocol):
 
 
 class Plan(NamedTuple):
-    """policies: labels of presets. budgets: entries for each head; ratios: of the prompt."""
+    """policies: labels of presets. budgets: entries for each head; ratios: of the prompt.
+
+    samples: of each task. questions: of each document, at most.
+    """
 
     tasks: Sequence[str]
     modes: Sequence[Mode]
@@ -38,6 +41,7 @@ class Plan(NamedTuple):
     document_tokens: int
     samples: int
     seed: int = 0
+    questions: int | None = None
 
     def choices(self) -> list[Choice]:
         return choices(self.policies, self.budgets, self.ratios)
@@ -92,11 +96,19 @@ def _run_task(
     known: Mapping[Choice, Mapping[str, Score]],
 ) -> Iterator[list[Row]]:
     """Args: known: of every choice, by sample."""
-    asked = samples(task, engine.tokenizer, plan.document_tokens, plan.samples, plan.seed)
+    asked = samples(
+        task, engine.tokenizer, plan.document_tokens, plan.samples, plan.seed, plan.questions
+    )
     scores = {choice: dict(by_sample) for choice, by_sample in known.items()}
 
     def rows() -> list[Row]:
-        order = [sample.sample_id for sample in asked]
+        # What an earlier run asked beyond that stays.
+        order = dict.fromkeys(
+            [
+                *(sample.sample_id for sample in asked),
+                *(n for known in scores.values() for n in known),
+            ]
+        )
         return [
             row(
                 task, mode, model, plan.document_tokens, choice,

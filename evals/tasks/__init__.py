@@ -1,6 +1,7 @@
 """Tasks after LongBench's and RULER's types, made from open texts with a seed."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -33,9 +34,18 @@ TASKS: dict[str, Callable[[Source], Iterator[Sample]]] = {
 
 
 def samples(
-    task: str, tokenizer: Any, document_tokens: int, count: int, seed: int = 0
+    task: str,
+    tokenizer: Any,
+    document_tokens: int,
+    count: int,
+    seed: int = 0,
+    questions: int | None = None,
 ) -> list[Sample]:
     """The first `count` samples, the same for equal arguments.
+
+    Args:
+        questions: of each document, at most; None takes all that the task has. Intervals are over
+            documents, so that the same number of samples says more with fewer of each.
 
     Raises:
         ValueError: there is no such task.
@@ -43,4 +53,13 @@ def samples(
     if task not in TASKS:
         raise ValueError(f"unknown task '{task}': known are {', '.join(TASKS)}")
     rng = random.Random(f"{task}:{document_tokens}:{seed}")
-    return list(islice(TASKS[task](Source(tokenizer, document_tokens, rng)), count))
+    every = TASKS[task](Source(tokenizer, document_tokens, rng))
+    return list(islice(_few_of_each(every, questions), count))
+
+
+def _few_of_each(every: Iterator[Sample], questions: int | None) -> Iterator[Sample]:
+    asked: Counter[str] = Counter()
+    for sample in every:
+        asked[sample.cluster] += 1
+        if questions is None or asked[sample.cluster] <= questions:
+            yield sample

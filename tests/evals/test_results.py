@@ -105,6 +105,16 @@ def test_a_run_goes_on_where_it_was_cut_short(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_fewer_questions_of_a_document_take_nothing_away(tmp_path: Path) -> None:
+    plan = Plan(["needles"], ["aware"], ["snapkv"], [64], [], 256, 5)
+    engine = Writing()
+    engine.tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
+    earlier = finished(run(engine, "model", plan))
+    assert [row.clusters for row in earlier] == [2, 2]
+    rows = finished(run(engine, "model", plan._replace(samples=3, questions=1), earlier))
+    assert [(row.n, row.clusters) for row in rows] == [(6, 3)] * 2
+
+
 def test_results_of_another_model_are_no_beginning(tmp_path: Path) -> None:
     earlier = read_rows(RECORDED)
     plan = Plan(["code"], ["aware"], ["snapkv"], [64], [], 256, 3)

@@ -73,6 +73,15 @@ def test_answers_outlast_what_comes_from_the_prefill(tokenizer: Any, task: str) 
             assert len(tokens.forced) > tokens.compressed
 
 
+def test_fewer_questions_of_more_documents(tokenizer: Any) -> None:
+    every = samples("needles", tokenizer, 400, 12)
+    assert len({sample.cluster for sample in every}) == 3
+    few = samples("needles", tokenizer, 400, 6, questions=2)
+    assert len({sample.cluster for sample in few}) == 3
+    # The same as without a limit, so that a run may go on with another.
+    assert {sample.sample_id for sample in few} <= {sample.sample_id for sample in every}
+
+
 def test_an_unknown_task_is_refused_with_the_known_ones(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="unknown task 'nedles': known are needles"):
         samples("nedles", tokenizer, 400, 1)
