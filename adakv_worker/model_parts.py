@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from kernels.rotary import Rotary
 
@@ -51,6 +51,9 @@ def _parts(index: int, attention: Attention, around: nn.Module) -> LayerParts:
 def _weight(projection: LinearBase, width: int) -> Tensor:
     """This rank's [hidden, width] of a linear layer, whatever its kernels have made of it."""
     weight = next(projection.parameters())
+    plain = isinstance(projection.quant_method, UnquantizedLinearMethod)
+    if plain and weight.dim() == 2 and weight.shape[1] == width:
+        return weight.detach()
     identity = torch.eye(width, dtype=weight.dtype, device=weight.device)
     assert projection.quant_method is not None
     return projection.quant_method.apply(projection, identity, bias=None).t()

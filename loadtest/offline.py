@@ -56,7 +56,7 @@ class Arm:
             settings["compression"] = (
                 {"policy": "full"}
                 if name == "off"
-                else {"budget_tokens": int(name), "keep_ratio": 0}
+                else {"policy": "ada_snapkv", "budget_tokens": int(name), "keep_ratio": 0}
             )
         variables = {
             **os.environ,
