@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kernels.blocks import DecodeBound, kept_tokens
 from kernels.eviction import SINK_TOKENS
-from kernels.presets import AUTO, DEFAULT_PRESET, PRESETS, PolicyChoice
+from kernels.presets import AUTO, DEFAULT_POLICY, PRESETS, PolicyChoice
 
 CONFIG_KEY = "adakv"
 FULL = "full"
@@ -20,7 +20,7 @@ class CompressionConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     enabled: bool = True
-    policy: str = Field(default=DEFAULT_PRESET, description="A preset's name, `auto` or `full`")
+    policy: str = Field(default=DEFAULT_POLICY, description="A preset's name, `auto` or `full`")
     budget_tokens: int = Field(
         default=256, ge=1, description="Mean entries per (layer, KV head) that are kept at least"
     )

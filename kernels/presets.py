@@ -48,10 +48,10 @@ PRESETS: dict[str, Callable[[], Policy]] = {
     "ada_r_kv": lambda: Policy(RedundancyScorer(), UniformLayers(), AdaptiveHeads()),
     "random": lambda: Policy(RandomScorer(), UniformLayers(), UniformHeads()),
 }
-DEFAULT_PRESET = "ada_snapkv"
 
 # Not one policy but two: which is better depends on how much stays (docs/quality.md).
 AUTO = "auto"
+DEFAULT_POLICY = AUTO
 _FOR_LITTLE, _FOR_MUCH = "kv_compress", "defensive"
 # The share of a prompt from which it is much.
 _MUCH = 0.25

@@ -132,7 +132,7 @@ def test_an_arm_is_the_base_with_its_own_laid_over() -> None:
     assert args["engine"]["max_num_seqs"] == 4
     assert args["engine"]["block_size"] == 32
     assert args["compression"]["budget_tokens"] == 128
-    assert args["compression"]["policy"] == "ada_snapkv"
+    assert args["compression"]["policy"] == "auto"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "compare").glob("*.yaml")), ids=str)

@@ -228,7 +228,7 @@ def test_a_long_prompt_is_compressed_and_the_answer_says_so(
         "extra_body": {"vllm_xargs": {"adakv_budget_tokens": 128}},
     }  # fmt: skip
     whole = client.completions.create(**options).model_dump()["kv_compression"]
-    assert whole["policy"] == "ada_snapkv"
+    assert whole["policy"] == "kv_compress"
     assert whole["skipped"] is None
     assert whole["kept_mean"] == 128
     assert whole["kept_min"] < 128 < whole["kept_max"]
@@ -296,4 +296,4 @@ def test_schemas_stop_strings_and_samples_on_a_compressed_cache(client: openai.O
         model=MODEL, prompt=LONG_PROMPT, max_tokens=5, n=3, temperature=1.0, extra_body=budget
     )
     assert len(several.choices) == 3
-    assert several.model_dump()["kv_compression"]["policy"] == "ada_snapkv"
+    assert several.model_dump()["kv_compression"]["policy"] == "kv_compress"
