@@ -265,8 +265,15 @@ def _crosscheck(args: argparse.Namespace) -> int:
         for task in ("factbook", "continuation")
         for sample in samples(task, engine.tokenizer, args.document_tokens, args.samples)
     ]
+    print("| policy | keeps | in common | of the others ties | KL | agreement | in our engine |")
+    print("|---|---|---|---|---|---|---|")
     for one in compare(args.kvpress_python, model, engine, asked, args.budgets):
-        print(one)
+        tied = "" if one.tied is None else f"{one.tied:.2f}"
+        ours = "" if one.engine_kl is None else f"{one.engine_kl:.5f} / {one.engine_agreement:.3f}"
+        print(
+            f"| {one.policy} | {one.keep_tokens} | {one.common:.5f} | {tied} | {one.kl:.5f} "
+            f"| {one.agreement:.3f} | {ours} |"
+        )
     return 0
 
 

@@ -37,7 +37,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def _draw_measure(axes: Axes, rows: Sequence[Row], measure: str) -> None:
-    for policy in dict.fromkeys(row.policy for row in rows if row.policy != FULL):
+    policies = dict.fromkeys(row.policy for row in rows if row.policy != FULL)
+    for number, policy in enumerate(policies):
         cells: dict[str, list[Row]] = {}
         for row in rows:
             if row.policy == policy and getattr(row, measure) is not None:
@@ -49,7 +50,9 @@ def _draw_measure(axes: Axes, rows: Sequence[Row], measure: str) -> None:
             )
             for some in cells.values()
         )
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=policy)
+        # The colours come again after ten.
+        line = "-" if number < 10 else "--"
+        axes.plot(*zip(*points, strict=True), line, marker="o", markersize=3, label=policy)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("entries kept for each head")
     axes.grid(alpha=0.3)
