@@ -32,14 +32,17 @@ def engine_args(config: dict[str, Any], *, asynchronous: bool = False) -> dict[s
     """The engine arguments that turn compression on with these settings."""
     from vllm.platforms import current_platform
 
-    worker = "cpu_worker.AdaKVCPUWorker"
+    worker, settings = "cpu_worker.AdaKVCPUWorker", {}
     if current_platform.is_cuda():
         worker = "gpu_worker.AdaKVGPUWorker"
         # vLLM takes the model runner's version from nowhere else.
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+        # vLLM would take it for granted here that its scheduler is asynchronous.
+        settings = {"async_scheduling": asynchronous}
     scheduler = "AdaKVAsyncScheduler" if asynchronous else "AdaKVScheduler"
     return {
         "scheduler_cls": f"adakv_worker.scheduler.{scheduler}",
         "worker_cls": f"adakv_worker.{worker}",
         "additional_config": {"adakv": config},
+        **settings,
     }

@@ -125,7 +125,7 @@ def _run(args: argparse.Namespace) -> int:
         args.questions,
     )  # fmt: skip
     earlier = read_rows(args.out) if args.resume and args.out.exists() else []
-    answering = _answering(args, 2 * args.document_tokens + 1024)
+    answering = _answering(args, 2 * args.document_tokens + 1024, or_the_models=True)
     return _write(run(answering, _model_name(args), plan, earlier), args.out, earlier)
 
 
@@ -189,7 +189,10 @@ def _model_name(args: argparse.Namespace) -> str:
     return Path(args.model).name if args.model else EMBEDDED_MODEL_NAME
 
 
-def _answering(args: argparse.Namespace, context_tokens: int) -> "ForcedEngine | HttpServer":
+def _answering(
+    args: argparse.Namespace, context_tokens: int, *, or_the_models: bool = False
+) -> "ForcedEngine | HttpServer":
+    """Args: or_the_models: the model's context is enough where it is shorter."""
     from serving.embedded_model import embedded_model_path
 
     model = args.model or embedded_model_path()
@@ -199,8 +202,13 @@ def _answering(args: argparse.Namespace, context_tokens: int) -> "ForcedEngine |
         from evals.http import HttpServer
 
         return HttpServer(args.server, AutoTokenizer.from_pretrained(model), args.api_key)
+    from transformers import AutoConfig
+
     from evals.engine import ForcedEngine
 
+    if or_the_models:
+        longest = AutoConfig.from_pretrained(model).max_position_embeddings
+        context_tokens = min(context_tokens, longest)
     return ForcedEngine(model, context_tokens, args.kv_bytes)
 
 

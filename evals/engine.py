@@ -106,7 +106,6 @@ class ForcedEngine:
     ) -> None:
         """
         Args:
-            context_tokens: as many, or what the model can do if that is less.
             kv_bytes: None takes enough for two whole contexts, and 2 GiB at least.
         """
         from vllm import LLM
@@ -114,7 +113,6 @@ class ForcedEngine:
         # Bounds are the process's, and an `LLM` without statistics leaves those of the last engine.
         bound_by(None)
         config = AutoConfig.from_pretrained(model)
-        context_tokens = min(context_tokens, config.max_position_embeddings)
         self._llm = LLM(
             model=str(model),
             dtype="float32",
