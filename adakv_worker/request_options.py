@@ -1,9 +1,13 @@
 """Validates the `adakv_*` values of requests at admission, where an error becomes a 400."""
 
+from typing import Any
+
 import torch
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
-from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor import BatchUpdate
+from vllm.v1.sample.logits_processor import LogitsProcessor as ForModelRunnerV1
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ForModelRunnerV2
 
 from adakv_worker.config import CompressionConfig, RequestOptions
 from adakv_worker.continuation import KEY as CONTINUATION_KEY
@@ -17,10 +21,13 @@ def bound_by(config: CompressionConfig | None) -> None:
     _config = config
 
 
-class RequestOptionsValidator(LogitsProcessor):
-    """Touches no logits: being one is how vLLM lets a plug-in validate sampling parameters."""
+class RequestOptionsValidator(ForModelRunnerV1, ForModelRunnerV2):
+    """Touches no logits: being one is how vLLM lets a plug-in validate sampling parameters.
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+    An installed plug-in must be one for the model runner at hand, or vLLM does not start.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, *_: Any) -> None:
         pass
 
     @classmethod
@@ -32,8 +39,11 @@ class RequestOptionsValidator(LogitsProcessor):
             options = RequestOptions.of(sampling_params.extra_args)
             options.budget(_config or CompressionConfig(min_budget_tokens=1))
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, *_: Any) -> torch.Tensor:
         return logits
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        return False
 
     def is_argmax_invariant(self) -> bool:
         return True
