@@ -1,17 +1,22 @@
 """The CPU's model runner with compression: layers outermost, pages packed as its kernels want."""
 
 import torch
+from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from adakv_worker.config import CompressionConfig
 from adakv_worker.cpu_backend import paged_cache
 from adakv_worker.folding import Pages
-from adakv_worker.runner import AdaKVRunnerMixin
+from adakv_worker.runner import AdaKVRunner
+from adakv_worker.runner_v1 import AdaKVRunnerV1
+from adakv_worker.runner_v2 import AdaKVRunnerV2
 from adakv_worker.state import CompressionState
 from kernels.pages import PageLayout, PageTables
 
 
-class AdaKVCPUModelRunner(AdaKVRunnerMixin, CPUModelRunner):
+class LayersOutermost(AdaKVRunner):
+    """For the CPU's backend, which lays one layer after the other (vLLM's LBHNC)."""
+
     def _bind_pages(self, config: CompressionConfig) -> None:
         layers = self._layers()
         self._adakv_pages = _all_pages([layer.kv_cache for layer in layers])
@@ -23,6 +28,14 @@ class AdaKVCPUModelRunner(AdaKVRunnerMixin, CPUModelRunner):
             self._parts(layers),
             record_selections=config.record_selections,
         )
+
+
+class AdaKVCPUModelRunner(LayersOutermost, AdaKVRunnerV1, CPUModelRunner):
+    """The CPU, on Model Runner V1."""
+
+
+class AdaKVCPUModelRunnerV2(LayersOutermost, AdaKVRunnerV2, CPUModelRunnerV2):
+    """The CPU, on Model Runner V2, which wants a Triton for CPUs."""
 
 
 def _all_pages(caches: list[torch.Tensor]) -> Pages:

@@ -1,9 +1,11 @@
 """The CPU worker with compression."""
 
+from typing import Any
+
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from adakv_worker.config import compression_config
-from adakv_worker.cpu_runner import AdaKVCPUModelRunner
+from adakv_worker.cpu_runner import AdaKVCPUModelRunner, AdaKVCPUModelRunnerV2
 from adakv_worker.support import refuse_unsupported
 from adakv_worker.worker import AdaKVWorkerMixin
 
@@ -15,4 +17,5 @@ class AdaKVCPUWorker(AdaKVWorkerMixin, CPUWorker):
         super().init_device()
         if compression_config(self.vllm_config.additional_config) is not None:
             # vLLM's CPU worker makes its runner itself and asks nobody for the class.
-            self.model_runner.__class__ = AdaKVCPUModelRunner
+            runner: Any = AdaKVCPUModelRunnerV2 if self.use_v2_model_runner else AdaKVCPUModelRunner
+            self.model_runner.__class__ = runner

@@ -1,24 +1,25 @@
-"""The GPU's model runner with compression: blocks outermost, an entry's keys before its values.
+"""The GPU's model runners with compression: blocks outermost, an entry's keys before its values.
 
-It is vLLM's Model Runner V1. What the kernels do on the GPU is registered by importing this.
+What the kernels do on the GPU is registered by importing this.
 """
 
 import torch
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 import kernels.gpu.compaction
 import kernels.gpu.top
 import kernels.gpu.window_scores  # noqa: F401
 from adakv_worker.config import CompressionConfig
 from adakv_worker.folding import Pages
-from adakv_worker.runner import AdaKVRunnerMixin
+from adakv_worker.runner import AdaKVRunner
+from adakv_worker.runner_v1 import AdaKVRunnerV1
+from adakv_worker.runner_v2 import AdaKVRunnerV2
 from adakv_worker.state import CompressionState
 from kernels.gpu.device_tables import DeviceTables
 from kernels.paged_cache import PagedCache
 from kernels.pages import PageLayout
 
 
-class BlocksOutermost(AdaKVRunnerMixin):
+class BlocksOutermost(AdaKVRunner):
     """For backends that lay a block's layers and heads one after the other (vLLM's BLHNC)."""
 
     def _bind_pages(self, config: CompressionConfig) -> None:
@@ -34,8 +35,12 @@ class BlocksOutermost(AdaKVRunnerMixin):
         )
 
 
-class AdaKVGPUModelRunner(BlocksOutermost, GPUModelRunner):
-    """CUDA."""
+class AdaKVGPUModelRunner(BlocksOutermost, AdaKVRunnerV1):
+    """CUDA, on Model Runner V1."""
+
+
+class AdaKVGPUModelRunnerV2(BlocksOutermost, AdaKVRunnerV2):
+    """CUDA, on Model Runner V2."""
 
 
 def _all_pages(caches: list[torch.Tensor]) -> Pages:

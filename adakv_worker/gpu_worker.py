@@ -1,6 +1,7 @@
 """The GPU worker with compression."""
 
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from typing import Any
+
 from vllm.v1.worker.gpu_worker import Worker
 
 from adakv_worker.config import compression_config
@@ -14,9 +15,11 @@ class AdaKVGPUWorker(AdaKVWorkerMixin, Worker):
             refuse_unsupported(self.vllm_config)
         super().init_device()
 
-    def _make_model_runner(self) -> GPUModelRunner:
+    # vLLM types it as a Model Runner V1, whichever it is.
+    def _make_model_runner(self) -> Any:
         if compression_config(self.vllm_config.additional_config) is None:
             return super()._make_model_runner()
-        from adakv_worker.gpu_runner import AdaKVGPUModelRunner
+        from adakv_worker.gpu_runner import AdaKVGPUModelRunner, AdaKVGPUModelRunnerV2
 
-        return AdaKVGPUModelRunner(self.vllm_config, self.device)
+        runner: Any = AdaKVGPUModelRunnerV2 if self.use_v2_model_runner else AdaKVGPUModelRunner
+        return runner(self.vllm_config, self.device)

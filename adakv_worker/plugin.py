@@ -1,6 +1,5 @@
 """vLLM's entry point: tells it about the compressed cache. Changes nothing where that is off."""
 
-import os
 from typing import Any
 
 
@@ -35,8 +34,6 @@ def engine_args(config: dict[str, Any], *, asynchronous: bool = False) -> dict[s
     worker, settings = "cpu_worker.AdaKVCPUWorker", {}
     if current_platform.is_cuda():
         worker = "gpu_worker.AdaKVGPUWorker"
-        # vLLM takes the model runner's version from nowhere else.
-        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
         # vLLM would take it for granted here that its scheduler is asynchronous.
         settings = {"async_scheduling": asynchronous}
     scheduler = "AdaKVAsyncScheduler" if asynchronous else "AdaKVScheduler"

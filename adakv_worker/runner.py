@@ -1,16 +1,16 @@
-"""Model-runner mixin: keeps the compressed rows first, plans their step, compresses after it."""
+"""What our model runners do in every step, whichever of vLLM's two versions they are made of."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from vllm.config import set_current_vllm_config
+from torch import Tensor
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from adakv_worker.commands import ATTRIBUTE, Compress, Kept, StepCommands, TakeUp, commands_of
+from adakv_worker.commands import ATTRIBUTE, Compress, Kept, StepCommands, commands_of
 from adakv_worker.compression import Watcher
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.folding import FoldingBuilder, Pages, Step
@@ -21,8 +21,29 @@ from adakv_worker.packed_state import StateRefused
 from adakv_worker.state import CompressionState
 
 
-class AdaKVRunnerMixin(GPUModelRunner):
-    """For vLLM's V1 model runner. A platform adds `_bind_pages`."""
+class Row(NamedTuple):
+    """A request in the batch: its tokens in this step, and those computed before."""
+
+    request_id: str
+    tokens: int
+    computed: int
+
+
+class AdaKVRunner:
+    """Before one of vLLM's runners.
+
+    A platform adds `_bind_pages`; a version the batch's order, `_plan_step` with its rows, and what
+    is below it here.
+    """
+
+    # vLLM's own.
+    vllm_config: VllmConfig
+    model_config: Any
+    kv_cache_config: KVCacheConfig
+    kv_cache_dtype: Any
+    kv_caches: Any
+    attn_groups: Any
+    get_model: Any
 
     adakv: CompressionState
     _adakv_config: CompressionConfig
@@ -34,14 +55,46 @@ class AdaKVRunnerMixin(GPUModelRunner):
     _adakv_staged: dict[str, Moved]
     _adakv_files: MappedFiles
 
+    def _plan_step(self, rows: list[Row]) -> None:
+        """Before the metadata of a real step's attention are made; compressed rows come first."""
+        assert self._adakv_step is not None
+        step = self._step_of(rows, commands_of(self._adakv_step))
+        for group in self.attn_groups[0]:
+            builder = group.get_metadata_builder()
+            assert isinstance(builder, FoldingBuilder)
+            builder.next_step = step
+
+    def _bind_pages(self, config: CompressionConfig) -> None:
+        """Finds all layers' memory as pages, and makes `adakv` of it."""
+        raise NotImplementedError
+
+    def _blocks(self, request_id: str) -> list[int]:
+        """All blocks of a request in the batch."""
+        raise NotImplementedError
+
+    def _hold(self, request_id: str, blocks: list[int]) -> None:
+        """From the next step on these blocks are the request's. The device has been waited for."""
+        raise NotImplementedError
+
+    def _tokens(self, request_id: str) -> list[int] | None:
+        """All tokens of a request by now, between two steps. None: it is not here."""
+        raise NotImplementedError
+
+    def _random_state(self, request_id: str) -> Tensor | None:
+        """What its next random numbers depend on, beside its seed and its tokens."""
+        raise NotImplementedError
+
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        stock: Any = super()
         # The backend looks there for whether it is on.
         with set_current_vllm_config(self.vllm_config):
-            return super().get_kv_cache_spec()
+            specs: dict[str, KVCacheSpec] = stock.get_kv_cache_spec()
+            return specs
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kw: Any) -> None:
+        stock: Any = super()
         with set_current_vllm_config(self.vllm_config):
-            super().initialize_kv_cache(kv_cache_config, *args, **kw)
+            stock.initialize_kv_cache(kv_cache_config, *args, **kw)
         config = compression_config(self.vllm_config.additional_config)
         if config is None or not self.kv_caches:
             return
@@ -60,10 +113,6 @@ class AdaKVRunnerMixin(GPUModelRunner):
                     "attention_backend to FLASH_ATTN or TRITON_ATTN"
                 )
 
-    def _bind_pages(self, config: CompressionConfig) -> None:
-        """Finds all layers' memory as pages, and makes `adakv` of it."""
-        raise NotImplementedError
-
     def _layers(self) -> list[Any]:
         """The attention layers in the order of their caches, each told its index there."""
         (group,) = self.kv_cache_config.kv_cache_groups
@@ -77,50 +126,87 @@ class AdaKVRunnerMixin(GPUModelRunner):
     def _parts(self, layers: list[Any]) -> list[LayerParts]:
         return layer_parts(self.get_model(), [layer.layer_name for layer in layers])
 
-    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+    def _step_of(self, rows: list[Row], commands: StepCommands) -> Step | None:
+        compressed = [row.request_id for row in rows if row.request_id in self.adakv]
+        watchers = self._watchers(rows, commands)
+        if not compressed and not watchers:
+            return None
+        folded = None
+        if compressed:
+            first = [row.request_id for row in rows[: len(compressed)]]
+            assert first == compressed, "compressed rows must come first"
+            builder = self.attn_groups[0][0].get_metadata_builder()
+            assert isinstance(builder, FoldingBuilder)
+            grown = self.adakv.grow(compressed)
+            folded = builder.fold(grown, len(compressed), self._adakv_pages)
+        return Step(folded, watchers)
+
+    def _watchers(self, rows: list[Row], commands: StepCommands) -> list[Watcher]:
+        if not commands.capture and not commands.compress and not commands.evict:
+            return []
+        watchers: list[Watcher] = []
+        start = 0
+        for request_id, count, first in rows:
+            if compress := commands.compress.get(request_id):
+                blocks = self._prompt_blocks(request_id, compress)
+                watchers.append(self.adakv.compress(request_id, compress, blocks, start, first))
+            elif evict := commands.evict.get(request_id):
+                watchers.append(self.adakv.evict(request_id, evict, start))
+            elif capture := commands.capture.get(request_id):
+                watcher = self.adakv.capture(request_id, capture, start, first, count)
+                watchers += [watcher] if watcher is not None else []
+            start += count
+        return watchers
+
+    def _prompt_blocks(self, request_id: str, command: Compress) -> list[int]:
+        blocks = self._blocks(request_id)
+        return blocks[: len(blocks) - len(command.slabs)]
+
+    def _add_slabs(self, scheduler_output: SchedulerOutput) -> None:
         cached = scheduler_output.scheduled_cached_reqs
-        gone = scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set())
-        for request_id in gone | cached.resumed_req_ids:
-            self.adakv.forget(request_id)
         for request_id, new_blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if new_blocks is not None and request_id in self.adakv:
                 self.adakv.add_slabs(request_id, new_blocks[0])
+
+    def _restore_staged(self, scheduler_output: SchedulerOutput) -> None:
         take_up = commands_of(scheduler_output).take_up
         for new in scheduler_output.scheduled_new_reqs:
             if (command := take_up.get(new.req_id)) and command.state is not None:
                 moved = self._adakv_staged[command.state]
                 self.adakv.restore(new.req_id, moved.cache, list(new.block_ids[0]))
-        return super()._update_states(scheduler_output)
 
-    def _may_reorder_batch(self, scheduler_output: SchedulerOutput) -> None:
-        # The requests are in the batch by now, and what is sampled by is not made of it yet.
-        for request_id, command in commands_of(scheduler_output).take_up.items():
-            self._take_up(request_id, command)
-        super()._may_reorder_batch(scheduler_output)
-        batch = self.input_batch
-        first_other = 0
-        for index in range(batch.num_reqs):
-            if batch.req_ids[index] in self.adakv:
-                if index != first_other:
-                    batch.swap_states(index, first_other)
-                first_other += 1
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        stock: Any = super()
+        # Model Runner V2 warms up by this method, too.
+        if kwargs.get("dummy_run"):
+            return stock.execute_model(scheduler_output, *args, **kwargs)
+        self._adakv_step = scheduler_output
+        try:
+            result = stock.execute_model(scheduler_output, *args, **kwargs)
+        finally:
+            self._adakv_step = None
+        commands = commands_of(scheduler_output)
+        self._adakv_kept = self._finish_compressions(commands)
+        self._finish_evictions(commands)
+        self.adakv.drop_windows(scheduler_output.num_scheduled_tokens.keys() - commands.capture)
+        if self._adakv_config.check_invariants:
+            self.adakv.check()
+        return result
 
-    def _take_up(self, request_id: str, command: TakeUp) -> None:
-        """Tells a new request's answer so far from its prompt, and gives it its random numbers."""
-        request = self.requests[request_id]
-        assert request.prompt_token_ids is not None
-        prompt, answer = (
-            request.prompt_token_ids[: command.prompt_tokens],
-            request.prompt_token_ids[command.prompt_tokens :],
-        )
-        request.prompt_token_ids, request.num_prompt_tokens = prompt, len(prompt)
-        # In place: the batch and its logits processors have this list.
-        request.output_token_ids.extend(answer)
-        row = self.input_batch.req_id_to_index[request_id]
-        self.input_batch.num_prompt_tokens[row] = len(prompt)
-        moved = self._adakv_staged.pop(command.state, None) if command.state is not None else None
-        if moved is not None and moved.generator is not None and request.generator is not None:
-            request.generator.set_state(moved.generator)
+    def _finish_compressions(self, commands: StepCommands) -> Kept:
+        if not commands.compress:
+            return {}
+        kept = self.adakv.finish_compressions()
+        for request_id, command in commands.compress.items():
+            self._hold(request_id, list(command.slabs))
+        return _over_ranks(kept)
+
+    def _finish_evictions(self, commands: StepCommands) -> None:
+        if commands.evict:
+            self.adakv.finish_evictions()
+        for request_id, command in commands.evict.items():
+            self._hold(request_id, self._blocks(request_id)[: command.slabs])
 
     def export_request(self, request_id: str, path: str, policy: str) -> list[int] | None:
         """Writes a compressed request's cache to this rank's file, between two steps.
@@ -131,15 +217,14 @@ class AdaKVRunnerMixin(GPUModelRunner):
         Raises:
             OSError: there is no room for it.
         """
-        request = self.requests.get(request_id)
-        if request is None or request_id not in self.adakv or request.prompt_token_ids is None:
+        tokens = self._tokens(request_id)
+        if tokens is None or request_id not in self.adakv:
             return None
-        tokens = [*request.prompt_token_ids, *request.output_token_ids]
-        generator = request.generator.get_state() if request.generator is not None else None
+        random = self._random_state(request_id)
         kind = self._cache_kind()
         header = kind.header(policy, tokens)
         file = rank_file(path, kind.rank)
-        write_state(self.adakv, request_id, generator, header, file, self._adakv_files)
+        write_state(self.adakv, request_id, random, header, file, self._adakv_files)
         return tokens
 
     def stage_state(self, name: str, path: str, policy: str, token_ids: list[int]) -> str | None:
@@ -175,92 +260,8 @@ class AdaKVRunnerMixin(GPUModelRunner):
             packing=self.adakv.packing,
         )
 
-    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        if self._adakv_step is not None:
-            step = self._plan_step(self._adakv_step, commands_of(self._adakv_step))
-            for group in self.attn_groups[0]:
-                builder = group.get_metadata_builder()
-                assert isinstance(builder, FoldingBuilder)
-                builder.next_step = step
-        return super()._build_attention_metadata(*args, **kwargs)
-
-    def _plan_step(self, output: SchedulerOutput, commands: StepCommands) -> Step | None:
-        request_ids = self.input_batch.req_ids
-        compressed = [request_id for request_id in request_ids if request_id in self.adakv]
-        watchers = self._watchers(output, commands)
-        if not compressed and not watchers:
-            return None
-        folded = None
-        if compressed:
-            assert request_ids[: len(compressed)] == compressed, "compressed rows must come first"
-            builder = self.attn_groups[0][0].get_metadata_builder()
-            assert isinstance(builder, FoldingBuilder)
-            grown = self.adakv.grow(compressed)
-            folded = builder.fold(grown, len(compressed), self._adakv_pages)
-        return Step(folded, watchers)
-
-    def _watchers(self, output: SchedulerOutput, commands: StepCommands) -> list[Watcher]:
-        if not commands.capture and not commands.compress and not commands.evict:
-            return []
-        watchers: list[Watcher] = []
-        start = 0
-        for index, request_id in enumerate(self.input_batch.req_ids):
-            count = output.num_scheduled_tokens[request_id]
-            first = int(self.input_batch.num_computed_tokens_cpu[index])
-            if compress := commands.compress.get(request_id):
-                blocks = self._prompt_blocks(request_id, compress)
-                watchers.append(self.adakv.compress(request_id, compress, blocks, start, first))
-            elif evict := commands.evict.get(request_id):
-                watchers.append(self.adakv.evict(request_id, evict, start))
-            elif capture := commands.capture.get(request_id):
-                watcher = self.adakv.capture(request_id, capture, start, first, count)
-                watchers += [watcher] if watcher is not None else []
-            start += count
-        return watchers
-
-    def _prompt_blocks(self, request_id: str, command: Compress) -> list[int]:
-        (blocks,) = self.requests[request_id].block_ids
-        return blocks[: len(blocks) - len(command.slabs)]
-
-    @torch.inference_mode()
-    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-        self._adakv_step = scheduler_output
-        try:
-            result = super().execute_model(scheduler_output, *args, **kwargs)
-        finally:
-            self._adakv_step = None
-        commands = commands_of(scheduler_output)
-        self._adakv_kept = self._finish_compressions(commands)
-        self._finish_evictions(commands)
-        self.adakv.drop_windows(scheduler_output.num_scheduled_tokens.keys() - commands.capture)
-        if self._adakv_config.check_invariants:
-            self.adakv.check()
-        return result
-
-    def _finish_compressions(self, commands: StepCommands) -> Kept:
-        if not commands.compress:
-            return {}
-        kept = self.adakv.finish_compressions()
-        for request_id, command in commands.compress.items():
-            self._hold(request_id, list(command.slabs))
-        return _over_ranks(kept)
-
-    def _finish_evictions(self, commands: StepCommands) -> None:
-        if commands.evict:
-            self.adakv.finish_evictions()
-        for request_id, command in commands.evict.items():
-            (blocks,) = self.requests[request_id].block_ids
-            self._hold(request_id, blocks[: command.slabs])
-
-    def _hold(self, request_id: str, blocks: list[int]) -> None:
-        """From the next step on these blocks are the request's."""
-        self.requests[request_id].block_ids = (blocks,)
-        row = self.input_batch.req_id_to_index[request_id]
-        self.input_batch.block_table.add_row((blocks,), row)
-
-    # vLLM's decorator hides the method's signature from the type checker.
-    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:  # type: ignore[override]
-        output = super().sample_tokens(grammar_output)  # type: ignore[type-var]
+    def _attach_kept(self, output: Any) -> Any:
+        """Attaches to a step's output what its compressions kept."""
         if self._adakv_kept:
             kept, self._adakv_kept = self._adakv_kept, {}
             if isinstance(output, ModelRunnerOutput):

@@ -10,7 +10,6 @@ def refuse_unsupported(config: VllmConfig) -> None:
     parallel, cache = config.parallel_config, config.cache_config
     model = config.model_config
     refusals = {
-        "Model Runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": config.use_v2_model_runner,
         "speculative_config (one token a step)": config.speculative_config is not None,
         "pipeline_parallel_size > 1 (pages are shared by all layers)": (
             parallel.pipeline_parallel_size > 1

@@ -5,7 +5,7 @@ from typing import Any
 from vllm.config import set_current_vllm_config
 from vllm.v1.worker.worker_base import WorkerBase
 
-from adakv_worker.runner import AdaKVRunnerMixin
+from adakv_worker.runner import AdaKVRunner
 
 
 class AdaKVWorkerMixin(WorkerBase):
@@ -30,6 +30,6 @@ class AdaKVWorkerMixin(WorkerBase):
         self._adakv_runner.unstage_state(name)
 
     @property
-    def _adakv_runner(self) -> AdaKVRunnerMixin:
-        assert isinstance(self.model_runner, AdaKVRunnerMixin)
+    def _adakv_runner(self) -> AdaKVRunner:
+        assert isinstance(self.model_runner, AdaKVRunner)
         return self.model_runner

@@ -14,7 +14,6 @@ from torch import Tensor
 
 _ENVIRONMENT = {
     "TRITON_INTERPRET": "1",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -35,6 +34,7 @@ def pytest_load_initial_conftests() -> None:
     flash_attn.get_flash_attn_version = lambda *_, **__: 3  # type: ignore[assignment]
     flash_attn.flash_attn_varlen_func = flash_attention  # type: ignore[assignment]
     flash_attn.reshape_and_cache_flash = store  # type: ignore[attr-defined]
+    flash_attn.get_scheduler_metadata = lambda **_: torch.zeros(1, dtype=torch.int32)  # type: ignore[attr-defined]
     _take_the_gpus_kernels()
     _take_the_gpus_worker()
 
@@ -51,15 +51,22 @@ def _take_the_gpus_kernels() -> None:
 
 
 def _take_the_gpus_worker() -> None:
+    from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     from adakv_worker import cpu_worker
     from adakv_worker.gpu_runner import BlocksOutermost
+    from adakv_worker.runner_v1 import AdaKVRunnerV1
+    from adakv_worker.runner_v2 import AdaKVRunnerV2
 
-    class Runner(BlocksOutermost, CPUModelRunner):
+    class Runner(BlocksOutermost, AdaKVRunnerV1, CPUModelRunner):
         """The GPU's pages in the CPU's runner."""
 
+    class RunnerV2(BlocksOutermost, AdaKVRunnerV2, CPUModelRunnerV2):
+        """The same in its Model Runner V2."""
+
     cpu_worker.AdaKVCPUModelRunner = Runner  # type: ignore[misc, assignment]
+    cpu_worker.AdaKVCPUModelRunnerV2 = RunnerV2  # type: ignore[misc, assignment]
 
 
 def store(

@@ -27,18 +27,22 @@ def reference(model: Path) -> Reference:
 
 
 # Attention in Triton takes long in its interpreter: what is not about attention does without.
-_BOTH = pytest.mark.parametrize(
-    "engine", ["AdaKVTritonBackend", "AdaKVFlashBackend"], indirect=True, scope="module"
+_TRITON, _FLASH, _FLASH_V2 = ("Triton", "0"), ("Flash", "0"), ("Flash", "1")
+_ALL, _FAST = (
+    pytest.mark.parametrize("engine", engines, indirect=True, scope="module", ids=":".join)
+    for engines in ([_TRITON, _FLASH, _FLASH_V2], [_FLASH, _FLASH_V2])
 )
-_ONE = pytest.mark.parametrize("engine", ["AdaKVFlashBackend"], indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
 def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[Engine]:
+    """With an attention backend, on Model Runner V1 or V2."""
     from adakv_worker import cpu_backend, gpu_backends
 
+    name, use_v2 = request.param
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_backend, "AdaKVCPUBackend", getattr(gpu_backends, request.param))
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
+        patch.setattr(cpu_backend, "AdaKVCPUBackend", getattr(gpu_backends, f"AdaKV{name}Backend"))
         engine = Engine(
             model, {"budget_tokens": 40, "keep_ratio": 0.0, "window_tokens": 8},
             block_size=16, max_model_len=512, max_num_batched_tokens=64,
@@ -49,14 +53,14 @@ def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[Engine]:
         engine.close()
 
 
-@_BOTH
+@_ALL
 def test_pages_lie_as_on_the_gpu(engine: Engine) -> None:
     # A block of two layers, two heads, 16 entries of keys and values of 32 numbers.
     assert engine.runner.kv_caches[0].stride() == (2 * 2 * 16 * 64, 16 * 64, 64, 1)
     assert type(engine.runner.adakv.tables).__name__ == "DeviceTables"
 
 
-@_BOTH
+@_ALL
 def test_compressed_and_whole_caches_in_one_batch(engine: Engine, reference: Reference) -> None:
     # Prefills of several chunks, a prefix that is found, one that keeps everything.
     prompts = [prompt(90, seed=1), prompt(120, seed=2), prompt(20, seed=3), prompt(90, seed=1)]
@@ -67,7 +71,7 @@ def test_compressed_and_whole_caches_in_one_batch(engine: Engine, reference: Ref
         assert_equals_reference(result, reference, 1e-3)
 
 
-@_ONE
+@_FAST
 @pytest.mark.parametrize("policy", ["critical_kv_compress", "defensive", "expected_attention"])
 def test_policies(engine: Engine, reference: Reference, policy: str) -> None:
     params = engine.params(max_tokens=3, extra_args={"adakv_policy": policy})
@@ -76,7 +80,7 @@ def test_policies(engine: Engine, reference: Reference, policy: str) -> None:
     assert_equals_reference(result, reference, 1e-3)
 
 
-@_ONE
+@_FAST
 def test_evictions_while_answers_are_written(engine: Engine, reference: Reference) -> None:
     bound = {"adakv_decode_budget_tokens": 40, "adakv_decode_interval_tokens": 32}
     params = engine.params(max_tokens=36, extra_args=bound)
@@ -89,7 +93,7 @@ def test_evictions_while_answers_are_written(engine: Engine, reference: Referenc
     assert_equals_reference(result, reference, 1e-3, traced.kept_at)
 
 
-@_ONE
+@_FAST
 def test_a_cache_leaves_and_comes_back(engine: Engine, reference: Reference) -> None:
     core, state = engine.llm.llm_engine, engine.runner.adakv
     traced = Traced(engine, "moving", prompt(120, seed=7), engine.params(max_tokens=8))
