@@ -47,6 +47,11 @@ class CompressionConfig(BaseModel):
     min_budget_tokens: int = Field(default=64, ge=1, description="Least that a request may ask for")
     max_budget_tokens: int | None = Field(default=None, ge=1)
     allow_full: bool = Field(default=True, description="Whether a request may ask for `full`")
+    graph_table_bytes: int = Field(
+        default=128 << 20,
+        ge=0,
+        description="Most memory for the page tables of full CUDA graphs; 0: no such graphs",
+    )
     check_invariants: bool = Field(
         default=False, description="Check all bookkeeping after every step: slow, for debugging"
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context
@@ -40,8 +41,12 @@ class Pages(NamedTuple):
 class FoldedDecode(NamedTuple):
     """The compressed decodes of one step, R requests of H KV heads each.
 
+    In a CUDA graph R is all of its batch: which rows are compressed, only its memory says then, so
+    that the folded call and the stock one both attend for all.
+
     query_start_loc: [R * H + 1] int32.
     plan: whatever the kernel wants planned, good for all layers.
+    mask: [R] bool, in a graph: the rows that are compressed.
     """
 
     requests: int
@@ -49,6 +54,12 @@ class FoldedDecode(NamedTuple):
     pages: Pages
     query_start_loc: Tensor
     plan: Any = None
+    mask: Tensor | None = None
+
+    @property
+    def stock_from(self) -> int:
+        """The first row of the batch that is the stock call's."""
+        return self.requests if self.mask is None else 0
 
 
 class Step(NamedTuple):
@@ -86,7 +97,7 @@ class FoldingBuilder(AttentionMetadataBuilder[Any]):
         step, self.next_step = self.next_step, None
         if step is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[safe-super]
-        folded = step.folded.requests if step.folded is not None else 0
+        folded = step.folded.stock_from if step.folded is not None else 0
         common = _without_first(common_attn_metadata, folded)
         if common.num_reqs == 0:
             return self.metadata_class(**self._nothing(common), step=step, has_rest=False)
@@ -95,6 +106,10 @@ class FoldingBuilder(AttentionMetadataBuilder[Any]):
 
     def fold(self, grown: GrownStep, requests: int, pages: Pages) -> FoldedDecode:
         """Plans attention for R compressed decodes."""
+        raise NotImplementedError
+
+    def fold_for_graph(self, grown: GrownStep, compressed: int, pages: Pages) -> FoldedDecode:
+        """Plans attention for all rows of a CUDA graph, the first of which are compressed."""
         raise NotImplementedError
 
     def _nothing(self, common: CommonAttentionMetadata) -> dict[str, Any]:
@@ -159,15 +174,13 @@ class FoldingImpl(AttentionImpl[Any]):
         if metadata is None or folded is None:
             stock.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             return
-        count = folded.requests
+        count, rest = folded.requests, folded.stock_from
         self._store_folded(
             layer, fold(key[:count], 1), fold(value[:count], 1), folded.pages,
             folded.grown.slots[layer.adakv_index],
         )  # fmt: skip
         if metadata.has_rest:
-            stock.do_kv_cache_update(
-                layer, key[count:], value[count:], kv_cache, slot_mapping[count:]
-            )
+            stock.do_kv_cache_update(layer, key[rest:], value[rest:], kv_cache, slot_mapping[rest:])
 
     def forward(
         self,
@@ -188,17 +201,23 @@ class FoldingImpl(AttentionImpl[Any]):
                 layer, query, key, value, kv_cache, attn_metadata, output,
                 output_scale, output_block_scale,
             )  # fmt: skip
-        index, count = layer.adakv_index, 0
-        if step.folded is not None:
-            count = step.folded.requests
-            group = self.num_heads // self.num_kv_heads
-            attended = output[:count].view(-1, group, self.head_size)
-            self._attend_folded(layer, index, fold(query[:count], group), attended, step.folded)
+        index, folded = layer.adakv_index, step.folded
+        rest = folded.stock_from if folded is not None else 0
+        attended = output
+        if folded is not None:
+            count, group = folded.requests, self.num_heads // self.num_kv_heads
+            attended = output[:count] if folded.mask is None else torch.empty_like(output[:count])
+            by_head = attended.view(-1, group, self.head_size)
+            self._attend_folded(layer, index, fold(query[:count], group), by_head, folded)
         if attn_metadata.has_rest:
             stock.forward(
-                layer, query[count:], key, value, kv_cache, attn_metadata, output[count:],
+                layer, query[rest:], key, value, kv_cache, attn_metadata, output[rest:],
                 output_scale, output_block_scale,
             )  # fmt: skip
+        if folded is not None and folded.mask is not None:
+            mask = folded.mask.view(-1, *[1] * (output.dim() - 1))
+            stocks = output[: len(mask)]
+            stocks.copy_(torch.where(mask, attended, stocks))
         for watcher in step.watchers:
             watcher.see(index, query)
         return output

@@ -4,48 +4,105 @@ Both read the lengths of the folded sequences from the device, and pages of one 
 table: nothing of a step depends on what the host does not know.
 """
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn, triton_attn
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from adakv_worker.config import compression_config
 from adakv_worker.folding import (
     FoldedDecode,
     FoldingBackend,
     FoldingBuilder,
     FoldingImpl,
     Pages,
+    Step,
     WithStep,
     is_on,
 )
+from kernels.gpu.device_tables import DeviceTables
 from kernels.growth import GrownStep
 
 
 class GPUFoldingBuilder(FoldingBuilder):
-    # Tables are as wide as the longest head, and rows come and go: graphs are of what lies between
-    # the attention layers, which run as they are.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
-    _starts: Tensor | None = None
+    """Full CUDA graphs are of decodes alone, with page tables that stay where they are.
+
+    In them a row has both a folded and a stock call attend for it, one of them to a single entry of
+    whatever is there. What lies between the attention layers can be a graph for any batch.
+    """
+
+    # Set by the runner once there is memory.
+    tables: DeviceTables
+    pages: Pages
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        requests, self._heads = (
+            vllm_config.scheduler_config.max_num_seqs,
+            kv_cache_spec.num_kv_heads,
+        )
+        self._starts = torch.arange(requests * self._heads + 1, dtype=torch.int32, device=device)
+        self._mask = torch.zeros(requests, dtype=torch.bool, device=device)
+        self._seq_lens = torch.zeros(requests, dtype=torch.int32, device=device)
 
     @classmethod
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
     ) -> AttentionCGSupport:
-        return cls._cudagraph_support
+        config = compression_config(vllm_config.additional_config)
+        if config is not None and config.graph_table_bytes == 0:
+            return AttentionCGSupport.NEVER
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def fold(self, grown: GrownStep, requests: int, pages: Pages) -> FoldedDecode:
         sequences = grown.lens.shape[1]
-        if self._starts is None or len(self._starts) <= sequences:
-            self._starts = torch.arange(
-                2 * sequences + 1, dtype=torch.int32, device=pages.keys.device
-            )
         return FoldedDecode(requests, grown, pages, self._starts[: sequences + 1])
+
+    def fold_for_graph(self, grown: GrownStep, compressed: int, pages: Pages) -> FoldedDecode:
+        rows = grown.lens.shape[1] // self._heads
+        mask = self._mask[:rows]
+        mask[:compressed], mask[compressed:] = True, False
+        self._compressed = compressed
+        return self.fold(grown, rows, pages)._replace(mask=mask)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Any:
+        step = self.next_step
+        if step is not None and step.folded is not None and step.folded.mask is not None:
+            common_attn_metadata = self._without_compressed(common_attn_metadata)
+        return super().build(common_prefix_len, common_attn_metadata, fast_build)
+
+    def _without_compressed(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """Has the stock call attend to one entry of a compressed row, and store none."""
+        seq_lens = self._seq_lens[: common.num_reqs]
+        seq_lens.copy_(common.seq_lens)
+        seq_lens[: self._compressed] = 1
+        common.slot_mapping[: self._compressed] = -1
+        return replace(common, seq_lens=seq_lens)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        grown = self.tables.grow([], graph_rows=common_attn_metadata.num_reqs)
+        self.next_step = Step(self.fold_for_graph(grown, 0, self.pages), [])
+        metadata = self.build(0, common_attn_metadata)
+        # Capturing is slow where there is much to attend to, and what comes of it is dropped.
+        metadata.seq_lens.fill_(1)
+        return metadata
 
 
 class GPUFoldingBackend(FoldingBackend):

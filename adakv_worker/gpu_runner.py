@@ -3,7 +3,10 @@
 What the kernels do on the GPU is registered by importing this.
 """
 
+from collections.abc import Collection
+
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 
 import kernels.gpu.compaction
 import kernels.gpu.top
@@ -22,17 +25,51 @@ from kernels.pages import PageLayout
 class BlocksOutermost(AdaKVRunner):
     """For backends that lay a block's layers and heads one after the other (vLLM's BLHNC)."""
 
+    _adakv_tables: DeviceTables
+
     def _bind_pages(self, config: CompressionConfig) -> None:
         layers = self._layers()
         self._adakv_pages = pages = _all_pages([layer.kv_cache for layer in layers])
         _, heads, page_tokens, _ = layers[0].kv_cache.shape
         layout = PageLayout.blocks_outermost(len(layers), heads).to(pages.keys.device)
+        self._adakv_tables = DeviceTables(
+            layout,
+            page_tokens,
+            self.vllm_config.scheduler_config.max_num_seqs,
+            self._graph_columns(config, len(layers) * heads, page_tokens),
+        )
         self.adakv = CompressionState(
             PagedCache(pages.keys[:, :, 0], pages.values[:, :, 0]),
-            DeviceTables(layout, page_tokens, self.vllm_config.scheduler_config.max_num_seqs),
+            self._adakv_tables,
             self._parts(layers),
             record_selections=config.record_selections,
         )
+        for group in self.attn_groups[0]:
+            builder = group.get_metadata_builder()
+            builder.tables, builder.pages = self._adakv_tables, pages
+
+    def _graph_columns(self, config: CompressionConfig, heads: int, page_tokens: int) -> int:
+        """Pages of the longest head that full CUDA graphs can attend to; 0: there are none."""
+        mode = self.vllm_config.compilation_config.cudagraph_mode
+        if not mode.has_full_cudagraphs() or config.graph_table_bytes == 0:
+            return 0
+        requests = self.vllm_config.scheduler_config.max_num_seqs
+        affordable = config.graph_table_bytes // (4 * requests * heads)
+        # No head can be longer than the context.
+        return max(1, min(affordable, -(-self.model_config.max_model_len // page_tokens)))
+
+    def _lengths_changed(self, request_ids: Collection[str]) -> None:
+        group = get_tp_group()
+        if not request_ids or group.world_size == 1:
+            return
+        # Each rank has heads of its own, and either all ranks replay a graph or none.
+        tables, rows = self._adakv_tables, self.adakv.rows(request_ids)
+        longest = torch.tensor([tables.longest(row) for row in rows])
+        torch.distributed.all_reduce(
+            longest, op=torch.distributed.ReduceOp.MAX, group=group.cpu_group
+        )
+        for row, entries in zip(rows, longest.tolist(), strict=True):
+            tables.take_for_longest(row, entries)
 
 
 class AdaKVGPUModelRunner(BlocksOutermost, AdaKVRunnerV1):

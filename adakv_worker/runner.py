@@ -1,5 +1,6 @@
 """What our model runners do in every step, whichever of vLLM's two versions they are made of."""
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -55,14 +56,41 @@ class AdaKVRunner:
     _adakv_staged: dict[str, Moved]
     _adakv_files: MappedFiles
 
-    def _plan_step(self, rows: list[Row]) -> None:
-        """Before the metadata of a real step's attention are made; compressed rows come first."""
+    def _plan_step(self, rows: list[Row], graph_rows: int | None = None) -> None:
+        """Before the metadata of a real step's attention are made; compressed rows come first.
+
+        Args:
+            graph_rows: of the full CUDA graph that the step is run by, if it is by one.
+        """
         assert self._adakv_step is not None
-        step = self._step_of(rows, commands_of(self._adakv_step))
+        compressed = [row.request_id for row in rows if row.request_id in self.adakv]
+        first = [row.request_id for row in rows[: len(compressed)]]
+        assert first == compressed, "compressed rows must come first"
+        watchers = self._watchers(rows, commands_of(self._adakv_step))
+        grown = None
+        if compressed or graph_rows is not None:
+            grown = self.adakv.grow(compressed, graph_rows)
         for group in self.attn_groups[0]:
             builder = group.get_metadata_builder()
             assert isinstance(builder, FoldingBuilder)
-            builder.next_step = step
+            folded = None
+            if grown is not None:
+                fold = builder.fold if graph_rows is None else builder.fold_for_graph
+                folded = fold(grown, len(compressed), self._adakv_pages)
+            builder.next_step = Step(folded, watchers) if folded or watchers else None
+
+    def _may_replay(self) -> bool:
+        """Whether a full CUDA graph may run this step, if it is of decodes alone."""
+        assert self._adakv_step is not None
+        commands = commands_of(self._adakv_step)
+        # What watches a layer is no part of a graph.
+        if commands.capture or commands.compress or commands.evict:
+            return False
+        rows = self.adakv.rows(self._adakv_step.num_scheduled_tokens)
+        return self.adakv.tables.fits_graphs(rows)
+
+    def _lengths_changed(self, request_ids: Collection[str]) -> None:
+        """These requests' heads are of other lengths, by more than the step's token."""
 
     def _bind_pages(self, config: CompressionConfig) -> None:
         """Finds all layers' memory as pages, and makes `adakv` of it."""
@@ -126,21 +154,6 @@ class AdaKVRunner:
     def _parts(self, layers: list[Any]) -> list[LayerParts]:
         return layer_parts(self.get_model(), [layer.layer_name for layer in layers])
 
-    def _step_of(self, rows: list[Row], commands: StepCommands) -> Step | None:
-        compressed = [row.request_id for row in rows if row.request_id in self.adakv]
-        watchers = self._watchers(rows, commands)
-        if not compressed and not watchers:
-            return None
-        folded = None
-        if compressed:
-            first = [row.request_id for row in rows[: len(compressed)]]
-            assert first == compressed, "compressed rows must come first"
-            builder = self.attn_groups[0][0].get_metadata_builder()
-            assert isinstance(builder, FoldingBuilder)
-            grown = self.adakv.grow(compressed)
-            folded = builder.fold(grown, len(compressed), self._adakv_pages)
-        return Step(folded, watchers)
-
     def _watchers(self, rows: list[Row], commands: StepCommands) -> list[Watcher]:
         if not commands.capture and not commands.compress and not commands.evict:
             return []
@@ -174,6 +187,7 @@ class AdaKVRunner:
             if (command := take_up.get(new.req_id)) and command.state is not None:
                 moved = self._adakv_staged[command.state]
                 self.adakv.restore(new.req_id, moved.cache, list(new.block_ids[0]))
+                self._lengths_changed([new.req_id])
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
@@ -198,6 +212,7 @@ class AdaKVRunner:
         if not commands.compress:
             return {}
         kept = self.adakv.finish_compressions()
+        self._lengths_changed(commands.compress)
         for request_id, command in commands.compress.items():
             self._hold(request_id, list(command.slabs))
         return _over_ranks(kept)
@@ -205,6 +220,7 @@ class AdaKVRunner:
     def _finish_evictions(self, commands: StepCommands) -> None:
         if commands.evict:
             self.adakv.finish_evictions()
+            self._lengths_changed(commands.evict)
         for request_id, command in commands.evict.items():
             self._hold(request_id, self._blocks(request_id)[: command.slabs])
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor
+from vllm.config import CUDAGraphMode
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -12,6 +13,9 @@ from adakv_worker.runner import AdaKVRunner, Row
 
 class AdaKVRunnerV1(AdaKVRunner, GPUModelRunner):
     """Keeps the compressed rows of the persistent batch first."""
+
+    # Whether this step is run by a full CUDA graph.
+    _adakv_replays = False
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         cached = scheduler_output.scheduled_cached_reqs
@@ -52,15 +56,22 @@ class AdaKVRunnerV1(AdaKVRunner, GPUModelRunner):
         if moved is not None and moved.generator is not None and request.generator is not None:
             request.generator.set_state(moved.generator)
 
+    def _determine_batch_execution_and_padding(self, *args: Any, **kwargs: Any) -> Any:
+        if self._adakv_step is not None and not self._may_replay():
+            # Full graphs are of uniform decodes alone: see the backends' `get_cudagraph_support`.
+            kwargs["force_uniform_decode"] = False
+        decided = super()._determine_batch_execution_and_padding(*args, **kwargs)
+        self._adakv_replays = decided[0] is CUDAGraphMode.FULL
+        return decided
+
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         if self._adakv_step is not None:
             tokens, batch = self._adakv_step.num_scheduled_tokens, self.input_batch
-            self._plan_step(
-                [
-                    Row(request_id, tokens[request_id], int(batch.num_computed_tokens_cpu[index]))
-                    for index, request_id in enumerate(batch.req_ids)
-                ]
-            )
+            rows = [
+                Row(request_id, tokens[request_id], int(batch.num_computed_tokens_cpu[index]))
+                for index, request_id in enumerate(batch.req_ids)
+            ]
+            self._plan_step(rows, kwargs["num_reqs_padded"] if self._adakv_replays else None)
         return super()._build_attention_metadata(*args, **kwargs)
 
     # vLLM's decorator hides the method's signature from the type checker.

@@ -4,7 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from vllm.config import CUDAGraphMode
 from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
@@ -17,6 +19,8 @@ class AdaKVRunnerV2(AdaKVRunner, GPUModelRunner):
 
     # All blocks of each request. vLLM has them on the device alone.
     _adakv_blocks: dict[str, list[int]]
+    # Whether this step is run by a full CUDA graph.
+    _adakv_replays = False
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         self._adakv_blocks = {}
@@ -64,19 +68,33 @@ class AdaKVRunnerV2(AdaKVRunner, GPUModelRunner):
             first = sorted(tokens, key=lambda request_id: request_id not in self.adakv)
             ordered = {request_id: tokens[request_id] for request_id in first}
             scheduler_output = replace(scheduler_output, num_scheduled_tokens=ordered)
-        return super().gather_batch_req_state(scheduler_output, dummy_run)
+        batch, uniform_tokens = super().gather_batch_req_state(scheduler_output, dummy_run)
+        if not dummy_run and not self._may_replay():
+            # Full graphs are of uniform decodes alone: see the backends' `get_cudagraph_support`.
+            uniform_tokens = None
+        return batch, uniform_tokens
+
+    def prepare_inputs(
+        self,
+        scheduler_output: SchedulerOutput,
+        batch_req_state: Any,
+        batch_desc: BatchExecutionDescriptor,
+        num_active_loras: int,
+    ) -> InputBatch:
+        self._adakv_replays = batch_desc.cg_mode is CUDAGraphMode.FULL
+        return super().prepare_inputs(
+            scheduler_output, batch_req_state, batch_desc, num_active_loras
+        )
 
     def prepare_attn(self, input_batch: InputBatch) -> Any:
-        self._plan_step(
-            list(
-                map(
-                    Row,
-                    input_batch.req_ids,
-                    input_batch.num_scheduled_tokens.tolist(),
-                    input_batch.num_computed_tokens_np.tolist(),
-                )
-            )
+        rows = map(
+            Row,
+            input_batch.req_ids,
+            input_batch.num_scheduled_tokens.tolist(),
+            input_batch.num_computed_tokens_np.tolist(),
         )
+        replayed = input_batch.num_reqs_after_padding if self._adakv_replays else None
+        self._plan_step(list(rows), replayed)
         return super().prepare_attn(input_batch)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:

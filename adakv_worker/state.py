@@ -78,9 +78,13 @@ class CompressionState:
     def add_slabs(self, request_id: str, slabs: list[int]) -> None:
         self.tables.add_slabs(self._rows[request_id], slabs)
 
-    def grow(self, request_ids: Sequence[str]) -> GrownStep:
-        """One more entry for every head of the requests."""
-        return self.tables.grow([self._rows[request_id] for request_id in request_ids])
+    def rows(self, request_ids: Iterable[str]) -> list[int]:
+        """Where the compressed ones of these requests are in the page tables."""
+        return [row for name in request_ids if (row := self._rows.get(name)) is not None]
+
+    def grow(self, request_ids: Sequence[str], graph_rows: int | None = None) -> GrownStep:
+        """One more entry for every head of the requests; `graph_rows` as `DeviceTables` take it."""
+        return self.tables.grow(self.rows(request_ids), graph_rows)
 
     def capture(
         self,

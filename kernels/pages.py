@@ -204,12 +204,17 @@ class PageTables:
         self._used_pages[row] = 0
         self._free_rows.append(row)
 
-    def grow(self, rows: list[int]) -> GrownStep:
+    def fits_graphs(self, rows: list[int]) -> bool:
+        """Whether `grow` can be told `graph_rows` for these requests: see `DeviceTables`."""
+        return False
+
+    def grow(self, rows: list[int], graph_rows: int | None = None) -> GrownStep:
         """Adds one entry to every head of the requests at `rows` [R].
 
         Raises:
             ValueError: a request has no page left; nothing has changed then.
         """
+        assert graph_rows is None
         batch = self._batch
         if batch is None or rows != self._batch_rows or not batch.is_wide_enough:
             batch = self._begin_batch(rows)

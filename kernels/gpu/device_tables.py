@@ -14,20 +14,58 @@ from kernels.pages import PageLayout, PageTables
 class _Batch(NamedTuple):
     """R requests that decode together.
 
-    lens, tables, used: as `grow_by_one` takes them.
+    lens, tables, used, slots: as `grow_by_one` takes them.
     longest: entries of the longest head, when it began.
+    fixed: whether it lies where graphs look for it.
     """
 
     rows: Tensor
     lens: Tensor
     tables: Tensor
     used: Tensor
+    slots: Tensor | None
     longest: int
+    fixed: bool
 
     @property
     def nbytes(self) -> int:
-        held = (self.lens, self.tables, self.used)
+        held = (self.used,) if self.fixed else (self.lens, self.tables, self.used)
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+class _Fixed(NamedTuple):
+    """Memory for the batches of CUDA graphs, which find it where it was when they were captured.
+
+    A batch takes the first of it, densely: lens and slots [L * R * H], tables [L * R * H * W].
+    """
+
+    lens: Tensor
+    tables: Tensor
+    slots: Tensor
+    columns: int
+
+    @staticmethod
+    def make(sequences: int, columns: int, device: torch.device) -> "_Fixed":
+        return _Fixed(
+            torch.ones(sequences, dtype=torch.int32, device=device),
+            torch.zeros(sequences * columns, dtype=torch.int32, device=device),
+            torch.full((sequences,), -1, dtype=torch.int64, device=device),
+            columns,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        held = (self.lens, self.tables, self.slots)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def batch(self, layers: int, requests: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Lens, tables and slots of a batch whose rows all attend to one entry, and store none."""
+        sequences = layers * requests * heads
+        lens = self.lens[:sequences].view(layers, requests, heads).fill_(1)
+        tables = self.tables[: sequences * self.columns].view(layers, requests, heads, -1)
+        # Of whatever is there: nobody looks at what comes of it.
+        tables[..., 0] = 0
+        return lens, tables, self.slots[:sequences].view(layers, -1).fill_(-1)
 
 
 class DeviceTables(PageTables):
@@ -35,10 +73,17 @@ class DeviceTables(PageTables):
 
     The host keeps what follows without looking: slabs, and how long the longest head can be. What a
     request has used of its slabs only the device knows; asking, placing and shrinking wait for it.
+
+    With `graph_columns`, batches of heads that are no longer than so many pages may grow where CUDA
+    graphs look for them.
     """
 
-    def __init__(self, layout: PageLayout, page_tokens: int, rows: int) -> None:
+    def __init__(
+        self, layout: PageLayout, page_tokens: int, rows: int, graph_columns: int = 0
+    ) -> None:
         super().__init__(layout, page_tokens, rows)
+        sequences = rows * layout.offsets.numel()
+        self._fixed = _Fixed.make(sequences, graph_columns, self.device) if graph_columns else None
         self._used = torch.zeros(rows, dtype=torch.int32, device=self.device)
         self._granted = torch.zeros(rows, dtype=torch.int32, device=self.device)
         self._slab_ids = torch.zeros((rows, 1), dtype=torch.int32, device=self.device)
@@ -52,7 +97,24 @@ class DeviceTables(PageTables):
     def nbytes(self) -> int:
         held = (self._used, self._granted, self._slab_ids)
         mine = sum(tensor.numel() * tensor.element_size() for tensor in held)
-        return super().nbytes + mine + (0 if self._growing is None else self._growing.nbytes)
+        others = [held.nbytes for held in (self._growing, self._fixed) if held is not None]
+        return super().nbytes + mine + sum(others)
+
+    def longest(self, row: int) -> int:
+        """Entries of a request's longest head, or more, as far as the host knows."""
+        growing = self._growing is not None and row in self._batch_rows
+        return self._longest[row] + (self._steps if growing else 0)
+
+    def take_for_longest(self, row: int, entries: int) -> None:
+        """Another device, which must do as this one does, has a head of so many entries."""
+        self._longest[row] += max(0, entries - self.longest(row))
+
+    def fits_graphs(self, rows: list[int]) -> bool:
+        """Whether these requests can take one more entry where graphs look for it."""
+        if self._fixed is None:
+            return False
+        room = self._fixed.columns * self.page_tokens
+        return all(self.longest(row) < room for row in rows)
 
     def used_pages(self, row: int) -> int:
         self._end_batch()
@@ -102,19 +164,22 @@ class DeviceTables(PageTables):
         self._news = [news for news in self._news if news[0] != row]
         self._longest[row] = 0
 
-    def grow(self, rows: list[int]) -> GrownStep:
+    def grow(self, rows: list[int], graph_rows: int | None = None) -> GrownStep:
         """Adds one entry to every head of the requests at `rows` [R].
 
         A head without a page left gets the slot -1, which cache writes leave out.
+
+        Args:
+            graph_rows: N >= R; the step is of N rows then, where graphs look for it. Those after
+                the first R have the slot -1 and one entry each, of whatever is there.
         """
         batch = self._growing
-        room = self._tables.shape[-1] * self.page_tokens
-        if batch is None or rows != self._batch_rows or batch.longest + self._steps >= room:
-            batch = self._begin(rows)
+        if batch is None or rows != self._batch_rows or not self._goes_on(batch, graph_rows):
+            batch = self._begin(rows, graph_rows)
         self._send_news()
         slots = grow_by_one(
             batch.lens, batch.tables, batch.used, self._slab_ids[batch.rows],
-            self._granted[batch.rows], self.layout, self.page_tokens,
+            self._granted[batch.rows], self.layout, self.page_tokens, batch.slots,
         )  # fmt: skip
         self._steps += 1
         layers = self.layers
@@ -123,17 +188,31 @@ class DeviceTables(PageTables):
             batch.lens.view(layers, -1), self._steps - 1,
         )  # fmt: skip
 
-    def _begin(self, rows: list[int]) -> _Batch:
+    def _goes_on(self, batch: _Batch, graph_rows: int | None) -> bool:
+        if graph_rows is not None:
+            return batch.fixed and batch.lens.shape[1] == graph_rows
+        room = batch.tables.shape[-1] * self.page_tokens
+        return not batch.fixed and batch.longest + self._steps < room
+
+    def _begin(self, rows: list[int], graph_rows: int | None) -> _Batch:
         self._end_batch()
         index = self._sent(rows)
-        longest = max(self._longest[row] for row in rows)
+        longest = max((self._longest[row] for row in rows), default=0)
         self._widen(longest // self.page_tokens + 1)
+        lens, tables = (held[index].transpose(0, 1) for held in (self._lens, self._tables))
+        slots = None
+        if graph_rows is None:
+            lens, tables = lens.contiguous(), tables.contiguous()
+        else:
+            assert self._fixed is not None
+            layers, heads = self.layout.offsets.shape
+            into, into_tables, slots = self._fixed.batch(layers, graph_rows, heads)
+            into[:, : len(rows)] = lens
+            columns = min(tables.shape[-1], self._fixed.columns)
+            into_tables[:, : len(rows), :, :columns] = tables[..., :columns]
+            lens, tables = into, into_tables
         self._growing = _Batch(
-            index,
-            self._lens[index].transpose(0, 1).contiguous(),
-            self._tables[index].transpose(0, 1).contiguous(),
-            self._used[index],
-            longest,
+            index, lens, tables, self._used[index], slots, longest, graph_rows is not None
         )
         self._batch_rows, self._steps = list(rows), 0
         return self._growing
@@ -142,11 +221,15 @@ class DeviceTables(PageTables):
         batch, self._growing = self._growing, None
         if batch is None:
             return
-        self._lens[batch.rows] = batch.lens.transpose(0, 1)
-        self._tables[batch.rows] = batch.tables.transpose(0, 1)
-        self._used[batch.rows] = batch.used
         for row in self._batch_rows:
             self._longest[row] += self._steps
+        self._widen(-(-(batch.longest + self._steps) // self.page_tokens))
+        count, columns = len(batch.rows), min(batch.tables.shape[-1], self._tables.shape[-1])
+        self._lens[batch.rows] = batch.lens[:, :count].transpose(0, 1)
+        self._tables[batch.rows, ..., :columns] = batch.tables[:, :count, :, :columns].transpose(
+            0, 1
+        )
+        self._used[batch.rows] = batch.used
 
     def _tell(self, row: int, first: int, slabs: Sequence[int]) -> None:
         self._news += [(row, first + place, slab) for place, slab in enumerate(slabs)]

@@ -49,21 +49,26 @@ def grow_by_one(
     granted: Tensor,
     layout: PageLayout,
     page_tokens: int,
+    slots: Tensor | None = None,
 ) -> Tensor:
-    """Adds one entry to every head of R requests, in place; returns its slots [L, R * H] int64.
+    """Adds one entry to every head of R requests, in place; returns its slots [L, N * H] int64.
 
     As `kernels.growth.grow_reference` does.
 
     Args:
-        lens: [L, R, H] int32 entries.
-        tables: [L, R, H, W] int32 page ids.
+        lens: [L, N, H] int32 entries, of N >= R rows; those after the first R are left alone.
+        tables: [L, N, H, W] int32 page ids.
         used: [R] int32 pages in use.
         slabs: [R, S] int32, their blocks, of which [R] int32 `granted` count.
         layout: with its offsets on the device of `lens`.
+        slots: where to put them; None takes fresh memory, of which only N = R is then defined.
     """
     layers, requests, heads = lens.shape
-    slots = torch.empty((layers, requests * heads), dtype=torch.int64, device=lens.device)
-    _grow[(requests,)](
+    if slots is None:
+        slots = torch.empty((layers, requests * heads), dtype=torch.int64, device=lens.device)
+    if len(used) == 0:
+        return slots
+    _grow[(len(used),)](
         lens, tables, used, slabs, granted, layout.offsets, slots,
         requests, heads, tables.shape[3], slabs.shape[1], layout.block_stride,
         PAGE=page_tokens, EACH=layers * heads, BLOCK=triton.next_power_of_2(layers * heads),

@@ -41,10 +41,14 @@ class Traced:
 
 def run(engine: Engine, requests: dict[str, Traced]) -> None:
     core = engine.llm.llm_engine
+    # The asynchronous scheduler has a step's outputs when the next one has been started.
+    steps_behind = int(engine.scheduler.scheduler_config.async_scheduling)
+    seen: list[dict[str, torch.Tensor | None]] = []
     while core.has_unfinished_requests():
-        seen = {name: traced.before_step() for name, traced in requests.items()}
+        seen.append({name: traced.before_step() for name, traced in requests.items()})
         for output in core.step():
-            requests[output.request_id].note(output, seen[output.request_id])
+            kept = seen[max(0, len(seen) - 1 - steps_behind)]
+            requests[output.request_id].note(output, kept[output.request_id])
     engine.flush()
 
 

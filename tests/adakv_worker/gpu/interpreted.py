@@ -20,6 +20,10 @@ _ENVIRONMENT = {
 }
 
 
+# Captures and replays what comes next, if it is there: see `graphs.py`.
+graphs: Any = None
+
+
 def pytest_load_initial_conftests() -> None:
     os.environ.update(_ENVIRONMENT)
     from triton.backends import backends
@@ -37,6 +41,7 @@ def pytest_load_initial_conftests() -> None:
     flash_attn.get_scheduler_metadata = lambda **_: torch.zeros(1, dtype=torch.int32)  # type: ignore[attr-defined]
     _take_the_gpus_kernels()
     _take_the_gpus_worker()
+    _take_the_gpus_settings()
 
 
 def _take_the_gpus_kernels() -> None:
@@ -65,8 +70,29 @@ def _take_the_gpus_worker() -> None:
     class RunnerV2(BlocksOutermost, AdaKVRunnerV2, CPUModelRunnerV2):
         """The same in its Model Runner V2."""
 
+        def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+            if graphs is not None:
+                graphs.enable(self)
+            super().initialize_kv_cache(*args, **kwargs)
+            if graphs is not None:
+                graphs.capture(self)
+
     cpu_worker.AdaKVCPUModelRunner = Runner  # type: ignore[misc, assignment]
     cpu_worker.AdaKVCPUModelRunnerV2 = RunnerV2  # type: ignore[misc, assignment]
+
+
+def _take_the_gpus_settings() -> None:
+    from vllm.config import VllmConfig
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config
+
+    def checked(config: VllmConfig) -> None:
+        asynchronous = config.scheduler_config.async_scheduling
+        update(config)
+        config.scheduler_config.async_scheduling = asynchronous
+
+    CpuPlatform.check_and_update_config = staticmethod(checked)  # type: ignore[assignment, method-assign]
 
 
 def store(

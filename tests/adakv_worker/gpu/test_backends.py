@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from vllm.v1.attention import selector
 
+from adakv_worker.plugin import engine_args
 from tests.adakv_worker.engines import (
     Engine,
     Reference,
@@ -13,6 +16,8 @@ from tests.adakv_worker.engines import (
     make_tiny_model,
     prompt,
 )
+from tests.adakv_worker.gpu import interpreted
+from tests.adakv_worker.gpu.graphs import Graphs
 from tests.adakv_worker.test_eviction import Traced, run
 
 
@@ -27,40 +32,69 @@ def reference(model: Path) -> Reference:
 
 
 # Attention in Triton takes long in its interpreter: what is not about attention does without.
-_TRITON, _FLASH, _FLASH_V2 = ("Triton", "0"), ("Flash", "0"), ("Flash", "1")
-_ALL, _FAST = (
-    pytest.mark.parametrize("engine", engines, indirect=True, scope="module", ids=":".join)
-    for engines in ([_TRITON, _FLASH, _FLASH_V2], [_FLASH, _FLASH_V2])
-)
+class Kind(NamedTuple):
+    backend: str
+    use_v2: bool
+    graphs: bool = False
+    asynchronous: bool = False
+
+    def __str__(self) -> str:
+        extras = ["graphs"] * self.graphs + ["asynchronous"] * self.asynchronous
+        return "-".join([self.backend, "V2" if self.use_v2 else "V1", *extras])
+
+
+_FAST = [
+    Kind("Flash", use_v2=False),
+    Kind("Flash", use_v2=True),
+    Kind("Flash", use_v2=True, graphs=True),
+    Kind("Flash", use_v2=True, graphs=True, asynchronous=True),
+]
+
+
+def on(*kinds: Kind) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("engine", kinds, indirect=True, scope="module", ids=str)
+
+
+def asynchronously(kind: Kind) -> dict[str, Any]:
+    if not kind.asynchronous:
+        return {"async_scheduling": False}
+    names = engine_args({}, asynchronous=True)
+    return {"scheduler_cls": names["scheduler_cls"], "async_scheduling": True}
 
 
 @pytest.fixture(scope="module")
 def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[Engine]:
-    """With an attention backend, on Model Runner V1 or V2."""
     from adakv_worker import cpu_backend, gpu_backends
 
-    name, use_v2 = request.param
+    kind: Kind = request.param
+    compression = {"budget_tokens": 40, "keep_ratio": 0.0, "window_tokens": 8}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", use_v2)
-        patch.setattr(cpu_backend, "AdaKVCPUBackend", getattr(gpu_backends, f"AdaKV{name}Backend"))
+        backend = getattr(gpu_backends, f"AdaKV{kind.backend}Backend")
+        patch.setattr(cpu_backend, "AdaKVCPUBackend", backend)
+        # What the engine before was given.
+        selector._cached_get_attn_backend.cache_clear()
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(kind.use_v2)))
+        graphs = Graphs(patch) if kind.graphs else None
+        patch.setattr(interpreted, "graphs", graphs)
         engine = Engine(
-            model, {"budget_tokens": 40, "keep_ratio": 0.0, "window_tokens": 8},
+            model, compression,
             block_size=16, max_model_len=512, max_num_batched_tokens=64,
-            kv_cache_memory_bytes=8 << 20,
+            kv_cache_memory_bytes=8 << 20, **asynchronously(kind),
         )  # fmt: skip
+        assert engine.runner.attn_groups[0][0].backend is backend
         yield engine
         engine.assert_nothing_leaked()
         engine.close()
 
 
-@_ALL
+@on(Kind("Triton", use_v2=False), *_FAST)
 def test_pages_lie_as_on_the_gpu(engine: Engine) -> None:
     # A block of two layers, two heads, 16 entries of keys and values of 32 numbers.
     assert engine.runner.kv_caches[0].stride() == (2 * 2 * 16 * 64, 16 * 64, 64, 1)
     assert type(engine.runner.adakv.tables).__name__ == "DeviceTables"
 
 
-@_ALL
+@on(Kind("Triton", use_v2=False), *_FAST)
 def test_compressed_and_whole_caches_in_one_batch(engine: Engine, reference: Reference) -> None:
     # Prefills of several chunks, a prefix that is found, one that keeps everything.
     prompts = [prompt(90, seed=1), prompt(120, seed=2), prompt(20, seed=3), prompt(90, seed=1)]
@@ -71,7 +105,21 @@ def test_compressed_and_whole_caches_in_one_batch(engine: Engine, reference: Ref
         assert_equals_reference(result, reference, 1e-3)
 
 
-@_FAST
+@on(*(kind for kind in _FAST if kind.graphs))
+def test_graphs_are_of_compressed_and_whole_caches(engine: Engine, reference: Reference) -> None:
+    replayed = interpreted.graphs.replayed
+    replayed.clear()
+    prompts = [prompt(90, seed=11), prompt(120, seed=12), prompt(30, seed=13)]
+    params = [engine.params(max_tokens=tokens) for tokens in (12, 9, 14)]
+    results = engine.run(prompts, params)
+    assert [result.kept is None for result in results] == [False, False, True]
+    for result in results:
+        assert_equals_reference(result, reference, 1e-3)
+    # Three decode in a graph of four; then two, then one.
+    assert set(replayed) == {4, 2, 1}
+
+
+@on(*_FAST)
 @pytest.mark.parametrize("policy", ["critical_kv_compress", "defensive", "expected_attention"])
 def test_policies(engine: Engine, reference: Reference, policy: str) -> None:
     params = engine.params(max_tokens=3, extra_args={"adakv_policy": policy})
@@ -80,7 +128,7 @@ def test_policies(engine: Engine, reference: Reference, policy: str) -> None:
     assert_equals_reference(result, reference, 1e-3)
 
 
-@_FAST
+@on(*_FAST)
 def test_evictions_while_answers_are_written(engine: Engine, reference: Reference) -> None:
     bound = {"adakv_decode_budget_tokens": 40, "adakv_decode_interval_tokens": 32}
     params = engine.params(max_tokens=36, extra_args=bound)
@@ -93,7 +141,7 @@ def test_evictions_while_answers_are_written(engine: Engine, reference: Referenc
     assert_equals_reference(result, reference, 1e-3, traced.kept_at)
 
 
-@_FAST
+@on(*_FAST)
 def test_a_cache_leaves_and_comes_back(engine: Engine, reference: Reference) -> None:
     core, state = engine.llm.llm_engine, engine.runner.adakv
     traced = Traced(engine, "moving", prompt(120, seed=7), engine.params(max_tokens=8))

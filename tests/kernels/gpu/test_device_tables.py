@@ -19,9 +19,10 @@ class Pair:
     def __init__(self, device: torch.device) -> None:
         layout = PageLayout.blocks_outermost(LAYERS, HEADS)
         self.host = PageTables(layout, PAGE, ROWS)
-        self.device = DeviceTables(layout.to(device), PAGE, ROWS)
+        self.device = DeviceTables(layout.to(device), PAGE, ROWS, graph_columns=4)
         self.free = list(range(BLOCKS))
         self.slabs: dict[int, list[int]] = {}
+        self.places: tuple[int, ...] | None = None
 
     def take(self, count: int) -> list[int]:
         taken, self.free = self.free[:count], self.free[count:]
@@ -34,7 +35,8 @@ class Pair:
         assert len(rows) == 1
         self.slabs[rows.pop()] = slabs
 
-    def grow(self, rows: list[int]) -> None:
+    def grow(self, rows: list[int], graph_rows: int | None = None) -> None:
+        """graph_rows: where graphs look for it, if they can be that long."""
         for row in rows:
             used = self.host.used_pages(row)
             while used + LAYERS * HEADS > len(self.slabs[row]) * LAYERS * HEADS:
@@ -42,9 +44,21 @@ class Pair:
                 self.slabs[row].append(slab)
                 self.host.add_slabs(row, [slab])
                 self.device.add_slabs(row, [slab])
-        expected, got = self.host.grow(rows), self.device.grow(rows)
-        assert torch.equal(got.slots.cpu(), expected.slots)
-        assert torch.equal(got.lens.cpu(), expected.lens)
+        for row in rows:
+            assert self.device.longest(row) >= int(self.host.lens(row).max())
+        if not self.device.fits_graphs(rows):
+            graph_rows = None
+        expected, got = self.host.grow(rows), self.device.grow(rows, graph_rows)
+        mine = len(rows) * HEADS
+        assert torch.equal(got.slots[:, :mine].cpu(), expected.slots)
+        assert torch.equal(got.lens[:, :mine].cpu(), expected.lens)
+        assert (got.slots[:, mine:] == -1).all()
+        assert (got.lens[:, mine:] == 1).all()
+        if graph_rows is not None:
+            assert got.tables.shape[1] == graph_rows * HEADS
+            places = got.tables.data_ptr(), got.lens.data_ptr(), got.slots.data_ptr()
+            assert places == self.places or self.places is None
+            self.places = places
 
     def shrink(self, row: int, keep: Tensor) -> None:
         lens = (self.host.lens(row) * keep).int()
@@ -87,8 +101,9 @@ def test_whatever_is_done_to_them(device: torch.device, data: st.DataObject) -> 
             pair.place(some_lens())
         elif deed == "grow":
             together = data.draw(st.permutations(rows))[: data.draw(st.integers(1, len(rows)))]
+            graph_rows = data.draw(st.none() | st.integers(len(together), ROWS))
             for _ in range(data.draw(st.integers(1, 6))):
-                pair.grow(together)
+                pair.grow(together, graph_rows)
         elif deed == "shrink":
             pair.shrink(data.draw(st.sampled_from(rows)), some_lens() / 11)
         else:
@@ -102,3 +117,19 @@ def test_pages_that_do_not_fit_are_refused(device: torch.device) -> None:
     for _ in range(ROWS + 1):
         with pytest.raises(ValueError, match="12 pages do not fit into 6"):
             tables.place(lens, [3])
+
+
+def test_only_heads_short_enough_grow_where_graphs_look(device: torch.device) -> None:
+    layout = PageLayout.blocks_outermost(LAYERS, HEADS).to(device)
+    tables = DeviceTables(layout, PAGE, ROWS, graph_columns=2)
+    row = tables.place(torch.full((LAYERS, HEADS), 2 * PAGE - 2, dtype=torch.int32), [1, 2, 3])
+    assert tables.fits_graphs([row])
+    tables.grow([row], graph_rows=2)
+    tables.grow([row], graph_rows=1)
+    assert not tables.fits_graphs([row])
+    assert (tables.grow([row]).lens == 2 * PAGE + 1).all()
+    other = tables.place(torch.ones((LAYERS, HEADS), dtype=torch.int32), [4])
+    assert tables.fits_graphs([other])
+    tables.take_for_longest(other, 2 * PAGE)
+    assert not tables.fits_graphs([other])
+    assert not DeviceTables(layout, PAGE, ROWS).fits_graphs([])
