@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 SIZES = [1, 2, 4]
 
 
 class Graphs:
-    """What has been captured and replayed in an engine on Model Runner V2."""
+    """What has been captured and replayed in an engine."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         # Requests in each step that was replayed.
@@ -36,6 +38,34 @@ class Graphs:
         config.cudagraph_capture_sizes, config.max_cudagraph_capture_size = SIZES, SIZES[-1]
 
     def capture(self, runner: Any) -> None:
+        if isinstance(runner, GPUModelRunner):
+            self._capture_v1(runner)
+        else:
+            self._capture_v2(runner)
+
+    def _capture_v1(self, runner: Any) -> None:
+        # vLLM wraps the model so that what it is given decides on the graph.
+        forward, graphs = runner.model.forward, {}
+
+        def wrapped(**inputs: Any) -> Any:
+            context = get_forward_context()
+            if context.cudagraph_runtime_mode is not CUDAGraphMode.FULL:
+                return forward(**inputs)
+            now = context.attn_metadata, context.slot_mapping, inputs
+            captured = graphs.setdefault(context.batch_descriptor, now)
+            assert_same_places(captured, now)
+            self.replayed.append(context.batch_descriptor.num_tokens)
+            context.attn_metadata, context.slot_mapping, inputs = captured
+            return forward(**inputs)
+
+        runner.model.forward = wrapped
+        for size in SIZES:
+            runner._dummy_run(
+                size, CUDAGraphMode.FULL, uniform_decode=True, is_graph_capturing=True
+            )
+        self.replayed.clear()
+
+    def _capture_v2(self, runner: Any) -> None:
         state, made = runner.model_state, runner.model_state.prepare_attn
 
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -64,10 +94,14 @@ class _Graph:
         self._forward, self._metadata = forward, metadata
 
     def replay(self) -> None:
-        mine, now = (list(_places(value)) for value in (self._metadata, self._graphs._metadata))
-        assert mine == now, "this step's metadata are not where the graph looks for them"
+        assert_same_places(self._metadata, self._graphs._metadata)
         self._graphs.replayed.append(self._requests)
         self._forward(CUDAGraphMode.NONE)
+
+
+def assert_same_places(captured: Any, now: Any) -> None:
+    """Asserts that a step's metadata lie where a graph looks for them."""
+    assert list(_places(captured)) == list(_places(now))
 
 
 def _places(value: Any) -> Iterator[tuple[int, torch.Size]]:

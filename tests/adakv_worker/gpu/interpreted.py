@@ -64,18 +64,19 @@ def _take_the_gpus_worker() -> None:
     from adakv_worker.runner_v1 import AdaKVRunnerV1
     from adakv_worker.runner_v2 import AdaKVRunnerV2
 
-    class Runner(BlocksOutermost, AdaKVRunnerV1, CPUModelRunner):
-        """The GPU's pages in the CPU's runner."""
-
-    class RunnerV2(BlocksOutermost, AdaKVRunnerV2, CPUModelRunnerV2):
-        """The same in its Model Runner V2."""
-
+    class WithGraphs(BlocksOutermost):
         def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
             if graphs is not None:
                 graphs.enable(self)
             super().initialize_kv_cache(*args, **kwargs)
             if graphs is not None:
                 graphs.capture(self)
+
+    class Runner(WithGraphs, AdaKVRunnerV1, CPUModelRunner):
+        """The GPU's pages in the CPU's runner."""
+
+    class RunnerV2(WithGraphs, AdaKVRunnerV2, CPUModelRunnerV2):
+        """The same in its Model Runner V2."""
 
     cpu_worker.AdaKVCPUModelRunner = Runner  # type: ignore[misc, assignment]
     cpu_worker.AdaKVCPUModelRunnerV2 = RunnerV2  # type: ignore[misc, assignment]

@@ -45,6 +45,7 @@ class Kind(NamedTuple):
 
 _FAST = [
     Kind("Flash", use_v2=False),
+    Kind("Flash", use_v2=False, graphs=True),
     Kind("Flash", use_v2=True),
     Kind("Flash", use_v2=True, graphs=True),
     Kind("Flash", use_v2=True, graphs=True, asynchronous=True),
@@ -87,14 +88,14 @@ def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[Engine]:
         engine.close()
 
 
-@on(Kind("Triton", use_v2=False), *_FAST)
+@on(Kind("Triton", use_v2=True, graphs=True), *_FAST)
 def test_pages_lie_as_on_the_gpu(engine: Engine) -> None:
     # A block of two layers, two heads, 16 entries of keys and values of 32 numbers.
     assert engine.runner.kv_caches[0].stride() == (2 * 2 * 16 * 64, 16 * 64, 64, 1)
     assert type(engine.runner.adakv.tables).__name__ == "DeviceTables"
 
 
-@on(Kind("Triton", use_v2=False), *_FAST)
+@on(Kind("Triton", use_v2=True, graphs=True), *_FAST)
 def test_compressed_and_whole_caches_in_one_batch(engine: Engine, reference: Reference) -> None:
     # Prefills of several chunks, a prefix that is found, one that keeps everything.
     prompts = [prompt(90, seed=1), prompt(120, seed=2), prompt(20, seed=3), prompt(90, seed=1)]
