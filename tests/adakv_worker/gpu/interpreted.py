@@ -9,6 +9,7 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,11 +21,17 @@ _ENVIRONMENT = {
 }
 
 
+# Set in the environment of worker processes that are to have graphs.
+GRAPHS = "ADAKV_TEST_GRAPHS"
 # Captures and replays what comes next, if it is there: see `graphs.py`.
 graphs: Any = None
 
 
 def pytest_load_initial_conftests() -> None:
+    take_the_gpus_path()
+
+
+def take_the_gpus_path() -> None:
     os.environ.update(_ENVIRONMENT)
     from triton.backends import backends
 
@@ -59,18 +66,22 @@ def _take_the_gpus_worker() -> None:
     from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    from adakv_worker import cpu_worker
+    from adakv_worker import cpu_backend, cpu_worker
+    from adakv_worker.gpu_backends import AdaKVFlashBackend
     from adakv_worker.gpu_runner import BlocksOutermost
     from adakv_worker.runner_v1 import AdaKVRunnerV1
     from adakv_worker.runner_v2 import AdaKVRunnerV2
 
     class WithGraphs(BlocksOutermost):
         def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
-            if graphs is not None:
-                graphs.enable(self)
+            from tests.adakv_worker.gpu.graphs import Graphs
+
+            emulated = Graphs(pytest.MonkeyPatch()) if GRAPHS in os.environ else graphs
+            if emulated is not None:
+                emulated.enable(self)
             super().initialize_kv_cache(*args, **kwargs)
-            if graphs is not None:
-                graphs.capture(self)
+            if emulated is not None:
+                emulated.capture(self)
 
     class Runner(WithGraphs, AdaKVRunnerV1, CPUModelRunner):
         """The GPU's pages in the CPU's runner."""
@@ -78,6 +89,7 @@ def _take_the_gpus_worker() -> None:
     class RunnerV2(WithGraphs, AdaKVRunnerV2, CPUModelRunnerV2):
         """The same in its Model Runner V2."""
 
+    cpu_backend.AdaKVCPUBackend = AdaKVFlashBackend  # type: ignore[misc, assignment]
     cpu_worker.AdaKVCPUModelRunner = Runner  # type: ignore[misc, assignment]
     cpu_worker.AdaKVCPUModelRunnerV2 = RunnerV2  # type: ignore[misc, assignment]
 
