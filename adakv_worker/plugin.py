@@ -27,16 +27,21 @@ def register() -> None:
         register_backend(backend, f"adakv_worker.{name}")
 
 
-def engine_args(config: dict[str, Any], *, asynchronous: bool = False) -> dict[str, Any]:
-    """The engine arguments that turn compression on with these settings."""
+def engine_args(config: dict[str, Any], *, asynchronous: bool | None = None) -> dict[str, Any]:
+    """The engine arguments that turn compression on with these settings.
+
+    Args:
+        asynchronous: whether steps are scheduled before the last one's outputs are there. None: as
+            vLLM does, on CUDA they are; on CPUs they never are.
+    """
     from vllm.platforms import current_platform
 
-    worker, settings = "cpu_worker.AdaKVCPUWorker", {}
+    scheduler, worker, settings = "AdaKVScheduler", "cpu_worker.AdaKVCPUWorker", {}
     if current_platform.is_cuda():
         worker = "gpu_worker.AdaKVGPUWorker"
-        # vLLM would take it for granted here that its scheduler is asynchronous.
-        settings = {"async_scheduling": asynchronous}
-    scheduler = "AdaKVAsyncScheduler" if asynchronous else "AdaKVScheduler"
+        settings = {"async_scheduling": asynchronous is not False}
+        if asynchronous is not False:
+            scheduler = "AdaKVAsyncScheduler"
     return {
         "scheduler_cls": f"adakv_worker.scheduler.{scheduler}",
         "worker_cls": f"adakv_worker.{worker}",

@@ -1,8 +1,11 @@
 """What cannot work with compressed caches is refused at start-up, by the name of its setting."""
 
+from typing import Any
+
 from vllm.config import VllmConfig
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import is_quantized_kv_cache
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 
 def refuse_unsupported(config: VllmConfig) -> None:
@@ -42,14 +45,24 @@ def require_classes(config: VllmConfig) -> None:
 
     Configured and yet not run would be the worst of all outcomes.
     """
-    for setting, value in (
-        ("scheduler_cls", config.scheduler_config.scheduler_cls),
-        ("worker_cls", config.parallel_config.worker_cls),
+    scheduler = config.scheduler_config
+    for setting, cls in (
+        ("scheduler_cls", _resolved(scheduler.scheduler_cls)),
+        ("worker_cls", _resolved(config.parallel_config.worker_cls)),
     ):
-        cls = resolve_obj_by_qualname(value) if isinstance(value, str) else value
         names = {base.__module__.partition(".")[0] for base in getattr(cls, "__mro__", ())}
         if "adakv_worker" not in names:
             raise ValueError(
                 f"adakv: additional_config turns compression on, but {setting} is not one of "
                 "adakv_worker's (see docs/compression.md)"
             )
+    if scheduler.async_scheduling and not issubclass(
+        _resolved(scheduler.scheduler_cls), AsyncScheduler
+    ):
+        raise ValueError(
+            "adakv: async_scheduling needs scheduler_cls adakv_worker.scheduler.AdaKVAsyncScheduler"
+        )
+
+
+def _resolved(cls: Any) -> Any:
+    return resolve_obj_by_qualname(cls) if isinstance(cls, str) else cls

@@ -126,7 +126,7 @@ class VllmHost:
         Raises:
             ValueError: vLLM refuses the configuration.
         """
-        settings = _with_compression(engine_args, compression)
+        settings = _with_compression(engine_args, compression, movable)
         settings, endpoint = _with_kv_events(settings)
         args = AsyncEngineArgs(model=model, served_model_name=[served_name], **settings)
         config = args.create_engine_config()
@@ -324,7 +324,7 @@ def _waiting_blocks(prompt_lens: list[int], waiting: int, block_size: int) -> in
 
 
 def _with_compression(
-    engine_args: dict[str, Any], compression: CompressionConfig | None
+    engine_args: dict[str, Any], compression: CompressionConfig | None, movable: bool
 ) -> dict[str, Any]:
     """The engine's arguments with those that compression needs; what the operator set stays."""
     if compression is None or not compression.enabled:
@@ -334,7 +334,11 @@ def _with_compression(
             "compression is configured but NOT running: it has backends for CPUs and CUDA only"
         )
         return engine_args
-    needed = compression_engine_args(compression.model_dump(exclude_unset=True))
+    # Of a step that is on its way a request cannot leave.
+    asynchronous = engine_args.get("async_scheduling", False if movable else None)
+    needed = compression_engine_args(
+        compression.model_dump(exclude_unset=True), asynchronous=asynchronous
+    )
     additional = {**needed.pop("additional_config"), **engine_args.get("additional_config", {})}
     return {**needed, **engine_args, "additional_config": additional}
 

@@ -1,6 +1,7 @@
 """Real engines on the GPU's path: each answer is that of a model which sees what was kept."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +9,6 @@ import pytest
 import torch
 from vllm.v1.attention import selector
 
-from adakv_worker.plugin import engine_args
 from tests.adakv_worker.engines import (
     Engine,
     Reference,
@@ -59,33 +59,37 @@ def on(*kinds: Kind) -> pytest.MarkDecorator:
 def asynchronously(kind: Kind) -> dict[str, Any]:
     if not kind.asynchronous:
         return {"async_scheduling": False}
-    names = engine_args({}, asynchronous=True)
-    return {"scheduler_cls": names["scheduler_cls"], "async_scheduling": True}
+    scheduler = "adakv_worker.scheduler.AdaKVAsyncScheduler"
+    return {"scheduler_cls": scheduler, "async_scheduling": True}
 
 
-@pytest.fixture(scope="module")
-def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[Engine]:
+@contextmanager
+def started(model: Path, kind: Kind, **options: Any) -> Iterator[Engine]:
     from adakv_worker import cpu_backend, gpu_backends
 
-    kind: Kind = request.param
     compression = {"budget_tokens": 40, "keep_ratio": 0.0, "window_tokens": 8}
+    settings = {
+        "block_size": 16, "max_model_len": 512, "max_num_batched_tokens": 64,
+        "kv_cache_memory_bytes": 8 << 20, **asynchronously(kind), **options,
+    }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         backend = getattr(gpu_backends, f"AdaKV{kind.backend}Backend")
         patch.setattr(cpu_backend, "AdaKVCPUBackend", backend)
         # What the engine before was given.
         selector._cached_get_attn_backend.cache_clear()
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(kind.use_v2)))
-        graphs = Graphs(patch) if kind.graphs else None
-        patch.setattr(interpreted, "graphs", graphs)
-        engine = Engine(
-            model, compression,
-            block_size=16, max_model_len=512, max_num_batched_tokens=64,
-            kv_cache_memory_bytes=8 << 20, **asynchronously(kind),
-        )  # fmt: skip
+        patch.setattr(interpreted, "graphs", Graphs(patch) if kind.graphs else None)
+        engine = Engine(model, compression, **settings)
         assert engine.runner.attn_groups[0][0].backend is backend
         yield engine
         engine.assert_nothing_leaked()
         engine.close()
+
+
+@pytest.fixture(scope="module")
+def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[Engine]:
+    with started(model, request.param) as engine:
+        yield engine
 
 
 @on(Kind("Triton", use_v2=True, graphs=True), *_FAST)
@@ -118,6 +122,30 @@ def test_graphs_are_of_compressed_and_whole_caches(engine: Engine, reference: Re
         assert_equals_reference(result, reference, 1e-3)
     # Three decode in a graph of four; then two, then one.
     assert set(replayed) == {4, 2, 1}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in _FAST if kind.asynchronous], ids=str)
+def test_preempted_requests_come_back_right(model: Path, reference: Reference, kind: Kind) -> None:
+    # 30 blocks of 16 KiB: four of these prompts compressed and grown do not fit together.
+    with started(model, kind, kv_cache_memory_bytes=30 << 14, max_model_len=256) as engine:
+        # Admission expects more of the short answers that it has seen.
+        short = engine.params(max_tokens=2)
+        engine.run([prompt(20, seed=20 + number) for number in range(8)], short)
+        prompts = [prompt(90, seed=30 + number) for number in range(4)]
+        results = engine.run(prompts, engine.params(max_tokens=90))
+        assert engine.preemptions > 0
+    assert [len(result.tokens) for result in results] == [90] * 4
+    tokens = [result.proof["original_tokens"] for result in results if result.proof]
+    # What was generated before a preemption was part of what was compressed after it.
+    assert min(tokens) == 90 < max(tokens)
+    for result, original in zip(results, tokens, strict=True):
+        if original == 90:
+            assert_equals_reference(result, reference, 1e-3)
+
+
+def test_a_synchronous_scheduler_is_refused_where_steps_are_not(model: Path) -> None:
+    with pytest.raises(ValueError, match=r"async_scheduling needs .*AdaKVAsyncScheduler"):
+        Engine(model, {}, block_size=16, async_scheduling=True)
 
 
 @on(*_FAST)
