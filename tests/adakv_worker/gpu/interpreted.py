@@ -101,7 +101,7 @@ def _take_the_gpus_settings() -> None:
     update = CpuPlatform.check_and_update_config
 
     def checked(config: VllmConfig) -> None:
-        asynchronous = config.scheduler_config.async_scheduling
+        asynchronous = bool(config.scheduler_config.async_scheduling)
         update(config)
         config.scheduler_config.async_scheduling = asynchronous
 
