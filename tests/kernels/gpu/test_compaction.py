@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.gpu.compaction import (
@@ -50,6 +52,21 @@ class Memory:
         """All kept entries of `tables` in pool [pages, page_tokens, ...], head after head."""
         heads = zip(self.tables.flatten(0, 1).long(), self.lens.flatten().tolist(), strict=True)
         return torch.cat([pool[table].flatten(0, 1)[:length] for table, length in heads])
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_random_shapes(data: st.DataObject, device: torch.device) -> None:
+    case = (
+        data.draw(st.integers(1, 3)),
+        data.draw(st.integers(1, 3)),
+        data.draw(st.integers(1, 1 << 17 if device.type == "cuda" else 300)),
+        data.draw(st.sampled_from([64, 80, 96, 128, 192, 256])),
+        data.draw(st.sampled_from([16, 32, 64])),
+        data.draw(st.floats(0, 1)),
+    )
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    test_kept_entries_are_copied(case, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.gpu.top import radix_top_mask
@@ -19,6 +21,16 @@ def test_random_scores(m: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(m)
     scores = torch.randn((4, m), generator=generator).to(device)
     check(scores, [0, 1, m // 2, m])
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_random_shapes_and_ties(data: st.DataObject, device: torch.device) -> None:
+    m = data.draw(st.integers(1, 1 << 17 if device.type == "cuda" else 3000))
+    rows, values = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4000))
+    generator = torch.Generator().manual_seed(m)
+    scores = torch.randint(-values, values, (rows, m), generator=generator) / 7
+    check(scores.to(device), data.draw(st.lists(st.integers(0, m), min_size=rows, max_size=rows)))
 
 
 @pytest.mark.parametrize("values", [1, 2, 5])

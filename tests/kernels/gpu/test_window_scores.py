@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.gpu.window_scores import Reduction, _mean_window_attention, window_scores
@@ -38,8 +40,8 @@ def paged(keys: Tensor, page_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     pool = memory[..., :dim]
     pages = torch.randperm(2 * blocks * heads, generator=generator)[: blocks * heads]
     pages = pages.view(blocks, heads).to(keys.device)
-    for position in range(n):
-        pool[pages[position // page_tokens], position % page_tokens] = keys[:, position]
+    position = torch.arange(n, device=keys.device)
+    pool[pages[position // page_tokens], position[:, None] % page_tokens] = keys.transpose(0, 1)
     return pool, pages
 
 
@@ -58,7 +60,31 @@ CASES = [
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "max", "squares"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_random_shapes(
+def test_shapes_at_their_edges(
+    case: tuple[int, ...], reduction: Reduction, dtype: torch.dtype, device: torch.device
+) -> None:
+    check(case, reduction, dtype, device)
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_random_shapes(data: st.DataObject, device: torch.device) -> None:
+    window = data.draw(st.integers(1, 32))
+    longest = 1 << 17 if device.type == "cuda" else 400
+    case = (
+        data.draw(st.integers(1, 3)),
+        data.draw(st.integers(1, 8)),
+        window,
+        data.draw(st.integers(window, longest)),
+        data.draw(st.sampled_from([64, 80, 96, 128, 192, 256])),
+        data.draw(st.sampled_from([16, 32, 64])),
+    )
+    reductions: list[Reduction] = ["mean", "max", "squares"]
+    reduction = data.draw(st.sampled_from(reductions))
+    check(case, reduction, data.draw(st.sampled_from(list(TOLERANCE))), device)
+
+
+def check(
     case: tuple[int, ...], reduction: Reduction, dtype: torch.dtype, device: torch.device
 ) -> None:
     heads, group, window, n, dim, page_tokens = case
