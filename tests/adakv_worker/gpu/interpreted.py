@@ -101,9 +101,9 @@ def _take_the_gpus_settings() -> None:
     update = CpuPlatform.check_and_update_config
 
     def checked(config: VllmConfig) -> None:
-        asynchronous = bool(config.scheduler_config.async_scheduling)
         update(config)
-        config.scheduler_config.async_scheduling = asynchronous
+        scheduler = config.scheduler_config
+        scheduler.async_scheduling = "Async" in str(scheduler.scheduler_cls)
 
     CpuPlatform.check_and_update_config = staticmethod(checked)  # type: ignore[assignment, method-assign]
 

@@ -56,13 +56,6 @@ def on(*kinds: Kind) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("engine", kinds, indirect=True, scope="module", ids=str)
 
 
-def asynchronously(kind: Kind) -> dict[str, Any]:
-    if not kind.asynchronous:
-        return {"async_scheduling": False}
-    scheduler = "adakv_worker.scheduler.AdaKVAsyncScheduler"
-    return {"scheduler_cls": scheduler, "async_scheduling": True}
-
-
 @contextmanager
 def started(model: Path, kind: Kind, **options: Any) -> Iterator[Engine]:
     from adakv_worker import cpu_backend, gpu_backends
@@ -70,7 +63,7 @@ def started(model: Path, kind: Kind, **options: Any) -> Iterator[Engine]:
     compression = {"budget_tokens": 40, "keep_ratio": 0.0, "window_tokens": 8}
     settings = {
         "block_size": 16, "max_model_len": 512, "max_num_batched_tokens": 64,
-        "kv_cache_memory_bytes": 8 << 20, **asynchronously(kind), **options,
+        "kv_cache_memory_bytes": 8 << 20, **options,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         backend = getattr(gpu_backends, f"AdaKV{kind.backend}Backend")
@@ -79,6 +72,8 @@ def started(model: Path, kind: Kind, **options: Any) -> Iterator[Engine]:
         selector._cached_get_attn_backend.cache_clear()
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(kind.use_v2)))
         patch.setattr(interpreted, "graphs", Graphs(patch) if kind.graphs else None)
+        if kind.asynchronous:
+            settings["scheduler_cls"] = "adakv_worker.scheduler.AdaKVAsyncScheduler"
         engine = Engine(model, compression, **settings)
         assert engine.runner.attn_groups[0][0].backend is backend
         yield engine
@@ -141,11 +136,6 @@ def test_preempted_requests_come_back_right(model: Path, reference: Reference, k
     for result, original in zip(results, tokens, strict=True):
         if original == 90:
             assert_equals_reference(result, reference, 1e-3)
-
-
-def test_a_synchronous_scheduler_is_refused_where_steps_are_not(model: Path) -> None:
-    with pytest.raises(ValueError, match=r"async_scheduling needs .*AdaKVAsyncScheduler"):
-        Engine(model, {}, block_size=16, async_scheduling=True)
 
 
 @on(*_FAST)
