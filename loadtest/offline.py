@@ -7,20 +7,18 @@ its KV bytes. With `--out` it writes the same report as `loadtest.compare`.
 
 import argparse
 import json
-import os
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from loadtest.comparison.page import Page, Section, write_page
 from loadtest.comparison.plots import throughput
 from loadtest.comparison.provenance import environment
+from loadtest.engine_process import EngineProcess
 from loadtest.folded_attention import folded_over_dense
 
 KV_BYTES = 190 << 20
@@ -41,58 +39,18 @@ _COLUMNS = {
 }  # fmt: skip
 
 
-class Arm:
-    """One engine process, driven by a line of JSON at a time."""
-
-    def __init__(self, name: str, threads: int, reserved_bytes: int, log: IO[str]) -> None:
-        self._name = name
-        compressing = name not in ("stock", "off")
-        settings = {
-            "name": name,
-            "kv_bytes": KV_BYTES - (reserved_bytes if compressing else 0),
-            "compression": None,
-        }
-        if name != "stock":
-            settings["compression"] = (
-                {"policy": "full"}
-                if name == "off"
-                else {"policy": "ada_snapkv", "budget_tokens": int(name), "keep_ratio": 0}
-            )
-        variables = {
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(threads),
-            "VLLM_LOGGING_LEVEL": "WARNING",
-        }
-        if name == "stock":
-            variables["VLLM_PLUGINS"] = ""
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "loadtest.offline_arm", json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=variables,
-        )
-
-    def ask(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Raises RuntimeError when the engine process has died."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError(f"the engine of arm {self._name} died: see the log")
-
-    def stop(self) -> None:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait(60)
+def _start(name: str, threads: int, reserved_bytes: int, log: IO[str]) -> EngineProcess:
+    compression: dict[str, Any] | None = None
+    if name == "off":
+        compression = {"policy": "full"}
+    elif name != "stock":
+        compression = {"policy": "ada_snapkv", "budget_tokens": int(name), "keep_ratio": 0}
+    compressing = name not in ("stock", "off")
+    settings = {
+        "kv_bytes": KV_BYTES - (reserved_bytes if compressing else 0),
+        "compression": compression,
+    }
+    return EngineProcess(name, "loadtest.offline_arm", settings, threads, log)
 
 
 class Bound(NamedTuple):
@@ -108,7 +66,7 @@ def bound(stock: dict[str, Any], ours: dict[str, Any]) -> Bound:
     return Bound((prefill + decode) / (prefill + decode / gain), gain)
 
 
-def run_mix(arms: dict[str, Arm], mix: str, repeat: int) -> dict[str, Any]:
+def run_mix(arms: dict[str, EngineProcess], mix: str, repeat: int) -> dict[str, Any]:
     prompt_tokens, output_tokens = (int(part) for part in mix.split("/"))
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     for turn in range(repeat):
@@ -204,7 +162,7 @@ def run(mixes: list[str], budgets: list[int], repeat: int, threads: int) -> dict
     ) as log:
         print(f"starting the engines, their log is {log.name}", flush=True)
         reserved = _reserved_bytes(mixes)
-        arms = {name: Arm(name, threads, reserved, log) for name in names}
+        arms = {name: _start(name, threads, reserved, log) for name in names}
         try:
             for name, arm in arms.items():
                 arm.ask(
