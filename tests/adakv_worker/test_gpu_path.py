@@ -8,17 +8,32 @@ from pathlib import Path
 import pytest
 import torch
 
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs vLLM for CPUs")
-def test_engines_answer_right_on_the_gpus_path() -> None:
-    folder = Path(__file__).parent / "gpu"
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs vLLM for CPUs")
+
+
+def run(*tests: str, **variables: str) -> None:
     plugin = "tests.adakv_worker.gpu.interpreted"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", plugin, str(folder)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", plugin, *tests],
+        env={**os.environ, "TRITON_INTERPRET": "1", **variables},
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
     print(done.stdout)
     assert done.returncode == 0
+
+
+def test_engines_answer_right_on_the_gpus_path() -> None:
+    run(str(HERE / "gpu"))
+
+
+def test_a_request_moves_between_engines_on_model_runner_v2() -> None:
+    run(
+        f"{HERE / 'test_moving_core.py'}::test_its_client_notices_nothing[seeded]",
+        PYTHONPATH=f"{HERE / 'gpu' / 'startup'}:{ROOT}",
+        VLLM_USE_V2_MODEL_RUNNER="1",
+    )
