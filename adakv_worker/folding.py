@@ -71,7 +71,7 @@ class Step(NamedTuple):
 
 @dataclass
 class WithStep:
-    """Stock metadata of the rows after the folded ones, and the step.
+    """Stock metadata of the rows after the folded ones, in a CUDA graph of all, and the step.
 
     has_rest: whether there are such rows.
     """
@@ -81,7 +81,7 @@ class WithStep:
 
 
 class FoldingBuilder(AttentionMetadataBuilder[Any]):
-    """Before a stock builder: takes the folded rows off its batch."""
+    """Before a stock builder: takes the folded rows off its batch, but in a CUDA graph."""
 
     # Set by the runner before each build, and taken by it.
     next_step: Step | None = None

@@ -54,7 +54,8 @@ class BlocksOutermost(AdaKVRunner):
         if not mode.has_full_cudagraphs() or config.graph_table_bytes == 0:
             return 0
         requests = self.vllm_config.scheduler_config.max_num_seqs
-        affordable = config.graph_table_bytes // (4 * requests * heads)
+        # Each sequence has its length and its slot beside its page ids.
+        affordable = (config.graph_table_bytes // (requests * heads) - 12) // 4
         # No head can be longer than the context.
         return max(1, min(affordable, -(-self.model_config.max_model_len // page_tokens)))
 

@@ -31,8 +31,8 @@ def engine_args(config: dict[str, Any], *, asynchronous: bool | None = None) -> 
     """The engine arguments that turn compression on with these settings.
 
     Args:
-        asynchronous: whether steps are scheduled before the last one's outputs are there. None: as
-            vLLM does, on CUDA they are; on CPUs they never are.
+        asynchronous: whether steps are scheduled before the last one's outputs are there. None: on
+            CUDA they are. On CPUs they never are.
     """
     from vllm.platforms import current_platform
 

@@ -101,8 +101,11 @@ class AdaKVRunner:
         raise NotImplementedError
 
     def _hold(self, request_id: str, blocks: list[int]) -> None:
-        """From the next step on these blocks are the request's. The device has been waited for."""
+        """From the next step on these blocks are the request's."""
         raise NotImplementedError
+
+    def _held(self) -> None:
+        """After all of a step's `_hold`. The device has been waited for."""
 
     def _tokens(self, request_id: str) -> list[int] | None:
         """All tokens of a request by now, between two steps. None: it is not here."""
@@ -121,6 +124,9 @@ class AdaKVRunner:
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kw: Any) -> None:
         stock: Any = super()
+        # Of a trial of CUDA graphs: its memory is to be free before the real one is taken.
+        for name in ("adakv", "_adakv_pages", "_adakv_tables"):
+            vars(self).pop(name, None)
         with set_current_vllm_config(self.vllm_config):
             stock.initialize_kv_cache(kv_cache_config, *args, **kw)
         config = compression_config(self.vllm_config.additional_config)
@@ -203,6 +209,8 @@ class AdaKVRunner:
         commands = commands_of(scheduler_output)
         self._adakv_kept = self._finish_compressions(commands)
         self._finish_evictions(commands)
+        if commands.compress or commands.evict:
+            self._held()
         self.adakv.drop_windows(scheduler_output.num_scheduled_tokens.keys() - commands.capture)
         if self._adakv_config.check_invariants:
             self.adakv.check()

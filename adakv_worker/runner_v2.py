@@ -107,7 +107,10 @@ class AdaKVRunnerV2(AdaKVRunner, GPUModelRunner):
         self._adakv_blocks[request_id] = list(blocks)
         row = self.req_states.req_id_to_index[request_id]
         self.block_tables.append_block_ids(row, (blocks,), overwrite=True)
-        # Before another request may be given the row.
+
+    def _held(self) -> None:
+        # Before another request may be given a row; and once, since what is staged goes through few
+        # buffers, which are written to anew in turn.
         self.block_tables.apply_staged_writes()
 
     def _tokens(self, request_id: str) -> list[int] | None:

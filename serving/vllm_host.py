@@ -334,8 +334,11 @@ def _with_compression(
             "compression is configured but NOT running: it has backends for CPUs and CUDA only"
         )
         return engine_args
-    # Of a step that is on its way a request cannot leave.
-    asynchronous = engine_args.get("async_scheduling", False if movable else None)
+    asynchronous = engine_args.get("async_scheduling")
+    if asynchronous is None:
+        engine_args = {k: v for k, v in engine_args.items() if k != "async_scheduling"}
+        # Of a step that is on its way a request cannot leave.
+        asynchronous = False if movable else None
     needed = compression_engine_args(
         compression.model_dump(exclude_unset=True), asynchronous=asynchronous
     )

@@ -219,7 +219,8 @@ class DeviceTables(PageTables):
 
     def _end_batch(self) -> None:
         batch, self._growing = self._growing, None
-        if batch is None:
+        # One of nobody may have gone on for as long as it likes.
+        if batch is None or not self._batch_rows:
             return
         for row in self._batch_rows:
             self._longest[row] += self._steps

@@ -76,7 +76,8 @@ def grow_by_one(
     return slots
 
 
-@triton.jit
+# Triton compiles anew for numbers of another kind, which these come to be while requests wait.
+@triton.jit(do_not_specialize=["width", "slab_count"])
 def _place(
     needed, first, slabs, offsets, tables, width, slab_count, block_stride,
     EACH: tl.constexpr, TILE: tl.constexpr,
@@ -91,7 +92,7 @@ def _place(
     tl.store(place, tl.where(owned, page, -1).to(tl.int32), mask=column < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "width", "slab_width"])
 def _grow(
     lens, tables, used, slabs, granted, offsets, slots,
     requests, heads, width, slab_width, block_stride,

@@ -119,6 +119,18 @@ def test_pages_that_do_not_fit_are_refused(device: torch.device) -> None:
             tables.place(lens, [3])
 
 
+def test_steps_of_nobody_leave_no_trace(device: torch.device) -> None:
+    layout = PageLayout.blocks_outermost(LAYERS, HEADS).to(device)
+    tables = DeviceTables(layout, PAGE, ROWS, graph_columns=2)
+    before = tables.nbytes
+    for _ in range(20 * PAGE):
+        step = tables.grow([], graph_rows=2)
+        assert (step.slots == -1).all()
+    row = tables.open([1])
+    tables.release(row)
+    assert tables.nbytes == before
+
+
 def test_only_heads_short_enough_grow_where_graphs_look(device: torch.device) -> None:
     layout = PageLayout.blocks_outermost(LAYERS, HEADS).to(device)
     tables = DeviceTables(layout, PAGE, ROWS, graph_columns=2)
