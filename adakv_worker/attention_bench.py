@@ -3,12 +3,13 @@
 Stock: R requests of H KV heads, all of one length. Folded: R * H sequences of one head whose
 lengths differ as those of compressed heads do, and come to the same. Both read the same number of
 bytes, so that folding costs what it takes longer. Llama-3.1-8B's heads. Needs a CUDA GPU.
+`python -m kernels.bench` prints this, too, where this package is installed.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backends import flash_attn, triton_attn
 
-from kernels.bench import DIM, DTYPE, GROUP, HEADS, PAGE, ceilings, seconds
+from kernels.bench import DIM, DTYPE, GROUP, HEADS, PAGE, Ceilings, ceilings, seconds
 
 # The deviation of the logarithm of a head's length: a tenth of the heads keep more than twice the
 # mean, as adaptive heads do.
@@ -113,6 +114,30 @@ def measure(attend: Attend, requests: int, mean: int, device: str) -> dict[str, 
     }
 
 
+def report(
+    limits: Ceilings,
+    requests: Sequence[int] = (1, 16, 64, 256),
+    entries: Sequence[int] = (256, 1500, 6000),
+    device: str = "cuda",
+) -> list[dict[str, Any]]:
+    """Prints a line for each kernel, number of requests and mean entries of a head."""
+    print(f"{'attention':16}{'requests':>9}{'entries':>9}{'stock':>12}{'folded':>12}{'ratio':>7}"
+          f"{'of copy':>9}")  # fmt: skip
+    rows = []
+    for attend in (flash, triton_unified):
+        for count in requests:
+            for mean in entries:
+                row = measure(attend, count, mean, device)
+                # A copy reads and writes; attention reads.
+                share = row["folded_kv_bytes"] / row["folded_s"] / limits.bytes_per_s
+                rows.append({**row, "share_of_copy": share})
+                times = "".join(f"{row[name] * 1e6:10.1f}us" for name in ("stock_s", "folded_s"))
+                ratio = row["ratio_at_equal_bytes"]
+                name = row["kernel"]
+                print(f"{name:16}{count:9}{mean:9}{times}{ratio:7.2f}{share:9.2f}", flush=True)
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m adakv_worker.attention_bench")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -124,20 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     limits = ceilings()
     print(f"{torch.cuda.get_device_name()}: copies {limits.bytes_per_s / 1e12:.2f} TB/s")
-    print(f"{'kernel':16}{'requests':>9}{'entries':>9}{'stock':>12}{'folded':>12}{'ratio':>7}"
-          f"{'of copy':>9}")  # fmt: skip
-    rows = []
-    for attend in (flash, triton_unified):
-        for requests in args.requests:
-            for mean in args.entries:
-                row = measure(attend, requests, mean, "cuda")
-                # A copy reads and writes; attention reads.
-                share = row["folded_kv_bytes"] / row["folded_s"] / limits.bytes_per_s
-                rows.append({**row, "share_of_copy": share})
-                times = "".join(f"{row[name] * 1e6:10.1f}us" for name in ("stock_s", "folded_s"))
-                ratio = row["ratio_at_equal_bytes"]
-                name = row["kernel"]
-                print(f"{name:16}{requests:9}{mean:9}{times}{ratio:7.2f}{share:9.2f}", flush=True)
+    rows = report(limits, args.requests, args.entries)
     if args.json:
         args.json.write_text(json.dumps({**limits._asdict(), "attention": rows}, indent=2) + "\n")
     return 0

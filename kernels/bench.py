@@ -3,12 +3,16 @@
 Every floor follows from this run's own ceilings, a large copy and a large matrix product: the bytes
 that must be moved, each once, or the operations, whichever takes longer. Shapes are those of
 Llama-3.1-8B. Needs a CUDA GPU.
+
+Packages whose kernels these are held beside add their figures by an entry point of the group
+`kernels.bench`, a `Report`: the attention kernels that read compressed pages are vLLM's.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +38,10 @@ class Ceilings(NamedTuple):
 
     def floor_s(self, moved_bytes: int, flops: int) -> float:
         return max(moved_bytes / self.bytes_per_s, flops / self.flops_per_s)
+
+
+# Prints a table of its own and returns its rows.
+Report = Callable[[Ceilings], list[dict[str, Any]]]
 
 
 class Measured(NamedTuple):
@@ -252,7 +260,21 @@ def report(lengths: list[int], requests: int) -> dict[str, Any]:
         **limits._asdict(),
         "kernels": rows,
         "prompts": prompts,
+        **reports_of_others(limits),
     }
+
+
+def reports_of_others(limits: Ceilings) -> dict[str, list[dict[str, Any]]]:
+    """By name; one whose package cannot be imported here is named and left out."""
+    reports = {}
+    for entry in entry_points(group="kernels.bench"):
+        try:
+            report_of_another: Report = entry.load()
+        except ImportError as error:
+            print(f"{entry.name}: left out, {error}")
+            continue
+        reports[entry.name] = report_of_another(limits)
+    return reports
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,19 +1,27 @@
 """That the comparison compares what can run, at equal bytes."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from adakv_worker import attention_bench
+from kernels import bench
 from tests.adakv_worker.gpu.interpreted import flash_attention
 
 
-def test_both_kernels_attend_to_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     def once(call, *, graph=False):
         call()
         return 1.0
 
     monkeypatch.setattr(attention_bench, "seconds", once)
     monkeypatch.setattr(attention_bench, "DTYPE", torch.float32)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_both_kernels_attend_to_the_same_bytes() -> None:
     for attend in (attention_bench.flash, attention_bench.triton_unified):
         row = attention_bench.measure(attend, requests=2, mean=40, device="cpu")
         assert row["kv_bytes"] == 2 * 2 * 40 * 8 * 128 * 4
@@ -32,3 +40,14 @@ def test_the_kernels_agree_on_skewed_lengths(monkeypatch: pytest.MonkeyPatch) ->
         folded.tables.shape[1] * 16, 128**-0.5, True, folded.tables,
     )  # fmt: skip
     torch.testing.assert_close(folded.output, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_the_kernels_bench_reports_it_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = partial(attention_bench.report, requests=[2], entries=[40], device="cpu")
+    monkeypatch.setattr(attention_bench, "report", small)
+    reports = bench.reports_of_others(bench.Ceilings(1e12, 1e15))
+    assert [row["kernel"] for row in reports["attention"]] == ["flash", "triton_unified"]
+    assert "triton_unified" in capsys.readouterr().out
