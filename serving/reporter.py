@@ -16,7 +16,7 @@ from router.redis_ledger import LedgerKeys, LedgerWriter
 if TYPE_CHECKING:
     # The ingress imports this module by way of the application, and has no use for all of vLLM.
     from adakv_worker.kv_events import CacheChange
-    from serving.vllm_host import EngineLoad
+    from serving.vllm_load import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 

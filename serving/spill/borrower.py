@@ -22,7 +22,7 @@ from serving.spill.parcels import Guest, StateFiles
 
 if TYPE_CHECKING:
     from adakv_worker.moving_core import Decoded, Movable, MovingCore
-    from serving.vllm_host import EngineLoad
+    from serving.vllm_load import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 

@@ -17,7 +17,7 @@ from serving.spill.parcels import Guest, StateFiles, place_parcels
 
 if TYPE_CHECKING:
     from adakv_worker.moving_core import Decoded, MovingCore
-    from serving.vllm_host import EngineLoad
+    from serving.vllm_load import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 

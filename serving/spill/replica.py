@@ -24,7 +24,8 @@ logger = logging.getLogger("ray.serve")
 
 if TYPE_CHECKING:
     from adakv_worker.moving_core import Decoded
-    from serving.vllm_host import EngineLoad, VllmHost
+    from serving.vllm_host import VllmHost
+    from serving.vllm_load import EngineLoad
 
 
 class ReplicaSpill:

@@ -10,7 +10,7 @@ from router.redis_lending import LendingLedger
 from router.spill_plan import SpillLimits
 from serving.spill.borrower import Borrower, MoveReport, Send, SpillSettings
 from serving.spill.lender import Lender
-from serving.vllm_host import EngineLoad
+from serving.vllm_load import EngineLoad
 from tests.adakv_worker.async_engines import Side, idle
 
 KEYS = LedgerKeys("test", "app")

@@ -6,7 +6,8 @@ from typing import Any
 from vllm.v1.metrics.stats import SchedulerStats
 
 from adakv_worker.stats import MemoryStats
-from serving.vllm_host import VllmHost, _LoadStats
+from serving.vllm_host import VllmHost
+from serving.vllm_load import LoadStats
 
 
 def host(stats: SchedulerStats, **prompts: int) -> VllmHost:
@@ -21,7 +22,7 @@ def host(stats: SchedulerStats, **prompts: int) -> VllmHost:
         output_processor=SimpleNamespace(request_states=states),
         engine_core=None,
     )
-    told = _LoadStats(on_proof=lambda proof: None)
+    told = LoadStats(on_proof=lambda proof: None)
     told.note(stats, 0)
     app: Any = None
     return VllmHost(engine, app, told)
