@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from kernels.presets import AUTO, PRESETS
 from loadtest.comparison.page import Page, Section, write_page
 from loadtest.comparison.plots import throughput
 from loadtest.comparison.provenance import environment
@@ -32,6 +33,8 @@ MIXES = ("1500/192", "512/512")
 # Long answers, whose caches ours cuts down while it writes; not part of the default run.
 EVICTING_MIXES = ("256/2000",)
 BUDGETS = (512, 256, 128)
+# That of the published comparisons.
+POLICY = "ada_snapkv"
 _COLUMNS = {
     "name": "arm", "tokens_per_s": "tokens/s", "ratio_to_stock": "ratio", "bound": "bound",
     "peak_running": "running", "blocks_per_request": "blocks/request", "preemptions": "preempted",
@@ -39,15 +42,23 @@ _COLUMNS = {
 }  # fmt: skip
 
 
+def _name(policy: str, budget: int) -> str:
+    return str(budget) if policy == POLICY else f"{policy}-{budget}"
+
+
+def _budget(name: str) -> int | None:
+    """Of the arm of this name; None for those that compress nothing."""
+    budget = name.rpartition("-")[2]
+    return int(budget) if budget.isdigit() else None
+
+
 def _start(name: str, threads: int, reserved_bytes: int, log: IO[str]) -> EngineProcess:
-    compression: dict[str, Any] | None = None
-    if name == "off":
-        compression = {"policy": "full"}
-    elif name != "stock":
-        compression = {"policy": "ada_snapkv", "budget_tokens": int(name), "keep_ratio": 0}
-    compressing = name not in ("stock", "off")
+    compression: dict[str, Any] | None = {"policy": "full"} if name == "off" else None
+    if (budget := _budget(name)) is not None:
+        policy = name.rpartition("-")[0] or POLICY
+        compression = {"policy": policy, "budget_tokens": budget, "keep_ratio": 0}
     settings = {
-        "kv_bytes": KV_BYTES - (reserved_bytes if compressing else 0),
+        "kv_bytes": KV_BYTES - (reserved_bytes if budget is not None else 0),
         "compression": compression,
     }
     return EngineProcess(name, "loadtest.offline_arm", settings, threads, log)
@@ -69,31 +80,29 @@ def bound(stock: dict[str, Any], ours: dict[str, Any]) -> Bound:
 def run_mix(arms: dict[str, EngineProcess], mix: str, repeat: int) -> dict[str, Any]:
     prompt_tokens, output_tokens = (int(part) for part in mix.split("/"))
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    width = max(map(len, arms))
     for turn in range(repeat):
         # The order flips each time, so that drift of the machine falls on all.
         for name in list(arms) if turn % 2 == 0 else reversed(arms):
-            evicts = mix in EVICTING_MIXES and name.isdigit()
             done = arms[name].ask(
                 {
                     "requests": REQUESTS,
                     "prompt_tokens": prompt_tokens,
                     "output_tokens": output_tokens,
                     "seed": turn,
-                    "decode_budget_tokens": int(name) if evicts else None,
+                    "decode_budget_tokens": _budget(name) if mix in EVICTING_MIXES else None,
                 }
             )
             rounds[name].append(done)
-            print(
-                f"{mix}, round {turn + 1}/{repeat}, {name:5}: {done['tokens_per_s']:6.1f} tokens/s",
-                flush=True,
-            )
+            rate = f"{done['tokens_per_s']:6.1f} tokens/s"
+            print(f"{mix}, round {turn + 1}/{repeat}, {name:{width}}: {rate}", flush=True)
     return _summary(rounds)
 
 
 def _summary(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     summary: dict[str, Any] = {name: _medians(done) for name, done in rounds.items()}
     stock = summary.get("stock")
-    names = [name for name in rounds if name.isdigit()]
+    names = [name for name in rounds if _budget(name) is not None]
     if stock is not None:
         summary["bound"] = {name: round(bound(stock, summary[name]).ratio, 3) for name in names}
         ratios = {
@@ -134,13 +143,15 @@ def _reserved_bytes(mixes: Iterable[str]) -> int:
 
 def _print(mix: str, summary: dict[str, Any], names: list[str], reserved_bytes: int) -> None:
     print(f"\n{mix}: {REQUESTS} requests, {KV_BYTES >> 20} MiB of KV")
-    print("arm    tok/s   ratio  bound  running  blocks/req  preempt  prefill  compress  decode")
+    width = max(map(len, names))
+    figures = "tok/s   ratio  bound  running  blocks/req  preempt  prefill  compress  decode"
+    print(f"{'arm':{width}}  {figures}")
     for name in names:
         row = summary[name]
         ratio = summary.get("ratio", {}).get(name, 1.0 if name == "stock" else float("nan"))
         limit = summary.get("bound", {}).get(name)
         print(
-            f"{name:5} {row['tokens_per_s']:6.1f} {ratio:7.2f} "
+            f"{name:{width}} {row['tokens_per_s']:6.1f} {ratio:7.2f} "
             f"{'' if limit is None else format(limit, '.2f'):>6} {row['peak_running']:8.0f} "
             f"{row['blocks_per_request']:11.1f} {row['preemptions']:8.0f} {row['prefill_s']:7.1f}s "
             f"{row['compress_s']:8.2f}s {row['decode_s']:6.1f}s"
@@ -152,10 +163,11 @@ def _print(mix: str, summary: dict[str, Any], names: list[str], reserved_bytes: 
     )
 
 
-def run(mixes: list[str], budgets: list[int], repeat: int, threads: int) -> dict[str, Any]:
+def run(mixes: list[str], ours: list[str], repeat: int, threads: int) -> dict[str, Any]:
+    """Measures stock vLLM and the arms of ours, by name, on each mix."""
     # What ours costs where it does nothing, the other mixes tell.
     off = ["off"] if set(mixes) - set(EVICTING_MIXES) else []
-    names = ["stock", *off, *(str(budget) for budget in budgets)]
+    names = ["stock", *off, *ours]
     result: dict[str, Any] = {"mixes": {}}
     with tempfile.NamedTemporaryFile(
         "w", prefix="adakv-offline-", suffix=".log", delete=False
@@ -181,9 +193,9 @@ def run(mixes: list[str], budgets: list[int], repeat: int, threads: int) -> dict
         finally:
             for arm in arms.values():
                 arm.stop()
-    ours = [mix[str(budget)] for mix in result["mixes"].values() for budget in budgets]
-    result["compress_share_of_prefill"] = round(max(o["compress_share"] for o in ours), 4)
-    result["prepare_share_of_decode_step"] = round(max(o["prepare_share"] for o in ours), 4)
+    figures = [mix[name] for mix in result["mixes"].values() for name in ours]
+    result["compress_share_of_prefill"] = round(max(f["compress_share"] for f in figures), 4)
+    result["prepare_share_of_decode_step"] = round(max(f["prepare_share"] for f in figures), 4)
     result["folded_over_dense"] = round(folded_over_dense(), 3)
     for key in ("compress_share_of_prefill", "prepare_share_of_decode_step", "folded_over_dense"):
         print(f"{key}: {result[key]}")
@@ -228,11 +240,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a folder for the report")
     parser.add_argument("--mix", nargs="+", choices=(*MIXES, *EVICTING_MIXES), default=list(MIXES))
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
+    policies = sorted([AUTO, *PRESETS])
+    parser.add_argument(
+        "--policies", nargs="+", choices=policies, default=[POLICY], help="each at every budget"
+    )
     parser.add_argument("--repeat", type=int, default=3, help="rounds for each arm")
     parser.add_argument("--threads", type=int, default=1, help="threads of each engine")
     args = parser.parse_args(argv)
     try:
-        result = run(args.mix, args.budgets, args.repeat, args.threads)
+        ours = [_name(policy, budget) for policy in args.policies for budget in args.budgets]
+        result = run(args.mix, ours, args.repeat, args.threads)
     except RuntimeError as error:
         print(f"loadtest.offline: {error}", file=sys.stderr)
         return 1
