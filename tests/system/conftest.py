@@ -17,6 +17,11 @@ def client(deployment: Deployment) -> openai.OpenAI:
     return deployment.client()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of the shared deployment last, so that no other one runs beside it."""
+    items.sort(key=lambda item: "deployment" in getattr(item, "fixturenames", ()))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Function,

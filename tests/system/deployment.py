@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +124,16 @@ class Deployment:
             if process.is_running()
             for member in (*process.children(recursive=True), process)
         ]
+        served = [one for one in family if _is_called(one, "ServeReplica", "VLLM::")]
         for process in reversed(self._processes):
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-        _, alive = psutil.wait_procs(family, timeout=60)
-        for process in alive:
-            process.kill()
+        _, alive = psutil.wait_procs(served, timeout=60)
+        # Ray itself waits half a minute for actors that nobody ends.
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=60)
         self._log.close()
         self._folder.cleanup()
         assert not alive, f"still there a minute after the stop: {alive}"
@@ -172,11 +176,7 @@ class Deployment:
     def pids(self, name: str) -> list[int]:
         """Processes of this deployment whose command line holds `name`."""
         head = psutil.Process(self._processes[0].pid)
-        return [
-            process.pid
-            for process in head.children(recursive=True)
-            if any(name in part for part in _command_line(process))
-        ]
+        return [one.pid for one in head.children(recursive=True) if _is_called(one, name)]
 
     def metric_names(self) -> set[str]:
         """Of all metrics that the cluster exports."""
@@ -206,11 +206,12 @@ def dashboard_metrics() -> set[str]:
     return set(re.findall(r"ray_[a-z_]+", asked))
 
 
-def _command_line(process: psutil.Process) -> list[str]:
+def _is_called(process: psutil.Process, *names: str) -> bool:
+    """Whether its command line holds one of them."""
     try:
-        return process.cmdline()
+        return any(name in part for part in process.cmdline() for name in names)
     except psutil.Error:
-        return []
+        return False
 
 
 class TwoNodes(Deployment):

@@ -13,7 +13,7 @@ from tests.system.deployment import (
     eventually,
     spill_config,
 )
-from tests.system.spilling import ask, ask_alone, ask_many, lending, lent, outcomes
+from tests.system.spilling import ask, ask_many, lending, lent, outcomes, read_as_if_alone
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +25,10 @@ def spilling() -> Iterator[Deployment]:
 def test_requests_move_to_the_lender_and_read_as_if_they_had_stayed(
     spilling: Deployment,
 ) -> None:
-    numbers = range(10)
-    crowded = ask_many(spilling, numbers)
+    crowded = ask_many(spilling, range(8))
     eventually(lambda: outcomes(spilling).get("moved", 0) > 0, 30, "a request that has moved")
     assert "came_back" not in outcomes(spilling)
-    alone = [ask_alone(spilling, number) for number in numbers]
-    assert crowded == alone
+    assert read_as_if_alone(spilling, crowded)
     eventually(lambda: lent(spilling) == 0, 30, "everything given back")
     # Replicas tell of themselves once in a while.
     eventually(lambda: spilling.running() == 0, 30, "an idle deployment")
@@ -49,7 +47,7 @@ def test_when_the_borrower_is_killed_the_lender_lets_go_of_its_guests(
     eventually(lambda: lent(spilling) == 0, 60, "the guests' blocks free again")
     eventually(lambda: len(spilling.occupancy()) == 2, 120, "two replicas again")
     eventually(lambda: not lending(spilling).leases, 30, "no lease left")
-    assert ask_alone(spilling, 40)
+    assert ask(client, 40)
 
 
 def test_when_the_lender_is_killed_its_guests_are_computed_anew(spilling: Deployment) -> None:
