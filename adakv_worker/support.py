@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import is_quantized_kv_cache
@@ -29,6 +30,10 @@ def refuse_unsupported(config: VllmConfig) -> None:
         "a hybrid or attention-free model": model.is_hybrid or model.is_attention_free,
         "an encoder-decoder model": model.is_encoder_decoder,
         "enable_dbo (micro-batches)": parallel.enable_dbo,
+        "CUDA graphs that write to the KV cache (VLLM_USE_BREAKABLE_CUDAGRAPH, which "
+        "VLLM_BATCH_INVARIANT may turn on; splitting_ops; use_inductor_graph_partition)": (
+            _graphs_hold_cache_writes(config)
+        ),
     }
     for setting, present in refusals.items():
         if present:
@@ -38,6 +43,20 @@ def refuse_unsupported(config: VllmConfig) -> None:
         raise ValueError(
             "adakv: compression does not work with prefix_match_unit other than block_size"
         )
+
+
+def _graphs_hold_cache_writes(config: VllmConfig) -> bool:
+    """Whether piecewise graphs would go on writing where a request lay before it was compressed."""
+    compilation = config.compilation_config
+    mode = compilation.cudagraph_mode
+    if mode is None or not mode.has_piecewise_cudagraphs():
+        return False
+    left_out = (
+        compilation.splitting_ops_contain_kv_cache_update()
+        # vLLM asks for that of multi-head latent attention as well.
+        or "vllm::unified_kv_cache_update" in (compilation.splitting_ops or ())
+    )
+    return envs.VLLM_USE_BREAKABLE_CUDAGRAPH or not left_out
 
 
 def require_classes(config: VllmConfig) -> None:
