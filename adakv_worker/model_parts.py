@@ -63,6 +63,22 @@ def _rotary(embedding: nn.Module | None) -> Rotary | None:
     cache = getattr(embedding, "cos_sin_cache", None)
     if cache is None or cache.dim() != 2 or cache.shape[0] < 2:
         return None
-    # Read from the table, whatever scaling made it: at position 1 the angle is the frequency.
-    cos, sin = cache[1].float().chunk(2)
-    return Rotary(torch.atan2(sin, cos), interleaved=not getattr(embedding, "is_neox_style", True))
+    frequencies = rotary_frequencies(cache)
+    return Rotary(frequencies, interleaved=not getattr(embedding, "is_neox_style", True))
+
+
+def rotary_frequencies(table: Tensor) -> Tensor:
+    """[D / 2] float32, radians a position, of cosines and sines [P, D] of any precision.
+
+    Read from the table, whatever scaling made it: at position 1 the angle is the frequency, and at
+    twice a position, where it is known up to a small error, the error is half as large. Of a table
+    of 16 bits the first alone would be wrong by whole turns a few thousand positions on.
+    """
+    frequencies, position = table.new_zeros((), dtype=torch.float64), 1
+    while position < len(table):
+        cos, sin = table[position].double().chunk(2)
+        expected = frequencies * position
+        off = torch.atan2(sin, cos) - expected
+        frequencies = (expected + torch.atan2(off.sin(), off.cos())) / position
+        position *= 2
+    return frequencies.float()
