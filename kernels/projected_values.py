@@ -8,9 +8,14 @@ from torch import Tensor
 from kernels.observation import Observation
 from kernels.top import top_mask
 
+# Of projected values at a time: a long prompt's together would be gigabytes.
+_ELEMENTS = 1 << 26
+
 
 def projected_value_norms(observation: Observation) -> Tensor:
     """Mean over the query group of the L1 norm of W_o,head @ v: [H, n] float32.
+
+    Multiplied in the values' dtype.
 
     Raises:
         ValueError: the observation has no output projection.
@@ -18,13 +23,16 @@ def projected_value_norms(observation: Observation) -> Tensor:
     if observation.output_weight is None:
         raise ValueError("the policy needs the layer's output projection")
     heads, group = observation.num_kv_heads, observation.group_size
-    values = observation.values.float()
-    weight = observation.output_weight().float()
+    values = observation.values
+    weight = observation.output_weight().to(values.dtype)
     slices = weight.reshape(weight.shape[0], heads, group, values.shape[-1])
     norms = torch.zeros(values.shape[:2], dtype=torch.float32, device=values.device)
-    for member in range(group):
-        projected = torch.einsum("hnd,ohd->hno", values, slices[:, :, member])
-        norms += projected.abs().sum(dim=-1)
+    at_once = max(1, _ELEMENTS // (heads * len(weight)))
+    for start in range(0, values.shape[1], at_once):
+        part = slice(start, start + at_once)
+        for member in range(group):
+            projected = torch.einsum("hnd,ohd->hno", values[:, part], slices[:, :, member])
+            norms[:, part] += projected.abs_().sum(dim=-1, dtype=torch.float32)
     return norms / group
 
 

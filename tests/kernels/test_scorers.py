@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import projected_values
 from kernels.observation import Observation
 from kernels.presets import preset
-from kernels.projected_values import ProjectedValues
+from kernels.projected_values import ProjectedValues, projected_value_norms
 from kernels.rotary import Rotary
 from kernels.scorers.defensive import DefensiveScorer
 from kernels.scorers.expected_attention import ExpectedAttentionScorer
@@ -45,6 +46,15 @@ def _projected_norm(observation: Observation, head: int, position: int) -> float
         start = (head * GROUP + member) * DIM
         norms.append((weight[:, start : start + DIM] @ observation.values[head, position]).abs())
     return float(torch.stack(norms).sum(dim=1).mean())
+
+
+def test_values_are_projected_a_part_at_a_time(
+    observation: Observation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = projected_value_norms(observation)
+    monkeypatch.setattr(projected_values, "_ELEMENTS", 7 * HEADS * HIDDEN)
+    torch.testing.assert_close(projected_value_norms(observation), whole)
+    assert float(whole[1, 20]) == pytest.approx(_projected_norm(observation, 1, 20), rel=1e-5)
 
 
 def _attention(observation: Observation, head: int, member: int, query: int) -> Tensor:
