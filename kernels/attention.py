@@ -1,10 +1,15 @@
 """Softmax attention of an observation window over all keys, causal inside the window."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from kernels.dispatch import Operation
 from kernels.observation import Observation
+
+# Over a group's window: the mean; the most that a query head's mean is; the sum of squares.
+Reduction = Literal["mean", "max", "squares"]
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
@@ -22,8 +27,10 @@ def window_attention(observation: Observation, window: int) -> Tensor:
 
 
 @Operation
-def mean_window_attention(queries: Tensor, keys: Tensor, scale: float, num_tokens: int) -> Tensor:
-    """Mean attention [H, n - w] float32 that a group's window pays to the entries before it.
+def reduced_window_attention(
+    queries: Tensor, keys: Tensor, scale: float, num_tokens: int, reduction: Reduction = "mean"
+) -> Tensor:
+    """What is left [H, n - w] float32 of the attention that a group's window pays to older entries.
 
     Args:
         queries: [H, G, w, D] of the last w positions.
@@ -32,14 +39,24 @@ def mean_window_attention(queries: Tensor, keys: Tensor, scale: float, num_token
         num_tokens: n.
     """
     window = queries.shape[2]
-    attention = _window_attention(queries, keys[:, :num_tokens], scale)
-    return attention[..., :-window].mean(dim=(1, 2))
+    attention = _window_attention(queries, keys[:, :num_tokens], scale)[..., :-window]
+    if reduction == "squares":
+        return attention.square().sum(dim=(1, 2))
+    if reduction == "max":
+        return attention.mean(dim=2).amax(dim=1)
+    return attention.mean(dim=(1, 2))
 
 
-@mean_window_attention.on("cpu")
-def _mean_window_attention_by_head(
-    queries: Tensor, keys: Tensor, scale: float, num_tokens: int
+@reduced_window_attention.on("cpu")
+def _reduced_on_cpu(
+    queries: Tensor, keys: Tensor, scale: float, num_tokens: int, reduction: Reduction = "mean"
 ) -> Tensor:
+    if reduction == "mean":
+        return _mean_by_head(queries, keys, scale, num_tokens)
+    return reduced_window_attention.reference(queries, keys, scale, num_tokens, reduction)
+
+
+def _mean_by_head(queries: Tensor, keys: Tensor, scale: float, num_tokens: int) -> Tensor:
     # One KV head at a time, in place: fresh memory costs more than the arithmetic.
     heads, group, window, dim = queries.shape
     n, rows = keys.shape[1], group * window
@@ -57,6 +74,18 @@ def _mean_window_attention_by_head(
         torch.softmax(logits, dim=-1, out=logits)
         torch.mm(averaging, logits, out=mean[head])
     return mean[:, 0, : num_tokens - window]
+
+
+def observed_attention(observation: Observation, window: int, reduction: Reduction) -> Tensor:
+    """`reduced_window_attention` [H, n - w] of an observation's last `window` queries."""
+    paged = observation.paged_keys
+    return reduced_window_attention(
+        observation.grouped_queries(window),
+        observation.keys if paged is None else paged,
+        observation.scale,
+        observation.num_tokens,
+        reduction,
+    )
 
 
 def _product(queries: Tensor, keys: Tensor) -> Tensor:

@@ -5,16 +5,13 @@ adds them up key by key, so that memory traffic is the keys, twice.
 """
 
 import math
-from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention import mean_window_attention
-
-Reduction = Literal["mean", "max", "squares"]
+from kernels.attention import Reduction, reduced_window_attention
 
 _KEYS_PER_TILE = 64
 _ROWS_PER_TILE = 64
@@ -44,9 +41,11 @@ def window_scores(
     return _scores(queries, pool, pages, scale, num_tokens, reduction)
 
 
-@mean_window_attention.on("cuda")
-def _mean_window_attention(queries: Tensor, keys: Tensor, scale: float, num_tokens: int) -> Tensor:
-    return _scores(queries, keys, None, scale, num_tokens, "mean")
+@reduced_window_attention.on("cuda")
+def _reduced(
+    queries: Tensor, keys: Tensor, scale: float, num_tokens: int, reduction: Reduction = "mean"
+) -> Tensor:
+    return _scores(queries, keys, None, scale, num_tokens, reduction)
 
 
 def _scores(
@@ -134,7 +133,7 @@ def _product(query, key, EXACT: tl.constexpr):
     return tl.dot(query, key)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "tiles_per_split"])
 def _log_sum_exp(
     queries, keys, most, total, scale, n, rows, window, splits, tiles_per_split, heads,
     pages, stride_head, stride_token, stride_dim,

@@ -3,7 +3,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from kernels.attention import mean_window_attention, pool, window_attention
+from kernels.attention import observed_attention, pool
 from kernels.observation import Observation
 
 
@@ -29,16 +29,5 @@ class WindowScorer:
         return self.window_tokens
 
     def score(self, observation: Observation) -> Tensor:
-        window = self.window_tokens
-        if self.group_reduction == "mean":
-            paged = observation.paged_keys
-            scores = mean_window_attention(
-                observation.grouped_queries(window),
-                observation.keys if paged is None else paged,
-                observation.scale,
-                observation.num_tokens,
-            )
-        else:
-            attention = window_attention(observation, window)[..., :-window]
-            scores = attention.mean(dim=2).amax(dim=1)
+        scores = observed_attention(observation, self.window_tokens, self.group_reduction)
         return pool(scores, self.kernel_size, self.pooling)

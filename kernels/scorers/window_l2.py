@@ -3,7 +3,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from kernels.attention import pool, window_attention
+from kernels.attention import observed_attention, pool
 from kernels.observation import Observation
 
 
@@ -24,5 +24,5 @@ class WindowL2Scorer:
         return self.window_tokens
 
     def score(self, observation: Observation) -> Tensor:
-        attention = window_attention(observation, self.window_tokens)[..., : -self.window_tokens]
-        return pool(attention.square().sum(dim=(1, 2)), self.kernel_size, self.pooling)
+        scores = observed_attention(observation, self.window_tokens, "squares")
+        return pool(scores, self.kernel_size, self.pooling)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.attention import mean_window_attention
+from kernels.attention import Reduction, reduced_window_attention
 from kernels.growth import DecodeBatch, grow_reference
 from kernels.paged_cache import PagedCache, compact
 from kernels.top import top_mask
@@ -24,18 +24,25 @@ def _generator(seed: int) -> torch.Generator:
     window=st.integers(1, 8),
     older=st.integers(0, 40),
     behind=st.integers(0, 8),
+    reduction=st.sampled_from(["mean", "max", "squares"]),
     seed=st.integers(0, 10**6),
 )
-def test_mean_window_attention(
-    heads: int, group: int, window: int, older: int, behind: int, seed: int
+def test_reduced_window_attention(
+    heads: int,
+    group: int,
+    window: int,
+    older: int,
+    behind: int,
+    reduction: Reduction,
+    seed: int,
 ) -> None:
     generator = _generator(seed)
     queries = torch.randn((heads, group, window, 8), generator=generator)
     n = window + older
     keys = torch.randn((heads, n + behind, 8), generator=generator)
     keys[:, n:] = torch.nan
-    fast = mean_window_attention(queries, keys, 0.3, n)
-    reference = mean_window_attention.reference(queries, keys[:, :n], 0.3, n)
+    fast = reduced_window_attention(queries, keys, 0.3, n, reduction)
+    reference = reduced_window_attention.reference(queries, keys[:, :n], 0.3, n, reduction)
     torch.testing.assert_close(fast, reference)
 
 

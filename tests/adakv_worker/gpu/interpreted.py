@@ -53,11 +53,11 @@ def take_the_gpus_path() -> None:
 
 def _take_the_gpus_kernels() -> None:
     import adakv_worker.gpu_runner  # noqa: F401
-    from kernels.attention import mean_window_attention
+    from kernels.attention import reduced_window_attention
     from kernels.paged_cache import compact, compact_in_place
     from kernels.top import top_mask
 
-    for operation in (mean_window_attention, compact, compact_in_place, top_mask):
+    for operation in (reduced_window_attention, compact, compact_in_place, top_mask):
         paths: dict[str, Any] = operation._paths
         paths["cpu"] = paths["cuda"]
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.gpu.window_scores import Reduction, _mean_window_attention, window_scores
+from kernels.attention import Reduction
+from kernels.gpu.window_scores import _reduced, window_scores
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -104,11 +105,11 @@ def test_keys_in_one_piece_give_the_same(device: torch.device) -> None:
     queries = torch.randn((2, 3, 8, 64), generator=generator).to(device)
     keys = torch.randn((2, 96, 64), generator=generator).to(device)
     keys[:, 90:] = torch.nan
-    scores = _mean_window_attention(queries, keys, 0.125, 90)
+    scores = _reduced(queries, keys, 0.125, 90)
     assert relative_error(scores, expected(queries, keys[:, :90], 0.125, "mean")) < 1e-5
     # As keys lie that are packed dimension by dimension.
     turned = keys.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(_mean_window_attention(queries, turned, 0.125, 90), scores)
+    assert torch.equal(_reduced(queries, turned, 0.125, 90), scores)
 
 
 def test_a_spike_far_away_takes_it_all(device: torch.device) -> None:
