@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn, triton_attn
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
@@ -126,7 +126,31 @@ class AdaKVFlashMetadataBuilder(GPUFoldingBuilder, flash_attn.FlashAttentionMeta
     metadata_class = AdaKVFlashMetadata
 
 
+# From more sequences on FlashAttention 3 splits none, and what it took for their parts is wasted.
+_MOST_SPLIT_SEQUENCES = 992
+
+
 class AdaKVFlashImpl(FoldingImpl, flash_attn.FlashAttentionImpl):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.vllm_flash_attn_version not in (2, 3):
+            raise ValueError(
+                "adakv: compression works with FlashAttention 2 and 3, not "
+                f"{self.vllm_flash_attn_version}: set attention_backend to TRITON_ATTN"
+            )
+        # Of FlashAttention 3: it would ask for hundreds of megabytes for as many as it likes.
+        self._most_splits = (
+            get_current_vllm_config().attention_config.flash_attn_max_num_splits_for_cuda_graph
+        )
+
+    def _splits(self, sequences: int) -> int:
+        """Most parts that a sequence is attended to in; 0: as the kernel likes."""
+        if self.vllm_flash_attn_version == 2:
+            return 0
+        if self.batch_invariant_enabled or sequences > _MOST_SPLIT_SEQUENCES:
+            return 1
+        return self._most_splits
+
     def _store_folded(
         self, layer: Any, key: Tensor, value: Tensor, pages: Pages, slots: Tensor
     ) -> None:
@@ -153,6 +177,7 @@ class AdaKVFlashImpl(FoldingImpl, flash_attn.FlashAttentionImpl):
             block_table=folded.grown.tables[index],
             softcap=self.logits_soft_cap,
             fa_version=self.vllm_flash_attn_version,
+            num_splits=self._splits(len(query)),
         )
 
 
