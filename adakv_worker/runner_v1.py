@@ -16,6 +16,8 @@ class AdaKVRunnerV1(AdaKVRunner, GPUModelRunner):
 
     # Whether this step is run by a full CUDA graph.
     _adakv_replays = False
+    # Whether one is about to be captured, or is being captured.
+    _adakv_captures = False
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         cached = scheduler_output.scheduled_cached_reqs
@@ -64,7 +66,19 @@ class AdaKVRunnerV1(AdaKVRunner, GPUModelRunner):
         self._adakv_replays = decided[0] is CUDAGraphMode.FULL
         return decided
 
+    def _warmup_and_capture(
+        self, desc: Any, cudagraph_runtime_mode: CUDAGraphMode, *args: Any, **kwargs: Any
+    ) -> None:
+        self._adakv_captures = cudagraph_runtime_mode is CUDAGraphMode.FULL
+        try:
+            super()._warmup_and_capture(desc, cudagraph_runtime_mode, *args, **kwargs)
+        finally:
+            self._adakv_captures = False
+
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        if self._adakv_captures:
+            # A kernel's first call loads it, which no capture allows: the warm-up calls them all.
+            kwargs["for_cudagraph_capture"] = True
         if self._adakv_step is not None:
             tokens, batch = self._adakv_step.num_scheduled_tokens, self.input_batch
             rows = [

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 from vllm.config import CUDAGraphMode
-from vllm.forward_context import get_forward_context
+from vllm.forward_context import BatchDescriptor, get_forward_context
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from adakv_worker.folding import WithStep
 
 SIZES = [1, 2, 4]
 
@@ -27,6 +29,7 @@ class Graphs:
         self.replayed: list[int] = []
         self._metadata: Any = None
         patch.setattr(CpuPlatform, "get_global_graph_pool", lambda *_: None)
+        patch.setattr(torch.accelerator, "synchronize", lambda *_: None)
         patch.setattr(
             CudaGraphManager, "capture", lambda manager, *args: self._capture(manager, *args)
         )
@@ -46,11 +49,15 @@ class Graphs:
     def _capture_v1(self, runner: Any) -> None:
         # vLLM wraps the model so that what it is given decides on the graph.
         forward, graphs = runner.model.forward, {}
+        folds: list[bool] = []
 
         def wrapped(**inputs: Any) -> Any:
             context = get_forward_context()
             if context.cudagraph_runtime_mode is not CUDAGraphMode.FULL:
+                folds.append(_folds(context.attn_metadata))
                 return forward(**inputs)
+            # What a capture calls must have been called before: a kernel's first call loads it.
+            assert context.batch_descriptor in graphs or folds[-1]
             now = context.attn_metadata, context.slot_mapping, inputs
             captured = graphs.setdefault(context.batch_descriptor, now)
             assert_same_places(captured, now)
@@ -60,9 +67,8 @@ class Graphs:
 
         runner.model.forward = wrapped
         for size in SIZES:
-            runner._dummy_run(
-                size, CUDAGraphMode.FULL, uniform_decode=True, is_graph_capturing=True
-            )
+            desc = BatchDescriptor(size, size, uniform=True)
+            runner._warmup_and_capture(desc, CUDAGraphMode.FULL, num_warmups=1)
         self.replayed.clear()
 
     def _capture_v2(self, runner: Any) -> None:
@@ -97,6 +103,13 @@ class _Graph:
         assert_same_places(self._metadata, self._graphs._metadata)
         self._graphs.replayed.append(self._requests)
         self._forward(CUDAGraphMode.NONE)
+
+
+def _folds(metadata: Any) -> bool:
+    """Whether attention by these metadata has folded rows."""
+    each = metadata.values() if isinstance(metadata, dict) else ()
+    steps = [one.step for one in each if isinstance(one, WithStep)]
+    return any(step is not None and step.folded is not None for step in steps)
 
 
 def assert_same_places(captured: Any, now: Any) -> None:
