@@ -62,6 +62,12 @@ class Eviction:
         held = [tensor for scored in self._scored.values() for tensor in scored]
         return sum(t.numel() * t.element_size() for t in (*held, self._earlier) if t is not None)
 
+    @functools.cached_property
+    def _lens(self) -> list[list[int]]:
+        """Entries of each layer's heads: the device is waited for once, and not in every layer."""
+        lens: list[list[int]] = self._tables.lens(self._row).tolist()
+        return lens
+
     def see(self, layer: int, query: Tensor) -> None:
         self._scored[layer] = score_heads(self._policy, self._observe(layer, query))
 
@@ -84,9 +90,9 @@ class Eviction:
         queries = window_queries(
             self._earlier, query[: self._position + 1], self._command.query_span, layer
         )
-        lens = self._tables.lens(self._row)[layer]
+        lens = self._lens[layer]
         # Tables are as wide as the longest head of any request.
-        used = -(-int(lens.max()) // self._tables.page_tokens)
+        used = -(-max(lens) // self._tables.page_tokens)
         pages = self._tables.tables(self._row)[layer, :, :used].long()
         weights = _columns(part.output_weight, self._tables.heads)
         keys = read_heads(self._cache.keys, pages)
@@ -94,7 +100,7 @@ class Eviction:
         if self._policy.needs_values:
             values = read_heads(self._cache.values, pages)
         observed = []
-        for head, entries in enumerate(lens.tolist()):
+        for head, entries in enumerate(lens):
             paged = keys[head : head + 1]
             mine = paged[:, :entries]
             observed.append(
