@@ -79,7 +79,7 @@ class Compression:
             earlier: [L, e, Hq, D], the first queries of the window, from chunks before.
         """
         self._command = command
-        self._blocks = torch.tensor(blocks, dtype=torch.int64, device=tables.device)
+        self._blocks = tables.sent(blocks)
         self._stop = stop
         self._earlier = earlier
         self._cache = cache
@@ -144,8 +144,7 @@ class Compression:
         kept = self._policy.allocate_layers(scored, [totals[layer] for layer in layers])
         lens = kept.sum(dim=-1, dtype=torch.int32)
         tables = self._tables.place_layers(self.row, layers, lens)
-        index = torch.tensor(layers, device=self._tables.device)
-        source = self._tables.layout.blocks_pages(self._blocks, index)
+        source = self._tables.layout.blocks_pages(self._blocks, self._tables.sent(layers))
         compact(kept, self._cache, source, tables, lens)
         if self._kept is not None:
             self._kept |= zip(layers, kept, strict=True)

@@ -32,11 +32,15 @@ class BlocksOutermost(AdaKVRunner):
         self._adakv_pages = pages = _all_pages([layer.kv_cache for layer in layers])
         _, heads, page_tokens, _ = layers[0].kv_cache.shape
         layout = PageLayout.blocks_outermost(len(layers), heads).to(pages.keys.device)
+        most = self.vllm_config.scheduler_config.max_num_seqs
+        # Graphs of more tokens there are none.
+        in_graph = min(most, self.vllm_config.compilation_config.max_cudagraph_capture_size or most)
         self._adakv_tables = DeviceTables(
             layout,
             page_tokens,
-            self.vllm_config.scheduler_config.max_num_seqs,
-            self._graph_columns(config, len(layers) * heads, page_tokens),
+            most,
+            self._graph_columns(config, in_graph * len(layers) * heads, page_tokens),
+            in_graph,
         )
         self.adakv = CompressionState(
             PagedCache(pages.keys[:, :, 0], pages.values[:, :, 0]),
@@ -48,14 +52,17 @@ class BlocksOutermost(AdaKVRunner):
             builder = group.get_metadata_builder()
             builder.tables, builder.pages = self._adakv_tables, pages
 
-    def _graph_columns(self, config: CompressionConfig, heads: int, page_tokens: int) -> int:
-        """Pages of the longest head that full CUDA graphs can attend to; 0: there are none."""
+    def _graph_columns(self, config: CompressionConfig, sequences: int, page_tokens: int) -> int:
+        """Pages of the longest head that full CUDA graphs can attend to; 0: there are none.
+
+        Args:
+            sequences: most that a graph has in all layers.
+        """
         mode = self.vllm_config.compilation_config.cudagraph_mode
         if not mode.has_full_cudagraphs() or config.graph_table_bytes == 0:
             return 0
-        requests = self.vllm_config.scheduler_config.max_num_seqs
         # Each sequence has its length and its slot beside its page ids.
-        affordable = (config.graph_table_bytes // (requests * heads) - 12) // 4
+        affordable = (config.graph_table_bytes // sequences - 12) // 4
         # No head can be longer than the context.
         return max(1, min(affordable, -(-self.model_config.max_model_len // page_tokens)))
 

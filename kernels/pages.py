@@ -5,6 +5,7 @@ the engine is L * H pages. Blocks that belong to one compressed request alone ar
 page of a slab may serve any (layer, head).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,8 +54,12 @@ class PageLayout(NamedTuple):
         return (slabs[:, None] * self.block_stride + self.offsets.view(-1)).view(-1)
 
 
+# What page tables begin with; they double from there.
+_FIRST_ROWS = 2
+
+
 class PageTables:
-    """Page tables of up to `rows` compressed requests; grows in width with what they hold.
+    """Page tables of up to `rows` compressed requests; grows with them, and with what they hold.
 
     Pages of a request are handed out in the order of its slabs, and those in use are always the
     first, so that a counter is the whole allocator. They are on the layout's device.
@@ -65,6 +70,8 @@ class PageTables:
         self.page_tokens = page_tokens
         self.layers, self.heads = layout.offsets.shape
         self.device = layout.offsets.device
+        self._most_rows = rows
+        rows = min(rows, _FIRST_ROWS)
         shape = (rows, self.layers, self.heads)
         self._lens = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self._tables = torch.zeros((*shape, 1), dtype=torch.int32, device=self.device)
@@ -110,6 +117,8 @@ class PageTables:
 
     def open(self, slabs: list[int]) -> int:
         """Gives a request without entries the pages of its slabs; returns its row."""
+        if not self._free_rows:
+            self._add_rows(min(len(self._slabs), self._most_rows - len(self._slabs)))
         row = self._free_rows.pop()
         self._slabs[row] = list(slabs)
         return row
@@ -255,6 +264,13 @@ class PageTables:
             self._used_pages[row] = used
         self._batch = None
 
+    def _add_rows(self, count: int) -> None:
+        first = len(self._slabs)
+        self._lens, self._tables = (with_rows(held, count) for held in (self._lens, self._tables))
+        self._slabs += [[] for _ in range(count)]
+        self._used_pages += [0] * count
+        self._free_rows += range(first + count - 1, first - 1, -1)
+
     def _widen(self, width: int) -> None:
         have = self._tables.shape[-1]
         if width <= have:
@@ -262,8 +278,19 @@ class PageTables:
         # Steps of a quarter: each widening copies all tables once.
         self._tables = nn.functional.pad(self._tables, (0, width + width // 4 + 1 - have))
 
+    def sent(self, numbers: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
+        """int64, on the tables' device, without waiting for what it is doing."""
+        pinned = self.device.type == "cuda"
+        on_host = torch.tensor(numbers, dtype=torch.int64, pin_memory=pinned)
+        return on_host.to(self.device, non_blocking=True)
+
     def _columns(self, tables: Tensor) -> Tensor:
         return torch.arange(tables.shape[-1], device=self.device)
+
+
+def with_rows(held: Tensor, count: int) -> Tensor:
+    """As many rows of zeros behind those that there are."""
+    return torch.cat((held, held.new_zeros((count, *held.shape[1:]))))
 
 
 def check_page_tables(tables: PageTables, rows: list[int]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kernels.gpu.tables import grow_by_one, place_pages
 from kernels.growth import GrownStep
-from kernels.pages import PageLayout, PageTables
+from kernels.pages import PageLayout, PageTables, with_rows
 
 
 class _Batch(NamedTuple):
@@ -75,14 +75,20 @@ class DeviceTables(PageTables):
     request has used of its slabs only the device knows; asking, placing and shrinking wait for it.
 
     With `graph_columns`, batches of heads that are no longer than so many pages may grow where CUDA
-    graphs look for them.
+    graphs look for them, which are of at most `graph_rows` requests.
     """
 
     def __init__(
-        self, layout: PageLayout, page_tokens: int, rows: int, graph_columns: int = 0
+        self,
+        layout: PageLayout,
+        page_tokens: int,
+        rows: int,
+        graph_columns: int = 0,
+        graph_rows: int | None = None,
     ) -> None:
         super().__init__(layout, page_tokens, rows)
-        sequences = rows * layout.offsets.numel()
+        sequences = (rows if graph_rows is None else graph_rows) * layout.offsets.numel()
+        rows = len(self._slabs)
         self._fixed = _Fixed.make(sequences, graph_columns, self.device) if graph_columns else None
         self._used = torch.zeros(rows, dtype=torch.int32, device=self.device)
         self._granted = torch.zeros(rows, dtype=torch.int32, device=self.device)
@@ -130,20 +136,22 @@ class DeviceTables(PageTables):
         super().add_slabs(row, slabs)
 
     def place_layers(self, row: int, layers: list[int], lens: Tensor) -> Tensor:
-        start = self.used_pages(row)
-        on_host = lens.cpu().long()
+        self._end_batch()
+        lens = lens.to(self.device)
+        # In one piece: each question waits for all that the device has been told to do.
+        *told, start = torch.cat((lens.flatten(), self._used[row : row + 1])).tolist()
+        on_host = torch.tensor(told, dtype=torch.int64).view(lens.shape)
         needed = -(-on_host // self.page_tokens)
         end, granted = start + int(needed.sum()), len(self._slabs[row]) * len(self._offsets)
         if end > granted:
             raise ValueError(f"{end} pages do not fit into {granted}")
         self._widen(int(needed.max()))
         self._send_news()
-        lens = lens.to(self.device)
         tables = place_pages(
             lens, self._slab_ids[row], self._used[row : row + 1], self.layout, self.page_tokens,
             self._tables.shape[-1],
         ).clamp_(min=0)  # fmt: skip
-        index = self._sent(layers)
+        index = self.sent(layers)
         self._tables[row, index] = tables
         self._lens[row, index] = lens
         self._longest[row] = max(self._longest[row], int(on_host.max()))
@@ -196,7 +204,7 @@ class DeviceTables(PageTables):
 
     def _begin(self, rows: list[int], graph_rows: int | None) -> _Batch:
         self._end_batch()
-        index = self._sent(rows)
+        index = self.sent(rows)
         longest = max((self._longest[row] for row in rows), default=0)
         self._widen(longest // self.page_tokens + 1)
         lens, tables = (held[index].transpose(0, 1) for held in (self._lens, self._tables))
@@ -232,6 +240,13 @@ class DeviceTables(PageTables):
         )
         self._used[batch.rows] = batch.used
 
+    def _add_rows(self, count: int) -> None:
+        super()._add_rows(count)
+        self._used, self._granted, self._slab_ids = (
+            with_rows(held, count) for held in (self._used, self._granted, self._slab_ids)
+        )
+        self._longest += [0] * count
+
     def _tell(self, row: int, first: int, slabs: Sequence[int]) -> None:
         self._news += [(row, first + place, slab) for place, slab in enumerate(slabs)]
 
@@ -242,15 +257,9 @@ class DeviceTables(PageTables):
         if missing > 0:
             spare = missing + self._slab_ids.shape[1] // 4
             self._slab_ids = nn.functional.pad(self._slab_ids, (0, spare))
-        rows, places, slabs = self._sent(self._news).unbind(dim=1)
+        rows, places, slabs = self.sent(self._news).unbind(dim=1)
         self._slab_ids[rows, places] = slabs.int()
         told = sorted({row for row, _, _ in self._news})
-        counts = self._sent([len(self._slabs[row]) for row in told])
-        self._granted[self._sent(told)] = counts.int()
+        counts = self.sent([len(self._slabs[row]) for row in told])
+        self._granted[self.sent(told)] = counts.int()
         self._news.clear()
-
-    def _sent(self, numbers: Sequence[int] | Sequence[tuple[int, int, int]]) -> Tensor:
-        """On the device, without waiting for what it is doing."""
-        pinned = self.device.type == "cuda"
-        on_host = torch.tensor(numbers, dtype=torch.int64, pin_memory=pinned)
-        return on_host.to(self.device, non_blocking=True)

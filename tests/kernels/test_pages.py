@@ -191,3 +191,18 @@ def test_too_few_slabs_leave_a_request_as_it_was() -> None:
         tables.shrink(row, lens - 1, 1)
     assert torch.equal(tables.lens(row), lens)
     check_page_tables(tables, [row])
+
+
+def test_tables_grow_with_their_requests() -> None:
+    tables = PageTables(LAYOUTS["blocks outermost"], PAGE, rows=20)
+    lens = torch.ones((LAYERS, HEADS), dtype=torch.int32)
+    held = []
+    rows = []
+    for slab in range(20):
+        rows.append(tables.place(lens * (1 + slab % PAGE), [slab]))
+        held.append(tables.nbytes)
+    assert rows == list(range(20))
+    assert held[0] < held[-1] / 8
+    check_page_tables(tables, rows)
+    for slab, row in enumerate(rows):
+        assert torch.equal(tables.lens(row), lens * (1 + slab % PAGE))
