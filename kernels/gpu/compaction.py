@@ -93,7 +93,7 @@ def _shape(cache: PagedCache) -> dict[str, int]:
     return {"PAGE": page_tokens, "DIM": dim, "BLOCK_DIM": triton.next_power_of_2(dim)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _count_kept(kept, counts, n, span, splits, TILE: tl.constexpr):
     row, split = tl.program_id(0), tl.program_id(1)
     start = split * span
@@ -126,7 +126,7 @@ def _store_quantized(content, scales, place, scale_place, rows, mask, valid):
     tl.store(scales + scale_place, scale, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "blocks", "width"])
 def _copy_kept(
     kept, before, source, tables, keys, values, new_keys, new_values, key_scales, value_scales,
     n, span, splits, heads, blocks, width,
@@ -171,7 +171,7 @@ def _copy_kept(
         entries += tl.sum(stays.to(tl.int32), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _move_kept(
     kept, tables, keys, values, n, width,
     key_page, key_token, key_dim, value_page, value_token, value_dim,

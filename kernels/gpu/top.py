@@ -87,7 +87,7 @@ def _choose_digit(histogram, prefix, left, SHIFT: tl.constexpr):
     tl.store(histogram + row * 256 + digits, tl.zeros([256], tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _count_ties(scores, prefix, ties, m, span, splits, TILE: tl.constexpr):
     row, split = tl.program_id(0), tl.program_id(1)
     start = split * span
@@ -100,7 +100,7 @@ def _count_ties(scores, prefix, ties, m, span, splits, TILE: tl.constexpr):
     tl.store(ties + row * splits + split, tl.sum(count, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _mark(
     scores, prefix, left, before, mask, m, span, splits, TILE: tl.constexpr
 ):  # fmt: skip
