@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=6000)
     parser.add_argument("--output-tokens", type=int, default=500)
     parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--beside-mib", type=float, default=256, help="taken off ours")
+    parser.add_argument("--beside-mib", type=float, default=384, help="taken off ours")
     parser.add_argument("--engine", default="{}", help="vLLM's engine arguments, as JSON")
     parser.add_argument("--threads", type=int, default=1, help="of each engine, on CPUs")
     parser.add_argument("--json", type=Path, help="write the figures here, after each size")
