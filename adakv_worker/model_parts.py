@@ -11,6 +11,8 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 
 from kernels.rotary import Rotary
 
+# Radians; numbers of eight bits are off by less, and another table's by more.
+_MOST_OFF = 0.1
 _OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 
 
@@ -79,6 +81,10 @@ def rotary_frequencies(table: Tensor) -> Tensor:
         cos, sin = table[position].double().chunk(2)
         expected = frequencies * position
         off = torch.atan2(sin, cos) - expected
-        frequencies = (expected + torch.atan2(off.sin(), off.cos())) / position
+        off = torch.atan2(off.sin(), off.cos())
+        if position > 1 and float(off.abs().max()) > _MOST_OFF:
+            # Several scalings may lie one after the other: another begins here.
+            break
+        frequencies = (expected + off) / position
         position *= 2
     return frequencies.float()
