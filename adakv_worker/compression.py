@@ -13,6 +13,7 @@ from kernels.observation import Observation
 from kernels.paged_cache import PagedCache, compact, read_blocks
 from kernels.pages import PageTables
 from kernels.policy import Policy, Scored, stacked
+from kernels.transfer import sent
 
 # Scores held before their layers are copied: a few layers of a long prompt, all of a short one.
 _HELD_BYTES = 4 << 20
@@ -79,7 +80,7 @@ class Compression:
             earlier: [L, e, Hq, D], the first queries of the window, from chunks before.
         """
         self._command = command
-        self._blocks = tables.sent(blocks)
+        self._blocks = sent(blocks, tables.device)
         self._stop = stop
         self._earlier = earlier
         self._cache = cache
@@ -144,7 +145,8 @@ class Compression:
         kept = self._policy.allocate_layers(scored, [totals[layer] for layer in layers])
         lens = kept.sum(dim=-1, dtype=torch.int32)
         tables = self._tables.place_layers(self.row, layers, lens)
-        source = self._tables.layout.blocks_pages(self._blocks, self._tables.sent(layers))
+        index = sent(layers, self._tables.device)
+        source = self._tables.layout.blocks_pages(self._blocks, index)
         compact(kept, self._cache, source, tables, lens)
         if self._kept is not None:
             self._kept |= zip(layers, kept, strict=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 from kernels.observation import Observation
 from kernels.policy import Policy, Scored
 from kernels.top import top_mask
+from kernels.transfer import sent
 
 # First tokens, which much attention goes to whatever they say (StreamingLLM, 2309.17453).
 SINK_TOKENS = 4
@@ -105,6 +106,6 @@ def fitted(wanted: Sequence[int], least: Sequence[int], most: Sequence[int]) -> 
 def _best_of_rest(scores: Tensor, kept: Tensor, totals: Sequence[int]) -> Tensor:
     """Marks the best other entries of each layer, so that it has its total."""
     layers = scores.shape[0]
-    missing = torch.tensor(totals, device=scores.device) - kept.view(layers, -1).sum(dim=-1)
+    missing = sent(totals, scores.device) - kept.view(layers, -1).sum(dim=-1)
     rest = scores.masked_fill(kept, float("-inf")).view(layers, -1)
     return top_mask(rest, missing).view_as(kept)

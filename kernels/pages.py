@@ -5,7 +5,6 @@ the engine is L * H pages. Blocks that belong to one compressed request alone ar
 page of a slab may serve any (layer, head).
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -277,12 +276,6 @@ class PageTables:
             return
         # Steps of a quarter: each widening copies all tables once.
         self._tables = nn.functional.pad(self._tables, (0, width + width // 4 + 1 - have))
-
-    def sent(self, numbers: Sequence[int] | Sequence[tuple[int, ...]]) -> Tensor:
-        """int64, on the tables' device, without waiting for what it is doing."""
-        pinned = self.device.type == "cuda"
-        on_host = torch.tensor(numbers, dtype=torch.int64, pin_memory=pinned)
-        return on_host.to(self.device, non_blocking=True)
 
     def _columns(self, tables: Tensor) -> Tensor:
         return torch.arange(tables.shape[-1], device=self.device)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kernels.gpu.tables import grow_by_one, place_pages
 from kernels.growth import GrownStep
 from kernels.pages import PageLayout, PageTables, with_rows
+from kernels.transfer import sent
 
 
 class _Batch(NamedTuple):
@@ -151,7 +152,7 @@ class DeviceTables(PageTables):
             lens, self._slab_ids[row], self._used[row : row + 1], self.layout, self.page_tokens,
             self._tables.shape[-1],
         ).clamp_(min=0)  # fmt: skip
-        index = self.sent(layers)
+        index = sent(layers, self.device)
         self._tables[row, index] = tables
         self._lens[row, index] = lens
         self._longest[row] = max(self._longest[row], int(on_host.max()))
@@ -204,7 +205,7 @@ class DeviceTables(PageTables):
 
     def _begin(self, rows: list[int], graph_rows: int | None) -> _Batch:
         self._end_batch()
-        index = self.sent(rows)
+        index = sent(rows, self.device)
         longest = max((self._longest[row] for row in rows), default=0)
         self._widen(longest // self.page_tokens + 1)
         lens, tables = (held[index].transpose(0, 1) for held in (self._lens, self._tables))
@@ -257,9 +258,9 @@ class DeviceTables(PageTables):
         if missing > 0:
             spare = missing + self._slab_ids.shape[1] // 4
             self._slab_ids = nn.functional.pad(self._slab_ids, (0, spare))
-        rows, places, slabs = self.sent(self._news).unbind(dim=1)
+        rows, places, slabs = sent(self._news, self.device).unbind(dim=1)
         self._slab_ids[rows, places] = slabs.int()
         told = sorted({row for row, _, _ in self._news})
-        counts = self.sent([len(self._slabs[row]) for row in told])
-        self._granted[self.sent(told)] = counts.int()
+        counts = sent([len(self._slabs[row]) for row in told], self.device)
+        self._granted[sent(told, self.device)] = counts.int()
         self._news.clear()

@@ -1,9 +1,9 @@
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kernels.top import top_mask
+from kernels.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,6 @@ class AdaptiveHeads:
         floors = [int(self.alpha * total / heads) for total in totals]
         rest = [total - floor * heads for total, floor in zip(totals, floors, strict=True)]
         device = scores.device
-        secured = top_mask(scores, torch.tensor(floors, device=device)[:, None].expand(-1, heads))
+        secured = top_mask(scores, sent(floors, device)[:, None].expand(-1, heads))
         others = scores.masked_fill(secured, float("-inf")).view(layers, -1)
-        return secured | top_mask(others, torch.tensor(rest, device=device)).view_as(scores)
+        return secured | top_mask(others, sent(rest, device)).view_as(scores)

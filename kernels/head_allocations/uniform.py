@@ -1,9 +1,9 @@
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kernels.top import top_mask
+from kernels.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -14,4 +14,4 @@ class UniformHeads:
         # A remainder goes one each to the first heads.
         heads = scores.shape[1]
         counts = [[total // heads + (h < total % heads) for h in range(heads)] for total in totals]
-        return top_mask(scores, torch.tensor(counts, device=scores.device))
+        return top_mask(scores, sent(counts, scores.device))
