@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kernels.attention import Reduction, reduced_window_attention
 
-_KEYS_PER_TILE = 64
-_ROWS_PER_TILE = 64
+# Keys and rows of a tile; of wide float32 ones fewer, for they lie in shared memory.
+_TILE, _TILE_OF_WIDE, _WIDE_BYTES = 64, 32, 1024
 # Programs enough to fill a large GPU, each with keys enough to be worth its start.
 _PROGRAMS = 1024
 
@@ -59,7 +59,8 @@ def _scores(
     heads, group, window, dim = queries.shape
     rows = group * window
     queries = queries.reshape(heads, rows, dim)
-    row_tiles, key_tiles = triton.cdiv(rows, _ROWS_PER_TILE), triton.cdiv(n, _KEYS_PER_TILE)
+    tile = _TILE if dim * queries.element_size() < _WIDE_BYTES else _TILE_OF_WIDE
+    row_tiles, key_tiles = triton.cdiv(rows, tile), triton.cdiv(n, tile)
     splits = max(1, min(key_tiles, _PROGRAMS // (heads * row_tiles)))
     most, total = queries.new_empty((2, heads, rows, splits), dtype=torch.float32)
     # Powers of two instead of e: one instruction on the GPU.
@@ -72,8 +73,8 @@ def _scores(
         "PAGE": 0 if pages is None else keys.shape[1],
         "DIM": dim,
         "BLOCK_DIM": triton.next_power_of_2(max(dim, 16)),
-        "BLOCK_ROWS": _ROWS_PER_TILE,
-        "BLOCK_KEYS": _KEYS_PER_TILE,
+        "BLOCK_ROWS": tile,
+        "BLOCK_KEYS": tile,
         # Triton's interpreter multiplies bfloat16 as the integers that it is stored in.
         "EXACT": queries.dtype == torch.float32 or triton.knobs.runtime.interpret,
     }
@@ -86,7 +87,7 @@ def _scores(
     scores = queries.new_empty((heads, n - window), dtype=torch.float32)
     segments, segment_rows = (group, window) if reduction == "max" else (1, rows)
     if n > window:
-        _column_scores[(heads, triton.cdiv(n - window, _KEYS_PER_TILE))](
+        _column_scores[(heads, triton.cdiv(n - window, tile))](
             queries, keys, normalizer, scores, scale, n - window, rows, segments, segment_rows,
             heads, SQUARES=reduction == "squares", **layout,
         )  # fmt: skip

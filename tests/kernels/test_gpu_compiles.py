@@ -27,6 +27,12 @@ POINTERS = {
 ATTENTION = {
     "PAGE": 16, "DIM": 128, "BLOCK_DIM": 128, "BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "EXACT": False,
 }  # fmt: skip
+WIDE = {**ATTENTION, "DIM": 256, "BLOCK_DIM": 256}
+# As wide as float32 gets.
+WIDEST = {**WIDE, "BLOCK_ROWS": 32, "BLOCK_KEYS": 32, "EXACT": True}
+FLOAT32 = {"queries": "*fp32", "keys": "*fp32"}
+# Bytes that a program may have, of A100 and H100.
+SHARED_BYTES = {80: 166_912, 90: 232_448}
 ROWS = {"PAGE": 16, "DIM": 128, "BLOCK_DIM": 128, "TILE": 64}
 INT8 = {"new_keys": "*i8", "new_values": "*i8"}
 KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
@@ -34,8 +40,12 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
     "log-sum-exp, float32, no pages": (
         window_scores._log_sum_exp,
         {**ATTENTION, "PAGE": 0, "EXACT": True},
-        {"queries": "*fp32", "keys": "*fp32", "pages": "*fp32"},
+        {**FLOAT32, "pages": "*fp32"},
     ),
+    "log-sum-exp, wide": (window_scores._log_sum_exp, WIDE, {}),
+    "log-sum-exp, widest": (window_scores._log_sum_exp, WIDEST, FLOAT32),
+    "column means, wide": (window_scores._column_scores, {**WIDE, "SQUARES": False}, {}),
+    "column means, widest": (window_scores._column_scores, {**WIDEST, "SQUARES": False}, FLOAT32),
     "column means": (window_scores._column_scores, {**ATTENTION, "SQUARES": False}, {}),
     "column squares": (window_scores._column_scores, {**ATTENTION, "SQUARES": True}, {}),
     "digits": (top._count_digits, {"SHIFT": 24, "TILE": 1024}, {}),
@@ -65,3 +75,4 @@ def test_compiles(name: str, architecture: int) -> None:
     source = ASTSource(kernel, signature, constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
     assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= SHARED_BYTES[architecture]
