@@ -15,6 +15,11 @@ class AdaKVGPUWorker(AdaKVWorkerMixin, Worker):
             refuse_unsupported(self.vllm_config)
         super().init_device()
 
+    def compile_or_warm_up_model(self) -> Any:
+        if compression_config(self.vllm_config.additional_config) is not None:
+            self._adakv_runner.warm_up_compression()
+        return super().compile_or_warm_up_model()
+
     # vLLM types it as a Model Runner V1, whichever it is.
     def _make_model_runner(self) -> Any:
         if compression_config(self.vllm_config.additional_config) is None:

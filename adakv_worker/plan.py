@@ -216,7 +216,8 @@ def resumed_plan(
     )
 
 
-def _query_span(choice: PolicyChoice) -> int:
+def query_span(choice: PolicyChoice) -> int:
+    """Of a prompt's last tokens, whose queries are wanted."""
     if choice.preset == FULL:
         return 0
     scorer = choice.build().scorer
@@ -240,7 +241,7 @@ def make_plan(
     keep = budget.keep_of(num_tokens)
     choice = budget.choice.for_budget(keep, num_tokens)
     # Nothing is chosen where all stay.
-    span = _query_span(choice) if keep < num_tokens else 0
+    span = query_span(choice) if keep < num_tokens else 0
     plan = Plan(
         choice, num_tokens, keep, min(span, num_tokens), block_size, remaining_outputs,
         bound=budget.decode,

@@ -20,6 +20,7 @@ from adakv_worker.model_parts import LayerParts, layer_parts
 from adakv_worker.moves import CacheKind, Moved, rank_file, read_state, write_state
 from adakv_worker.packed_state import StateRefused
 from adakv_worker.state import CompressionState
+from adakv_worker.warm_up import warm_up
 
 
 class Row(NamedTuple):
@@ -194,6 +195,10 @@ class AdaKVRunner:
                 moved = self._adakv_staged[command.state]
                 self.adakv.restore(new.req_id, moved.cache, list(new.block_ids[0]))
                 self._lengths_changed([new.req_id])
+
+    def warm_up_compression(self) -> None:
+        """Before the first request, whose blocks it overwrites."""
+        warm_up(self.adakv, self._adakv_config, self.kv_cache_config.num_blocks)
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:

@@ -121,6 +121,11 @@ class CompressionState:
             window.queries[:, first - window_start : last - window_start],
         )
 
+    def no_queries(self, tokens: int) -> Tensor:
+        """Zeros [tokens, Hq, D], as a layer's queries are seen."""
+        heads, dim = self._parts[0].num_heads, self._cache.keys.shape[-1]
+        return self._cache.keys.new_zeros((tokens, heads, dim))
+
     def drop_windows(self, request_ids: Iterable[str]) -> None:
         """Forgets queries kept for what was not done in the end."""
         if self._windows:

@@ -1,0 +1,13 @@
+"""What happens before the first request, with the GPU's page tables and kernels."""
+
+from adakv_worker.config import CompressionConfig
+from adakv_worker.warm_up import warm_up
+from kernels.gpu.device_tables import DeviceTables
+from tests.adakv_worker.test_warm_up import make_state
+
+
+def test_nobody_is_left() -> None:
+    state = make_state(80, DeviceTables)
+    warm_up(state, CompressionConfig(), 80)
+    state.check()
+    assert sorted(state.tables.open([slab]) for slab in range(4)) == [0, 1, 2, 3]
