@@ -129,11 +129,17 @@ class Deployment:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
         _, alive = psutil.wait_procs(served, timeout=60)
-        # Ray itself waits half a minute for actors that nobody ends.
+        # Ray itself waits half a minute for actors that nobody ends. Who started it is left to end
+        # by itself: else the next `serve run` would look for this cluster.
+        started = {process.pid for process in self._processes}
         for process in family:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(family, timeout=60)
+            if process.pid not in started:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        _, left = psutil.wait_procs(family, timeout=60)
+        for process in left:
+            process.kill()
+        alive += left
         self._log.close()
         self._folder.cleanup()
         assert not alive, f"still there a minute after the stop: {alive}"
