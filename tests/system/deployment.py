@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,24 @@ class Deployment:
 
     def running(self) -> int:
         return sum(report.running + report.waiting for report in self.occupancy().values())
+
+    def who_answer(self) -> set[str]:
+        """The replicas that answer a few requests at once.
+
+        A new one reports before Serve's ingress sends it anything.
+        """
+        client = self.client()
+
+        def answers(number: int) -> str:
+            return client.completions.with_raw_response.create(
+                model=MODEL,
+                prompt=f"{number}. Once",
+                max_tokens=20,
+                extra_body={"ignore_eos": True},
+            ).headers["x-replica-id"]
+
+        with ThreadPoolExecutor(4) as pool:
+            return set(pool.map(answers, range(4)))
 
     def inspect(self) -> list[dict[str, Any]]:
         command = [sys.executable, "-m", "router.inspect", "--url", self.store_url, "--json"]

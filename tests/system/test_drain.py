@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.system.deployment import MODEL, Deployment, deployed, eventually, twins_config
+from tests.system.deployment import Deployment, deployed, eventually, twins_config
 from tests.system.spilling import ask, ask_many, moves
 
 
@@ -15,19 +15,6 @@ from tests.system.spilling import ask, ask_many, moves
 def twins() -> Iterator[Deployment]:
     with deployed(config=twins_config) as deployment:
         yield deployment
-
-
-def _who_answer(deployment: Deployment) -> set[str]:
-    """The replicas that answer a few requests at once."""
-    client = deployment.client()
-
-    def answers(number: int) -> str:
-        return client.completions.with_raw_response.create(
-            model=MODEL, prompt=f"{number}. Once", max_tokens=20, extra_body={"ignore_eos": True}
-        ).headers["x-replica-id"]
-
-    with ThreadPoolExecutor(4) as pool:
-        return set(pool.map(answers, range(4)))
 
 
 def _scale_down(config: dict[str, Any]) -> None:
@@ -38,8 +25,7 @@ def _scale_down(config: dict[str, Any]) -> None:
 def test_requests_leave_a_replica_that_is_removed_and_no_client_notices(
     twins: Deployment,
 ) -> None:
-    # A replica reports before Serve's ingress sends it anything.
-    eventually(lambda: len(_who_answer(twins)) == 2, 60, "answers from both")
+    eventually(lambda: len(twins.who_answer()) == 2, 60, "answers from both")
     numbers, tokens, enough = range(4), 300, threading.Event()
     client = twins.client(timeout=300)
 
