@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from vllm.config import AttentionConfig
 from vllm.v1.attention.backends import flash_attn, triton_attn
 
+from adakv_worker.gpu_backends import folded_splits
 from kernels.bench import DIM, DTYPE, GROUP, HEADS, PAGE, Ceilings, ceilings, seconds
 
 # The deviation of the logarithm of a head's length: a tenth of the heads keep more than twice the
@@ -49,10 +51,14 @@ Attend = Callable[[Sequences], Any]
 
 
 def flash(s: Sequences) -> None:
+    version = flash_attn.get_flash_attn_version() or 2
+    # As the backend calls it, where sequences are folded.
+    most = AttentionConfig.flash_attn_max_num_splits_for_cuda_graph
+    splits = folded_splits(len(s.lens), version, most) if s.keys.shape[2] == 1 else 0
     flash_attn.flash_attn_varlen_func(
         q=s.query, k=s.keys, v=s.values, out=s.output, cu_seqlens_q=s.starts, max_seqlen_q=1,
         seqused_k=s.lens, max_seqlen_k=s.tables.shape[1] * PAGE, softmax_scale=DIM**-0.5,
-        causal=True, block_table=s.tables, fa_version=flash_attn.get_flash_attn_version() or 2,
+        causal=True, block_table=s.tables, fa_version=version, num_splits=splits,
     )  # fmt: skip
 
 

@@ -130,6 +130,16 @@ class AdaKVFlashMetadataBuilder(GPUFoldingBuilder, flash_attn.FlashAttentionMeta
 _MOST_SPLIT_SEQUENCES = 992
 
 
+def folded_splits(sequences: int, version: int, most: int) -> int:
+    """Most parts that FlashAttention attends to a folded sequence in; 0: as many as it likes.
+
+    Left to itself version 3 takes hundreds of megabytes for them. Version 2 cannot be told.
+    """
+    if version == 2:
+        return 0
+    return most if sequences <= _MOST_SPLIT_SEQUENCES else 1
+
+
 class AdaKVFlashImpl(FoldingImpl, flash_attn.FlashAttentionImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -138,18 +148,10 @@ class AdaKVFlashImpl(FoldingImpl, flash_attn.FlashAttentionImpl):
                 "adakv: compression works with FlashAttention 2 and 3, not "
                 f"{self.vllm_flash_attn_version}: set attention_backend to TRITON_ATTN"
             )
-        # Of FlashAttention 3: it would ask for hundreds of megabytes for as many as it likes.
-        self._most_splits = (
-            get_current_vllm_config().attention_config.flash_attn_max_num_splits_for_cuda_graph
-        )
-
-    def _splits(self, sequences: int) -> int:
-        """Most parts that a sequence is attended to in; 0: as the kernel likes."""
-        if self.vllm_flash_attn_version == 2:
-            return 0
-        if self.batch_invariant_enabled or sequences > _MOST_SPLIT_SEQUENCES:
-            return 1
-        return self._most_splits
+        attention = get_current_vllm_config().attention_config
+        self._most_splits = attention.flash_attn_max_num_splits_for_cuda_graph
+        if self.batch_invariant_enabled:
+            self._most_splits = 1
 
     def _store_folded(
         self, layer: Any, key: Tensor, value: Tensor, pages: Pages, slots: Tensor
@@ -177,7 +179,7 @@ class AdaKVFlashImpl(FoldingImpl, flash_attn.FlashAttentionImpl):
             block_table=folded.grown.tables[index],
             softcap=self.logits_soft_cap,
             fa_version=self.vllm_flash_attn_version,
-            num_splits=self._splits(len(query)),
+            num_splits=folded_splits(len(query), self.vllm_flash_attn_version, self._most_splits),
         )
 
 

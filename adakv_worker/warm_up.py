@@ -1,5 +1,7 @@
 """Compressions of nobody's prompt, so that no request waits until their kernels are compiled."""
 
+import itertools
+
 import torch
 
 from adakv_worker.commands import Compress
@@ -15,15 +17,15 @@ _NOBODY = "adakv-warm-up"
 
 @torch.inference_mode()
 def warm_up(state: CompressionState, config: CompressionConfig, num_blocks: int) -> None:
-    """Compresses to much and to little, as the settings would, and grows by a token.
+    """Compresses an even and an odd prompt to much and to little, each growing by a token.
 
-    Overwrites blocks 1 and following, which must be nobody's. Where there are not enough of them
-    nothing happens.
+    Kernels are compiled for numbers that 16 divides, and for others. Overwrites blocks 1 and
+    following, which must be nobody's. Where there are not enough of them nothing happens.
     """
     if config.policy == FULL:
         return
-    for share in (2, 8):
-        tokens = max(_TOKENS, 2 * query_span(config.default_choice))
+    longest = max(_TOKENS, 2 * query_span(config.default_choice))
+    for tokens, share in itertools.product((longest, longest - 1), (2, 8)):
         choice = config.default_choice.for_budget(tokens // share, tokens)
         keep = max(tokens // share, choice.build().scorer.window_tokens + 1)
         _compress(state, choice, tokens, keep, num_blocks)

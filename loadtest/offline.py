@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from kernels.presets import AUTO, PRESETS
+from adakv_worker.config import check_policy_name
 from loadtest.comparison.page import Page, Section, write_page
 from loadtest.comparison.plots import throughput
 from loadtest.comparison.provenance import environment
@@ -240,15 +240,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a folder for the report")
     parser.add_argument("--mix", nargs="+", choices=(*MIXES, *EVICTING_MIXES), default=list(MIXES))
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
-    policies = sorted([AUTO, *PRESETS])
-    parser.add_argument(
-        "--policies", nargs="+", choices=policies, default=[POLICY], help="each at every budget"
-    )
+    parser.add_argument("--policies", nargs="+", default=[POLICY], help="each at every budget")
     parser.add_argument("--repeat", type=int, default=3, help="rounds for each arm")
     parser.add_argument("--threads", type=int, default=1, help="threads of each engine")
     args = parser.parse_args(argv)
     try:
-        ours = [_name(policy, budget) for policy in args.policies for budget in args.budgets]
+        for policy in args.policies:
+            check_policy_name(policy)
+    except ValueError as error:
+        parser.error(str(error))
+    ours = [_name(policy, budget) for policy in args.policies for budget in args.budgets]
+    try:
         result = run(args.mix, ours, args.repeat, args.threads)
     except RuntimeError as error:
         print(f"loadtest.offline: {error}", file=sys.stderr)

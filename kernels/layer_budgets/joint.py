@@ -1,10 +1,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from kernels.top import top_mask
+from kernels.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class JointLayers:
         if scores is None:
             raise ValueError("joint layers need the scores of all layers")
         layers, heads, _ = shape
-        count = torch.tensor(layers * heads * quota, device=scores.device)
+        count = sent(layers * heads * quota, scores.device)
         kept = top_mask(scores.flatten(), count)
         totals: list[int] = kept.view(layers, -1).sum(dim=-1).tolist()
         return totals
