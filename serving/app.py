@@ -48,7 +48,7 @@ def engine_options(config: AppConfig) -> dict[str, Any]:
     replica = config.replica
     options: dict[str, Any] = {
         "num_replicas": replica.count,
-        "max_ongoing_requests": replica.max_ongoing_requests,
+        "max_ongoing_requests": config.max_ongoing_requests,
         "max_queued_requests": replica.max_queued_requests,
         "backpressure_config": BackpressureConfig(
             status_code=503, retry_after_s=config.ingress.retry_after_s
@@ -74,9 +74,10 @@ def engine_options(config: AppConfig) -> dict[str, Any]:
 def _gpus(config: AppConfig) -> float:
     if config.replica.gpus is not None:
         return config.replica.gpus
-    import torch
+    from serving.vllm_options import computes_on_cpus
 
-    return config.tensor_parallel_size if torch.cuda.is_available() else 0
+    # Not whether there is a GPU here: the node that builds the application may have none.
+    return 0 if computes_on_cpus() else config.tensor_parallel_size
 
 
 def api_keys(config: AppConfig) -> tuple[str, ...]:

@@ -10,8 +10,9 @@ from adakv_worker.config import CompressionConfig
 from router import DEFAULT_KEY_PREFIX, DEFAULT_STORE_PORT
 from router.score import Speeds
 
-# vLLM's own.
+# vLLM's own; of the second the largest, which it takes on large GPUs.
 _DEFAULT_BLOCK_SIZE_TOKENS = 16
+_DEFAULT_MAX_NUM_SEQS = 1024
 
 
 def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
@@ -54,14 +55,18 @@ class ReplicaConfig(Section):
     gpus: float | None = Field(
         default=None,
         ge=0.0,
-        description="GPUs for each replica; None takes tensor_parallel_size on GPU nodes",
+        description="GPUs for each replica; None takes tensor_parallel_size, or 0 on CPUs",
     )
     placement_group_bundles: list[dict[str, float]] | None = Field(
         default=None,
         description="One bundle per worker when a replica spans nodes (executor `ray`)",
     )
     placement_group_strategy: str = "PACK"
-    max_ongoing_requests: int = Field(default=64, ge=1)
+    max_ongoing_requests: int | None = Field(
+        default=None,
+        ge=1,
+        description="Inside an engine, running or waiting there; None takes twice max_num_seqs",
+    )
     max_queued_requests: int = Field(
         default=256, ge=-1, description="Requests waiting for a replica before 503; -1 has no limit"
     )
@@ -248,6 +253,12 @@ class AppConfig(Section):
     @property
     def tensor_parallel_size(self) -> int:
         return int(self.engine.get("tensor_parallel_size", 1))
+
+    @property
+    def max_ongoing_requests(self) -> int:
+        """Of one replica."""
+        running = int(self.engine.get("max_num_seqs") or _DEFAULT_MAX_NUM_SEQS)
+        return self.replica.max_ongoing_requests or 2 * running
 
     @property
     def block_size_tokens(self) -> int:

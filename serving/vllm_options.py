@@ -28,6 +28,11 @@ _SOCKET_OPTIONS = {
 }  # fmt: skip
 
 
+def computes_on_cpus() -> bool:
+    """Whether the vLLM that is installed is the one for CPUs, wherever this process runs."""
+    return current_platform.is_cpu()
+
+
 def engine_arg_names() -> set[str]:
     return {field.name for field in dataclasses.fields(AsyncEngineArgs)}
 

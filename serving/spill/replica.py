@@ -60,7 +60,7 @@ class ReplicaSpill:
             share=spill.lend_share,
             folder=self._folder,
             park_bytes=spill.park_bytes,
-            max_requests=min(host.max_running, config.replica.max_ongoing_requests),
+            max_requests=min(host.max_running, config.max_ongoing_requests),
         )
         self._borrower = Borrower(
             core=host.core,

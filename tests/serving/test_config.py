@@ -52,9 +52,32 @@ def test_keys_come_from_the_config_and_the_environment(monkeypatch: pytest.Monke
     assert api_keys(AppConfig.model_validate({"auth": {"api_keys": ["a"]}})) == ("a", "b", "c")
 
 
-def test_gpus_follow_tensor_parallel_size_unless_told() -> None:
+def test_gpus_are_as_many_as_told() -> None:
     config = AppConfig.model_validate({"replica": {"gpus": 2, "cpus": 3}})
     assert engine_options(config)["ray_actor_options"] == {"num_cpus": 3, "num_gpus": 2}
+
+
+@pytest.mark.parametrize(("on_cpus", "gpus"), [(True, {}), (False, {"num_gpus": 2})])
+def test_gpus_follow_tensor_parallel_size_with_vllm_for_gpus(
+    monkeypatch: pytest.MonkeyPatch, on_cpus: bool, gpus: dict[str, int]
+) -> None:
+    monkeypatch.setattr("serving.vllm_options.computes_on_cpus", lambda: on_cpus)
+    config = AppConfig.model_validate({"engine": {"tensor_parallel_size": 2}})
+    assert engine_options(config)["ray_actor_options"] == {"num_cpus": 1, **gpus}
+
+
+@pytest.mark.parametrize(
+    ("args", "most"),
+    [
+        ({"engine": {"max_num_seqs": 256}}, 512),
+        ({"engine": {"max_num_seqs": 256}, "replica": {"max_ongoing_requests": 8}}, 8),
+        ({}, 2048),
+    ],
+)
+def test_an_engine_is_given_all_that_it_can_run_and_as_many_again(
+    args: dict[str, Any], most: int
+) -> None:
+    assert engine_options(AppConfig.model_validate(args))["max_ongoing_requests"] == most
 
 
 def test_a_replica_over_several_nodes_gets_one_bundle_per_worker() -> None:
