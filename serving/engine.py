@@ -44,7 +44,7 @@ class Engine:
         Args:
             lenders: a deployment of this class, too, which gets no requests but by spilling.
         """
-        # Imported here: it is heavy, and thread counts must be set before torch loads.
+        # Imported here: it is heavy.
         from serving import vllm_host
 
         vllm_host.set_up_cpu(config.replica.threads, config.tensor_parallel_size)

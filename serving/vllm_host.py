@@ -28,7 +28,13 @@ from serving.asgi import ASGIApp
 from serving.compression_proof import ProofMiddleware, noting
 from serving.openai_error import error_body
 from serving.vllm_load import EngineLoad, LoadStats
-from serving.vllm_options import check_movable, server_options, with_compression, with_kv_events
+from serving.vllm_options import (
+    check_movable,
+    computes_on_cpus,
+    server_options,
+    with_compression,
+    with_kv_events,
+)
 
 
 class _Server:
@@ -172,10 +178,12 @@ def _mend_openai_surface(app: FastAPI) -> None:
 
 
 def set_up_cpu(threads: int, tensor_parallel_size: int) -> None:
-    """Prepares this process for CPU engines of `threads` threads; call it before torch loads.
+    """Prepares this process for CPU engines of `threads` threads; nothing with vLLM for GPUs.
 
     What the operator has set in the environment stays.
     """
+    if not computes_on_cpus():
+        return
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if tensor_parallel_size == 1:
