@@ -37,7 +37,7 @@ from adakv_worker.continuation import Continuation, continuation_of, take_up
 from adakv_worker.manager import AdaKVManager
 from adakv_worker.plan import Phase, Plan, make_plan, resumed_plan
 from adakv_worker.recomputes import Recomputes
-from adakv_worker.stats import MemoryStats, attach_proofs
+from adakv_worker.stats import MemoryStats, attach_last_received, attach_proofs
 from adakv_worker.support import refuse_unsupported, require_classes
 from kernels.presets import PolicyChoice
 
@@ -67,6 +67,7 @@ class AdaKVSchedulerMixin(Scheduler):
         self._blocks_to_start: dict[str, int] = {}
         self._evictable_blocks = 0
         self._count_evictable_at = 0.0
+        self._last_received: str | None = None
         self._manager: AdaKVManager | None = None
         if config is None:
             return
@@ -102,6 +103,7 @@ class AdaKVSchedulerMixin(Scheduler):
             if continuation.state is None:
                 self._recomputes.lose(request.request_id, request.num_tokens - 1)
         super().add_request(request)
+        self._last_received = request.request_id
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         plan = self._plan(request)
@@ -239,9 +241,10 @@ class AdaKVSchedulerMixin(Scheduler):
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
-        if stats is not None and self._manager is not None and self.lora_config is None:
+        if stats is not None and self._manager is not None:
             self._memory_stats(self._manager).attach(stats)
             attach_proofs(stats, self._new_reports)
+            attach_last_received(stats, self._last_received)
         self._new_reports.clear()
         self._decode_evictions = 0
         return stats

@@ -1,21 +1,23 @@
-"""What the scheduler tells its front end about compression, beside vLLM's statistics.
+"""Figures of compression, sent from the scheduler to its front end with vLLM's statistics.
 
-vLLM's statistics cross the process boundary field by field, so that an attribute would be lost. All
-of this rides in a field that is a dict of counts and that nobody reads without LoRA.
+vLLM's statistics cross the process boundary field by field, so that an attribute would be lost.
+Texts ride as keys of `SchedulerStats.num_kv_fetch_reqs_by_stage`: vLLM fills and reads that dict
+only with KV connectors, which compression refuses. Their counts are 0, so that vLLM logs none.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vllm.v1.metrics.stats import SchedulerStats
 
-_MEMORY_PREFIX = "adakv."
-_PROOF_PREFIX = "adakv-proof."
+_MEMORY = "adakv-memory:"
+_PROOFS = "adakv-proofs:"
+_LAST_RECEIVED = "adakv-last-received:"
 
 
 class MemoryStats(NamedTuple):
-    """Of one engine, after a step.
+    """The KV memory of one engine after a step.
 
     compressed_blocks: held by compressed requests.
     growth_blocks: what the running requests will take besides, at the peak of their lives.
@@ -25,6 +27,7 @@ class MemoryStats(NamedTuple):
     evictable_blocks: free ones that still hold a prefix, as of the last second.
     recomputed_tokens: computed a second time since the engine's start, see `Recomputes`.
     decode_evictions: since the statistics before, of requests that had grown to their bounds.
+    selection_failures: since the statistics before, of requests whose policy raised an error.
     """
 
     compressed_blocks: int = 0
@@ -36,32 +39,48 @@ class MemoryStats(NamedTuple):
     evictable_blocks: int = 0
     recomputed_tokens: int = 0
     decode_evictions: int = 0
+    selection_failures: int = 0
 
     def attach(self, stats: SchedulerStats) -> None:
-        stats.waiting_lora_adapters |= {
-            _MEMORY_PREFIX + name: value for name, value in self._asdict().items()
-        }
+        """Add these figures to a step's statistics."""
+        _attach(stats, _MEMORY, json.dumps(self))
 
     @classmethod
     def of(cls, stats: SchedulerStats) -> "MemoryStats | None":
-        """What was attached, or None: stock vLLM, or LoRA."""
-        given = stats.waiting_lora_adapters
-        if _MEMORY_PREFIX + cls._fields[0] not in given:
-            return None
-        return cls(*(given[_MEMORY_PREFIX + name] for name in cls._fields))
+        """Return what was attached; None with stock vLLM."""
+        text = _attached(stats, _MEMORY)
+        return None if text is None else cls(*json.loads(text))
 
 
-def attach_proofs(stats: SchedulerStats, proofs: Iterable[dict[str, Any]]) -> None:
-    """Adds the proofs of requests whose prompts this step has completed."""
-    counts = stats.waiting_lora_adapters
-    for proof in proofs:
-        key = _PROOF_PREFIX + json.dumps(proof)
-        counts[key] = counts.get(key, 0) + 1
+def attach_proofs(stats: SchedulerStats, proofs: Sequence[dict[str, Any]]) -> None:
+    """Add the proofs of requests whose prompts this step has completed."""
+    if proofs:
+        _attach(stats, _PROOFS, json.dumps(proofs))
 
 
-def proofs_of(stats: SchedulerStats) -> Iterator[dict[str, Any]]:
-    """The proofs that were attached; none with LoRA."""
-    for key, count in stats.waiting_lora_adapters.items():
-        if key.startswith(_PROOF_PREFIX):
-            proof = json.loads(key.removeprefix(_PROOF_PREFIX))
-            yield from (proof for _ in range(count))
+def proofs_of(stats: SchedulerStats) -> list[dict[str, Any]]:
+    """Return the proofs that were attached."""
+    text = _attached(stats, _PROOFS)
+    return [] if text is None else json.loads(text)
+
+
+def attach_last_received(stats: SchedulerStats, request_id: str | None) -> None:
+    """Add the id of the request that the scheduler added last: it counts all up to that one."""
+    if request_id is not None:
+        _attach(stats, _LAST_RECEIVED, request_id)
+
+
+def last_received_of(stats: SchedulerStats) -> str | None:
+    """Return the id that was attached; None before the first request, and with stock vLLM."""
+    return _attached(stats, _LAST_RECEIVED)
+
+
+def _attach(stats: SchedulerStats, prefix: str, text: str) -> None:
+    stats.num_kv_fetch_reqs_by_stage[prefix + text] = 0
+
+
+def _attached(stats: SchedulerStats, prefix: str) -> str | None:
+    for key in stats.num_kv_fetch_reqs_by_stage:
+        if key.startswith(prefix):
+            return key.removeprefix(prefix)
+    return None
