@@ -7,6 +7,7 @@ again: penalties, least and most tokens count as if it had never been away.
 
 from typing import Any, NamedTuple
 
+from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
 # Among `SamplingParams.extra_args`, where nobody but a front end may put it: see
@@ -30,7 +31,12 @@ class Continuation(NamedTuple):
 
 
 def continuation_of(request: Request) -> Continuation | None:
-    params = request.sampling_params
+    """Return a scheduler's request's continuation, if it is one."""
+    return continuation_in(request.sampling_params)
+
+
+def continuation_in(params: SamplingParams | None) -> Continuation | None:
+    """Return the continuation beside a request's sampling parameters, if there is one."""
     value = (params.extra_args or {}).get(KEY) if params is not None else None
     return Continuation(**value) if isinstance(value, dict) else None
 

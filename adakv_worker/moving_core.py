@@ -20,10 +20,10 @@ from vllm.v1.engine import (
     EngineCoreRequest,
     FinishReason,
 )
-from vllm.v1.engine.async_llm import AsyncLLM
 
 from adakv_worker.continuation import Continuation
 from adakv_worker.packed_state import StateRefused
+from adakv_worker.sent_requests import BookedCore, BookedLLM
 
 # What an engine has decoded of one request in a step.
 Decoded = list[EngineCoreOutput]
@@ -139,7 +139,13 @@ class MovingCore:
         if request.sampling_params is not None:
             own = _Own(request, request.request_id)
             self._own[request.request_id] = self._here[request.request_id] = own
-        await self._core.add_request_async(request)
+        try:
+            await self._core.add_request_async(request)
+        except BaseException:
+            # It may have been sent all the same; whoever adds it then aborts it.
+            self._own.pop(request.request_id, None)
+            self._here.pop(request.request_id, None)
+            raise
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         names = []
@@ -352,16 +358,11 @@ class MovingCore:
             own.on_end()
 
 
-class MovableLLM(AsyncLLM):
-    """vLLM's `AsyncLLM` whose requests can move."""
+class MovableLLM(BookedLLM):
+    """An `AsyncLLM` whose requests can move."""
 
-    engine_core: Any
-
-    def _run_output_handler(self) -> None:
-        # The first that uses the client after it is made.
-        if not isinstance(self.engine_core, MovingCore):
-            self.engine_core = MovingCore(self.engine_core)
-        super()._run_output_handler()
+    def _stand_in(self, core: BookedCore) -> MovingCore:
+        return MovingCore(core)
 
 
 def _has_movable_state(request: EngineCoreRequest) -> bool:

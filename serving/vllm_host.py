@@ -17,17 +17,17 @@ from starlette.responses import Response
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.kv_events import CacheChange, cache_changes
 from adakv_worker.moving_core import MovableLLM, MovingCore
+from adakv_worker.sent_requests import BookedLLM
 from adakv_worker.support import refuse_unsupported
 from serving.asgi import ASGIApp
 from serving.compression_proof import ProofMiddleware, noting
 from serving.openai_error import error_body
-from serving.vllm_load import EngineLoad, LoadStats
+from serving.vllm_load import CacheSize, EngineLoad, LoadStats
 from serving.vllm_options import (
     check_movable,
     computes_on_cpus,
@@ -48,7 +48,7 @@ class VllmHost:
 
     def __init__(
         self,
-        engine: AsyncLLM,
+        engine: BookedLLM,
         app: ASGIApp,
         stats: LoadStats,
         kv_events_endpoint: str | None = None,
@@ -90,11 +90,13 @@ class VllmHost:
         if movable:
             check_movable(config, compressing)
         stats = LoadStats(on_proof)
-        engine = (MovableLLM if movable else AsyncLLM).from_vllm_config(
+        engine = (MovableLLM if movable else BookedLLM).from_vllm_config(
             config,
             stat_loggers=[RayPrometheusStatLogger, stats.logger],
             enable_log_requests=args.enable_log_requests,
         )
+        assert isinstance(engine, BookedLLM)
+        stats.sent = engine.sent
         tasks = await engine.get_supported_tasks()
         options = server_options(model, served_name, args, server_args)
         app = build_app(options, tasks, engine.model_config)
@@ -136,7 +138,8 @@ class VllmHost:
         await self.engine.check_health()
 
     def load(self) -> EngineLoad:
-        return self._stats.load(self.engine)
+        cache = self.engine.vllm_config.cache_config
+        return self._stats.load(CacheSize((cache.num_gpu_blocks or 1) - 1, cache.block_size))
 
     @property
     def changed(self) -> asyncio.Event:

@@ -1,26 +1,24 @@
-"""What a running engine tells of its KV memory and its requests, made of vLLM's statistics."""
+"""The KV memory and the requests of a running engine, from the scheduler's own statistics."""
 
 import asyncio
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.output_processor import RequestState
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
-from adakv_worker.moving_core import MovingCore
-from adakv_worker.stats import MemoryStats, proofs_of
+from adakv_worker.sent_requests import SentRequests
+from adakv_worker.stats import MemoryStats, last_received_of, proofs_of
 from kernels.blocks import blocks_for_tokens
 
 _RATE_WINDOW_S = 5.0
 
 
 class EngineLoad(NamedTuple):
-    """What an engine tells about its KV memory. Blocks exclude vLLM's null block.
+    """An engine's KV memory and its requests. Blocks exclude vLLM's null block.
 
-    told_at: when it did, by the monotonic clock.
+    told_at: when the scheduler reported it, by the monotonic clock.
     """
 
     block_size_tokens: int
@@ -44,6 +42,78 @@ class EngineLoad(NamedTuple):
     told_at: float = float("inf")
 
 
+class CacheSize(NamedTuple):
+    """The size of an engine's KV cache, without vLLM's null block."""
+
+    blocks: int
+    block_size_tokens: int
+
+
+def from_stock(
+    stats: SchedulerStats, cache: CacheSize, unanswered: list[int], preemptions: int = 0
+) -> EngineLoad:
+    """Return the load by what every scheduler reports.
+
+    Args:
+        unanswered: prompt lengths of the requests that the scheduler has and that have no output.
+    """
+    waiting = stats.num_waiting_reqs + stats.num_skipped_waiting_reqs
+    free = max(0, round((1 - stats.kv_cache_usage) * cache.blocks))
+    return EngineLoad(
+        block_size_tokens=cache.block_size_tokens,
+        blocks_total=cache.blocks,
+        blocks_free=free,
+        blocks_evictable=None,
+        blocks_compressed=0,
+        blocks_uncompressed=cache.blocks - free,
+        blocks_reserved_growth=0,
+        running=stats.num_running_reqs,
+        waiting=waiting,
+        waiting_blocks=_waiting_blocks(unanswered, waiting, cache.block_size_tokens),
+        prefill_tokens_queued=sum(unanswered),
+        decode_tokens_per_s=0.0,
+        achieved_compression=1.0,
+        preemptions=preemptions,
+    )
+
+
+def from_adakv(load: EngineLoad, memory: MemoryStats) -> EngineLoad:
+    """Return the load with what a scheduler that compresses reports besides."""
+    return load._replace(
+        blocks_evictable=min(memory.evictable_blocks, load.blocks_free),
+        blocks_compressed=memory.compressed_blocks,
+        blocks_uncompressed=max(0, load.blocks_total - load.blocks_free - memory.compressed_blocks),
+        blocks_reserved_growth=memory.growth_blocks,
+        waiting_blocks=memory.waiting_blocks,
+        prefill_tokens_queued=memory.queued_prefill_tokens,
+        achieved_compression=(
+            memory.kept_tokens / memory.original_tokens if memory.original_tokens else 1.0
+        ),
+        recomputed_tokens=memory.recomputed_tokens,
+    )
+
+
+def with_unseen(load: EngineLoad, prompts: list[int]) -> EngineLoad:
+    """Return the load with requests that no statistics cover yet, by their prompt lengths."""
+    blocks = [blocks_for_tokens(length, load.block_size_tokens) for length in prompts]
+    # An engine that was idle has begun the first of them.
+    begun = 1 if prompts and load.running + load.waiting == 0 else 0
+    taken = min(sum(blocks[:begun]), load.blocks_free)
+    free = load.blocks_free - taken
+    waiting_blocks = load.waiting_blocks
+    return load._replace(
+        blocks_free=free,
+        blocks_evictable=None
+        if load.blocks_evictable is None
+        else min(load.blocks_evictable, free),
+        blocks_uncompressed=load.blocks_uncompressed + taken,
+        running=load.running + begun,
+        waiting=load.waiting + len(prompts) - begun,
+        waiting_blocks=None if waiting_blocks is None else waiting_blocks + sum(blocks[begun:]),
+        prefill_tokens_queued=load.prefill_tokens_queued + sum(prompts),
+    )
+
+
 class LoadStats:
     """Keeps the newest scheduler statistics; `logger` is the factory that vLLM calls."""
 
@@ -51,6 +121,8 @@ class LoadStats:
         self._on_proof = on_proof
         self.changed = asyncio.Event()
         self.latest = SchedulerStats()
+        # Set once the engine is made, which takes `logger`.
+        self.sent = SentRequests()
         self.preemptions = 0
         self._decode_evictions = 0
         self._told_at = float("-inf")
@@ -62,6 +134,7 @@ class LoadStats:
     def note(self, scheduler_stats: SchedulerStats, generated_tokens: int) -> None:
         now = time.monotonic()
         self.latest = scheduler_stats
+        self.sent.receive(last_received_of(scheduler_stats))
         self._told_at = now
         for proof in proofs_of(scheduler_stats):
             self._on_proof(proof)
@@ -72,54 +145,21 @@ class LoadStats:
             self._tokens.pop(0)
         self.changed.set()
 
-    def load(self, engine: AsyncLLM) -> EngineLoad:
-        cache = engine.vllm_config.cache_config
-        total = (cache.num_gpu_blocks or 1) - 1
-        requests, guests = _here(engine)
-        # An abort frees blocks without a step to report it: with no request left, nothing is held.
-        stats = self.latest if requests or guests else SchedulerStats()
-        waiting = stats.num_waiting_reqs + stats.num_skipped_waiting_reqs
-        unstarted = [state.prompt_len or 0 for state in requests if state.is_prefilling]
-        # Stock vLLM tells less; its waiting prompts are what they take.
-        memory = MemoryStats.of(stats)
-        waiting_blocks = _waiting_blocks(unstarted, waiting, cache.block_size)
-        if memory:
-            waiting_blocks = memory.waiting_blocks
-        newest = _unseen(requests, guests, stats.num_running_reqs + waiting)
-        prompts = [blocks_for_tokens(length, cache.block_size) for length in newest]
-        # An engine that was idle has begun the first of them.
-        begun = 1 if newest and stats.num_running_reqs + waiting == 0 else 0
-        if waiting_blocks is not None:
-            waiting_blocks += sum(prompts[begun:])
-        free = max(0, round((1 - stats.kv_cache_usage) * total) - sum(prompts[:begun]))
-        compressed = memory.compressed_blocks if memory else 0
-        # What is free once the last request has ended is evictable still.
-        cached = MemoryStats.of(self.latest)
-        return EngineLoad(
-            block_size_tokens=cache.block_size,
-            blocks_total=total,
-            blocks_free=free,
-            blocks_evictable=min(cached.evictable_blocks, free) if cached else None,
-            blocks_compressed=compressed,
-            blocks_uncompressed=max(0, total - free - compressed),
-            blocks_reserved_growth=memory.growth_blocks if memory else 0,
-            running=stats.num_running_reqs + begun,
-            waiting=waiting + len(newest) - begun,
-            waiting_blocks=waiting_blocks,
-            prefill_tokens_queued=(
-                memory.queued_prefill_tokens + sum(newest) if memory else sum(unstarted)
-            ),
-            decode_tokens_per_s=self._decode_tokens_per_s(),
-            achieved_compression=(
-                memory.kept_tokens / memory.original_tokens
-                if memory and memory.original_tokens
-                else 1.0
-            ),
-            preemptions=self.preemptions,
-            # Of the engine's whole life, so not forgotten with its last request.
-            recomputed_tokens=cached.recomputed_tokens if cached else None,
-            decode_evictions=self._decode_evictions if cached else None,
-            told_at=self._told_at,
+    def load(self, cache: CacheSize) -> EngineLoad:
+        """Return the load as of now: the newest statistics and what has been sent since."""
+        stats, sent, memory = self.latest, self.sent, MemoryStats.of(self.latest)
+        if memory is not None:
+            unseen = sent.unseen()
+        else:
+            # Stock vLLM names none, but takes them in this order.
+            known = stats.num_running_reqs + stats.num_waiting_reqs
+            unseen = sent.newest_but(known + stats.num_skipped_waiting_reqs)
+        seen = sent.prefill_tokens(sent.unanswered(but=unseen))
+        load = from_stock(stats, cache, seen, self.preemptions)
+        if memory is not None:
+            load = from_adakv(load, memory)._replace(decode_evictions=self._decode_evictions)
+        return with_unseen(load, sent.prefill_tokens(unseen))._replace(
+            decode_tokens_per_s=self._decode_tokens_per_s(), told_at=self._told_at
         )
 
     def _decode_tokens_per_s(self) -> float:
@@ -142,31 +182,10 @@ class _LoadLogger(StatLoggerBase):
         pass
 
 
-def _waiting_blocks(prompt_lens: list[int], waiting: int, block_size: int) -> int | None:
-    """Blocks that the waiting prompts need, when they can be told apart from those in prefill."""
+def _waiting_blocks(unanswered: list[int], waiting: int, block_size: int) -> int | None:
+    """Return the blocks of the waiting prompts; None where some of these are in prefill."""
     if waiting == 0:
         return 0
-    if len(prompt_lens) != waiting:
+    if len(unanswered) != waiting:
         return None
-    return sum(blocks_for_tokens(length, block_size) for length in prompt_lens)
-
-
-def _here(engine: AsyncLLM) -> tuple[list[RequestState], int]:
-    """Clients' requests that this engine works on, oldest first, and its number of guests."""
-    core = engine.engine_core
-    states = engine.output_processor.request_states
-    if not isinstance(core, MovingCore):
-        return list(states.values()), 0
-    here = [state for name, state in states.items() if not core.is_away(name)]
-    return here, core.guests
-
-
-def _unseen(requests: list[RequestState], guests: int, seen: int) -> list[int]:
-    """Prompt lengths of the requests that are in no statistics yet.
-
-    A step with a long prefill takes seconds, and what has come since is the newest.
-    """
-    count = max(0, len(requests) + guests - seen)
-    # A guest comes with its cache, and has nothing to prefill.
-    count = min(count, len(requests))
-    return [state.prompt_len or 0 for state in requests[len(requests) - count :]]
+    return sum(blocks_for_tokens(length, block_size) for length in unanswered)

@@ -6,24 +6,43 @@ from typing import Any
 
 from adakv_worker.moving_core import MovableLLM, MovingCore
 from adakv_worker.plugin import engine_args
+from adakv_worker.sent_requests import BookedLLM
 from tests.adakv_worker.engines import prompt
 
 
 class Side:
     """One engine, and what its clients have been told."""
 
-    def __init__(self, model: Path, **options: Any) -> None:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        compressing: bool = True,
+        loggers: list[Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            compressing: requests can be moved, too; False makes an engine of stock scheduling.
+            loggers: factories of vLLM's stat loggers.
+        """
         from vllm.engine.arg_utils import AsyncEngineArgs
 
+        compression = engine_args({
+            "budget_tokens": 48, "keep_ratio": 0, "window_tokens": 16, "check_invariants": True,
+        })  # fmt: skip
         args = AsyncEngineArgs(
             model=str(model), dtype="float32", max_model_len=2048, block_size=32,
             enforce_eager=True, kv_cache_memory_bytes=32 << 20, max_num_batched_tokens=512,
             max_num_seqs=8, skip_tokenizer_init=True,
-            **engine_args({"budget_tokens": 48, "keep_ratio": 0, "window_tokens": 16,
-                           "check_invariants": True}),
+            **(compression if compressing else {}),
             **options,
         )  # fmt: skip
-        self.llm = MovableLLM.from_vllm_config(args.create_engine_config())
+        llm = (MovableLLM if compressing else BookedLLM).from_vllm_config(
+            args.create_engine_config(), stat_loggers=loggers
+        )
+        assert isinstance(llm, BookedLLM)
+        self.llm = llm
 
     @property
     def core(self) -> MovingCore:
