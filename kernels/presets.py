@@ -84,7 +84,7 @@ class PolicyChoice(NamedTuple):
         return self._replace(preset=_FOR_MUCH if much else _FOR_LITTLE)
 
     def build(self) -> Policy:
-        """The policy; the same object every time. Of `auto` the one for small budgets.
+        """The policy; the same object for choices of late. Of `auto` the one for small budgets.
 
         Raises:
             ValueError: unknown preset, or one that does not take the value given.
@@ -92,7 +92,8 @@ class PolicyChoice(NamedTuple):
         return configured(self)
 
 
-@functools.cache
+# Clients choose the values, so there are any number of choices.
+@functools.lru_cache(maxsize=256)
 def configured(choice: PolicyChoice) -> Policy:
     """The preset with its floor share and observation window replaced where given."""
     if choice.preset == AUTO:
