@@ -1,5 +1,10 @@
-"""Validates the `adakv_*` values of requests at admission, where an error becomes a 400."""
+"""Validates sampling parameters at admission, where an error becomes a 400.
 
+The `adakv_*` values of requests, and strings that could not be sent to the engine's process.
+"""
+
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +16,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ForMod
 
 from adakv_worker.config import CompressionConfig, RequestOptions
 from adakv_worker.continuation import KEY as CONTINUATION_KEY
+from adakv_worker.encodable import PROBLEM, unencodable
 
 _config: CompressionConfig | None = None
 
@@ -32,7 +38,13 @@ class RequestOptionsValidator(ForModelRunnerV1, ForModelRunnerV2):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Raises ValueError for an unknown option, a bad value, or one out of bounds."""
+        """Raise ValueError for an unknown option, a bad value, or one out of bounds.
+
+        Also for a string that cannot be encoded: vLLM would fail to send it, and answer 500.
+        """
+        for name, value in _texts(sampling_params):
+            if (where := unencodable(value, name)) is not None:
+                raise ValueError(f"{where} has {PROBLEM}")
         if sampling_params.extra_args:
             if CONTINUATION_KEY in sampling_params.extra_args:
                 raise ValueError(f"{CONTINUATION_KEY} is not for requests to say")
@@ -50,3 +62,13 @@ class RequestOptionsValidator(ForModelRunnerV1, ForModelRunnerV2):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         pass
+
+
+def _texts(params: SamplingParams) -> Iterator[tuple[str, Any]]:
+    """Yield what holds strings of the client's, by the name that the client knows."""
+    yield "stop", params.stop
+    yield "bad_words", params.bad_words
+    yield "vllm_xargs", params.extra_args
+    if (structured := params.structured_outputs) is not None:
+        for field in dataclasses.fields(structured):
+            yield f"structured_outputs.{field.name}", getattr(structured, field.name)

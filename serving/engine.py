@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from adakv_worker.config import RequestOptions
+from adakv_worker.encodable import PROBLEM
 from router.autoscaling import ReplicaDemand
 from router.footprint import Footprint
 from router.lending import Lease
@@ -21,6 +22,7 @@ from serving.asgi import Message, call_app
 from serving.compression_metrics import CompressionMetrics
 from serving.config import AppConfig
 from serving.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
+from serving.encodable import unencodable_field
 from serving.front_door import ReplicaLost
 from serving.occupancy_metrics import OccupancyMetrics
 from serving.openai_error import error_messages
@@ -98,8 +100,9 @@ class Engine:
         Raises:
             ReplicaLost: the engine died before anything of the answer was sent.
         """
-        if problem := self._bad_options(body):
-            start, *rest = error_messages(400, problem, type_="BadRequestError", param="vllm_xargs")
+        if refusal := self._refusal(body):
+            problem, param = refusal
+            start, *rest = error_messages(400, problem, type_="BadRequestError", param=param)
             yield [self._signed(start), *rest]
             return
         begun = False
@@ -145,6 +148,14 @@ class Engine:
     def _signed(self, start: Message) -> Message:
         """The response's start, with the replica that answers named in a header."""
         return {**start, "headers": [*start.get("headers", ()), self._signature]}
+
+    def _refusal(self, body: bytes) -> tuple[str, str] | None:
+        """Return what is wrong with a request, and with which field, before vLLM gets it."""
+        if (field := unencodable_field(body)) is not None:
+            return f"{field or 'The request'} has {PROBLEM}.", field
+        if problem := self._bad_options(body):
+            return problem, "vllm_xargs"
+        return None
 
     def _bad_options(self, body: bytes) -> str | None:
         """What is wrong with the request's compression options.
