@@ -1,12 +1,10 @@
 """`python -m adakv_worker.scheduler_bench`: the cost of a scheduling step, stock vLLM's and ours.
 
-A step is `schedule()` and `update_from_output()`, statistics included. No engine and no model: a
-worker that computes nothing answers each step. Both schedulers live in this process, go through
-the same lives of the same requests, and are timed in turn, so that noise hits both alike. Times are
-the thread's CPU time: nothing in a step waits, and other work on the machine stays out of it.
-
-Decode steps only decode. Prefill steps are those of a steady mix: one prompt begins and is
-complete, and one of the other requests ends.
+A step is `schedule()` and `update_from_output()`, with statistics. There is no engine: each step is
+answered without computing anything. Both schedulers take their steps in turn in this process, so
+that noise hits both alike. Times are CPU time of the thread, which leaves out other work on the
+machine. Prefill steps are those of a steady mix: one prompt begins and is complete, and one of the
+other requests ends.
 """
 
 import argparse
@@ -19,17 +17,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import vllm
 from transformers import LlamaConfig
 from vllm import SamplingParams
-from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -44,6 +40,7 @@ from adakv_worker import plugin
 from adakv_worker.commands import ATTRIBUTE, commands_of
 from adakv_worker.manager import AdaKVSpec
 from adakv_worker.scheduler import AdaKVScheduler
+from kernels.blocks import blocks_for_tokens
 
 _BLOCK = 32
 _PROMPT_TOKENS = 1500
@@ -51,37 +48,26 @@ _OUTPUT_TOKENS = 192
 # The schedulers do not see these lengths in advance.
 _MAX_TOKENS = 1024
 _BUDGET = 256
-_VOCABULARY, _TOKEN, _STOP = 32000, 7, 2
+_TOKEN, _STOP = 7, 2
 # More than the output lengths that admission remembers.
 _ENDED_BEFORE = 72
 _SPARE_SEATS = 256
-_PRIORITIES = 4
-_KINDS = ("decode", "prefill")
-_SIDES = ("stock", "ours")
-_QUARTILES = ("low", "median", "high")
-
-
-Policy = Literal["fcfs", "priority"]
+_MOST_TRIES = 1000
 
 
 class Scenario(NamedTuple):
     """`running` requests, and `waiting` ones that lack what `lacking` names: seats or memory."""
 
-    policy: Policy
+    policy: str
     running: int
     waiting: int = 0
     lacking: str = "nothing"
 
 
 class Step(NamedTuple):
-    seconds: float
+    milliseconds: float
     begun: int
     preempted: int
-
-    @property
-    def kind(self) -> str | None:
-        """None for a step that begins more than one prompt, or preempts."""
-        return None if self.preempted or self.begun > 1 else _KINDS[self.begun]
 
 
 class Side:
@@ -93,11 +79,12 @@ class Side:
         self._random = random.Random(0)
         self._count = itertools.count()
         self._scenario = Scenario("fcfs", 0)
-        # Blocks taken out of the pool, and how many are left free where memory is what lacks.
-        self._taken: list[Any] = []
+        # Where memory is what lacks: how many blocks are left free, those taken out of the pool for
+        # that, and how many the next step gets back by itself, of prompts compressed in the last.
         self._free_blocks = 0
-        hash_name = scheduler.cache_config.prefix_caching_hash_algo
-        hash_function = get_hash_fn_by_name(hash_name)
+        self._taken: list[Any] = []
+        self._returning = 0
+        hash_function = get_hash_fn_by_name(scheduler.cache_config.prefix_caching_hash_algo)
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(_BLOCK, hash_function)
 
@@ -105,17 +92,11 @@ class Side:
         index = next(self._count)
         # No two prompts share a block.
         start = [3 + index % 30000, 3 + index // 30000]
-        params = SamplingParams(
-            max_tokens=max_tokens, temperature=0.0, stop_token_ids=[_STOP], detokenize=False
-        )
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=[_STOP])
         request = Request(
-            request_id=f"request-{index}",
-            prompt_token_ids=start + [_TOKEN] * (prompt_tokens - 2),
-            sampling_params=params,
-            pooling_params=None,
-            priority=self._random.randrange(_PRIORITIES),
-            block_hasher=self._hasher,
-        )
+            f"request-{index}", start + [_TOKEN] * (prompt_tokens - 2), params, None,
+            priority=self._random.randrange(4), block_hasher=self._hasher,
+        )  # fmt: skip
         self.scheduler.add_request(request)
 
     def step(self, at_most: int | None = None) -> Step:
@@ -127,72 +108,63 @@ class Side:
         answered = time.thread_time()
         self.scheduler.update_from_output(output, answer)
         seconds = scheduled - began + time.thread_time() - answered
-        preempted = len(output.preempted_req_ids or ())
-        return Step(seconds, len(output.scheduled_new_reqs), preempted)
+        begun = len(output.scheduled_new_reqs) + len(output.scheduled_cached_reqs.resumed_req_ids)
+        return Step(seconds * 1e3, begun, len(output.preempted_req_ids or ()))
 
     def _answer(self, output: SchedulerOutput, at_most: int | None) -> ModelRunnerOutput:
+        # All that run, the oldest first: steps have room for any number of prompts.
         names = list(output.num_scheduled_tokens)
-        requests = self.scheduler.requests
-        ending: set[str] = set()
-        if at_most is not None and (surplus := len(self.scheduler.running) - at_most) > 0:
-            # Those that have begun a while ago: outputs have lengths with a spread.
-            old = [name for name in names if requests[name].num_output_tokens >= _OUTPUT_TOKENS / 4]
-            ending = set(self._random.sample(old, surplus))
-        tokens = [
-            [_STOP if name in ending else _TOKEN]
-            if requests[name].num_computed_tokens >= requests[name].num_tokens
-            else []
-            for name in names
-        ]
+        surplus = 0 if at_most is None else max(0, len(names) - at_most)
+        # Outputs shall differ in length.
+        ending = set(self._random.sample(names[: max(surplus, len(names) // 2)], surplus))
+        tokens = [[_STOP if name in ending else _TOKEN] for name in names]
         answer = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, tokens)
         kept = (float(_BUDGET), _BUDGET // 2, 2 * _BUDGET)
-        setattr(answer, ATTRIBUTE, dict.fromkeys(commands_of(output).compress, kept))
+        compressed = commands_of(output).compress
+        setattr(answer, ATTRIBUTE, dict.fromkeys(compressed, kept))
+        self._returning = len(compressed) * blocks_for_tokens(_PROMPT_TOKENS, _BLOCK)
         return answer
 
     def fill(self, running: int) -> None:
         """Get `running` requests to run whose ages are spread, with output lengths learnt."""
         self._set_seats(running + _SPARE_SEATS)
         for _ in range(_ENDED_BEFORE):
-            length = self._random.gauss(_OUTPUT_TOKENS, _OUTPUT_TOKENS / 4)
-            self.add(_BLOCK, max(int(length), _BLOCK))
+            self.add(_BLOCK, int(self._random.triangular(_OUTPUT_TOKENS / 2, _OUTPUT_TOKENS * 1.5)))
         while self.scheduler.has_unfinished_requests():
             self.step()
         for age in range(_OUTPUT_TOKENS):
             for _ in range(running * (age + 1) // _OUTPUT_TOKENS - running * age // _OUTPUT_TOKENS):
                 self.add()
             self.step()
-        while len(self.scheduler.running) < running:
-            self.step()
 
     def enter(self, scenario: Scenario) -> None:
         self._scenario = scenario
-        lacks_memory = scenario.lacking == "memory"
-        self._set_seats(scenario.running + (_SPARE_SEATS if lacks_memory else 0))
-        self._free_blocks = self._most_growth() if lacks_memory else 0
-        self._shape_pool(0)
-        if lacks_memory:
-            # Find how many free blocks let one of the waiting requests begin.
-            while self.advance(ends=True).begun == 0:
-                pass
-            self.advance(ends=False)
+        if scenario.lacking != "memory":
+            self._set_seats(scenario.running)
+            return
+        self._set_seats(scenario.running + _SPARE_SEATS)
+        self._free_blocks = self._most_growth()
+        # Find how many free blocks let one of the waiting requests begin.
+        if not any(self.advance(ends=True).begun for _ in range(_MOST_TRIES)):
+            raise RuntimeError(f"none of the waiting requests began in {_MOST_TRIES} steps")
+        for _ in range(_BLOCK):
+            self.advance(ends=True)
+        self.advance(ends=False)
 
     def advance(self, *, ends: bool, begins: bool = True) -> Step:
-        """Take one step of the scenario.
-
-        Args:
-            ends: one request ends with it.
-            begins: one begins with it, where one has ended.
-        """
+        """Take a step with which one request begins, if one has ended, and one ends."""
         running = self._scenario.running
         missing = running - len(self.scheduler.running)
         while len(self.scheduler.waiting) < max(self._scenario.waiting, missing):
             self.add()
-        step_size = max(16, self._free_blocks // 8)
-        fewer = 0 if begins else 2 * step_size
-        self._shape_pool(max(self._free_blocks - fewer, self._most_growth()))
+        correction = max(_BLOCK // 2, self._free_blocks // 8)
+        if self._scenario.lacking == "memory":
+            fewer = 0 if begins else 2 * correction
+            wanted = max(self._free_blocks - fewer, self._most_growth())
+            self._shape_pool(max(wanted - self._returning, 0))
         step = self.step(running - ends)
         if surplus := step.begun - begins:
-            self._free_blocks -= _BLOCK * surplus if surplus > 0 else -step_size
+            self._free_blocks -= _BLOCK * surplus if surplus > 0 else -correction
         return step
 
     def _set_seats(self, seats: int) -> None:
@@ -204,10 +176,8 @@ class Side:
         return max(phases.values(), default=0) + _BLOCK // 2
 
     def _shape_pool(self, free_blocks: int) -> None:
-        """Make the pool so small that `free_blocks` are free, where memory is what lacks."""
-        surplus = -len(self._taken)
-        if self._scenario.lacking == "memory":
-            surplus = max(surplus, self._pool.get_num_free_blocks() - free_blocks)
+        """Make the pool so small that `free_blocks` are free."""
+        surplus = max(self._pool.get_num_free_blocks() - free_blocks, -len(self._taken))
         if surplus > 0:
             self._taken += self._pool.get_new_blocks(surplus)
         elif surplus < 0:
@@ -216,131 +186,95 @@ class Side:
         self._pool.num_gpu_blocks -= surplus
 
 
-def make_side(model: Path, scenario: Scenario, *, ours: bool) -> Side:
+def make_side(scenario: Scenario, *, ours: bool) -> Side:
     """Return a scheduler with memory for all requests that the scenario has running."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"async_scheduling": False, "scheduling_policy": scenario.policy}
     if ours:
         settings = {"budget_tokens": _BUDGET, "keep_ratio": 0.0}
-        options = plugin.engine_args(settings, asynchronous=False)
-    most = scenario.running + _SPARE_SEATS
-    config: VllmConfig = EngineArgs(
-        model=str(model), skip_tokenizer_init=True, dtype="float32", block_size=_BLOCK,
-        max_model_len=4096, max_num_seqs=most, max_num_batched_tokens=32768,
-        enable_prefix_caching=True, scheduling_policy=scenario.policy, enforce_eager=True,
-        **{"async_scheduling": False, **options},
-    ).create_engine_config()  # fmt: skip
-    blocks = most * -(-(_PROMPT_TOKENS + 2 * _OUTPUT_TOKENS) // _BLOCK)
-    config.cache_config.num_gpu_blocks = blocks
-    spec_type = AdaKVSpec if ours else FullAttentionSpec
-    spec = spec_type(block_size=_BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
-    cache = KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], spec)])
-    scheduler = AdaKVScheduler if ours else Scheduler
-    return Side(
-        scheduler(config, cache, StructuredOutputManager(config), _BLOCK, _BLOCK, log_stats=True)
-    )
-
-
-@contextmanager
-def _model_folder() -> Iterator[Path]:
-    """Yield a folder with a model's configuration, which is all that a scheduler needs of it."""
-    with tempfile.TemporaryDirectory() as folder:
+        options |= plugin.engine_args(settings, asynchronous=False)
+    seats = scenario.running + _SPARE_SEATS
+    with tempfile.TemporaryDirectory() as model:
         LlamaConfig(
-            vocab_size=_VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=4096,
-            architectures=["LlamaForCausalLM"],
-        ).save_pretrained(folder)  # fmt: skip
-        yield Path(folder)
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
+            hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=4096, architectures=["LlamaForCausalLM"],
+        ).save_pretrained(model)  # fmt: skip
+        config = EngineArgs(
+            model=model, skip_tokenizer_init=True, dtype="float32", block_size=_BLOCK,
+            max_model_len=4096, max_num_seqs=seats, max_num_batched_tokens=seats * _PROMPT_TOKENS,
+            enable_prefix_caching=True, enforce_eager=True, **options,
+        ).create_engine_config()  # fmt: skip
+    blocks = seats * blocks_for_tokens(_PROMPT_TOKENS + 2 * _OUTPUT_TOKENS, _BLOCK)
+    config.cache_config.num_gpu_blocks = blocks
+    spec, scheduler = (AdaKVSpec, AdaKVScheduler) if ours else (FullAttentionSpec, Scheduler)
+    layer = spec(block_size=_BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    cache = KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], layer)])
+    grammars = StructuredOutputManager(config)
+    return Side(scheduler(config, cache, grammars, _BLOCK, _BLOCK, log_stats=True))
 
 
 def measure(
     sides: dict[str, Side], scenario: Scenario, rounds: int, steps: int
 ) -> list[dict[str, Any]]:
     """Return a row for decode steps and one for prefill steps."""
-    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    times: dict[str, Any] = {kind: {name: [] for name in sides} for kind in ("decode", "prefill")}
 
-    def turn(kind: str | None, **what: bool) -> None:
-        for name, side in sides.items():
-            step = side.advance(**what)
-            if kind is not None and step.kind == kind:
-                times[kind, name].append(step.seconds * 1e3)
+    def turns(count: int, *, counted: bool = True, ends: bool, begins: bool = True) -> None:
+        for _, (name, side) in itertools.product(range(count), sides.items()):
+            step = side.advance(ends=ends, begins=begins)
+            if counted and step.begun == begins and not step.preempted:
+                times["prefill" if begins else "decode"][name].append(step.milliseconds)
 
     for side in sides.values():
         side.enter(scenario)
-    with _no_collections():
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
         for _ in range(rounds):
-            # The step after a prefill still has work of it to do, the last one ends no request.
-            turn(None, ends=False, begins=False)
-            for _ in range(steps):
-                turn("decode", ends=False, begins=False)
-            turn(None, ends=True)
-            for _ in range(steps):
-                turn("prefill", ends=True)
-            turn(None, ends=False)
-    return [_row(scenario, kind, {name: times[kind, name] for name in sides}) for kind in _KINDS]
+            # The step after a prefill still has work of it to do.
+            turns(1, counted=False, ends=False, begins=False)
+            turns(steps, ends=False, begins=False)
+            turns(1, counted=False, ends=True)
+            turns(steps, ends=True)
+            turns(1, counted=False, ends=False)
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return [{**scenario._asdict(), "step": kind, **_figures(times[kind])} for kind in times]
 
 
-def _row(scenario: Scenario, kind: str, times: dict[str, list[float]]) -> dict[str, Any]:
-    """Return quartiles in milliseconds; None where no such step was seen."""
-    row: dict[str, Any] = {**scenario._asdict(), "step": kind, "ratio": None}
+def _figures(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Return quartiles; None where no such step was seen."""
+    figures: dict[str, Any] = {}
     for name, values in times.items():
         spread = statistics.quantiles(values, n=4) if len(values) > 1 else [None] * 3
-        row |= {f"{name}_{part}_ms": value for part, value in zip(_QUARTILES, spread, strict=True)}
-        row[f"{name}_steps"] = len(values)
-    if row["stock_median_ms"] and row["ours_median_ms"]:
-        row["ratio"] = row["ours_median_ms"] / row["stock_median_ms"]
-    return row
-
-
-def scenarios(policy: Policy, running: int, waiting: int) -> list[Scenario]:
-    """Return what is measured with one pair of schedulers, in an order that they can follow."""
-    queued = [Scenario(policy, running, waiting, lacking) for lacking in ("seats", "memory")]
-    alone = [Scenario(policy, running)] if policy == "fcfs" else []
-    return alone + (queued if waiting else [])
+        keys = [f"{name}_{quartile}_ms" for quartile in ("low", "median", "high")]
+        figures |= {**dict(zip(keys, spread, strict=True)), f"{name}_steps": len(values)}
+    stock, ours = figures["stock_median_ms"], figures["ours_median_ms"]
+    return {**figures, "ratio": ours / stock if ours and stock else None}
 
 
 def report(running: Sequence[int], waiting: int, rounds: int, steps: int) -> list[dict[str, Any]]:
     """Print a line for each scenario and kind of step, and return them."""
-    print(f"{'policy':10}{'waiting':>8} {'for':8}{'running':>8}  {'step':8}{'stock ms':>9}"
-          f"{'ours ms':>9}{'ratio':>7}{'stock quartiles':>18}{'ours quartiles':>18}")  # fmt: skip
+    print(f"{'policy':10}{'waiting':>8} {'for':8}{'running':>8}  {'step':8}"
+          f"{'stock ms':>9}{'ours ms':>9}{'ratio':>9}")  # fmt: skip
     rows = []
-    policies: tuple[Policy, ...] = ("fcfs", "priority")
+    policies = ("fcfs", "priority") if waiting else ("fcfs",)
     for policy, count in itertools.product(policies, running):
-        planned = scenarios(policy, count, waiting)
-        if not planned:
-            continue
-        with _model_folder() as model:
-            sides = {name: make_side(model, planned[0], ours=name == "ours") for name in _SIDES}
+        planned = [Scenario(policy, count)] if policy == "fcfs" else []
+        if waiting:
+            planned += [Scenario(policy, count, waiting, lack) for lack in ("seats", "memory")]
+        sides = {name: make_side(planned[0], ours=name == "ours") for name in ("stock", "ours")}
         for side in sides.values():
             side.fill(count)
         for scenario in planned:
             for row in measure(sides, scenario, rounds, steps):
                 rows.append(row)
-                print(_line(row), flush=True)
+                values = (row["stock_median_ms"], row["ours_median_ms"], row["ratio"])
+                columns = (f"{'-':>9}" if value is None else f"{value:9.2f}" for value in values)
+                print(f"{policy:10}{row['waiting']:8} {row['lacking']:8}{count:8}  {row['step']:8}",
+                      *columns, sep="", flush=True)  # fmt: skip
     return rows
-
-
-def _line(row: dict[str, Any]) -> str:
-    def number(key: str) -> str:
-        return "-" if row[key] is None else f"{row[key]:.2f}"
-
-    line = f"{row['policy']:10}{row['waiting']:8} {row['lacking']:8}{row['running']:8}"
-    line += f"  {row['step']:8}{number('stock_median_ms'):>9}{number('ours_median_ms'):>9}"
-    line += f"{number('ratio'):>7}"
-    for name in _SIDES:
-        line += f"{number(f'{name}_low_ms') + ' to ' + number(f'{name}_high_ms'):>18}"
-    return line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -349,20 +283,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--running", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--waiting", type=int, default=1000, help="0: only without a queue")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="of each kind in a round")
+    parser.add_argument("--steps", type=int, default=10, help="of each kind, in a round")
     args = parser.parse_args(argv)
     if min(*args.running, args.rounds, args.steps) < 1 or args.waiting < 0:
         parser.error("--running, --rounds and --steps must be at least 1, --waiting at least 0")
     plugin.register()
-    logging.disable(logging.WARNING)
-    try:
-        rows = report(args.running, args.waiting, args.rounds, args.steps)
-    finally:
-        logging.disable(logging.NOTSET)
+    rows = report(args.running, args.waiting, args.rounds, args.steps)
     if args.json:
         args.json.write_text(json.dumps({"vllm": vllm.__version__, "steps": rows}, indent=2) + "\n")
     return 0
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)
     sys.exit(main())
