@@ -6,14 +6,9 @@ With `vllm_load.py` and `vllm_options.py` it is what this package knows of vLLM.
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
-from http import HTTPStatus
 from typing import Any
 
 import torch
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.responses import Response
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -26,7 +21,7 @@ from adakv_worker.sent_requests import BookedLLM
 from adakv_worker.support import refuse_unsupported
 from serving.asgi import ASGIApp
 from serving.compression_proof import ProofMiddleware, noting
-from serving.openai_error import error_body
+from serving.http_metrics import HttpMetrics
 from serving.vllm_load import CacheSize, EngineLoad, LoadStats
 from serving.vllm_options import (
     check_movable,
@@ -35,6 +30,7 @@ from serving.vllm_options import (
     with_compression,
     with_kv_events,
 )
+from serving.vllm_surface import mend_surface
 
 
 class _Server:
@@ -102,7 +98,7 @@ class VllmHost:
         app = build_app(options, tasks, engine.model_config)
         await init_app_state(engine, app.state, options, tasks)
         app.state.server = _Server()
-        _mend_openai_surface(app)
+        mend_surface(app, HttpMetrics().note)
         if not compressing:
             return cls(engine, app, stats, endpoint)
         engine.generate = noting(engine.generate)  # type: ignore[method-assign]
@@ -154,30 +150,6 @@ class VllmHost:
 
     def shutdown(self) -> None:
         self.engine.shutdown()
-
-
-def _mend_openai_surface(app: FastAPI) -> None:
-    async def http_error(_: Request, error: Exception) -> Response:
-        assert isinstance(error, StarletteHTTPException)
-        body = error_body(
-            error.status_code, str(error.detail), type_=HTTPStatus(error.status_code).phrase
-        )
-        return Response(body, error.status_code, error.headers, media_type="application/json")
-
-    async def show_model(model_id: str, request: Request) -> Response:
-        models = await request.app.state.openai_serving_models.show_available_models()
-        for card in models.data:
-            if card.id == model_id:
-                return JSONResponse(card.model_dump())
-        body = error_body(
-            404, f"The model `{model_id}` does not exist.", type_="NotFoundError", param="model"
-        )
-        return Response(body, 404, media_type="application/json")
-
-    app.add_exception_handler(StarletteHTTPException, http_error)
-    app.add_api_route("/v1/models/{model_id:path}", show_model, methods=["GET"])
-    # vLLM has built the stack already, with the handlers of that moment.
-    app.middleware_stack = app.build_middleware_stack()
 
 
 def set_up_cpu(threads: int, tensor_parallel_size: int) -> None:
