@@ -1,45 +1,25 @@
-"""Puts the proof of compression into OpenAI responses, as the top-level object `kv_compression`.
+"""Puts the proof of compression into responses, as `kv_compression`. ASGI, without vLLM.
 
-vLLM hands it through in `kv_transfer_params`, which has no place in a stream. So it is noted where
-the engine's outputs pass by, and added where the response does. Knows ASGI, not vLLM.
+Whole answers have the summary at the top, and in each choice its own proof. Streams have a choice's
+own in the chunk that ends it, and the summary in the event that closes the answer: the chunk with
+the usage, `response.completed`, `message_delta`.
 """
 
 import json
-from collections.abc import AsyncGenerator, Callable
-from contextvars import ContextVar
 from typing import Any
 
+from serving.answer_proofs import KEY, AnswerProofs, answering
 from serving.asgi import ASGIApp, Message, Receive, Scope, Send
+from serving.sse import compact_json, data_of, split_events, with_data
 
-KEY = "kv_compression"
-
-Proof = dict[str, Any]
-# A list of at most one, made for each HTTP request: its handler's tasks all see the same.
-_noted: ContextVar[list[Proof] | None] = ContextVar("adakv_proof", default=None)
-
-
-def noting(
-    generate: Callable[..., AsyncGenerator[Any, None]],
-) -> Callable[..., AsyncGenerator[Any, None]]:
-    """Wraps `AsyncLLM.generate`: notes each request's proof, the first choice's where n > 1."""
-
-    async def noted(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-        async for output in generate(*args, **kwargs):
-            proof = (output.kv_transfer_params or {}).get(KEY)
-            if proof is not None:
-                _note(output, proof)
-            yield output
-
-    return noted
-
-
-def _note(output: Any, proof: Proof) -> None:
-    holder = _noted.get()
-    if holder is None:
-        return
-    first_choice = any(choice.index == 0 for choice in output.outputs)
-    if first_choice or not holder:
-        holder[:] = [proof]
+# Of OpenAI's Responses: the events that carry the answer as a whole.
+_WHOLE_RESPONSE = ("response.completed", "response.incomplete", "response.failed")
+# One of these stands in every event that could take a proof. Text in an event is quoted, so that it
+# never looks like them. Parsing all events would cost more than the rest of the way.
+_MARKS = (
+    b'"finish_reason":"', b'"choices":[]', b'"type":"message_delta"',
+    *(b'"type":"' + kind.encode() + b'"' for kind in _WHOLE_RESPONSE),
+)  # fmt: skip
 
 
 class ProofMiddleware:
@@ -52,20 +32,16 @@ class ProofMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        holder: list[Proof] = []
-        token = _noted.set(holder)
-        try:
-            await self._app(scope, receive, _Response(send, holder).send)
-        finally:
-            _noted.reset(token)
+        with answering() as proofs:
+            await self._app(scope, receive, _Response(send, proofs).send)
 
 
 class _Response:
     """Rewrites one response as it passes."""
 
-    def __init__(self, send: Send, holder: list[Proof]) -> None:
+    def __init__(self, send: Send, proofs: AnswerProofs) -> None:
         self._send = send
-        self._holder = holder
+        self._proofs = proofs
         self._start: Message | None = None
         self._body = b""
 
@@ -79,8 +55,7 @@ class _Response:
         elif message["type"] != "http.response.body":
             await self._send(message)
         elif self._start is None:
-            body = message.get("body", b"")
-            await self._send({**message, "body": self._with_proof_in_usage(body)})
+            await self._send({**message, "body": self._of_stream(message)})
         else:
             await self._collect(message)
 
@@ -90,8 +65,8 @@ class _Response:
         if message.get("more_body", False):
             return
         body = self._body
-        if self._holder and self._start["status"] == 200:
-            body = _json(_with_proof(json.loads(body), self._holder[0]))
+        if self._start["status"] == 200 and (summary := self._proofs.summary()) is not None:
+            body = _with_proofs(body, summary, self._proofs)
         headers = [
             (name, value) for name, value in self._start["headers"] if name != b"content-length"
         ]
@@ -99,30 +74,43 @@ class _Response:
         await self._send({**self._start, "headers": headers})
         await self._send({**message, "body": body})
 
-    def _with_proof_in_usage(self, event: bytes) -> bytes:
-        """The event with the proof, if it is the one that closes a stream with its usage."""
-        if not self._holder or b'"usage":{' not in event or b'"choices":[]' not in event:
+    def _of_stream(self, message: Message) -> bytes:
+        """Return the body's whole events so far; the beginning of the next one waits."""
+        body = self._body + message.get("body", b"")
+        if not message.get("more_body", False):
+            events, self._body = [body], b""
+        else:
+            events, self._body = split_events(body)
+        return b"".join(self._of_event(event) for event in events)
+
+    def _of_event(self, event: bytes) -> bytes:
+        summary = self._proofs.summary() if any(mark in event for mark in _MARKS) else None
+        if summary is None or (data := data_of(event)) is None:
             return event
-        lines = event.split(b"\n")
-        for index, line in enumerate(lines):
-            if line.startswith(b"data: {"):
-                chunk = json.loads(line.removeprefix(b"data: "))
-                lines[index] = b"data: " + _json(_with_proof(chunk, self._holder[0]))
-        return b"\n".join(lines)
+        kind = data.get("type")
+        if kind in _WHOLE_RESPONSE:
+            data["response"][KEY] = summary
+        elif kind == "message_delta" or (data.get("choices") == [] and data.get("usage")):
+            data[KEY] = summary
+        else:
+            ended = [choice for choice in data.get("choices", ()) if choice.get("finish_reason")]
+            _add_own(ended, self._proofs)
+        return with_data(event, data)
+
+
+def _with_proofs(body: bytes, summary: dict[str, Any], proofs: AnswerProofs) -> bytes:
+    answer = json.loads(body)
+    if not isinstance(answer, dict):
+        return body
+    _add_own(answer.get("choices", ()), proofs)
+    return compact_json({**answer, KEY: summary})
+
+
+def _add_own(choices: Any, proofs: AnswerProofs) -> None:
+    for choice in choices:
+        if (proof := proofs.of_choice(choice["index"])) is not None:
+            choice[KEY] = proof
 
 
 def _content_type(start: Message) -> bytes:
     return dict(start.get("headers", ())).get(b"content-type", b"")
-
-
-def _with_proof(body: Any, proof: Proof) -> Any:
-    if not isinstance(body, dict):
-        return body
-    if isinstance(params := body.get("kv_transfer_params"), dict):
-        rest = {key: value for key, value in params.items() if key != KEY}
-        body["kv_transfer_params"] = rest or None
-    return {**body, KEY: proof}
-
-
-def _json(body: Any) -> bytes:
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()

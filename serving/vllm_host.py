@@ -20,7 +20,7 @@ from adakv_worker.moving_core import MovableLLM, MovingCore
 from adakv_worker.sent_requests import BookedLLM
 from adakv_worker.support import refuse_unsupported
 from serving.asgi import ASGIApp
-from serving.compression_proof import ProofMiddleware, noting
+from serving.compression_proof import ProofMiddleware
 from serving.http_metrics import HttpMetrics
 from serving.vllm_load import CacheSize, EngineLoad, LoadStats
 from serving.vllm_options import (
@@ -30,6 +30,7 @@ from serving.vllm_options import (
     with_compression,
     with_kv_events,
 )
+from serving.vllm_proofs import take_proofs
 from serving.vllm_surface import mend_surface
 
 
@@ -101,7 +102,7 @@ class VllmHost:
         mend_surface(app, HttpMetrics().note)
         if not compressing:
             return cls(engine, app, stats, endpoint)
-        engine.generate = noting(engine.generate)  # type: ignore[method-assign]
+        take_proofs(engine)
         return cls(engine, ProofMiddleware(app), stats, endpoint)
 
     @property
