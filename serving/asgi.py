@@ -24,6 +24,17 @@ def portable_scope(scope: Scope) -> dict[str, Any]:
     return {key: scope[key] for key in _PORTABLE_SCOPE_KEYS if key in scope}
 
 
+async def run_lifespan(receive: Receive, send: Send) -> None:
+    """Confirm the server's start and end, for an app that does nothing at either."""
+    while True:
+        message = await receive()
+        if message["type"] == "lifespan.startup":
+            await send({"type": "lifespan.startup.complete"})
+        elif message["type"] == "lifespan.shutdown":
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+
+
 async def call_app(app: ASGIApp, scope: Scope, body: bytes) -> AsyncIterator[list[Message]]:
     """Runs one HTTP request against `app` and yields its response messages.
 

@@ -4,21 +4,24 @@ Knows ASGI and OpenAI's error form, not Ray: the backend is a seam with three wa
 """
 
 import asyncio
-import hashlib
 import logging
 import re
-import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import NamedTuple, Protocol
 
-from serving.asgi import Message, Receive, Scope, Send, portable_scope
+from serving.api_keys import ApiKeys
+from serving.asgi import Message, Receive, Scope, Send, portable_scope, run_lifespan
 from serving.openai_error import error_event, error_messages
 
-_OPEN_PATHS = ("/health", "/version")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# A replica's app would answer for itself alone, and without its engine.
+_NO_METRICS = (
+    "the metrics of all replicas are not here but on every Ray node's Prometheus port "
+    "(`ray start --metrics-export-port`)"
+)
 _ATTEMPTS = 2
 _RETRY_PAUSE_S = 0.25
 # A replica that sent something this recently is known to answer, however long its queue is.
@@ -77,25 +80,16 @@ class FrontDoor:
         self._backend = backend
         self._settings = settings
         self._logger = logger
-        self._key_digests = [_digest(key) for key in settings.api_keys]
+        self._keys = ApiKeys(settings.api_keys)
         self._last_answer_at = float("-inf")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await _run_lifespan(receive, send)
+            await run_lifespan(receive, send)
         elif scope["type"] == "http":
             await _Exchange(self, scope, receive, send).run()
         else:
             await send({"type": "websocket.close", "code": 1003})
-
-    def authorized(self, path: str, method: str, headers: dict[str, str]) -> bool:
-        if not self._key_digests or path in _OPEN_PATHS or method == "OPTIONS":
-            return True
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        digest = _digest(key)
-        # Every key is compared, so that the time taken tells nothing.
-        matches = [secrets.compare_digest(digest, known) for known in self._key_digests]
-        return scheme.lower() == "bearer" and any(matches)
 
     async def healthy(self) -> bool:
         if time.monotonic() - self._last_answer_at < _RECENT_ANSWER_S:
@@ -148,7 +142,7 @@ class _Exchange:
 
     async def _respond(self) -> None:
         path, method = self._scope["path"], self._scope["method"]
-        if not self._door.authorized(path, method, self._headers):
+        if not self._door._keys.allow(path, method, self._headers):
             await self._fail(
                 401,
                 "missing or wrong API key",
@@ -158,6 +152,9 @@ class _Exchange:
             return
         if path == "/health" and method in ("GET", "HEAD"):
             await self._health()
+            return
+        if path.startswith("/metrics"):
+            await self._fail(404, _NO_METRICS, "NotFoundError")
             return
         try:
             body = await self._read_body()
@@ -295,17 +292,3 @@ class _Exchange:
 
 
 _REPLACED_HEADERS = (b"x-request-id", b"authorization")
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
-
-
-async def _run_lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        message = await receive()
-        if message["type"] == "lifespan.startup":
-            await send({"type": "lifespan.startup.complete"})
-        elif message["type"] == "lifespan.shutdown":
-            await send({"type": "lifespan.shutdown.complete"})
-            return

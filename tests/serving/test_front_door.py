@@ -112,6 +112,15 @@ async def test_health_needs_no_key_and_tells_whether_a_replica_answers() -> None
     assert (await client(sick).get("/health")).status_code == 503
 
 
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/"])
+async def test_metrics_are_not_those_of_an_arbitrary_replica(path: str) -> None:
+    backend = ScriptedBackend()
+    response = await client(backend).get(path)
+    assert response.status_code == 404
+    assert "--metrics-export-port" in error_of(response)["message"]
+    assert backend.calls == []
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_a_body_over_the_limit_is_413_and_not_forwarded(chunked: bool) -> None:
     async def pieces() -> AsyncIterator[bytes]:
