@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -12,7 +11,6 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from adakv_worker.config import RequestOptions
 from adakv_worker.encodable import PROBLEM
 from router.autoscaling import ReplicaDemand
 from router.footprint import Footprint
@@ -52,8 +50,6 @@ class Engine:
         vllm_host.set_up_cpu(config.replica.threads, config.tensor_parallel_size)
         context = serve.get_replica_context()
         self._signature = (REPLICA_HEADER, context.replica_id.unique_id.encode())
-        compression = config.compression
-        self._compression = compression if compression and compression.enabled else None
         path, name = model_path_and_name(config)
         started = time.monotonic()
         self._host = await vllm_host.VllmHost.start(
@@ -100,9 +96,9 @@ class Engine:
         Raises:
             ReplicaLost: the engine died before anything of the answer was sent.
         """
-        if refusal := self._refusal(body):
-            problem, param = refusal
-            start, *rest = error_messages(400, problem, type_="BadRequestError", param=param)
+        if (field := unencodable_field(body)) is not None:
+            problem = f"{field or 'The request'} has {PROBLEM}."
+            start, *rest = error_messages(400, problem, type_="BadRequestError", param=field)
             yield [self._signed(start), *rest]
             return
         begun = False
@@ -148,29 +144,6 @@ class Engine:
     def _signed(self, start: Message) -> Message:
         """The response's start, with the replica that answers named in a header."""
         return {**start, "headers": [*start.get("headers", ()), self._signature]}
-
-    def _refusal(self, body: bytes) -> tuple[str, str] | None:
-        """Return what is wrong with a request, and with which field, before vLLM gets it."""
-        if (field := unencodable_field(body)) is not None:
-            return f"{field or 'The request'} has {PROBLEM}.", field
-        if problem := self._bad_options(body):
-            return problem, "vllm_xargs"
-        return None
-
-    def _bad_options(self, body: bytes) -> str | None:
-        """What is wrong with the request's compression options.
-
-        vLLM would say so too, but in a stream only after it has answered 200.
-        """
-        if self._compression is None or b"adakv_" not in body:
-            return None
-        try:
-            options = json.loads(body).get("vllm_xargs")
-            RequestOptions.of(options).budget(self._compression)
-        except (ValueError, AttributeError, TypeError) as error:
-            # Anything but an option is vLLM's to refuse.
-            return str(error) if type(error) is ValueError else None
-        return None
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What `serving.autoscaling.OccupancyPolicy` decides by."""
