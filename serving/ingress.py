@@ -6,9 +6,10 @@ import pickle
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import grpc
 from ray import serve
-from ray.exceptions import RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from router.redis_ledger import LedgerKeys
@@ -69,10 +70,20 @@ def _translated(error: Exception) -> Exception:
         return Overloaded(error.retry_after_s)
     if isinstance(error, DeploymentUnavailableError):
         return NoReplica(str(error))
-    if isinstance(error, RayTaskError) and not isinstance(error, ReplicaLost):
-        return error
-    # What the handle raises by itself, dead actors and broken connections alike.
-    return ReplicaLost(str(error))
+    if isinstance(error, ReplicaLost) or _of_the_way(error):
+        return ReplicaLost(str(error))
+    # An exception of the replica's code, which another replica would raise again.
+    return error
+
+
+def _of_the_way(error: Exception) -> bool:
+    """Return whether the handle raises it by itself: dead actors, broken connections."""
+    if isinstance(error, RayTaskError):
+        return False
+    # A plain RuntimeError is the handle's, too, where a call fails before the replica accepts it.
+    return type(error) is RuntimeError or isinstance(
+        error, (RayError, RayServeException, grpc.RpcError, OSError)
+    )
 
 
 @serve.ingress()
