@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.entries import read
 from kernels.head_allocations.adaptive import AdaptiveHeads
 from kernels.head_allocations.uniform import UniformHeads
 from kernels.observation import Observation
@@ -90,17 +91,17 @@ def cases(observations: Iterable[Observation], keep_tokens: Sequence[int]) -> It
 def _last_attention(observation: Observation) -> Tensor:
     """Of the last token's queries: [H, G, n]."""
     queries = observation.grouped_queries(1).float()
-    logits = queries @ observation.keys.float().transpose(-1, -2)[:, None]
+    logits = queries @ read(observation.keys).float().transpose(-1, -2)[:, None]
     return (logits * observation.scale).softmax(dim=-1)[:, :, 0]
 
 
 def _projected_values(observation: Observation) -> Tensor:
     """What each entry would bring to the output by itself: [H, G, n, hidden]."""
     assert observation.output_weight is not None
-    weight = observation.output_weight().float()
     heads, group = observation.num_kv_heads, observation.group_size
-    slices = weight.reshape(weight.shape[0], heads, group, -1)
-    return torch.einsum("hnd,ohgd->hgno", observation.values.float(), slices)
+    weights = torch.stack([observation.output_weight(head).float() for head in range(heads)])
+    slices = weights.view(heads, weights.shape[1], group, -1)
+    return torch.einsum("hnd,hogd->hgno", read(observation.values).float(), slices)
 
 
 def _evicted(attention: Tensor, projected: Tensor, kept: Tensor) -> Eviction:
@@ -170,6 +171,6 @@ def _observation(
         heads(module.v_proj)[0],
         module.scaling,
         rotary,
-        output_weight=lambda: module.o_proj.weight.detach(),
+        output_weight=lambda head: module.o_proj.weight.detach().chunk(keys.shape[1], dim=1)[head],
         layer=number,
     )

@@ -1,11 +1,13 @@
 """Softmax attention of an observation window over all keys, causal inside the window."""
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import Operation
+from kernels.entries import PART_BYTES, Entries, one_head, parts, read
 from kernels.observation import Observation
 
 # Over a group's window: the mean; the most that a query head's mean is; the sum of squares.
@@ -16,30 +18,84 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
 )
 
 
-def window_attention(observation: Observation, window: int) -> Tensor:
-    """Attention probabilities [H, G, w, n] of the last `window` prompt queries, float32.
+def window_attention(queries: Tensor, keys: Entries, scale: float) -> Tensor:
+    """Return attention probabilities [H, G, w, n] of the last w queries, float32.
 
-    Query i of the window sees positions up to n - w + i, as in the prefill itself.
+    Query i of the window sees positions up to n - w + i, as in the prefill itself. The reference:
+    `attention_rows` yields the same without holding it at once.
+
+    Args:
+        queries: [H, G, w, D] of the last w positions.
+        keys: [H, n, D].
+        scale: the softmax scale.
     """
-    return _window_attention(
-        observation.grouped_queries(window), observation.keys, observation.scale
-    )
+    heads, group, window, dim = queries.shape
+    n = keys.shape[1]
+    flat = (queries.float() * scale).reshape(heads, group * window, dim)
+    logits = torch.bmm(flat, read(keys).float().transpose(1, 2)).view(heads, group, window, n)
+    future = torch.ones((window, window), dtype=torch.bool, device=logits.device).triu(1)
+    logits[..., n - window :].masked_fill_(future, float("-inf"))
+    return logits.softmax(dim=-1)
+
+
+class AttentionRows(NamedTuple):
+    """Attention [r, n] float32 of the queries [first, first + r) of a KV head's [G * w].
+
+    The memory is used again for the next rows.
+    """
+
+    head: int
+    first: int
+    attention: Tensor
+
+
+def attention_rows(queries: Tensor, keys: Entries, scale: float) -> Iterator[AttentionRows]:
+    """Yield `window_attention`, as many rows of a KV head at a time as `PART_BYTES` hold."""
+    heads, group, window, dim = queries.shape
+    n, rows = keys.shape[1], group * window
+    at_once = max(1, min(rows, PART_BYTES // (4 * n)))
+    if at_once > window:
+        at_once -= at_once % window
+    for head in range(heads):
+        scaled = (queries[head].float() * scale).reshape(rows, dim)
+        for first in range(0, rows, at_once):
+            logits = _logits(scaled[first : first + at_once], one_head(keys, head))
+            newest = torch.arange(first, first + len(logits), device=logits.device) % window
+            # What lies behind the prompt is in everybody's future.
+            ahead = torch.arange(logits.shape[1] - (n - window), device=logits.device)
+            logits[:, n - window :].masked_fill_(ahead > newest[:, None], float("-inf"))
+            torch.softmax(logits, dim=-1, out=logits)
+            yield AttentionRows(head, first, logits[:, :n])
+
+
+def _logits(queries: Tensor, keys: Entries) -> Tensor:
+    """Return queries [r, D] times keys [1, n, D]: [r, n or more], up to the end of a page."""
+    n, logits, stop = keys.shape[1], queries.new_empty(0), 0
+    for first, part in parts(keys, whole_pages=True):
+        product = row_products(queries, part[0].float())
+        stop = first + product.shape[1]
+        if first == 0 and stop >= n:
+            return product
+        if first == 0:
+            # No page is longer than a part.
+            logits = queries.new_empty((len(queries), n + stop))
+        logits[:, first:stop] = product
+    return logits[:, :stop]
 
 
 @Operation
 def reduced_window_attention(
-    queries: Tensor, keys: Tensor, scale: float, num_tokens: int, reduction: Reduction = "mean"
+    queries: Tensor, keys: Entries, scale: float, reduction: Reduction = "mean"
 ) -> Tensor:
-    """What is left [H, n - w] float32 of the attention that a group's window pays to older entries.
+    """Return what is left [H, n - w] float32 of the attention that a group's window pays.
 
     Args:
         queries: [H, G, w, D] of the last w positions.
-        keys: [H, n or more, D]: those behind the first n are anything, and not looked at.
+        keys: [H, n, D]; the scores are of those before the window.
         scale: the softmax scale.
-        num_tokens: n.
     """
     window = queries.shape[2]
-    attention = _window_attention(queries, keys[:, :num_tokens], scale)[..., :-window]
+    attention = window_attention(queries, keys, scale)[..., :-window]
     if reduction == "squares":
         return attention.square().sum(dim=(1, 2))
     if reduction == "max":
@@ -48,66 +104,48 @@ def reduced_window_attention(
 
 
 @reduced_window_attention.on("cpu")
-def _reduced_on_cpu(
-    queries: Tensor, keys: Tensor, scale: float, num_tokens: int, reduction: Reduction = "mean"
+def _reduced_by_rows(
+    queries: Tensor, keys: Entries, scale: float, reduction: Reduction = "mean"
 ) -> Tensor:
-    if reduction == "mean":
-        return _mean_by_head(queries, keys, scale, num_tokens)
-    return reduced_window_attention.reference(queries, keys, scale, num_tokens, reduction)
-
-
-def _mean_by_head(queries: Tensor, keys: Tensor, scale: float, num_tokens: int) -> Tensor:
-    # One KV head at a time, in place: fresh memory costs more than the arithmetic.
-    heads, group, window, dim = queries.shape
-    n, rows = keys.shape[1], group * window
-    scaled = (queries.float() * scale).reshape(heads, rows, dim)
-    keys = keys.float()
-    # What lies behind the prompt is in everybody's future.
-    future = _future(window, n - num_tokens + window, keys)
-    # A product with this takes the mean at a fraction of what `torch.mean` over rows costs.
-    averaging = scaled.new_full((1, rows), 1 / rows)
-    mean = scaled.new_empty((heads, 1, n))
-    for head in range(heads):
-        logits = _product(scaled[head], keys[head])
-        recent = logits.view(group, window, n)[..., num_tokens - window :]
-        recent.masked_fill_(future, float("-inf"))
-        torch.softmax(logits, dim=-1, out=logits)
-        torch.mm(averaging, logits, out=mean[head])
-    return mean[:, 0, : num_tokens - window]
+    heads, group, window, _ = queries.shape
+    if reduction == "max":
+        by_member = (
+            _reduced_by_rows(queries[:, member : member + 1], keys, scale)
+            for member in range(group)
+        )
+        most = next(by_member)
+        for other in by_member:
+            torch.maximum(most, other, out=most)
+        return most
+    older = keys.shape[1] - window
+    sums = queries.new_zeros((heads, older), dtype=torch.float32)
+    ones = queries.new_ones((1, group * window), dtype=torch.float32)
+    for head, _, attention in attention_rows(queries, keys, scale):
+        before = attention[:, :older]
+        if reduction == "squares":
+            before.square_()
+        # A product with ones adds the rows at a fraction of what `torch.sum` over them costs.
+        sums[head] += (ones[:, : len(before)] @ before)[0]
+    return sums if reduction == "squares" else sums.div_(group * window)
 
 
 def observed_attention(observation: Observation, window: int, reduction: Reduction) -> Tensor:
-    """`reduced_window_attention` [H, n - w] of an observation's last `window` queries."""
-    paged = observation.paged_keys
+    """Return `reduced_window_attention` [H, n - w] of an observation's last `window` queries."""
     return reduced_window_attention(
-        observation.grouped_queries(window),
-        observation.keys if paged is None else paged,
-        observation.scale,
-        observation.num_tokens,
-        reduction,
+        observation.grouped_queries(window), observation.keys, observation.scale, reduction
     )
 
 
-def _product(queries: Tensor, keys: Tensor) -> Tensor:
-    """queries [r, D] times keys [n, D] transposed: [r, n]."""
-    if _HAS_ONEDNN and (keys.is_contiguous() or keys.t().is_contiguous()):
+def row_products(rows: Tensor, others: Tensor) -> Tensor:
+    """Return rows [r, D] times others [n, D] transposed: [r, n]."""
+    if (
+        _HAS_ONEDNN
+        and rows.device.type == "cpu"
+        and (others.is_contiguous() or others.t().is_contiguous())
+    ):
         # What `linear` does for 16 bits; with 32 it takes MKL, at half the speed on AMD's CPUs.
-        return torch.ops.mkldnn._linear_pointwise(queries, keys, None, "none", [], "")
-    return queries @ keys.t()
-
-
-def _window_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    heads, group, window, dim = queries.shape
-    n = keys.shape[1]
-    flat = (queries.float() * scale).reshape(heads, group * window, dim)
-    logits = torch.bmm(flat, keys.float().transpose(1, 2)).view(heads, group, window, n)
-    logits[..., n - window :].masked_fill_(_future(window, window, keys), float("-inf"))
-    return logits.softmax(dim=-1)
-
-
-def _future(window: int, recent: int, like: Tensor) -> Tensor:
-    """[w, recent] bool: which of the last keys lie after which query of the window."""
-    return torch.ones((window, recent), dtype=torch.bool, device=like.device).triu(1)
+        return torch.ops.mkldnn._linear_pointwise(rows, others, None, "none", [], "")
+    return rows @ others.t()
 
 
 def pool(scores: Tensor, kernel_size: int, mode: str) -> Tensor:

@@ -67,18 +67,28 @@ class DecodeBound(NamedTuple):
         return self.interval_tokens if entries == self.most_tokens else self.most_tokens - entries
 
 
+class KeepLimit(NamedTuple):
+    """Most that a request may keep: the larger of `tokens` and a share of its prompt."""
+
+    tokens: int
+    keep_ratio: float
+
+
 def kept_tokens(
     num_tokens: int,
     budget_tokens: int,
     keep_ratio: float = 0.0,
     bound: DecodeBound | None = None,
+    limit: KeepLimit | None = None,
 ) -> int:
-    """Mean entries per (layer, KV head) that a request keeps of `num_tokens`.
+    """Return the mean entries per (layer, KV head) that a request keeps of `num_tokens`.
 
-    The larger of the fixed budget and the share of the prompt, never more than the prompt, nor than
-    evictions while decoding would leave of it.
+    The larger of the fixed budget and the share of the prompt, never more than the prompt, the
+    limit, or what evictions while decoding would leave of it.
     """
     kept = min(num_tokens, max(budget_tokens, math.ceil(keep_ratio * num_tokens)))
+    if limit is not None:
+        kept = min(kept, max(limit.tokens, math.ceil(limit.keep_ratio * num_tokens)))
     return kept if bound is None else min(kept, bound.budget_tokens)
 
 

@@ -5,15 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.head_allocations.uniform import UniformHeads
+from kernels.layer_budgets.uniform import UniformLayers
 from kernels.observation import Observation
-from kernels.policy import Policy, Scored
+from kernels.policy import LARGEST_SCORE, Policy, Scored
+from kernels.scorers.sink_recency import SinkRecencyScorer
 from kernels.top import top_mask
 from kernels.transfer import sent
 
 # First tokens, which much attention goes to whatever they say (StreamingLLM, 2309.17453).
 SINK_TOKENS = 4
-# Above any score, and still a number when it is multiplied.
-_ALWAYS = 1e30
+# Above any score, and still a number when it is multiplied by a weight.
+_ALWAYS = 2 * LARGEST_SCORE
 
 
 def with_sinks(scored: Scored, sink_tokens: int = SINK_TOKENS) -> Scored:
@@ -79,6 +82,22 @@ def reallocate(policy: Policy, scored: Scored, lens: Tensor, keep_tokens: int) -
     position = torch.arange(kept.shape[-1], device=kept.device)
     recent = (position >= before_window[..., None]) & (position < lens[..., None])
     return kept | recent
+
+
+def keep_recent(lens: Tensor, keep_tokens: int) -> Tensor:
+    """Return kept [L, H, n] bool without any scores: the sinks and the most recent entries.
+
+    As many as `reallocate` keeps; a head that has too few leaves the rest to the others.
+
+    Args:
+        lens: [L, H] entries of each head.
+    """
+    position = torch.arange(int(lens.max()), device=lens.device, dtype=torch.float32)
+    scores = position.expand(*lens.shape, -1).masked_fill(
+        position >= lens[..., None], float("-inf")
+    )
+    policy = Policy(SinkRecencyScorer(), UniformLayers(), UniformHeads())
+    return reallocate(policy, with_sinks(Scored(scores, None)), lens, keep_tokens)
 
 
 def fitted(wanted: Sequence[int], least: Sequence[int], most: Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from kernels.entries import Entries
 from kernels.rotary import Rotary
 
 
@@ -15,21 +16,19 @@ class Observation(NamedTuple):
     keys, values: [H, n, D] of all n cached positions, keys after RoPE.
     scale: the softmax scale, usually D ** -0.5.
     rotary: the model's rotation, for scorers that need queries at other positions.
-    output_weight: gives [hidden, H * G * D] of the output projection, for scorers that project
-        values; a call, because engines repack weights.
+    output_weight: gives a KV head's columns [hidden, G * D] of the output projection, for scorers
+        that project values; a call, because engines repack weights.
     layer, first_head: indices in the model, for scorers that draw random numbers.
-    paged_keys: [H, n or more, D], `keys` with what lies behind them in their last page.
     seen_tokens: tokens so far, where some have been evicted: the position after the last query's.
     """
 
     queries: Tensor
-    keys: Tensor
-    values: Tensor
+    keys: Entries
+    values: Entries
     scale: float
     rotary: Rotary | None = None
-    output_weight: Callable[[], Tensor] | None = None
+    output_weight: Callable[[int], Tensor] | None = None
     layer: int = 0
-    paged_keys: Tensor | None = None
     seen_tokens: int | None = None
     first_head: int = 0
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import Operation
-from kernels.pages import PageLayout
 
 _MOVED_PAGES = 64
+# Keys and values that a compaction on a CPU holds at a time.
+_COPIED_BYTES = 16 << 20
 
 
 class PagedCache(NamedTuple):
@@ -27,14 +28,6 @@ class PagedCache(NamedTuple):
             f"{name} by {'token' if pool.stride(2) == 1 else 'dimension'}"
             for name, pool in zip(self._fields, self, strict=True)
         )
-
-
-def read_blocks(pool: Tensor, layout: PageLayout, blocks: Tensor, layer: int) -> Tensor:
-    """Copies one layer of an uncompressed request's keys or values: [H, nb * page_tokens, D].
-
-    What lies behind its last token in its last block comes along.
-    """
-    return read_heads(pool, layout.block_pages(blocks, layer).t())
 
 
 def read_heads(pool: Tensor, pages: Tensor) -> Tensor:
@@ -146,6 +139,25 @@ def compact(kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, len
 
 
 @compact.on("cpu")
+def _compact_in_parts(
+    kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, lens: Tensor
+) -> None:
+    page_tokens, dim = cache.keys.shape[1:]
+    at_once = max(1, _COPIED_BYTES // (2 * dim * cache.keys.element_size()))
+    if int(lens.sum()) <= at_once:
+        _compact_at_once(kept, cache, source, tables, lens)
+        return
+    for k, head in torch.cartesian_prod(*map(torch.arange, kept.shape[:2])).tolist():
+        positions, first = kept[k, head].nonzero()[:, 0], 0
+        # Front to back: in place, no entry is overwritten before it is read.
+        for some in positions.split(at_once):
+            slots = source[k, some // page_tokens, head] * page_tokens + some % page_tokens
+            places = torch.arange(first, first + len(some))
+            targets = tables[k, head, places // page_tokens].long() * page_tokens
+            write_slots(cache, targets + places % page_tokens, *read_slots(cache, slots))
+            first += len(some)
+
+
 def _compact_at_once(
     kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, lens: Tensor
 ) -> None:

@@ -11,6 +11,9 @@ from kernels.observation import Observation
 from kernels.projected_values import ProjectedValues
 from kernels.scorers.base import Scorer
 
+# Scores are held below this, so that others can be put above them, and products stay finite.
+LARGEST_SCORE = 1e18
+
 
 class LayerBudget(Protocol):
     """needs_scores: whether one layer's share depends on the scores of all."""
@@ -56,17 +59,17 @@ class Policy:
     head_allocation: HeadAllocation
     second_stage: ProjectedValues | None = None
 
-    @property
-    def needs_values(self) -> bool:
-        """Whether it looks at values; else observations may leave them out."""
-        return self.scorer.needs_values or self.second_stage is not None
-
     def score(self, observation: Observation) -> Scored:
-        """What `allocate` needs to know of one layer."""
-        scores = self.scorer.score(observation)
+        """Return what `allocate` needs of one layer, all of it finite.
+
+        What is no number counts as the least: a model's cache may hold some (overflows in 16 bits),
+        and an entry that none can be compared with is no reason to keep others.
+        """
+        scores = _finite(self.scorer.score(observation))
         if self.second_stage is None:
             return Scored(scores, None)
-        return Scored(scores, self.second_stage.weights(observation, scores.shape[-1]))
+        weights = self.second_stage.weights(observation, scores.shape[-1])
+        return Scored(scores, _finite(weights))
 
     def select(self, observations: Sequence[Observation], keep_tokens: int) -> Selection:
         """Keeps `keep_tokens` entries for each (layer, head) on average, the window included.
@@ -130,6 +133,11 @@ class Policy:
                 "raise the budget or lower the window"
             )
         return keep_tokens - window
+
+
+def _finite(scores: Tensor) -> Tensor:
+    most = LARGEST_SCORE
+    return scores.nan_to_num(nan=-most, posinf=most, neginf=-most).clamp_(-most, most)
 
 
 def stacked(layers: Sequence[Scored]) -> Scored:

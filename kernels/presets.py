@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 from kernels.head_allocations.adaptive import AdaptiveHeads
@@ -75,13 +75,20 @@ class PolicyChoice(NamedTuple):
     alpha: float | None = None
     window_tokens: int | None = None
 
-    def for_budget(self, keep_tokens: int, num_tokens: int) -> "PolicyChoice":
-        """What `auto` stands for where so much of a prompt stays; any other choice as it is."""
+    def for_budget(
+        self, keep_tokens: int, num_tokens: int, unsupported: Container[str] = ()
+    ) -> "PolicyChoice":
+        """Return what `auto` stands for where so much of a prompt stays; another choice as it is.
+
+        Args:
+            unsupported: presets that the model does not support.
+        """
         if self.preset != AUTO:
             return self
         much = _MUCH * num_tokens <= keep_tokens < num_tokens
         # Where all stays, evictions will leave little of what is to come.
-        return self._replace(preset=_FOR_MUCH if much else _FOR_LITTLE)
+        preset = _FOR_MUCH if much and _FOR_MUCH not in unsupported else _FOR_LITTLE
+        return self._replace(preset=preset)
 
     def build(self) -> Policy:
         """The policy; the same object for choices of late. Of `auto` the one for small budgets.

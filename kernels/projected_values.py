@@ -5,35 +5,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.attention import row_products
+from kernels.entries import one_head, parts
 from kernels.observation import Observation
 from kernels.top import top_mask
 
-# Of projected values at a time: a long prompt's together would be gigabytes.
-_ELEMENTS = 1 << 26
-
 
 def projected_value_norms(observation: Observation) -> Tensor:
-    """Mean over the query group of the L1 norm of W_o,head @ v: [H, n] float32.
+    """Return the mean over the query group of the L1 norm of W_o,head @ v: [H, n] float32.
 
-    Multiplied in the values' dtype.
+    Multiplied in the values' dtype, a part of a head's values at a time.
 
     Raises:
         ValueError: the observation has no output projection.
     """
     if observation.output_weight is None:
         raise ValueError("the policy needs the layer's output projection")
-    heads, group = observation.num_kv_heads, observation.group_size
-    values = observation.values
-    weight = observation.output_weight().to(values.dtype)
-    slices = weight.reshape(weight.shape[0], heads, group, values.shape[-1])
-    norms = torch.zeros(values.shape[:2], dtype=torch.float32, device=values.device)
-    at_once = max(1, _ELEMENTS // (heads * len(weight)))
-    for start in range(0, values.shape[1], at_once):
-        part = slice(start, start + at_once)
-        for member in range(group):
-            projected = torch.einsum("hnd,ohd->hno", values[:, part], slices[:, :, member])
-            norms[:, part] += projected.abs_().sum(dim=-1, dtype=torch.float32)
-    return norms / group
+    values, group = observation.values, observation.group_size
+    heads, n, dim = values.shape
+    norms = torch.zeros((heads, n), dtype=torch.float32, device=values.device)
+    for head in range(heads):
+        weight = observation.output_weight(head).to(values.dtype)
+        members = [columns.contiguous() for columns in weight.split(dim, dim=1)]
+        for first, part in parts(one_head(values, head), bytes_per_entry=4 * len(weight)):
+            mine = norms[head, first : first + part.shape[1]]
+            for columns in members:
+                projected = row_products(part[0], columns)
+                mine += projected.abs_().sum(dim=-1, dtype=torch.float32)
+    return norms.div_(group)
 
 
 @dataclass(frozen=True)

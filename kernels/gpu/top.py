@@ -14,7 +14,7 @@ _DIGITS = 256
 
 @top_mask.on("cuda")
 def radix_top_mask(scores: Tensor, counts: Tensor) -> Tensor:
-    """What `kernels.top.top_mask` gives, of scores in float32 without NaN.
+    """Return what `kernels.top.top_mask` gives.
 
     Counts are not checked: that would wait for the device.
     """
@@ -43,8 +43,9 @@ def radix_top_mask(scores: Tensor, counts: Tensor) -> Tensor:
 
 @triton.jit
 def _load_ordered(scores, row, m, position):
-    """Scores as unsigned integers of the same order."""
+    """Scores as unsigned integers of the same order; what is no number comes last."""
     value = tl.load(scores + row.to(tl.int64) * m + position, mask=position < m, other=0.0)
+    value = tl.where(value == value, value, float("-inf"))
     # Negative zero equals zero.
     bits = tl.where(value == 0.0, 0.0, value).to(tl.uint32, bitcast=True)
     return tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention import Reduction, reduced_window_attention
+from kernels.entries import Entries, PagedEntries
 
 # Keys and rows of a tile; of wide float32 ones fewer, for they lie in shared memory.
 _TILE, _TILE_OF_WIDE, _WIDE_BYTES = 64, 32, 1024
@@ -42,10 +43,12 @@ def window_scores(
 
 
 @reduced_window_attention.on("cuda")
-def _reduced(
-    queries: Tensor, keys: Tensor, scale: float, num_tokens: int, reduction: Reduction = "mean"
-) -> Tensor:
-    return _scores(queries, keys, None, scale, num_tokens, reduction)
+def _reduced(queries: Tensor, keys: Entries, scale: float, reduction: Reduction = "mean") -> Tensor:
+    n = keys.shape[1]
+    if isinstance(keys, PagedEntries):
+        pages = keys.pages.t().contiguous()
+        return _scores(queries, keys.pool, pages, scale, n, reduction)
+    return _scores(queries, keys, None, scale, n, reduction)
 
 
 def _scores(

@@ -1,6 +1,6 @@
 """The contract of a scorer."""
 
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -10,10 +10,9 @@ from kernels.observation import Observation
 class Scorer(Protocol):
     """Gives every cached entry of a layer a worth. Pure: the same observation, the same scores.
 
-    needs_values: whether it looks at values; else the observation may leave them out.
+    One that goes through keys, values and attention in parts (`kernels.entries`,
+    `kernels.attention`) takes the same memory for every model and prompt.
     """
-
-    needs_values: ClassVar[bool]
 
     @property
     def query_span_tokens(self) -> int:

@@ -1,10 +1,10 @@
 from dataclasses import dataclass
-from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from kernels.attention import window_attention
+from kernels.attention import attention_rows
 from kernels.observation import Observation
 from kernels.projected_values import projected_value_norms
 
@@ -20,7 +20,6 @@ class DefensiveScorer:
     share of the budget; here the joint selection does, in the order of the mean attention.)
     """
 
-    needs_values: ClassVar[bool] = True
     window_tokens: int = 32
     kernel_size: int = 5
     secured_mass: float = 0.9
@@ -30,21 +29,28 @@ class DefensiveScorer:
         return self.window_tokens
 
     def score(self, observation: Observation) -> Tensor:
-        attention = window_attention(observation, self.window_tokens)[..., : -self.window_tokens]
-        worst = self._smoothed(attention).amax(dim=(1, 2))
+        mean, worst = self._attention(observation)
         worst = worst.maximum(worst.mean(dim=-1, keepdim=True))
         norms = projected_value_norms(observation)[:, : worst.shape[1]]
         scores = worst * norms / norms.sum(dim=0, keepdim=True)
-        mean = attention.mean(dim=(1, 2))
         return scores.where(~self._secured(mean), scores.amax() + 1.0 + mean)
 
+    def _attention(self, observation: Observation) -> tuple[Tensor, Tensor]:
+        """Return mean and largest smoothed attention [H, m] that the window's queries pay."""
+        queries = observation.grouped_queries(self.window_tokens)
+        shape = (observation.num_kv_heads, observation.num_tokens - self.window_tokens)
+        mean, worst = queries.new_zeros((2, *shape), dtype=torch.float32)
+        for head, _, attention in attention_rows(queries, observation.keys, observation.scale):
+            older = attention[:, : shape[1]]
+            mean[head] += older.sum(dim=0)
+            torch.maximum(worst[head], self._smoothed(older).amax(dim=0), out=worst[head])
+        return mean.div_(queries.shape[1] * self.window_tokens), worst
+
     def _smoothed(self, attention: Tensor) -> Tensor:
-        """Averages [H, G, w, m] over neighbouring positions; each query's total stays."""
-        rows = attention.flatten(0, 2)[:, None]
-        pooled = avg_pool1d(rows, self.kernel_size, 1, self.kernel_size // 2)
+        """Average [r, m] over neighbouring positions; each query's total stays."""
+        pooled = avg_pool1d(attention[:, None], self.kernel_size, 1, self.kernel_size // 2)[:, 0]
         totals = pooled.sum(-1, keepdim=True).clamp(min=1e-30)
-        pooled = pooled * (rows.sum(-1, keepdim=True) / totals)
-        return pooled.view_as(attention)
+        return pooled.mul_(attention.sum(-1, keepdim=True) / totals)
 
     def _secured(self, mean: Tensor) -> Tensor:
         """Marks, of mean attention [H, m], the largest that reach the mass with the window's."""

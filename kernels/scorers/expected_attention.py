@@ -1,9 +1,9 @@
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from kernels.entries import one_head, parts
 from kernels.observation import Observation
 from kernels.rotary import Rotary
 
@@ -24,7 +24,6 @@ class ExpectedAttentionScorer:
     epsilon: added to the probability, so that the value norm counts for unattended keys too.
     """
 
-    needs_values: ClassVar[bool] = True
     query_span_tokens: int = 512
     future_tokens: int = 512
     sink_tokens: int = 4
@@ -39,17 +38,35 @@ class ExpectedAttentionScorer:
         n, sinks = observation.num_tokens, min(self.sink_tokens, observation.num_tokens - 1)
         span = min(self.query_span_tokens, observation.queries.shape[1], n - sinks)
         mean, covariance = self._future_queries(observation, observation.rotary, span)
-        keys = observation.keys[:, None, sinks:].float()
-        logits = torch.einsum("hgd,hknd->hgn", mean, keys) * observation.scale
-        if self.use_covariance:
-            quadratic = torch.einsum("hknd,hgde,hkne->hgn", keys, covariance, keys)
-            logits += quadratic * observation.scale**2 / 2
-        scores = logits.softmax(dim=-1).mean(dim=1)
-        if self.use_value_norm:
-            values = observation.values[:, sinks:].float()
-            scores = (scores + self.epsilon) * values.norm(dim=-1)
+        scores = torch.stack(
+            [
+                self._head_scores(observation, head, mean[head], covariance[head], sinks)
+                for head in range(observation.num_kv_heads)
+            ]
+        )
         scores = torch.nn.functional.pad(scores, (sinks, 0), value=float(scores.amax()) + 1.0)
         return scores[:, : n - self.window_tokens]
+
+    def _head_scores(
+        self, observation: Observation, head: int, mean: Tensor, covariance: Tensor, sinks: int
+    ) -> Tensor:
+        """Return scores [n - sinks] for queries of mean [G, D] and covariance [G, D, D]."""
+        group, dim = mean.shape
+        logits = mean.new_empty((group, observation.num_tokens))
+        keys = one_head(observation.keys, head)
+        for first, part in parts(keys, bytes_per_entry=4 * group * dim):
+            some = part[0].float()
+            expected = mean @ some.t() * observation.scale
+            if self.use_covariance:
+                quadratic = ((some @ covariance) * some).sum(dim=-1)
+                expected += quadratic * observation.scale**2 / 2
+            logits[:, first : first + len(some)] = expected
+        scores = logits[:, sinks:].softmax(dim=-1).mean(dim=0)
+        if self.use_value_norm:
+            values = parts(one_head(observation.values, head))
+            norms = torch.cat([part[0].float().norm(dim=-1) for _, part in values])
+            scores = (scores + self.epsilon) * norms[sinks:]
+        return scores
 
     def _future_queries(
         self, observation: Observation, rotary: Rotary, span: int

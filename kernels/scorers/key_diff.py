@@ -1,9 +1,9 @@
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from kernels.entries import parts
 from kernels.observation import Observation
 
 
@@ -14,12 +14,18 @@ class KeyDiffScorer:
     The score is the negative cosine similarity of a key to the mean of the unit keys of its head.
     """
 
-    needs_values: ClassVar[bool] = False
     window_tokens: int = 0
     query_span_tokens: int = 0
 
     def score(self, observation: Observation) -> Tensor:
-        unit = torch.nn.functional.normalize(observation.keys.float(), dim=-1)
-        anchor = unit.mean(dim=1, keepdim=True)
-        similarity = torch.nn.functional.cosine_similarity(unit, anchor, dim=-1)
-        return -similarity[:, : observation.num_tokens - self.window_tokens]
+        keys, normalize = observation.keys, torch.nn.functional.normalize
+        heads, n, dim = keys.shape
+        anchor = torch.zeros((heads, 1, dim), device=keys.device)
+        for _, part in parts(keys):
+            anchor += normalize(part.float(), dim=-1).sum(dim=1, keepdim=True)
+        anchor = normalize(anchor, dim=-1)
+        similarity = torch.cat(
+            [(normalize(part.float(), dim=-1) * anchor).sum(dim=-1) for _, part in parts(keys)],
+            dim=1,
+        )
+        return -similarity[:, : n - self.window_tokens]

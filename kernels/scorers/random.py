@@ -1,5 +1,4 @@
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +10,6 @@ from kernels.observation import Observation
 class RandomScorer:
     """A control: uniform scores, the same for the same seed, layer and length on every device."""
 
-    needs_values: ClassVar[bool] = False
     seed: int = 0
     window_tokens: int = 32
     query_span_tokens: int = 0

@@ -1,10 +1,10 @@
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kernels.attention import pool, window_attention
+from kernels.attention import observed_attention, pool
+from kernels.entries import one_head, read
 from kernels.observation import Observation
 
 # Of the similarity matrix at a time.
@@ -25,7 +25,6 @@ class RedundancyScorer:
     spared_share: of all entries, how many of the most recent similar ones are spared for each key.
     """
 
-    needs_values: ClassVar[bool] = False
     window_tokens: int = 32
     kernel_size: int = 7
     importance_share: float = 0.1
@@ -38,17 +37,23 @@ class RedundancyScorer:
         return self.window_tokens
 
     def score(self, observation: Observation) -> Tensor:
-        attention = window_attention(observation, self.window_tokens)[..., : -self.window_tokens]
-        importance = pool(attention.mean(dim=2).amax(dim=1), self.kernel_size, "max")
-        redundancy = self._redundancy(observation.keys[:, : -self.window_tokens].float())
+        attention = observed_attention(observation, self.window_tokens, "max")
+        importance = pool(attention, self.kernel_size, "max")
+        # One head's keys at a time: all are compared with all.
+        redundancy = torch.cat(
+            [
+                self._redundancy(read(one_head(observation.keys, head))[:, : -self.window_tokens])
+                for head in range(observation.num_kv_heads)
+            ]
+        )
         return self.importance_share * importance - (1 - self.importance_share) * redundancy
 
     def _redundancy(self, keys: Tensor) -> Tensor:
         """[H, m] of keys [H, m, D]; sums to one for each head."""
         heads, m, _ = keys.shape
-        directions = torch.nn.functional.normalize(keys, dim=-1)
+        directions = torch.nn.functional.normalize(keys.float(), dim=-1)
         spared = int(self.spared_share * m)
-        sums = keys.new_zeros((heads, m))
+        sums = directions.new_zeros((heads, m))
         first, rows_at_once = max(0, m - self.compared_tokens), max(1, _ELEMENTS // (heads * m))
         for start in range(first, m, rows_at_once):
             rows = directions[:, start : start + rows_at_once]

@@ -1,5 +1,4 @@
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +10,6 @@ from kernels.observation import Observation
 class SinkRecencyScorer:
     """StreamingLLM (2309.17453): the first `sink_tokens` entries, then the most recent ones."""
 
-    needs_values: ClassVar[bool] = False
     sink_tokens: int = 4
     window_tokens: int = 0
     query_span_tokens: int = 0

@@ -1,5 +1,5 @@
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -18,7 +18,6 @@ class WindowScorer:
     group_reduction: how the G query heads of a KV head become one score.
     """
 
-    needs_values: ClassVar[bool] = False
     window_tokens: int = 32
     kernel_size: int = 7
     pooling: Literal["max", "avg", "none"] = "max"

@@ -1,5 +1,5 @@
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -14,7 +14,6 @@ class WindowL2Scorer:
     Squared attention without pooling prefers single spikes; pooling is essential for retrieval.
     """
 
-    needs_values: ClassVar[bool] = False
     window_tokens: int = 32
     kernel_size: int = 7
     pooling: Literal["max", "avg", "none"] = "max"

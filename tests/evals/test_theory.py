@@ -30,7 +30,7 @@ def test_no_eviction_changes_more_than_the_bound(
         torch.randn(heads, n, 8, generator=rng),
         torch.randn(heads, n, 8, generator=rng),
         8**-0.5,
-        output_weight=lambda: weight,
+        output_weight=lambda head: weight.chunk(heads, dim=1)[head],
     )
     found = list(cases([observation], [34, 36]))
     assert Summary.of(found).violations == 0

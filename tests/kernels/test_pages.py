@@ -10,7 +10,7 @@ from kernels.paged_cache import (
     PagedCache,
     move_pages,
     placed_slots,
-    read_blocks,
+    read_heads,
     read_slots,
     write_slots,
 )
@@ -121,8 +121,8 @@ def test_what_is_read_from_blocks_and_written_to_pages_comes_back(layout: PageLa
     lens = torch.tensor([[3, 5], [4, 4], [1, 7]], dtype=torch.int32)
     row = tables.place(lens, [7, 9])
     blocks = torch.tensor([3, 20, 5])
-    keys = read_blocks(cache.keys, layout, blocks, 1)
-    values = read_blocks(cache.values, layout, blocks, 1)
+    pages = layout.block_pages(blocks, 1).t()
+    keys, values = read_heads(cache.keys, pages), read_heads(cache.values, pages)
     page = int(layout.block_pages(torch.tensor([20]), 1)[0, 1])
     assert torch.equal(keys[1, 4:8], cache.keys[page])
     kept = torch.tensor([0, 2, 3, 10])

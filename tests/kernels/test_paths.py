@@ -5,10 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.attention import Reduction, reduced_window_attention
+from kernels.attention import Reduction, attention_rows, reduced_window_attention
+from kernels.entries import PART_BYTES
 from kernels.growth import DecodeBatch, grow_reference
 from kernels.paged_cache import PagedCache, compact
 from kernels.top import top_mask
+from tests.kernels.paging import in_pages
 
 PAGE = 4
 
@@ -23,7 +25,8 @@ def _generator(seed: int) -> torch.Generator:
     group=st.integers(1, 4),
     window=st.integers(1, 8),
     older=st.integers(0, 40),
-    behind=st.integers(0, 8),
+    page_tokens=st.sampled_from([4, 16]),
+    by_dimension=st.booleans(),
     reduction=st.sampled_from(["mean", "max", "squares"]),
     seed=st.integers(0, 10**6),
 )
@@ -32,24 +35,52 @@ def test_reduced_window_attention(
     group: int,
     window: int,
     older: int,
-    behind: int,
+    page_tokens: int,
+    by_dimension: bool,
     reduction: Reduction,
     seed: int,
 ) -> None:
     generator = _generator(seed)
     queries = torch.randn((heads, group, window, 8), generator=generator)
     n = window + older
-    keys = torch.randn((heads, n + behind, 8), generator=generator)
-    keys[:, n:] = torch.nan
-    fast = reduced_window_attention(queries, keys, 0.3, n, reduction)
-    reference = reduced_window_attention.reference(queries, keys[:, :n], 0.3, n, reduction)
-    torch.testing.assert_close(fast, reference)
+    keys = torch.randn((heads, n, 8), generator=generator)
+    reference = reduced_window_attention.reference(queries, keys, 0.3, reduction)
+    torch.testing.assert_close(reduced_window_attention(queries, keys, 0.3, reduction), reference)
+    paged = in_pages(keys, page_tokens, generator, by_dimension=by_dimension)
+    torch.testing.assert_close(reduced_window_attention(queries, paged, 0.3, reduction), reference)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "max", "squares"])
+@pytest.mark.parametrize("window", [8, 200])
+def test_attention_over_many_keys_is_made_in_parts(window: int, reduction: Reduction) -> None:
+    generator = _generator(window)
+    queries = torch.randn((2, 2, window, 256), generator=generator)
+    keys = torch.randn((2, 40_003, 256), generator=generator)
+    parts = [part.attention.numel() for part in attention_rows(queries, keys, 0.1)]
+    assert max(parts) * 4 <= PART_BYTES
+    assert len(parts) > 2 or window == 8
+    paged = in_pages(keys, 32, generator)
+    reference = reduced_window_attention.reference(queries, keys, 0.1, reduction)
+    torch.testing.assert_close(reduced_window_attention(queries, paged, 0.1, reduction), reference)
+
+
+@pytest.mark.parametrize("kind", ["distinct", "tied", "not numbers"])
+def test_the_largest_of_many_scores_are_found_in_parts(kind: str) -> None:
+    scores = torch.randn((2, 2_500_000), generator=_generator(1))
+    if kind == "tied":
+        scores = scores.mul_(2).round_()
+    if kind == "not numbers":
+        scores[:, ::7], scores[:, 1::7], scores[:, 2::7] = torch.nan, torch.inf, -torch.inf
+    counts = torch.tensor([0, 1_700_001])
+    mask = top_mask(scores, counts)
+    assert torch.equal(mask, top_mask.reference(scores, counts))
 
 
 @settings(max_examples=200, deadline=None)
 @given(rows=st.integers(1, 3), m=st.integers(1, 40), seed=st.integers(0, 10**6), data=st.data())
 def test_top_mask(rows: int, m: int, seed: int, data: st.DataObject) -> None:
-    scores = torch.randint(0, 5, (rows, m), generator=_generator(seed)).float()
+    values = torch.tensor([0.0, -0.0, 1.0, 2.0, torch.nan, torch.inf, -torch.inf])
+    scores = values[torch.randint(0, len(values), (rows, m), generator=_generator(seed))]
     counts = torch.tensor(data.draw(st.lists(st.integers(0, m), min_size=rows, max_size=rows)))
     mask = top_mask(scores, counts)
     assert torch.equal(mask.sum(dim=1), counts)

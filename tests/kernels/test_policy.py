@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.attention import pool, window_attention
+from kernels.attention import attention_rows, pool, window_attention
 from kernels.blocks import compressed_blocks_bound, kept_tokens
 from kernels.head_allocations.adaptive import AdaptiveHeads
 from kernels.head_allocations.uniform import UniformHeads
@@ -29,8 +29,9 @@ AUTHORS = [case for case in CASES if case["case"] < 100]
 KVPRESS = [case for case in CASES if case["case"] >= 100]
 
 
-def _weight(hidden: int, width: int, layer: int) -> torch.Tensor:
-    return torch.randn((hidden, width), generator=torch.Generator().manual_seed(layer))
+def _weight(hidden: int, width: int, layer: int, heads: int, head: int) -> torch.Tensor:
+    weight = torch.randn((hidden, width), generator=torch.Generator().manual_seed(layer))
+    return weight.chunk(heads, dim=1)[head]
 
 
 def observations(layers: int, heads: int, group: int, n: int, dim: int, seed: int) -> list:
@@ -43,7 +44,7 @@ def observations(layers: int, heads: int, group: int, n: int, dim: int, seed: in
     return [
         Observation(
             normal(heads * group, min(n, 64), dim), normal(heads, n, dim), normal(heads, n, dim),
-            dim**-0.5, rotary, partial(_weight, 24, heads * group * dim, layer), layer,
+            dim**-0.5, rotary, partial(_weight, 24, heads * group * dim, layer, heads), layer,
         )
         for layer in range(layers)
     ]  # fmt: skip
@@ -181,8 +182,10 @@ def test_window_attention_is_the_last_rows_of_causal_attention() -> None:
         is_causal=True,
         scale=observation.scale,
     )
-    ours = window_attention(observation, 8).reshape(6, 8, 40)
-    torch.testing.assert_close(ours, full[:, -8:])
+    window = observation.grouped_queries(8), observation.keys, observation.scale
+    torch.testing.assert_close(window_attention(*window).reshape(6, 8, 40), full[:, -8:])
+    rows = torch.cat([part.attention.clone() for part in attention_rows(*window)])
+    torch.testing.assert_close(rows.view(6, 8, 40), full[:, -8:])
 
 
 def test_pooling_keeps_the_length() -> None:

@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import projected_values
 from kernels.observation import Observation
-from kernels.presets import preset
 from kernels.projected_values import ProjectedValues, projected_value_norms
 from kernels.rotary import Rotary
 from kernels.scorers.defensive import DefensiveScorer
@@ -34,27 +32,24 @@ def observation() -> Observation:
     weight = normal(HIDDEN, HEADS * GROUP * DIM)
     return Observation(
         normal(HEADS * GROUP, N, DIM), normal(HEADS, N, DIM), normal(HEADS, N, DIM), DIM**-0.5,
-        Rotary(100.0 ** -(torch.arange(0, DIM, 2) / DIM)), lambda: weight, 0,
+        Rotary(100.0 ** -(torch.arange(0, DIM, 2) / DIM)),
+        lambda head: weight.chunk(HEADS, dim=1)[head], 0,
     )  # fmt: skip
 
 
 def _projected_norm(observation: Observation, head: int, position: int) -> float:
     assert observation.output_weight is not None
-    weight = observation.output_weight()
+    weight = observation.output_weight(head)
     norms = []
     for member in range(GROUP):
-        start = (head * GROUP + member) * DIM
+        start = member * DIM
         norms.append((weight[:, start : start + DIM] @ observation.values[head, position]).abs())
     return float(torch.stack(norms).sum(dim=1).mean())
 
 
-def test_values_are_projected_a_part_at_a_time(
-    observation: Observation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = projected_value_norms(observation)
-    monkeypatch.setattr(projected_values, "_ELEMENTS", 7 * HEADS * HIDDEN)
-    torch.testing.assert_close(projected_value_norms(observation), whole)
-    assert float(whole[1, 20]) == pytest.approx(_projected_norm(observation, 1, 20), rel=1e-5)
+def test_values_are_projected_by_their_heads_weights(observation: Observation) -> None:
+    norms = projected_value_norms(observation)
+    assert float(norms[1, 20]) == pytest.approx(_projected_norm(observation, 1, 20), rel=1e-5)
 
 
 def _attention(observation: Observation, head: int, member: int, query: int) -> Tensor:
@@ -223,9 +218,3 @@ def test_sinks_come_first_and_then_the_most_recent(observation: Observation) -> 
     for row in SinkRecencyScorer(sink_tokens=2).score(observation):
         order = row.argsort(descending=True, stable=True).tolist()
         assert order == [0, 1, *range(N - 1, 1, -1)]
-
-
-def test_policies_that_need_values_say_so() -> None:
-    assert preset("critical_ada_snapkv").needs_values
-    assert preset("defensive").needs_values
-    assert not preset("ada_snapkv").needs_values
