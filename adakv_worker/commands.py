@@ -72,13 +72,36 @@ class StepCommands(NamedTuple):
 
 NOTHING = StepCommands({}, {}, {}, {})
 
-# Mean, least and most entries that the heads of a compressed request keep, by request id.
-Kept = dict[str, tuple[float, int, int]]
+
+class Kept(NamedTuple):
+    """Mean, least and most entries that the heads of a compressed request keep."""
+
+    mean: float
+    least: int
+    most: int
+
+
+class Answer(NamedTuple):
+    """What the workers did of a step's commands.
+
+    kept: of the requests that were compressed.
+    failed: requests whose policy raised an error in compressing or evicting.
+    """
+
+    kept: dict[str, Kept]
+    failed: list[str]
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.kept and not self.failed
+
+
+NO_ANSWER = Answer({}, [])
 
 
 def commands_of(scheduler_output: Any) -> StepCommands:
     return getattr(scheduler_output, ATTRIBUTE, NOTHING)
 
 
-def kept_of(runner_output: Any) -> Kept:
-    return getattr(runner_output, ATTRIBUTE, None) or {}
+def answer_of(runner_output: Any) -> Answer:
+    return getattr(runner_output, ATTRIBUTE, NO_ANSWER)

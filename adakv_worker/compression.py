@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from adakv_worker.commands import Compress
+from adakv_worker.contained import Contained
 from adakv_worker.model_parts import LayerParts
-from kernels.eviction import fitted, with_sinks
+from kernels.entries import PagedEntries
+from kernels.eviction import SINK_TOKENS, fitted, with_sinks
 from kernels.observation import Observation
-from kernels.paged_cache import PagedCache, compact, read_blocks
+from kernels.paged_cache import PagedCache, compact
 from kernels.pages import PageTables
 from kernels.policy import Policy, Scored, stacked
 from kernels.transfer import sent
@@ -59,10 +61,15 @@ class Compression:
     Each layer is scored when it has attended, while its keys and queries are at hand, so that no
     queries need be stored. Scores are held until there are enough of them to be worth the overhead
     of selecting and copying, or until all layers are scored where the policy must see all.
+
+    Whatever the policy raises stays here: the request then keeps its first entries and the most
+    recent ones, as many as the policy would have kept. The prompt's blocks are whole until the step
+    is over, so that nothing of a selection that was half done is left.
     """
 
     def __init__(
         self,
+        request_id: str,
         command: Compress,
         blocks: Sequence[int],
         stop: int,
@@ -86,18 +93,22 @@ class Compression:
         self._cache = cache
         self._tables = tables
         self._parts = parts
-        self._policy: Policy = command.choice.build()
-        shape = (
-            len(parts),
-            tables.heads,
-            command.prompt_tokens - self._policy.scorer.window_tokens,
-        )
-        totals = self._policy.layer_totals(shape, command.keep)
-        self._totals = self._with_sinks(totals, shape) if totals is not None else None
         self._scored: dict[int, Scored] = {}
         self._held_bytes = 0
         self._kept: dict[int, Tensor] | None = {} if record else None
         self.row = tables.open(command.slabs)
+        self._contained = Contained(request_id, command.choice)
+        with self._contained:
+            self._policy: Policy = command.choice.build()
+            entries = command.prompt_tokens - self._policy.scorer.window_tokens
+            shape = (len(parts), tables.heads, entries)
+            totals = self._policy.layer_totals(shape, command.keep)
+            self._totals = self._with_sinks(totals, shape) if totals is not None else None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the policy raised an error, so that the entries are not of its choice."""
+        return self._contained.failed
 
     @property
     def nbytes(self) -> int:
@@ -108,6 +119,11 @@ class Compression:
         )
 
     def see(self, layer: int, query: Tensor) -> None:
+        if not self.failed:
+            with self._contained:
+                self._score(layer, query)
+
+    def _score(self, layer: int, query: Tensor) -> None:
         scored = self._policy.score(self._observe(layer, query))
         if self._command.sink_tokens:
             scored = with_sinks(scored, self._command.sink_tokens)
@@ -118,15 +134,22 @@ class Compression:
 
     def finish(self) -> Tensor | None:
         """After the last layer. Returns kept [L, H, n] bool, if recorded."""
-        totals = self._totals
-        if totals is None:
-            all_layers = stacked([self._scored[layer] for layer in sorted(self._scored)])
-            totals = self._policy.totals(all_layers.scores, self._command.keep)
-            totals = self._with_sinks(totals, all_layers.scores.shape)
-        self._copy_scored(totals)
+        if not self.failed:
+            with self._contained:
+                self._copy_scored(self._all_totals())
+        if self.failed:
+            self._keep_recent()
         if self._kept is None:
             return None
         return torch.stack([self._kept[layer] for layer in sorted(self._kept)])
+
+    def _all_totals(self) -> list[int]:
+        if self._totals is not None:
+            return self._totals
+        scored = [self._scored[layer].scores for layer in sorted(self._scored)]
+        all_layers = torch.stack(scored)
+        totals = self._policy.totals(all_layers, self._command.keep)
+        return self._with_sinks(totals, all_layers.shape)
 
     def _with_sinks(self, totals: list[int], shape: Sequence[int]) -> list[int]:
         """`totals` of scores of `shape` [L, H, m] that leave room for each layer's sinks."""
@@ -135,14 +158,34 @@ class Compression:
         return fitted(totals, [least] * layers, [heads * entries] * layers)
 
     def _copy_scored(self, totals: list[int]) -> None:
-        """Selects and copies the layers whose scores are held."""
+        """Selects and copies the layers whose scores are held, some of them at a time."""
         layers = sorted(self._scored)
         if not layers:
             return
-        scored = stacked([self._scored[layer] for layer in layers])
-        self._scored.clear()
+        at_once = max(1, _HELD_BYTES * len(layers) // max(1, self._held_bytes))
+        for first in range(0, len(layers), at_once):
+            some = layers[first : first + at_once]
+            scored = stacked([self._scored.pop(layer) for layer in some])
+            kept = self._policy.allocate_layers(scored, [totals[layer] for layer in some])
+            self._copy(some, kept)
         self._held_bytes = 0
-        kept = self._policy.allocate_layers(scored, [totals[layer] for layer in layers])
+
+    def _keep_recent(self) -> None:
+        """Selects without scores, from the beginning: uniform heads, sinks and the newest."""
+        self._scored.clear()
+        self._earlier, self._held_bytes = None, 0
+        self._tables.release(self.row)
+        self.row = self._tables.open(self._command.slabs)
+        n, keep = self._command.prompt_tokens, self._command.keep
+        kept = torch.zeros((1, self._tables.heads, n), dtype=torch.bool, device=self._tables.device)
+        sinks = min(SINK_TOKENS, keep // 2)
+        kept[..., :sinks] = True
+        kept[..., n - (keep - sinks) :] = True
+        for layer in range(len(self._parts)):
+            self._copy([layer], kept)
+
+    def _copy(self, layers: list[int], kept: Tensor) -> None:
+        """Copies the entries kept [K, H, n] of K layers into pages of their own."""
         lens = kept.sum(dim=-1, dtype=torch.int32)
         tables = self._tables.place_layers(self.row, layers, lens)
         index = sent(layers, self._tables.device)
@@ -153,21 +196,15 @@ class Compression:
 
     def _observe(self, layer: int, query: Tensor) -> Observation:
         part, n = self._parts[layer], self._command.prompt_tokens
-        layout = self._tables.layout
-        paged_keys = read_blocks(self._cache.keys, layout, self._blocks, layer)
-        keys = paged_keys[:, :n]
-        values = keys.new_empty((*keys.shape[:2], 0))
-        if self._policy.needs_values:
-            values = read_blocks(self._cache.values, layout, self._blocks, layer)[:, :n]
+        pages = self._tables.layout.block_pages(self._blocks, layer).t()
         return Observation(
             self._window(layer, query),
-            keys,
-            values,
+            PagedEntries(self._cache.keys, pages, n),
+            PagedEntries(self._cache.values, pages, n),
             part.scale,
             part.rotary,
             part.output_weight,
             part.layer,
-            paged_keys,
         )
 
     def _window(self, layer: int, query: Tensor) -> Tensor:
@@ -182,6 +219,8 @@ def window_queries(earlier: Tensor | None, query: Tensor, span: int, layer: int)
         earlier: [L, e, Hq, D], its first queries, from steps before.
     """
     have = 0 if earlier is None else earlier.shape[1]
+    if span - have > len(query):
+        raise LookupError(f"{span} queries are wanted, {have + len(query)} are there")
     fresh = query[len(query) - (span - have) :]
     if earlier is not None:
         fresh = torch.cat((earlier[layer], fresh))

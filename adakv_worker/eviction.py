@@ -8,10 +8,12 @@ from torch import Tensor
 
 from adakv_worker.commands import Evict
 from adakv_worker.compression import window_queries
+from adakv_worker.contained import Contained
 from adakv_worker.model_parts import LayerParts
-from kernels.eviction import reallocate, score_heads, stacked_layers
+from kernels.entries import PagedEntries
+from kernels.eviction import keep_recent, reallocate, score_heads, stacked_layers
 from kernels.observation import Observation
-from kernels.paged_cache import PagedCache, compact_in_place, move_pages, read_heads
+from kernels.paged_cache import PagedCache, compact_in_place, move_pages
 from kernels.pages import PageTables
 from kernels.policy import Policy, Scored
 
@@ -21,12 +23,15 @@ class Eviction:
 
     In place: what a head keeps moves to the front of the head's own pages, and pages in slabs that
     the request gives back move to pages that have become free in those that it keeps. So a request
-    never holds more than its bound; beside it lie a layer's entries at a time, the scores, and the
-    window's queries.
+    never holds more than its bound; beside it lie the scores and the window's queries.
+
+    Whatever the policy raises stays here: the request then keeps its first entries and the most
+    recent ones, as many as the policy would have kept.
     """
 
     def __init__(
         self,
+        request_id: str,
         command: Evict,
         row: int,
         position: int,
@@ -48,8 +53,10 @@ class Eviction:
         self._cache = cache
         self._tables = tables
         self._parts = parts
-        self._policy: Policy = command.choice.build()
         self._scored: dict[int, Scored] = {}
+        self._contained = Contained(request_id, command.choice)
+        with self._contained:
+            self._policy: Policy = command.choice.build()
 
     @property
     def tokens(self) -> int:
@@ -68,14 +75,20 @@ class Eviction:
         lens: list[list[int]] = self._tables.lens(self._row).tolist()
         return lens
 
+    @property
+    def failed(self) -> bool:
+        """Whether the policy raised an error, so that the entries are not of its choice."""
+        return self._contained.failed
+
     def see(self, layer: int, query: Tensor) -> None:
-        self._scored[layer] = score_heads(self._policy, self._observe(layer, query))
+        if not self.failed:
+            with self._contained:
+                self._scored[layer] = score_heads(self._policy, self._observe(layer, query))
 
     def finish(self) -> Tensor:
         """After the last layer. Returns kept [L, H, n] bool of the entries that there were."""
         tables, row = self._tables, self._row
-        scored = stacked_layers([self._scored[layer] for layer in sorted(self._scored)])
-        kept = reallocate(self._policy, scored, tables.lens(row), self._command.keep)
+        kept = self._select()
         lens = kept.sum(dim=-1, dtype=torch.int32)
         pages = tables.tables(row)
         for layer in range(len(kept)):
@@ -84,50 +97,39 @@ class Eviction:
         move_pages(self._cache, *tables.shrink(row, lens, self._command.slabs))
         return kept
 
+    def _select(self) -> Tensor:
+        lens, keep = self._tables.lens(self._row), self._command.keep
+        if not self.failed:
+            with self._contained:
+                scored = stacked_layers([self._scored[layer] for layer in sorted(self._scored)])
+                return reallocate(self._policy, scored, lens, keep)
+        self._scored.clear()
+        self._earlier = None
+        return keep_recent(lens, keep)
+
     def _observe(self, layer: int, query: Tensor) -> list[Observation]:
         """Each head as a cache of its own."""
         part, group = self._parts[layer], self._parts[layer].num_heads // self._tables.heads
         queries = window_queries(
             self._earlier, query[: self._position + 1], self._command.query_span, layer
         )
-        lens = self._lens[layer]
-        # Tables are as wide as the longest head of any request.
-        used = -(-max(lens) // self._tables.page_tokens)
-        pages = self._tables.tables(self._row)[layer, :, :used].long()
-        weights = _columns(part.output_weight, self._tables.heads)
-        keys = read_heads(self._cache.keys, pages)
-        values = None
-        if self._policy.needs_values:
-            values = read_heads(self._cache.values, pages)
-        observed = []
-        for head, entries in enumerate(lens):
-            paged = keys[head : head + 1]
-            mine = paged[:, :entries]
-            observed.append(
-                Observation(
-                    queries[head * group : (head + 1) * group],
-                    mine,
-                    mine.new_empty((1, entries, 0))
-                    if values is None
-                    else values[head : head + 1, :entries],
-                    part.scale,
-                    part.rotary,
-                    None if weights is None else functools.partial(weights, head),
-                    part.layer,
-                    paged,
-                    self._command.tokens,
-                    head,
-                )
+        pages = self._tables.tables(self._row)[layer].long()
+        return [
+            Observation(
+                queries[head * group : (head + 1) * group],
+                PagedEntries(self._cache.keys, pages[head : head + 1], entries),
+                PagedEntries(self._cache.values, pages[head : head + 1], entries),
+                part.scale,
+                part.rotary,
+                None if part.output_weight is None else _of_head(part.output_weight, head),
+                part.layer,
+                self._command.tokens,
+                head,
             )
-        return observed
+            for head, entries in enumerate(self._lens[layer])
+        ]
 
 
-def _columns(
-    output_weight: Callable[[], Tensor] | None, heads: int
-) -> Callable[[int], Tensor] | None:
-    """What an output projection does with the values of each KV head."""
-    if output_weight is None:
-        return None
-    # Engines repack weights, so that one call costs as much as a product with them.
-    weight = functools.cache(output_weight)
-    return lambda head: weight().chunk(heads, dim=1)[head]
+def _of_head(output_weight: Callable[[int], Tensor], head: int) -> Callable[[int], Tensor]:
+    """Return the columns of one KV head, whose observation has no other."""
+    return lambda _: output_weight(head)

@@ -1,8 +1,8 @@
 """KV-cache spec and manager: ordinary blocks until the prompt is complete, slabs afterwards."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -23,7 +23,17 @@ _PRIOR_OUTPUT_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class AdaKVSpec(FullAttentionSpec):
-    """Full attention whose block-table rows also hold slabs, for the step that compresses."""
+    """Full attention whose block-table rows also hold slabs, for the step that compresses.
+
+    unsupported: (preset, reason) of those that cannot score the model's layers. A worker finds them
+        in the loaded model, and the scheduler needs them.
+    """
+
+    unsupported: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        return replace(super().merge(specs), unsupported=specs[0].unsupported)
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         # Slabs are fewer than the blocks they replace, or one more where all entries stay.

@@ -17,17 +17,22 @@ _OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 
 
 class LayerParts(NamedTuple):
-    """One attention layer of this rank. `layer` counts the model's layers."""
+    """One attention layer of this rank. `layer` counts the model's layers.
+
+    output_weight: gives a KV head's columns [hidden, G * D] of the output projection.
+    """
 
     layer: int
     num_heads: int
+    num_kv_heads: int
+    head_size: int
     scale: float
     rotary: Rotary | None
-    output_weight: Callable[[], Tensor] | None
+    output_weight: Callable[[int], Tensor] | None
 
 
 def layer_parts(model: nn.Module, layer_names: list[str]) -> list[LayerParts]:
-    """The parts of the attention layers in the order of `layer_names`."""
+    """Return the parts of the attention layers in the order of `layer_names`."""
     modules = dict(model.named_modules())
     by_layer = {
         module.layer_name: (module, modules[name.rpartition(".")[0]])
@@ -39,26 +44,46 @@ def layer_parts(model: nn.Module, layer_names: list[str]) -> list[LayerParts]:
 
 def _parts(index: int, attention: Attention, around: nn.Module) -> LayerParts:
     candidates = (getattr(around, name, None) for name in _OUTPUT_PROJECTIONS)
-    output = next((module for module in candidates if isinstance(module, LinearBase)), None)
-    width = attention.num_heads * attention.head_size
+    # A LoRA adapter wraps the layer; scores are made with the base model's weights.
+    unwrapped = (getattr(module, "base_layer", module) for module in candidates)
+    output = next((module for module in unwrapped if isinstance(module, LinearBase)), None)
     return LayerParts(
         index,
         attention.num_heads,
+        attention.num_kv_heads,
+        attention.head_size,
         float(attention.impl.scale),
         _rotary(getattr(around, "rotary_emb", None)),
-        None if output is None else functools.partial(_weight, output, width),
+        None
+        if output is None
+        else functools.partial(
+            _head_columns,
+            output,
+            attention.num_heads * attention.head_size,
+            attention.num_heads // attention.num_kv_heads * attention.head_size,
+        ),
     )
 
 
-def _weight(projection: LinearBase, width: int) -> Tensor:
-    """This rank's [hidden, width] of a linear layer, whatever its kernels have made of it."""
-    weight = next(projection.parameters())
+def _head_columns(projection: LinearBase, width: int, group_width: int, head: int) -> Tensor:
+    """Return [hidden, group_width] of a linear layer [hidden, width], however it is stored."""
+    stored = next(projection.parameters())
+    start = head * group_width
     plain = isinstance(projection.quant_method, UnquantizedLinearMethod)
-    if plain and weight.dim() == 2 and weight.shape[1] == width:
-        return weight.detach()
-    identity = torch.eye(width, dtype=weight.dtype, device=weight.device)
+    if plain and stored.dim() == 2 and stored.shape[1] == width:
+        return stored.detach()[:, start : start + group_width]
+    # The layer's own kernel unpacks it: what it makes of unit vectors are its columns.
+    unit = _exact_input(projection)
+    units = torch.zeros((group_width, width), dtype=projection.params_dtype, device=stored.device)
+    units[:, start : start + group_width].fill_diagonal_(unit)
     assert projection.quant_method is not None
-    return projection.quant_method.apply(projection, identity, bias=None).t()
+    return projection.quant_method.apply(projection, units, bias=None).t() / unit
+
+
+def _exact_input(projection: LinearBase) -> float:
+    """Return a number that a layer with a fixed scale of its inputs neither rounds nor clips."""
+    scale = getattr(projection, "input_scale", None)
+    return float(scale.max()) if isinstance(scale, Tensor) and scale.numel() else 1.0
 
 
 def _rotary(embedding: nn.Module | None) -> Rotary | None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adakv_worker.commands import Kept
 from adakv_worker.config import FULL, RequestBudget
 from kernels.blocks import (
     DecodeBound,
@@ -39,6 +40,7 @@ class Plan:
     max_outputs: tokens that it may generate from then on.
     num_tokens: tokens that it had blocks for when they were last counted.
     skipped: why it will not compress, or None.
+    fallback: why it is not compressed as it asked for, or None.
     bound: how far it may grow while it decodes. One that could outgrow it gets slabs where there is
         room, with all its entries where they are within the budget.
     """
@@ -51,6 +53,7 @@ class Plan:
     max_outputs: int
     num_tokens: int = 0
     skipped: str | None = None
+    fallback: str | None = None
     bound: DecodeBound | None = None
     phase: Phase = Phase.PREFILL
     # Set when the last chunk is sized up, final when its blocks are taken.
@@ -151,8 +154,8 @@ class Plan:
         free = max(0, self.prompt_tokens - self.query_span)
         return free // self.block_size * self.block_size
 
-    def report(self, kept: tuple[float, int, int] | None) -> dict[str, Any]:
-        """The proof that it ran (or why not): `kept` is the worker's mean, least and most."""
+    def report(self, kept: Kept | None) -> dict[str, Any]:
+        """The proof that it ran (or why not), with what the worker kept."""
         n = self.prompt_tokens
         mean, least, most = kept if kept is not None else (float(n), n, n)
         return {
@@ -164,6 +167,7 @@ class Plan:
             "blocks_before": self.prompt_blocks,
             "blocks_after": self.prompt_blocks if kept is None else self.slabs,
             "skipped": self.skipped,
+            "fallback": self.fallback,
             "decode_budget_tokens": self.bound.budget_tokens if self.bound else None,
             "decode_interval_tokens": self.bound.interval_tokens if self.bound else None,
             "decode_evictions": 0,
@@ -203,7 +207,7 @@ def resumed_plan(
     """
     prompt_tokens, keep = report["original_tokens"], round(report["kept_mean"])
     return Plan(
-        budget.choice.for_budget(keep, prompt_tokens),
+        budget.choice_for(keep, prompt_tokens),
         prompt_tokens,
         keep,
         0,
@@ -230,6 +234,8 @@ def make_plan(
     remaining_outputs: int,
     block_size: int,
     pool_blocks: int,
+    *,
+    resumable: bool = False,
 ) -> Plan:
     """Decides by arithmetic alone; whether the prompt is shared is seen when it is complete.
 
@@ -237,17 +243,20 @@ def make_plan(
         num_tokens: tokens to prefill.
         remaining_outputs: tokens that it may still generate.
         pool_blocks: all blocks of the pool.
+        resumable: whether more of its prompt may come after its answer (streaming input).
     """
     keep = budget.keep_of(num_tokens)
-    choice = budget.choice.for_budget(keep, num_tokens)
+    choice = budget.choice_for(keep, num_tokens)
     # Nothing is chosen where all stay.
     span = query_span(choice) if keep < num_tokens else 0
     plan = Plan(
         choice, num_tokens, keep, min(span, num_tokens), block_size, remaining_outputs,
-        bound=budget.decode,
+        bound=budget.decode, fallback=budget.fallback or budget.why_less(num_tokens),
     )  # fmt: skip
     if choice.preset == FULL:
         plan.skipped = "full_requested"
+    elif resumable:
+        plan.skipped = "resumable"
     elif keep >= num_tokens and not plan.outgrows_bound:
         plan.skipped = "within_budget"
     elif remaining_outputs <= 1:

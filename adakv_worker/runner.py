@@ -1,6 +1,7 @@
 """What our model runners do in every step, whichever of vLLM's two versions they are made of."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +12,25 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import ModelRunnerOutput
 
-from adakv_worker.commands import ATTRIBUTE, Compress, Kept, StepCommands, commands_of
+from adakv_worker.commands import (
+    ATTRIBUTE,
+    NO_ANSWER,
+    Answer,
+    Compress,
+    Kept,
+    StepCommands,
+    commands_of,
+)
 from adakv_worker.compression import Watcher
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.folding import FoldingBuilder, Pages, Step
+from adakv_worker.manager import AdaKVSpec
 from adakv_worker.mapped_files import MappedFiles
 from adakv_worker.model_parts import LayerParts, layer_parts
 from adakv_worker.moves import CacheKind, Moved, rank_file, read_state, write_state
 from adakv_worker.packed_state import StateRefused
 from adakv_worker.state import CompressionState
+from adakv_worker.supported_policies import unsupported_presets
 from adakv_worker.warm_up import warm_up
 
 
@@ -49,10 +60,12 @@ class AdaKVRunner:
 
     adakv: CompressionState
     _adakv_config: CompressionConfig
+    # Presets that the model does not support, with the reason.
+    _adakv_unsupported: dict[str, str]
     _adakv_pages: Pages
     # None outside a real step, so that profiling and warm-up stay stock.
     _adakv_step: SchedulerOutput | None = None
-    _adakv_kept: Kept
+    _adakv_answer: Answer
     # Caches that have come for requests that have not begun here yet, by the name they came with.
     _adakv_staged: dict[str, Moved]
     _adakv_files: MappedFiles
@@ -67,6 +80,8 @@ class AdaKVRunner:
         compressed = [row.request_id for row in rows if row.request_id in self.adakv]
         first = [row.request_id for row in rows[: len(compressed)]]
         assert first == compressed, "compressed rows must come first"
+        for request_id, tokens, _ in rows[: len(compressed)]:
+            assert tokens == 1, f"{request_id}: a compressed request takes one token a step"
         watchers = self._watchers(rows, commands_of(self._adakv_step))
         grown = None
         if compressed or graph_rows is not None:
@@ -121,7 +136,14 @@ class AdaKVRunner:
         # The backend looks there for whether it is on.
         with set_current_vllm_config(self.vllm_config):
             specs: dict[str, KVCacheSpec] = stock.get_kv_cache_spec()
-            return specs
+        if all(isinstance(spec, AdaKVSpec) for spec in specs.values()) and specs:
+            unsupported = unsupported_presets(layer_parts(self.get_model(), list(specs)))
+            self._adakv_unsupported = unsupported
+            return {
+                name: replace(spec, unsupported=tuple(unsupported.items()))  # type: ignore[call-arg]
+                for name, spec in specs.items()
+            }
+        return specs
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kw: Any) -> None:
         stock: Any = super()
@@ -135,7 +157,7 @@ class AdaKVRunner:
             return
         self._refuse_other_backends()
         self._adakv_config = config
-        self._adakv_kept = {}
+        self._adakv_answer = NO_ANSWER
         self._adakv_staged = {}
         self._adakv_files = MappedFiles()
         self._bind_pages(config)
@@ -198,7 +220,8 @@ class AdaKVRunner:
 
     def warm_up_compression(self) -> None:
         """Before the first request, whose blocks it overwrites."""
-        warm_up(self.adakv, self._adakv_config, self.kv_cache_config.num_blocks)
+        blocks = self.kv_cache_config.num_blocks
+        warm_up(self.adakv, self._adakv_config, blocks, self._adakv_unsupported)
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
@@ -212,8 +235,7 @@ class AdaKVRunner:
         finally:
             self._adakv_step = None
         commands = commands_of(scheduler_output)
-        self._adakv_kept = self._finish_compressions(commands)
-        self._finish_evictions(commands)
+        self._adakv_answer = self._finish(commands)
         if commands.compress or commands.evict:
             self._held()
         self.adakv.drop_windows(scheduler_output.num_scheduled_tokens.keys() - commands.capture)
@@ -221,21 +243,19 @@ class AdaKVRunner:
             self.adakv.check()
         return result
 
-    def _finish_compressions(self, commands: StepCommands) -> Kept:
-        if not commands.compress:
-            return {}
-        kept = self.adakv.finish_compressions()
+    def _finish(self, commands: StepCommands) -> Answer:
+        """After a step's forward pass: the requests hold what their policies keep."""
+        if not commands.compress and not commands.evict:
+            return NO_ANSWER
+        answer = self.adakv.finish_compressions()
         self._lengths_changed(commands.compress)
-        for request_id, command in commands.compress.items():
-            self._hold(request_id, list(command.slabs))
-        return _over_ranks(kept)
-
-    def _finish_evictions(self, commands: StepCommands) -> None:
-        if commands.evict:
-            self.adakv.finish_evictions()
-            self._lengths_changed(commands.evict)
-        for request_id, command in commands.evict.items():
-            self._hold(request_id, self._blocks(request_id)[: command.slabs])
+        for request_id, compress in commands.compress.items():
+            self._hold(request_id, list(compress.slabs))
+        answer.failed.extend(self.adakv.finish_evictions())
+        self._lengths_changed(commands.evict)
+        for request_id, evict in commands.evict.items():
+            self._hold(request_id, self._blocks(request_id)[: evict.slabs])
+        return _over_ranks(answer, [*commands.compress, *commands.evict])
 
     def export_request(self, request_id: str, path: str, policy: str) -> list[int] | None:
         """Writes a compressed request's cache to this rank's file, between two steps.
@@ -289,37 +309,46 @@ class AdaKVRunner:
             packing=self.adakv.packing,
         )
 
-    def _attach_kept(self, output: Any) -> Any:
-        """Attaches to a step's output what its compressions kept."""
-        if self._adakv_kept:
-            kept, self._adakv_kept = self._adakv_kept, {}
+    def _attach_answer(self, output: Any) -> Any:
+        """Attach to a step's output what became of its commands."""
+        if not self._adakv_answer.is_empty:
+            answer, self._adakv_answer = self._adakv_answer, NO_ANSWER
             if isinstance(output, ModelRunnerOutput):
-                setattr(output, ATTRIBUTE, kept)
+                setattr(output, ATTRIBUTE, answer)
             elif output is not None:
-                _attach_later(output, kept)
+                _attach_later(output, answer)
         return output
 
 
-def _attach_later(output: Any, kept: Kept) -> None:
-    """Attaches to an asynchronous output's result, once it is there."""
+def _attach_later(output: Any, answer: Answer) -> None:
+    """Attach to an asynchronous output's result, once it is there."""
     get_output = output.get_output
 
-    def with_kept() -> ModelRunnerOutput:
+    def with_answer() -> ModelRunnerOutput:
         result = get_output()
-        setattr(result, ATTRIBUTE, kept)
+        setattr(result, ATTRIBUTE, answer)
         return result
 
-    output.get_output = with_kept
+    output.get_output = with_answer
 
 
-def _over_ranks(kept: Kept) -> Kept:
-    """Least and most over all tensor-parallel ranks; the mean is the same on each."""
+def _over_ranks(answer: Answer, request_ids: list[str]) -> Answer:
+    """Return least, most and failures over all tensor-parallel ranks; the mean is each rank's."""
     group = get_tp_group()
-    if not kept or group.world_size == 1:
-        return kept
-    extremes = torch.tensor([[-least, most] for _, least, most in kept.values()])
+    if group.world_size == 1:
+        return answer
+    mine = [
+        [-kept.least, kept.most, request_id in answer.failed]
+        for request_id in request_ids
+        for kept in (answer.kept.get(request_id, Kept(0.0, 0, 0)),)
+    ]
+    extremes = torch.tensor(mine)
     torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=group.cpu_group)
-    return {
-        request_id: (kept[request_id][0], -least, most)
-        for request_id, (least, most) in zip(kept, extremes.tolist(), strict=True)
-    }
+    all_ranks = dict(zip(request_ids, extremes.tolist(), strict=True))
+    return Answer(
+        {
+            request_id: Kept(kept.mean, -all_ranks[request_id][0], all_ranks[request_id][1])
+            for request_id, kept in answer.kept.items()
+        },
+        [request_id for request_id, (_, _, failed) in all_ranks.items() if failed],
+    )

@@ -90,7 +90,7 @@ class AdaKVRunnerV1(AdaKVRunner, GPUModelRunner):
 
     # vLLM's decorator hides the method's signature from the type checker.
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:  # type: ignore[override]
-        return self._attach_kept(super().sample_tokens(grammar_output))  # type: ignore[type-var]
+        return self._attach_answer(super().sample_tokens(grammar_output))  # type: ignore[type-var]
 
     def _blocks(self, request_id: str) -> list[int]:
         (blocks,) = self.requests[request_id].block_ids

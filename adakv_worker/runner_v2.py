@@ -98,7 +98,7 @@ class AdaKVRunnerV2(AdaKVRunner, GPUModelRunner):
         return super().prepare_attn(input_batch)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
-        return self._attach_kept(super().sample_tokens(grammar_output))
+        return self._attach_answer(super().sample_tokens(grammar_output))
 
     def _blocks(self, request_id: str) -> list[int]:
         return self._adakv_blocks[request_id]

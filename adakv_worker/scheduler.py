@@ -23,23 +23,20 @@ from adakv_worker.commands import (
     Evict,
     StepCommands,
     TakeUp,
+    answer_of,
     commands_of,
-    kept_of,
 )
-from adakv_worker.config import (
-    FULL,
-    CompressionConfig,
-    RequestBudget,
-    RequestOptions,
-    compression_config,
-)
+from adakv_worker.config import CompressionConfig, budget_of, compression_config
 from adakv_worker.continuation import Continuation, continuation_of, take_up
-from adakv_worker.manager import AdaKVManager
+from adakv_worker.manager import AdaKVManager, AdaKVSpec
 from adakv_worker.plan import Phase, Plan, make_plan, resumed_plan
 from adakv_worker.recomputes import Recomputes
 from adakv_worker.stats import MemoryStats, attach_last_received, attach_proofs
-from adakv_worker.support import refuse_unsupported, require_classes
-from kernels.presets import PolicyChoice
+from adakv_worker.support import (
+    refuse_unsupported,
+    refuse_unsupported_policy,
+    require_classes,
+)
 
 # Below vLLM's own logger, so that its settings show it.
 logger = init_logger("vllm.adakv")
@@ -62,12 +59,15 @@ class AdaKVSchedulerMixin(Scheduler):
         self._recomputes = Recomputes()
         # Until the step's statistics take them along.
         self._decode_evictions = 0
+        self._selection_failures = 0
         # First reports of requests, until the step's statistics take them along.
         self._new_reports: list[dict[str, Any]] = []
         self._blocks_to_start: dict[str, int] = {}
         self._evictable_blocks = 0
         self._count_evictable_at = 0.0
         self._last_received: str | None = None
+        # Presets that the model does not support, with the reason.
+        self._unsupported: dict[str, str] = {}
         self._manager: AdaKVManager | None = None
         if config is None:
             return
@@ -77,11 +77,14 @@ class AdaKVSchedulerMixin(Scheduler):
         if not isinstance(manager, AdaKVManager):
             raise ValueError("adakv: compression does not work with this attention backend")
         self._manager = manager
+        assert isinstance(manager.kv_cache_spec, AdaKVSpec)
+        self._unsupported = dict(manager.kv_cache_spec.unsupported)
+        refuse_unsupported_policy(config, self._unsupported)
         self._log_plan()
 
     def _log_plan(self) -> None:
         config = self._adakv
-        budget = RequestOptions().budget(config)
+        budget = budget_of(None, config, self._unsupported)
         pool = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
         example = make_plan(budget, 4096, 1024, self.block_size, pool)
         logger.info(
@@ -126,7 +129,10 @@ class AdaKVSchedulerMixin(Scheduler):
 
     def _new_plan(self, request: Request) -> Plan:
         params = request.sampling_params
-        budget = self._budget(request.request_id, params.extra_args if params is not None else None)
+        # Servers refuse what is out of bounds at admission. `vllm.LLM` does not have the operator's
+        # bounds there, and an engine must not die of a request.
+        extra_args = params.extra_args if params is not None else None
+        budget = budget_of(extra_args, self._adakv, self._unsupported)
         remaining_outputs = request.max_tokens - request.num_output_tokens
         continuation = self._to_take_up.get(request.request_id)
         if continuation is not None and continuation.state is not None:
@@ -140,17 +146,8 @@ class AdaKVSchedulerMixin(Scheduler):
             remaining_outputs,
             self.block_size,
             self.kv_cache_manager.block_pool.num_gpu_blocks - 1,
+            resumable=request.resumable,
         )
-
-    def _budget(self, request_id: str, extra_args: dict[str, Any] | None) -> RequestBudget:
-        try:
-            return RequestOptions.of(extra_args).budget(self._adakv)
-        except ValueError as error:
-            # Servers refuse it at admission. `vllm.LLM` does not know the operator's bounds there,
-            # and an engine must not die of a request: it keeps its whole cache, and its proof
-            # says `full_requested`.
-            logger.warning("adakv: request %s keeps its whole cache: %s", request_id, error)
-            return RequestBudget(choice=PolicyChoice(FULL), budget_tokens=1, keep_ratio=1.0)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
@@ -223,7 +220,15 @@ class AdaKVSchedulerMixin(Scheduler):
                 evictions = report.get("decode_evictions", 0) + 1
                 self._reports[request_id] = {**report, "decode_evictions": evictions}
                 self._decode_evictions += 1
-        kept = kept_of(output)
+        kept, failed = answer_of(output)
+        self._selection_failures += len(failed)
+        for request_id in failed:
+            if plan := manager.plans.get(request_id):
+                plan.fallback = (
+                    f"policy '{plan.choice.preset}' failed: the most recent entries stay"
+                )
+            if report := self._reports.get(request_id):
+                self._reports[request_id] = {**report, "fallback": plan.fallback if plan else None}
         for request_id in step.num_scheduled_tokens:
             plan, before = manager.plans.get(request_id), self._reports.get(request_id)
             # A compressed request is reported with what the worker really kept.
@@ -247,6 +252,7 @@ class AdaKVSchedulerMixin(Scheduler):
             attach_last_received(stats, self._last_received)
         self._new_reports.clear()
         self._decode_evictions = 0
+        self._selection_failures = 0
         return stats
 
     def _memory_stats(self, manager: AdaKVManager) -> MemoryStats:
@@ -272,6 +278,7 @@ class AdaKVSchedulerMixin(Scheduler):
             evictable_blocks=self._evictable_blocks,
             recomputed_tokens=self._recomputes.tokens,
             decode_evictions=self._decode_evictions,
+            selection_failures=self._selection_failures,
         )
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:

@@ -37,7 +37,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from adakv_worker import plugin
-from adakv_worker.commands import ATTRIBUTE, commands_of
+from adakv_worker.commands import ATTRIBUTE, Answer, Kept, commands_of
 from adakv_worker.manager import AdaKVSpec
 from adakv_worker.scheduler import AdaKVScheduler
 from kernels.blocks import blocks_for_tokens
@@ -119,9 +119,9 @@ class Side:
         ending = set(self._random.sample(names[: max(surplus, len(names) // 2)], surplus))
         tokens = [[_STOP if name in ending else _TOKEN] for name in names]
         answer = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, tokens)
-        kept = (float(_BUDGET), _BUDGET // 2, 2 * _BUDGET)
+        kept = Kept(float(_BUDGET), _BUDGET // 2, 2 * _BUDGET)
         compressed = commands_of(output).compress
-        setattr(answer, ATTRIBUTE, dict.fromkeys(compressed, kept))
+        setattr(answer, ATTRIBUTE, Answer(dict.fromkeys(compressed, kept), []))
         self._returning = len(compressed) * blocks_for_tokens(_PROMPT_TOKENS, _BLOCK)
         return answer
 

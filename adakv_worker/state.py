@@ -5,15 +5,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 
 from adakv_worker import commands
-from adakv_worker.commands import WITHOUT_QUERIES, Compress, Evict, Kept
+from adakv_worker.commands import WITHOUT_QUERIES, Answer, Compress, Evict, Kept
 from adakv_worker.compression import Capture, Compression, Window
 from adakv_worker.eviction import Eviction
 from adakv_worker.model_parts import LayerParts
 from kernels.growth import GrownStep
 from kernels.paged_cache import PagedCache, read_pages, write_pages
 from kernels.pages import PageTables, check_page_tables
+
+# Below vLLM's own logger, so that its settings show it.
+logger = init_logger("vllm.adakv")
 
 
 class CompressedState(NamedTuple):
@@ -113,8 +117,13 @@ class CompressionState:
                 # Its beginning cannot be had any more.
                 return None
             shape = (len(self._parts), span, self._parts[0].num_heads, self._cache.keys.shape[-1])
-            window = Window(prompt_tokens, span, self._cache.keys.new_empty(shape))
-            self._windows[request_id] = window
+            try:
+                queries = self._cache.keys.new_empty(shape)
+            except RuntimeError as error:
+                # A device's memory is full: what needs these queries does without.
+                logger.warning("adakv: request %s: no memory for queries: %s", request_id, error)
+                return None
+            window = self._windows[request_id] = Window(prompt_tokens, span, queries)
         return Capture(
             start + first - first_token,
             start + last - first_token,
@@ -150,10 +159,10 @@ class CompressionState:
         window = self._windows.pop(request_id, None)
         before = first_token - (command.prompt_tokens - command.query_span)
         earlier = None
-        if before > 0:
-            assert window is not None, "the scheduler asked for no queries of the chunks before"
+        if before > 0 and window is not None:
             earlier = window.queries[:, :before]
         compression = Compression(
+            request_id,
             command,
             blocks,
             start + command.prompt_tokens - first_token,
@@ -166,9 +175,9 @@ class CompressionState:
         self._compressing[request_id] = compression
         return compression
 
-    def finish_compressions(self) -> Kept:
+    def finish_compressions(self) -> Answer:
         """After the forward pass: the requests are compressed from the next step on."""
-        kept: Kept = {}
+        answer = Answer({}, [])
         for request_id, compression in self._compressing.items():
             positions = compression.finish()
             if self.selections is not None and positions is not None:
@@ -176,9 +185,13 @@ class CompressionState:
             self._rows[request_id] = compression.row
             # The one look at what the device has decided.
             lens = self.tables.lens(compression.row).cpu()
-            kept[request_id] = (float(lens.float().mean()), int(lens.min()), int(lens.max()))
+            answer.kept[request_id] = Kept(
+                float(lens.float().mean()), int(lens.min()), int(lens.max())
+            )
+            if compression.failed:
+                answer.failed.append(request_id)
         self._compressing.clear()
-        return kept
+        return answer
 
     def evict(self, request_id: str, command: Evict, position: int) -> Eviction:
         """Begins the eviction of a compressed request with this step's token.
@@ -194,6 +207,7 @@ class CompressionState:
             # Its cache has come from an engine of other settings: once it evicts without queries.
             command = command._replace(choice=WITHOUT_QUERIES, query_span=0)
         eviction = Eviction(
+            request_id,
             command,
             self._rows[request_id],
             position,
@@ -205,15 +219,22 @@ class CompressionState:
         self._evicting[request_id] = eviction
         return eviction
 
-    def finish_evictions(self) -> None:
-        """After the forward pass: the requests hold less from the next step on."""
+    def finish_evictions(self) -> list[str]:
+        """After the forward pass: the requests hold less from the next step on.
+
+        Returns those whose policy failed.
+        """
+        failed = []
         for request_id, eviction in self._evicting.items():
             kept = eviction.finish()
             # Of a cache that has come from elsewhere nobody recorded any.
             if self.selections is not None and request_id in self.selections:
                 before = self.selections[request_id]
                 self.selections[request_id] = _still_kept(before, kept.cpu(), eviction.tokens)
+            if eviction.failed:
+                failed.append(request_id)
         self._evicting.clear()
+        return failed
 
     @property
     def cache_shape(self) -> tuple[int, int, int, int]:

@@ -1,5 +1,6 @@
 """What cannot work with compressed caches is refused at start-up, by the name of its setting."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from vllm import envs
@@ -7,6 +8,9 @@ from vllm.config import VllmConfig
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+from adakv_worker.config import CompressionConfig
+from kernels.presets import PRESETS
 
 
 def refuse_unsupported(config: VllmConfig) -> None:
@@ -57,6 +61,21 @@ def _graphs_hold_cache_writes(config: VllmConfig) -> bool:
         or "vllm::unified_kv_cache_update" in (compilation.splitting_ops or ())
     )
     return envs.VLLM_USE_BREAKABLE_CUDAGRAPH or not left_out
+
+
+def refuse_unsupported_policy(config: CompressionConfig, unsupported: Mapping[str, str]) -> None:
+    """Raise ValueError if the configured policy does not work with the model.
+
+    Args:
+        unsupported: presets that do not, with the reason.
+    """
+    # `auto` takes one that does.
+    if (reason := unsupported.get(config.policy)) is not None:
+        known = ", ".join(sorted(PRESETS.keys() - unsupported.keys()))
+        raise ValueError(
+            f"adakv: policy '{config.policy}' does not work with this model ({reason}): "
+            f"these do: {known}, auto, full"
+        )
 
 
 def require_classes(config: VllmConfig) -> None:

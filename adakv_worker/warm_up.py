@@ -1,6 +1,7 @@
 """Compressions of nobody's prompt, so that no request waits until their kernels are compiled."""
 
 import itertools
+from collections.abc import Container
 
 import torch
 
@@ -16,17 +17,25 @@ _NOBODY = "adakv-warm-up"
 
 
 @torch.inference_mode()
-def warm_up(state: CompressionState, config: CompressionConfig, num_blocks: int) -> None:
+def warm_up(
+    state: CompressionState,
+    config: CompressionConfig,
+    num_blocks: int,
+    unsupported: Container[str] = (),
+) -> None:
     """Compresses an even and an odd prompt to much and to little, each growing by a token.
 
     Kernels are compiled for numbers that 16 divides, and for others. Overwrites blocks 1 and
     following, which must be nobody's. Where there are not enough of them nothing happens.
+
+    Args:
+        unsupported: presets that the model does not support.
     """
     if config.policy == FULL:
         return
     longest = max(_TOKENS, 2 * query_span(config.default_choice))
     for tokens, share in itertools.product((longest, longest - 1), (2, 8)):
-        choice = config.default_choice.for_budget(tokens // share, tokens)
+        choice = config.default_choice.for_budget(tokens // share, tokens, unsupported)
         keep = max(tokens // share, choice.build().scorer.window_tokens + 1)
         _compress(state, choice, tokens, keep, num_blocks)
 

@@ -5,8 +5,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from adakv_worker.config import CompressionConfig, RequestOptions, compression_config
+from adakv_worker.config import (
+    CompressionConfig,
+    RequestOptions,
+    budget_of,
+    compression_config,
+)
 from adakv_worker.plan import make_plan
+from kernels.blocks import DecodeBound
 
 CONFIG = CompressionConfig(min_budget_tokens=64, max_budget_tokens=2048)
 
@@ -39,7 +45,12 @@ def test_a_request_gets_what_it_names(given: dict[str, Any], kept_of_1000: int) 
         ({"adakv_budget_tokens": 0}, "greater than"),
         ({"adakv_keep_ratio": 0}, "greater than"),
         ({"adakv_keep_ratio": [1]}, "number"),
-        ({"adakv_window_tokens": 200, "adakv_budget_tokens": 100}, "observation window"),
+        ({"adakv_window_tokens": 33}, "most, 32"),
+        ({"adakv_window_tokens": 30_000}, "most, 32"),
+        ({"adakv_window_tokens": 32, "adakv_policy": "key_norm"}, "most, 0"),
+        ({"adakv_keep_ratio": float("nan")}, "adakv_keep_ratio"),
+        ({"adakv_policy": "\ud83d" * 1000}, "unknown policy"),
+        ({"adakv_" + "x" * 1000: 1}, "unknown option"),
         ({"adakv_window_tokens": 8, "adakv_policy": "expected_attention"}, None),
         ({"adakv_policy": "nonsense"}, "known are"),
         ({"adakv_budget": 100}, "did you mean"),
@@ -56,6 +67,75 @@ def test_bad_values_name_themselves(given: dict[str, Any], reason: str | None) -
 def test_the_operator_can_forbid_full() -> None:
     with pytest.raises(ValueError, match="full"):
         RequestOptions.of({"adakv_policy": "full"}).budget(CompressionConfig(allow_full=False))
+
+
+def test_forbidding_full_forbids_keeping_all_by_a_ratio() -> None:
+    config = CompressionConfig(allow_full=False)
+    with pytest.raises(ValueError, match="adakv_keep_ratio"):
+        RequestOptions.of({"adakv_keep_ratio": 1.0}).budget(config)
+    # Nor is nearly all: nothing goes beyond what the operator's own settings keep.
+    for given in ({"adakv_keep_ratio": 0.99}, {"adakv_budget_tokens": 10**9}):
+        budget = RequestOptions.of(given).budget(config)
+        assert budget.keep_of(1000) == 500
+        assert "at most 500" in (budget.why_less(1000) or "")
+
+
+def test_no_ratio_goes_beyond_the_most_tokens() -> None:
+    config = CompressionConfig(keep_ratio=0.1, max_budget_tokens=512)
+    budget = RequestOptions.of({"adakv_keep_ratio": 0.9}).budget(config)
+    # Where the operator's own settings keep more, so may a request.
+    assert [budget.keep_of(n) for n in (400, 1000, 10_000)] == [360, 512, 1000]
+    assert budget.why_less(400) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "reason"),
+    [
+        ({"max_window_tokens": 6000}, {"adakv_window_tokens": 600, "adakv_keep_ratio": 0.1},
+         "budget_tokens=600 is above"),
+        ({"max_window_tokens": 6000, "decode_budget_tokens": 512},
+         {"adakv_window_tokens": 510, "adakv_budget_tokens": 512}, "budget_tokens=514 is above"),
+        ({"max_window_tokens": 6000, "decode_budget_tokens": 512, "max_budget_tokens": None},
+         {"adakv_window_tokens": 2000, "adakv_budget_tokens": 3000},
+         "decode_interval_tokens=2000 is above"),
+    ],
+)  # fmt: skip
+def test_bounds_hold_for_what_options_come_to_together(
+    settings: dict[str, Any], given: dict[str, Any], reason: str
+) -> None:
+    config = CompressionConfig(**{"max_budget_tokens": 512, **settings})
+    with pytest.raises(ValueError, match=reason):
+        RequestOptions.of(given).budget(config)
+
+
+def test_the_operators_own_settings_are_within_any_bounds() -> None:
+    config = CompressionConfig(
+        budget_tokens=300, max_budget_tokens=100, max_window_tokens=8, allow_full=False,
+        decode_budget_tokens=300, decode_interval_tokens=5000,
+    )  # fmt: skip
+    budget = RequestOptions().budget(config)
+    assert (budget.keep_of(400), budget.decode) == (300, DecodeBound(300, 5000))
+
+
+def test_what_is_forbidden_gets_the_operators_settings_where_it_gets_through() -> None:
+    config = CompressionConfig(keep_ratio=0.0, max_budget_tokens=512, allow_full=False)
+    for given in ({"adakv_policy": "full"}, {"adakv_budget_tokens": 513}, {"adakv_nonsense": 1}):
+        budget = budget_of(given, config, {})
+        assert (budget.choice.preset, budget.keep_of(1000)) == ("auto", 256)
+        assert next(iter(given)).split("=")[0] in (budget.fallback or "")
+
+
+def test_an_unsupported_policy_is_answered_with_the_operators() -> None:
+    config = CompressionConfig(policy="snapkv")
+    unsupported = {"expected_attention": "no rotary embedding", "defensive": "no projection"}
+    given = {"adakv_policy": "expected_attention", "adakv_budget_tokens": 100}
+    budget = budget_of(given, config, unsupported)
+    assert (budget.choice.preset, budget.keep_of(1000)) == ("snapkv", 100)
+    assert "expected_attention" in (budget.fallback or "")
+    assert "no rotary embedding" in (budget.fallback or "")
+    auto = budget_of({"adakv_policy": "auto", "adakv_keep_ratio": 0.5}, config, unsupported)
+    assert auto.fallback is None
+    assert auto.choice_for(500, 1000).preset == "kv_compress"
 
 
 def test_unknown_settings_are_refused() -> None:

@@ -195,12 +195,14 @@ def test_an_exported_cache_can_be_restored_elsewhere(engine: Engine, reference: 
 
 
 def test_a_value_out_of_bounds_that_gets_through_harms_nobody(engine: Engine) -> None:
-    # The validator of an offline engine does not know the operator's bounds.
+    # The validator of an offline engine does not have the operator's bounds.
     (result,) = engine.run(
         [prompt(300, seed=17)], engine.params(extra_args={"adakv_budget_tokens": 100_001})
     )
     assert result.proof is not None
-    assert result.proof["skipped"] == "full_requested"
+    # It gets the operator's settings, and its proof says why.
+    assert (result.proof["skipped"], result.proof["kept_mean"]) == (None, 48)
+    assert "above this server's most" in result.proof["fallback"]
 
 
 @pytest.mark.parametrize(("keep", "policy"), [(0.5, "defensive"), (0.2, "kv_compress")])

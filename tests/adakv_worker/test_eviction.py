@@ -134,8 +134,8 @@ def test_one_that_finds_no_room_after_a_preemption_says_so(
     engine.scheduler.running.remove(request)
     engine.scheduler._preempt_request(request, 0.0)
 
-    def in_a_small_pool(*args: Any) -> Any:
-        return make_plan(*args[:-1], 14)
+    def in_a_small_pool(*args: Any, **kwargs: Any) -> Any:
+        return make_plan(*args[:-1], 14, **kwargs)
 
     monkeypatch.setattr("adakv_worker.scheduler.make_plan", in_a_small_pool)
     outputs: list[Any] = []

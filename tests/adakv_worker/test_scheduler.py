@@ -11,7 +11,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from adakv_worker.checks import check_blocks
-from adakv_worker.commands import ATTRIBUTE, commands_of
+from adakv_worker.commands import ATTRIBUTE, Answer, Kept, commands_of
 from adakv_worker.continuation import Continuation
 from adakv_worker.plan import Phase
 from adakv_worker.scheduler import AdaKVAsyncScheduler, AdaKVScheduler
@@ -128,7 +128,8 @@ class Fake:
             ec_connector_output=None, cudagraph_stats=None, prompt_logprobs_dict={},
             prompt_token_id_logprobs_dict={}, sampling_masks=None,
         )  # fmt: skip
-        setattr(answer, ATTRIBUTE, dict.fromkeys(commands.compress, (64.0, 1, 99)))
+        kept = dict.fromkeys(commands.compress, Kept(64.0, 1, 99))
+        setattr(answer, ATTRIBUTE, Answer(kept, []))
         self._unanswered.append((output, answer))
         if len(self._unanswered) > self._in_flight:
             self.scheduler.update_from_output(*self._unanswered.pop(0))

@@ -20,8 +20,12 @@ def make_state(blocks: int, tables: type[PageTables] = PageTables) -> Compressio
     weight = torch.ones((8, HEADS * GROUP * DIM))
     rotary = Rotary(100.0 ** -(torch.arange(0, DIM, 2) / DIM))
     parts = [
-        LayerParts(layer, HEADS * GROUP, 0.25, rotary, lambda: weight) for layer in range(LAYERS)
-    ]
+        LayerParts(
+            layer, HEADS * GROUP, HEADS, DIM, 0.25, rotary,
+            lambda head: weight.chunk(HEADS, dim=1)[head],
+        )
+        for layer in range(LAYERS)
+    ]  # fmt: skip
     return CompressionState(PagedCache(keys, values), tables(layout, PAGE, 4), parts)
 
 
