@@ -65,7 +65,9 @@ def _merged(key: str, values: list[Any]) -> Any:
         return min(values)
     if key.endswith("_max"):
         return max(values)
-    return round(sum(values) / len(values), 3)
+    mean = round(sum(values) / len(values), 3)
+    whole = mean.is_integer() and all(isinstance(value, int) for value in values)
+    return int(mean) if whole else mean
 
 
 _current: ContextVar[AnswerProofs | None] = ContextVar("adakv_answer_proofs", default=None)

@@ -25,6 +25,8 @@ def test_numbers_become_their_mean_and_extremes_the_extremes() -> None:
     assert summary([proof(), other]) == proof(
         original_tokens=200, kept_mean=32.0, kept_min=10, kept_max=90, decode_evictions=1.5
     )
+    kinds = [type(summary([proof(), other])[key]) for key in ("original_tokens", "kept_mean")]  # type: ignore[index]
+    assert kinds == [int, float]
 
 
 def test_what_has_no_mean_is_mixed() -> None:
