@@ -11,9 +11,10 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from starlette.middleware.cors import CORSMiddleware
 
 from router.redis_ledger import LedgerKeys
-from serving.asgi import Message
+from serving.asgi import ASGIApp, Message
 from serving.config import AppConfig
 from serving.front_door import FrontDoor, FrontDoorSettings, NoReplica, Overloaded, ReplicaLost
 from serving.prompt_lengths import FootprintPredictor, OutputCounter, footprint_predictor
@@ -97,8 +98,22 @@ class Ingress:
         self._backend = HandleBackend(engine, predictor)
         self._settings = settings
 
-    async def __serve_build_asgi_app__(self) -> FrontDoor:
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
         if self._routing is not None:
             keys = LedgerKeys(self._config.store.key_prefix, serve.get_replica_context().app_name)
             self._routing.listen(store_url(self._config.store), keys)
-        return FrontDoor(self._backend, self._settings, logging.getLogger("ray.serve"))
+        door = FrontDoor(self._backend, self._settings, logging.getLogger("ray.serve"))
+        return with_cors(door, self._config.server)
+
+
+def with_cors(app: ASGIApp, server: dict[str, Any]) -> ASGIApp:
+    """Return an app whose own answers, errors among them, allow the origins that vLLM's do."""
+    if not (origins := server.get("allowed_origins")):
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_credentials=server.get("allow_credentials", False),
+        allow_methods=server.get("allowed_methods", ["*"]),
+        allow_headers=server.get("allowed_headers", ["*"]),
+    )

@@ -1,15 +1,17 @@
 """The backend on a Serve handle: what its failures are in the front door's terms."""
 
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from serving.front_door import NoReplica, Overloaded, ReplicaLost
-from serving.ingress import HandleBackend
+from serving.front_door import FrontDoor, FrontDoorSettings, NoReplica, Overloaded, ReplicaLost
+from serving.ingress import HandleBackend, with_cors
 
 
 class FailingHandle:
@@ -64,3 +66,19 @@ async def test_a_fault_in_a_replica_is_no_loss_of_it(error: Exception, wrap: Any
 async def test_a_missing_deployment_is_no_replica() -> None:
     error = DeploymentUnavailableError(DeploymentID("Engine", "llm"))
     assert isinstance(await raised_by_a_stream(error), NoReplica)
+
+
+@pytest.mark.parametrize(
+    ("server", "allowed"), [({"allowed_origins": ["http://ui.example"]}, True), ({}, False)]
+)
+async def test_the_doors_own_errors_allow_the_origins_that_answers_do(
+    server: dict[str, Any], allowed: bool
+) -> None:
+    backend: Any = HandleBackend(FailingHandle(ValueError()), None)  # type: ignore[arg-type]
+    door = FrontDoor(backend, FrontDoorSettings(max_body_bytes=1), logging.getLogger("test"))
+    transport = httpx.ASGITransport(with_cors(door, server))
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+        headers = {"origin": "http://ui.example"}
+        response = await client.post("/v1/completions", content=b"long", headers=headers)
+    assert response.status_code == 413
+    assert ("access-control-allow-origin" in response.headers) is allowed
