@@ -156,6 +156,10 @@ class _Exchange:
         if path.startswith("/metrics"):
             await self._fail(404, _NO_METRICS, "NotFoundError")
             return
+        if (encoding := self._headers.get("content-encoding", "identity")) != "identity":
+            problem = f"request bodies in the encoding {encoding!r} are not understood: send plain"
+            await self._fail(415, problem, "UnsupportedMediaType")
+            return
         try:
             body = await self._read_body()
         except _BodyTooLarge:

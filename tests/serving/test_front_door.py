@@ -112,6 +112,15 @@ async def test_health_needs_no_key_and_tells_whether_a_replica_answers() -> None
     assert (await client(sick).get("/health")).status_code == 503
 
 
+async def test_a_compressed_body_is_415_and_says_why() -> None:
+    backend = ScriptedBackend()
+    headers = {"content-encoding": "gzip"}
+    response = await client(backend).post("/v1/completions", content=b"\x1f\x8b", headers=headers)
+    assert response.status_code == 415
+    assert "'gzip'" in error_of(response)["message"]
+    assert backend.calls == []
+
+
 @pytest.mark.parametrize("path", ["/metrics", "/metrics/"])
 async def test_metrics_are_not_those_of_an_arbitrary_replica(path: str) -> None:
     backend = ScriptedBackend()
