@@ -7,7 +7,7 @@ usage) and gets its outputs from here, wherever they come from. So a client noti
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -109,6 +109,8 @@ class MovingCore:
         self._guests: dict[str, asyncio.Queue[Decoded | Exception]] = {}
         self._merged: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
         self._pump: asyncio.Task[None] | None = None
+        # Set once the engine core gives no outputs any more: it has died, or is shut down.
+        self._over = asyncio.Event()
         self._numbers = itertools.count(1)
 
     def __getattr__(self, name: str) -> Any:
@@ -117,6 +119,7 @@ class MovingCore:
     def shutdown(self, *args: Any, **kwargs: Any) -> None:
         if self._pump is not None:
             self._pump.cancel()
+        self._end_guests(ConnectionError("the engine is shut down"))
         self._core.shutdown(*args, **kwargs)
 
     @property
@@ -188,8 +191,9 @@ class MovingCore:
         Returns None, and leaves it where it is, where it has ended or is not `movable`. From now
         on its outputs are those that `deliver` gets, until `come_back`.
 
-        Whatever it raises (vLLM raises plain exceptions of what a worker does), `is_away` tells
-        where the request is: here, if its cache could not be written.
+        Whatever it raises (vLLM raises plain exceptions of what a worker does, and it is a
+        ConnectionError where the engine core ends meanwhile), `is_away` tells where the request
+        is: here, if its cache could not be written.
         """
         own = self._own.get(request_id)
         if own is None or own.report is None or not own.can_leave:
@@ -200,7 +204,7 @@ class MovingCore:
             if tokens is not None:
                 own.wanted = len(tokens) - len(own.request.prompt_token_ids or ())
                 self._hand_on(self._counting(own))
-                await own.settled.wait()
+                await self._while_core_lives(own.settled.wait())
                 if not own.finished and own.tokens != tokens:
                     raise RuntimeError("the cache is of other tokens than the stream")
         except BaseException:
@@ -232,7 +236,10 @@ class MovingCore:
             own.on_end = call
 
     async def come_back(self, request_id: str) -> None:
-        """Computes a request that is away anew, here: prompt and answer so far, and on."""
+        """Compute a request that is away anew, here: prompt and answer so far, and on.
+
+        Where it cannot be added, its client gets an error, and the exception is raised.
+        """
         own = self._own.get(request_id)
         if own is None or not own.away:
             return
@@ -240,9 +247,17 @@ class MovingCore:
         own.name = f"{request_id}-{next(self._numbers)}"
         self._here[own.name] = own
         continuation = Continuation(len(own.request.prompt_token_ids or ()))
-        await self._core.add_request_async(
-            _continued(own.request, own.name, own.tokens, continuation)
-        )
+        request = _continued(own.request, own.name, own.tokens, continuation)
+        try:
+            await self._core.add_request_async(request)
+        except BaseException:
+            if not own.finished:
+                failed = EngineCoreOutput(own.name, [], finish_reason=FinishReason.ERROR)
+                self._hand_on([self._note(own, failed)])
+            # It may have been sent all the same.
+            with contextlib.suppress(Exception):
+                await self._core.abort_requests_async([request.request_id])
+            raise
 
     # What a replica does that has room.
 
@@ -258,10 +273,12 @@ class MovingCore:
         name = f"{departure.request.request_id}-guest-{next(self._numbers)}"
         arguments = (name, path, departure.policy, departure.tokens)
         try:
-            problems = await self._core.collective_rpc_async("adakv_stage", None, arguments)
+            problems = await self._rpc("adakv_stage", arguments)
             if any(problems):
                 raise StateRefused(next(filter(None, problems)))
             queue = self._guests[name] = asyncio.Queue()
+            if self._over.is_set():
+                raise ConnectionError("the engine core has ended")
             prompt = len(departure.request.prompt_token_ids or ())
             continuation = Continuation(prompt, name, departure.report)
             request = _continued(departure.request, name, departure.tokens, continuation)
@@ -279,7 +296,7 @@ class MovingCore:
             if self._guests.pop(name, None) is not None:
                 await self._core.abort_requests_async([name])
             with contextlib.suppress(Exception):
-                await self._core.collective_rpc_async("adakv_unstage", None, (name,))
+                await self._rpc("adakv_unstage", (name,))
 
     # Outputs on their way.
 
@@ -290,9 +307,35 @@ class MovingCore:
                 outputs.outputs = self._of_this_front_end(outputs.outputs)
                 self._merged.put_nowait(outputs)
         except Exception as error:
-            for queue in self._guests.values():
-                queue.put_nowait(error)
+            self._end_guests(error)
             self._merged.put_nowait(error)
+
+    def _end_guests(self, error: Exception) -> None:
+        self._over.set()
+        for queue in self._guests.values():
+            queue.put_nowait(error)
+
+    async def _rpc(self, method: str, arguments: tuple[Any, ...]) -> list[Any]:
+        # vLLM leaves a call for ever without an answer when its engine core dies.
+        call = self._core.collective_rpc_async(method, None, arguments)
+        ranks: list[Any] = await self._while_core_lives(call)
+        return ranks
+
+    async def _while_core_lives(self, waited: Coroutine[Any, Any, Any]) -> Any:
+        """Wait for what only a living engine core brings about.
+
+        Raises:
+            ConnectionError: it has ended.
+        """
+        tasks = [asyncio.ensure_future(waited), asyncio.ensure_future(self._over.wait())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not tasks[0].done():
+                raise ConnectionError("the engine core has ended")
+            return tasks[0].result()
+        finally:
+            for task in tasks:
+                task.cancel()
 
     def _of_this_front_end(self, outputs: list[EngineCoreOutput]) -> list[EngineCoreOutput]:
         mine = []
@@ -330,9 +373,7 @@ class MovingCore:
             self._merged.put_nowait(EngineCoreOutputs(outputs=outputs))
 
     async def _export(self, own: _Own, path: str, policy: str) -> list[int] | None:
-        ranks = await self._core.collective_rpc_async(
-            "adakv_export", None, (own.name, path, policy)
-        )
+        ranks = await self._rpc("adakv_export", (own.name, path, policy))
         return ranks[0] if all(tokens == ranks[0] for tokens in ranks) else None
 
     def _note(self, own: _Own, output: EngineCoreOutput) -> EngineCoreOutput:
