@@ -1,6 +1,6 @@
 """KV-cache spec and manager: ordinary blocks until the prompt is complete, slabs afterwards."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -10,7 +10,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 
-from adakv_worker.admission import Life, OutputLengths, peak_tokens
+from adakv_worker.admission import Holds, Lives, OutputLengths
 from adakv_worker.plan import Phase, Plan
 from adakv_worker.stats import MemoryStats
 from kernels.blocks import blocks_for_tokens
@@ -44,21 +44,41 @@ class AdaKVManager(FullAttentionManager):
     """Gives out and takes back blocks according to each request's plan.
 
     While a request is RESERVED its blocks are its prompt's blocks followed by its slabs.
+
+    plans: of all requests that hold blocks, and of those that were considered last.
+    prefilling: those that hold blocks and are going to be compressed.
+    compressed: those that are, and hold blocks.
+    bounded: the compressed ones that evict.
+    reserved: those that this step compresses.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.plans: dict[str, Plan] = {}
+        self.prefilling: dict[str, Plan] = {}
+        self.compressed: dict[str, Plan] = {}
+        self.bounded: dict[str, Plan] = {}
+        self.reserved: list[str] = []
         self.output_lengths = OutputLengths(_PRIOR_OUTPUT_TOKENS)
-        self._reserved: list[str] = []
+        self._decided: list[str] = []
         self._evicting: list[str] = []
+        self._compressed_blocks = self._kept_tokens = self._original_tokens = 0
+        # Of this step, once they are asked for, with the blocks that several of them hold.
+        self._lives: Lives | None = None
+        self._shared_blocks = 0
+        self._holds = Holds()
 
     def slabs_of(self, request_id: str) -> list[int]:
-        """Block ids of the slabs of a RESERVED or COMPRESSED request."""
+        """Return the block ids of the slabs of a RESERVED or COMPRESSED request."""
         blocks, plan = self.req_to_blocks[request_id], self.plans[request_id]
         if plan.phase is Phase.RESERVED:
             blocks = blocks[plan.prompt_blocks :]
         return [block.block_id for block in blocks]
+
+    def take_decided(self) -> list[str]:
+        """Return the requests that hold blocks and will not be compressed, each one once."""
+        decided, self._decided = self._decided, []
+        return decided
 
     def get_num_blocks_to_allocate(
         self,
@@ -72,13 +92,12 @@ class AdaKVManager(FullAttentionManager):
         prefill_end: int = 0,
     ) -> int:
         plan = self.plans.get(request_id)
-        if plan is not None:
-            plan.num_tokens = num_tokens
-            if plan.phase is Phase.COMPRESSED:
-                needed = max(plan.blocks_at(num_tokens) - len(self.req_to_blocks[request_id]), 0)
-                if apply_admission_cap:
-                    needed = self._to_admit(needed, plan, request_id)
-                return needed
+        if plan is not None and plan.phase is Phase.COMPRESSED:
+            needed = 0
+            if num_tokens > plan.room_tokens:
+                held = len(self.req_to_blocks.get(request_id, ()))
+                needed = max(plan.blocks_at(num_tokens) - held, 0)
+            return self._to_admit(needed, plan, request_id) if apply_admission_cap else needed
         needed = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -99,7 +118,12 @@ class AdaKVManager(FullAttentionManager):
         return needed
 
     def _to_admit(self, needed: int, plan: Plan | None, request_id: str) -> int:
-        """Blocks that must be free for a request to begin: `needed` and what others will need.
+        """Return the blocks that must be free for a request to begin.
+
+        Its own, and those that others need while it computes its prompt. One that is going to be
+        compressed also waits while all together would not fit later. A compressed request that vLLM
+        preempts loses its slabs, and by then its prompt's blocks have mostly been evicted: it
+        computes the prompt again.
 
         Args:
             plan: of a request that is going to be compressed, or is.
@@ -108,81 +132,76 @@ class AdaKVManager(FullAttentionManager):
         if plan is None:
             return needed
         needed += self._growth_during_prefill(request_id)
-        return max(needed, self._needed_for_peak(plan, request_id))
+        if needed <= self.block_pool.get_num_free_blocks() and self._waits(plan, request_id):
+            return self.block_pool.num_gpu_blocks
+        return needed
+
+    def _waits(self, plan: Plan, request_id: str) -> bool:
+        """Whether a request that has room now had better wait until others have ended."""
+        if (waits := self._holds.known(request_id)) is not None:
+            return waits
+        mine = Lives([plan.life()], self.output_lengths)
+        running = self._running_lives()
+        if not len(running):
+            return False
+        peak = blocks_for_tokens(running.peak_with(mine), self.block_size) - self._shared_blocks
+        fits = peak < self.block_pool.num_gpu_blocks
+        return self._holds.decide(request_id, fits=fits, own_steps=mine.longest)
+
+    def _running_lives(self) -> Lives:
+        """Return the lives of all requests that hold blocks, as they are in this step."""
+        if self._lives is None:
+            lives, references = [], 0
+            for name, blocks in self.req_to_blocks.items():
+                if blocks and (plan := self.plans.get(name)) is not None:
+                    lives.append(plan.life())
+                    references += len(blocks) if name not in self.prefilling else 0
+            # What several requests hold together is counted with each of them.
+            self._shared_blocks = max(0, references - self._used_blocks)
+            self._lives = Lives(lives, self.output_lengths)
+        return self._lives
 
     def _growth_during_prefill(self, request_id: str) -> int:
-        """Blocks that compressed requests take while another one's prompt is computed."""
+        """Return the blocks that compressed requests take while another's prompt is computed."""
         return sum(
             max(plan.most_blocks_within(_PREFILL_STEPS) - len(self.req_to_blocks[name]), 0)
-            for name, plan in self._compressed()
-            if name != request_id
+            for name, plan in self.compressed.items()
+            if plan.num_tokens + _PREFILL_STEPS > plan.room_tokens and name != request_id
         )
 
-    def _needed_for_peak(self, plan: Plan, request_id: str) -> int:
-        """Blocks that must be free now, so that all will fit when they have grown.
+    def _promised_to_others(self, request_id: str) -> int:
+        """Return the blocks that admitted requests still take before their prompts are complete.
 
-        A compressed request that vLLM preempts loses its slabs, and by then its prompt's blocks
-        have mostly been evicted: it computes the prompt again. It is worth waiting instead.
+        Stock vLLM admits a prompt against blocks that a half-prefilled one was admitted against
+        too, and preempts. A compressed victim would pay with its whole prompt.
         """
-        running = self._lives(without=request_id)
-        if not running:
-            return 0
-        return self._blocks_at_peak([*running, self._life(plan)]) - self._used_blocks
+        return sum(
+            plan.prompt_blocks - len(self.req_to_blocks[other]) + plan.slabs
+            for other, plan in self.prefilling.items()
+            if other != request_id
+        )
 
     def memory_stats(self) -> MemoryStats:
-        """Of the requests that hold blocks."""
-        compressed = list(self._compressed())
+        """Return what the compressed requests hold."""
         return MemoryStats(
-            compressed_blocks=sum(len(self.req_to_blocks[name]) for name, _ in compressed),
-            growth_blocks=max(0, self._blocks_at_peak(self._lives()) - self._used_blocks),
-            kept_tokens=sum(plan.keep for _, plan in compressed),
-            original_tokens=sum(plan.prompt_tokens for _, plan in compressed),
+            compressed_blocks=self._compressed_blocks,
+            kept_tokens=self._kept_tokens,
+            original_tokens=self._original_tokens,
         )
 
-    def _compressed(self) -> Iterator[tuple[str, Plan]]:
-        # One that came with its cache may still wait for blocks.
-        for name, plan in self.plans.items():
-            if plan.phase is Phase.COMPRESSED and self.req_to_blocks.get(name):
-                yield name, plan
+    def growth_blocks(self) -> int:
+        """Return what the running requests will take besides, at the peak of their lives."""
+        peak = blocks_for_tokens(self._running_lives().peak_tokens(), self.block_size)
+        return max(0, peak - self._shared_blocks - self._used_blocks)
 
     @property
     def _used_blocks(self) -> int:
         return self.block_pool.num_gpu_blocks - 1 - self.block_pool.get_num_free_blocks()
 
-    def _blocks_at_peak(self, lives: list[Life]) -> int:
-        return blocks_for_tokens(peak_tokens(lives), self.block_size)
-
-    def _lives(self, without: str | None = None) -> list[Life]:
-        return [
-            self._life(plan)
-            for name, plan in self.plans.items()
-            if name != without and self.req_to_blocks.get(name)
-        ]
-
-    def _life(self, plan: Plan) -> Life:
-        to_come = self.output_lengths.to_come(plan.generated, plan.max_outputs - plan.generated)
-        # Its last block is half full on average, and nobody else's.
-        half = self.block_size // 2
-        most = plan.most_held_tokens
-        return Life(plan.held_tokens + half, to_come, None if most is None else most + half)
-
-    def _promised_to_others(self, request_id: str) -> int:
-        """Blocks that admitted requests still take before their prompts are complete.
-
-        Stock vLLM admits a prompt against blocks that a half-prefilled one was admitted against
-        too, and preempts. A compressed victim would pay with its whole prompt.
-        """
-        promised = 0
-        for other, plan in self.plans.items():
-            held = len(self.req_to_blocks.get(other, ()))
-            if other != request_id and held and plan.active and plan.phase is Phase.PREFILL:
-                promised += plan.prompt_blocks - held + plan.slabs
-        return promised
-
     def _shared(
         self, plan: Plan, request_id: str, new_computed_blocks: Sequence[KVCacheBlock]
     ) -> str | None:
-        """Why compressing would free no more than it takes: others hold the prompt's blocks too."""
+        """Return why compressing frees no more than it takes: others hold its blocks, too."""
         if plan.outgrows_bound:
             # It takes slabs to stay within it.
             return None
@@ -195,22 +214,64 @@ class AdaKVManager(FullAttentionManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         plan = self.plans.get(request_id)
-        if plan is not None and plan.phase is Phase.COMPRESSED:
-            blocks = self.req_to_blocks[request_id]
-            grown = self._take(plan.blocks_at(num_tokens) - len(blocks))
-            blocks.extend(grown)
-            return grown
+        if plan is None:
+            return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        begins = plan.num_tokens == 0
+        plan.num_tokens = num_tokens
+        if plan.phase is Phase.COMPRESSED:
+            return self._grow(request_id, plan)
         new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        if plan is None or not plan.active or num_tokens < plan.prompt_tokens:
+        if begins:
+            self._begin(request_id, plan)
+        if not plan.active or num_tokens < plan.prompt_tokens:
             return new_blocks
+        self.prefilling.pop(request_id, None)
         if plan.skip_if_taken_now is not None:
             plan.skipped = plan.skip_if_taken_now
+            self._decided.append(request_id)
             return new_blocks
         slabs = self._take(plan.slabs)
         self.req_to_blocks[request_id].extend(slabs)
         plan.phase = Phase.RESERVED
-        self._reserved.append(request_id)
+        self.reserved.append(request_id)
         return new_blocks + slabs
+
+    def _begin(self, request_id: str, plan: Plan) -> None:
+        """A request holds blocks from now on."""
+        self._forget_outlook(request_id)
+        if plan.active:
+            self.prefilling[request_id] = plan
+        else:
+            self._decided.append(request_id)
+
+    def _grow(self, request_id: str, plan: Plan) -> list[KVCacheBlock]:
+        """Give a COMPRESSED request the blocks that its tokens need."""
+        if plan.num_tokens <= plan.room_tokens:
+            return []
+        blocks = self.req_to_blocks[request_id]
+        if request_id not in self.compressed:
+            # It came with its cache.
+            self._hold_compressed(request_id, plan)
+        grown = self._take(plan.blocks_at(plan.num_tokens) - len(blocks))
+        blocks.extend(grown)
+        self._compressed_blocks += len(grown)
+        plan.has_room(len(blocks))
+        return grown
+
+    def _hold_compressed(self, request_id: str, plan: Plan) -> None:
+        """Count a request among the compressed ones, with the blocks that it holds."""
+        self._forget_outlook(request_id)
+        self.compressed[request_id] = plan
+        if plan.bound is not None:
+            self.bounded[request_id] = plan
+        self._compressed_blocks += len(self.req_to_blocks[request_id])
+        self._kept_tokens += plan.keep
+        self._original_tokens += plan.prompt_tokens
+
+    def _forget_outlook(self, request_id: str) -> None:
+        """What requests will hold has changed by more than a token each."""
+        self._lives = None
+        self._holds.changed(request_id)
 
     def _take(self, count: int) -> list[KVCacheBlock]:
         return self.block_pool.get_new_blocks(count) if count > 0 else []
@@ -223,7 +284,9 @@ class AdaKVManager(FullAttentionManager):
 
     def new_step_starts(self) -> None:
         """Frees the prompt blocks of what the last step compressed; they stay evictable."""
-        for request_id in self._reserved:
+        self._lives = None
+        self._holds.next_step()
+        for request_id in self.reserved:
             plan = self.plans.get(request_id)
             if plan is None or plan.phase is not Phase.RESERVED:
                 continue
@@ -231,12 +294,14 @@ class AdaKVManager(FullAttentionManager):
             self.req_to_blocks[request_id] = blocks[plan.prompt_blocks :]
             self.block_pool.free_blocks(reversed(blocks[: plan.prompt_blocks]))
             plan.phase = Phase.COMPRESSED
-        self._reserved.clear()
+            self._hold_compressed(request_id, plan)
+            plan.has_room(len(self.req_to_blocks[request_id]))
+        self.reserved.clear()
         self._free_evicted()
         super().new_step_starts()
 
     def evict(self, request_id: str) -> int:
-        """Of a COMPRESSED request whose next step evicts: how many slabs that leaves it."""
+        """Have a COMPRESSED request evict in this step; return the slabs that leaves it."""
         self._evicting.append(request_id)
         return self.plans[request_id].slabs_after_eviction
 
@@ -249,14 +314,24 @@ class AdaKVManager(FullAttentionManager):
             left = plan.slabs_after_eviction
             self.req_to_blocks[request_id] = blocks[:left]
             self.block_pool.free_blocks(reversed(blocks[left:]))
+            self._compressed_blocks -= len(blocks) - left
+            plan.has_room(left)
         self._evicting.clear()
 
     def evictable_blocks(self) -> int:
-        """Free blocks that still hold a prefix. Looks at every block of the pool."""
+        """Return the free blocks that still hold a prefix. Looks at every block of the pool."""
         return sum(
             block.ref_cnt == 0 and block.block_hash is not None for block in self.block_pool.blocks
         )
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        self.plans.pop(request_id, None)
+        self._forget_outlook(request_id)
+        plan = self.plans.pop(request_id, None)
+        self.prefilling.pop(request_id, None)
+        self.bounded.pop(request_id, None)
+        if self.compressed.pop(request_id, None) is not None:
+            assert plan is not None
+            self._compressed_blocks -= len(self.req_to_blocks[request_id])
+            self._kept_tokens -= plan.keep
+            self._original_tokens -= plan.prompt_tokens
         return super().pop_blocks_for_free(request_id)

@@ -3,8 +3,9 @@
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from adakv_worker.admission import UNBOUNDED, Life
 from adakv_worker.commands import Kept
 from adakv_worker.config import FULL, RequestBudget
 from kernels.blocks import (
@@ -38,7 +39,11 @@ class Plan:
     keep: mean entries per (layer, KV head) that stay.
     slabs: blocks that hold them.
     max_outputs: tokens that it may generate from then on.
-    num_tokens: tokens that it had blocks for when they were last counted.
+    num_tokens: tokens that it has blocks for.
+    answered_before: tokens of its answer among the prompt's.
+    least_outputs: that it will generate from then on, whatever the answer says.
+    max_tokens: what it asked for.
+    room_tokens: tokens that its blocks suffice for, while it is compressed and does not evict.
     skipped: why it will not compress, or None.
     fallback: why it is not compressed as it asked for, or None.
     bound: how far it may grow while it decodes. One that could outgrow it gets slabs where there is
@@ -52,6 +57,10 @@ class Plan:
     block_size: int
     max_outputs: int
     num_tokens: int = 0
+    answered_before: int = 0
+    least_outputs: int = 0
+    max_tokens: int = 0
+    room_tokens: int = 0
     skipped: str | None = None
     fallback: str | None = None
     bound: DecodeBound | None = None
@@ -78,22 +87,28 @@ class Plan:
     def generated(self) -> int:
         return max(0, self.num_tokens - self.prompt_tokens)
 
-    @property
-    def held_tokens(self) -> int:
-        """Tokens whose blocks it holds now, or will once it is compressed."""
-        if self.skipped is not None:
-            return self.num_tokens
-        # A page that is only partly filled is its head's all the same.
-        return self._entries_at(self.num_tokens) + self.block_size - 1
+    def life(self) -> Life:
+        """Return what admissions need: see there."""
+        generated = max(0, self.num_tokens - self.prompt_tokens)
+        # Its last block is half full on average, and no other's.
+        half = self.block_size // 2
+        tokens, most = max(self.num_tokens, self.prompt_tokens) + half, UNBOUNDED
+        if self.skipped is None:
+            # A page that is only partly filled is its head's all the same.
+            partly = self.block_size - 1 + half
+            tokens = entries_after(self.keep, generated, self.bound) + partly
+            if self.bound is not None and self.keep + self.max_outputs > self.bound.most_tokens:
+                most = self.bound.most_tokens + partly
+        left = max(0, self.max_outputs - generated)
+        due = max(0, self.least_outputs - generated)
+        return Life(
+            tokens, most, self.answered_before + generated, left, min(left, due), self.max_tokens
+        )
 
-    @property
-    def most_held_tokens(self) -> int | None:
-        """What `held_tokens` never exceeds once it evicts; None if it grows to its end."""
-        if self.bound is None or not self.active:
-            return None
-        if self.keep + self.max_outputs <= self.bound.most_tokens:
-            return None
-        return self.bound.most_tokens + self.block_size - 1
+    def has_room(self, blocks: int) -> None:
+        """Note how many tokens so many blocks hold of the compressed request."""
+        entries = blocks * self.block_size - self.block_size + 1
+        self.room_tokens = self.num_tokens + entries - self._entries_at(self.num_tokens)
 
     @property
     def outgrows_bound(self) -> bool:
@@ -174,6 +189,19 @@ class Plan:
         }
 
 
+class Outputs(NamedTuple):
+    """What a request says of its answer.
+
+    answered: tokens of it that are there.
+    least: that will come from now on, whatever the answer says.
+    max_tokens: most that it asked for in all.
+    """
+
+    answered: int = 0
+    least: int = 0
+    max_tokens: int = 0
+
+
 def bound_of(report: Mapping[str, Any]) -> DecodeBound | None:
     """How far the request of a `Plan.report` may grow."""
     budget = report.get("decode_budget_tokens")
@@ -199,6 +227,7 @@ def resumed_plan(
     num_tokens: int,
     remaining_outputs: int,
     block_size: int,
+    outputs: Outputs,
 ) -> Plan:
     """Of a request that comes with its compressed cache, as `Plan.report` told of it.
 
@@ -214,6 +243,9 @@ def resumed_plan(
         block_size,
         num_tokens - prompt_tokens + remaining_outputs,
         num_tokens=num_tokens,
+        answered_before=outputs.answered - (num_tokens - prompt_tokens),
+        least_outputs=num_tokens - prompt_tokens + outputs.least,
+        max_tokens=outputs.max_tokens,
         # Where no policy says what to evict, nothing is.
         bound=bound_of(report) if budget.choice.preset != FULL else None,
         phase=Phase.COMPRESSED,
@@ -235,6 +267,7 @@ def make_plan(
     block_size: int,
     pool_blocks: int,
     *,
+    outputs: Outputs | None = None,
     resumable: bool = False,
 ) -> Plan:
     """Decides by arithmetic alone; whether the prompt is shared is seen when it is complete.
@@ -243,14 +276,17 @@ def make_plan(
         num_tokens: tokens to prefill.
         remaining_outputs: tokens that it may still generate.
         pool_blocks: all blocks of the pool.
+        outputs: what else there is to say of its answer.
         resumable: whether more of its prompt may come after its answer (streaming input).
     """
     keep = budget.keep_of(num_tokens)
     choice = budget.choice_for(keep, num_tokens)
     # Nothing is chosen where all stay.
     span = query_span(choice) if keep < num_tokens else 0
+    answered, least, max_tokens = outputs or Outputs(max_tokens=remaining_outputs)
     plan = Plan(
         choice, num_tokens, keep, min(span, num_tokens), block_size, remaining_outputs,
+        answered_before=answered, least_outputs=least, max_tokens=max_tokens,
         bound=budget.decode, fallback=budget.fallback or budget.why_less(num_tokens),
     )  # fmt: skip
     if choice.preset == FULL:

@@ -9,7 +9,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -29,7 +29,7 @@ from adakv_worker.commands import (
 from adakv_worker.config import CompressionConfig, budget_of, compression_config
 from adakv_worker.continuation import Continuation, continuation_of, take_up
 from adakv_worker.manager import AdaKVManager, AdaKVSpec
-from adakv_worker.plan import Phase, Plan, make_plan, resumed_plan
+from adakv_worker.plan import Outputs, Phase, Plan, make_plan, resumed_plan
 from adakv_worker.recomputes import Recomputes
 from adakv_worker.stats import MemoryStats, attach_last_received, attach_proofs
 from adakv_worker.support import (
@@ -37,6 +37,7 @@ from adakv_worker.support import (
     refuse_unsupported_policy,
     require_classes,
 )
+from adakv_worker.waiting_book import WaitingBook
 
 # Below vLLM's own logger, so that its settings show it.
 logger = init_logger("vllm.adakv")
@@ -44,6 +45,8 @@ logger = init_logger("vllm.adakv")
 REPORT_KEY = "kv_compression"
 # Counting takes a millisecond for some ten thousand blocks.
 _COUNT_EVICTABLE_EVERY_S = 1.0
+# Looks at every running request; reports to the router are no closer than this.
+_COUNT_GROWTH_EVERY_S = 0.1
 
 
 class AdaKVSchedulerMixin(Scheduler):
@@ -54,6 +57,9 @@ class AdaKVSchedulerMixin(Scheduler):
         config = compression_config(self.vllm_config.additional_config)
         self._adakv = config or CompressionConfig(enabled=False)
         self._reports: dict[str, dict[str, Any]] = {}
+        # Requests whose report is to go with their next output, and those where it goes with each.
+        self._changed: set[str] = set()
+        self._stoppable: set[str] = set()
         # Requests that go on here and have not begun yet.
         self._to_take_up: dict[str, Continuation] = {}
         self._recomputes = Recomputes()
@@ -62,7 +68,9 @@ class AdaKVSchedulerMixin(Scheduler):
         self._selection_failures = 0
         # First reports of requests, until the step's statistics take them along.
         self._new_reports: list[dict[str, Any]] = []
-        self._blocks_to_start: dict[str, int] = {}
+        self._queue = WaitingBook()
+        self._growth_blocks = 0
+        self._count_growth_at = 0.0
         self._evictable_blocks = 0
         self._count_evictable_at = 0.0
         self._last_received: str | None = None
@@ -102,11 +110,22 @@ class AdaKVSchedulerMixin(Scheduler):
             take_up(request, continuation)
             self._to_take_up[request.request_id] = continuation
             if continuation.state is not None and continuation.report is not None:
-                self._reports[request.request_id] = continuation.report
+                self._report(request.request_id, continuation.report)
             if continuation.state is None:
                 self._recomputes.lose(request.request_id, request.num_tokens - 1)
+        is_new = request.request_id not in self.requests
         super().add_request(request)
         self._last_received = request.request_id
+        if is_new and self._manager is not None:
+            self._enqueue(request)
+            # A stop string is found in the front end, after the fact.
+            if request.sampling_params is not None and request.sampling_params.stop:
+                self._stoppable.add(request.request_id)
+
+    def _enqueue(self, request: Request) -> None:
+        """A request waits, for the first time or once more."""
+        tokens = request.num_tokens - request.num_computed_tokens
+        self._queue.add(request.request_id, self._new_plan(request).blocks_to_start, tokens)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         plan = self._plan(request)
@@ -138,7 +157,12 @@ class AdaKVSchedulerMixin(Scheduler):
         if continuation is not None and continuation.state is not None:
             assert continuation.report is not None
             return resumed_plan(
-                budget, continuation.report, request.num_tokens, remaining_outputs, self.block_size
+                budget,
+                continuation.report,
+                request.num_tokens,
+                remaining_outputs,
+                self.block_size,
+                _outputs_of(request),
             )
         return make_plan(
             budget,
@@ -146,6 +170,7 @@ class AdaKVSchedulerMixin(Scheduler):
             remaining_outputs,
             self.block_size,
             self.kv_cache_manager.block_pool.num_gpu_blocks - 1,
+            outputs=_outputs_of(request),
             resumable=request.resumable,
         )
 
@@ -155,36 +180,40 @@ class AdaKVSchedulerMixin(Scheduler):
             setattr(output, ATTRIBUTE, self._commands(output, self._manager))
             for request_id, hit_tokens in _begun(output):
                 self._recomputes.begin(request_id, hit_tokens)
+                self._queue.remove(request_id)
+            for request_id in self._manager.take_decided():
+                self._report_decision(request_id, self._manager.plans.get(request_id))
         return output
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self._recomputes.lose(request.request_id, request.num_computed_tokens)
         super()._preempt_request(request, *args, **kwargs)
+        if self._manager is not None:
+            self._enqueue(request)
 
     def _commands(self, output: SchedulerOutput, manager: AdaKVManager) -> StepCommands:
         commands = StepCommands({}, {}, self._take_ups(output), {})
-        for request_id in output.num_scheduled_tokens:
+        scheduled = output.num_scheduled_tokens
+        for request_id in manager.reserved:
             plan = manager.plans.get(request_id)
-            if plan is None or not plan.active:
+            if plan is None or plan.phase is not Phase.RESERVED or request_id not in scheduled:
                 continue
-            if plan.phase is Phase.COMPRESSED:
-                if plan.bound is not None:
-                    _command_eviction(commands, manager, request_id, plan)
-                continue
-            if plan.phase is Phase.RESERVED:
-                commands.compress[request_id] = Compress(
-                    # Where all stay, nothing need be looked at.
-                    plan.choice if plan.keep < plan.prompt_tokens else WITHOUT_QUERIES,
-                    plan.prompt_tokens,
-                    plan.query_span,
-                    plan.keep,
-                    manager.slabs_of(request_id),
-                    plan.sink_tokens,
-                )
-                continue
+            commands.compress[request_id] = Compress(
+                # Where all stay, nothing need be looked at.
+                plan.choice if plan.keep < plan.prompt_tokens else WITHOUT_QUERIES,
+                plan.prompt_tokens,
+                plan.query_span,
+                plan.keep,
+                manager.slabs_of(request_id),
+                plan.sink_tokens,
+            )
+        for request_id, plan in manager.prefilling.items():
             computed = self.requests[request_id].num_computed_tokens
-            if computed > plan.prompt_tokens - plan.query_span:
+            if request_id in scheduled and computed > plan.prompt_tokens - plan.query_span:
                 commands.capture[request_id] = Capture(plan.prompt_tokens, plan.query_span)
+        for request_id, plan in manager.bounded.items():
+            if request_id in scheduled:
+                _command_eviction(commands, manager, request_id, plan)
         return commands
 
     def _take_ups(self, output: SchedulerOutput) -> dict[str, TakeUp]:
@@ -201,16 +230,46 @@ class AdaKVSchedulerMixin(Scheduler):
         if self._manager is not None:
             self._note_reports(scheduler_output, model_runner_output, self._manager)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        for batch in outputs.values():
-            for output in batch.outputs:
-                # On every output: a stop string is found in the front end, after the fact.
-                if report := self._reports.get(output.request_id):
-                    output.kv_transfer_params = {REPORT_KEY: report}
-                    if output.finish_reason is not None:
-                        del self._reports[output.request_id]
+        if self._reports:
+            for batch in outputs.values():
+                for output in batch.outputs:
+                    self._attach_report(output)
         if self._adakv.check_invariants and self._manager is not None:
             check_blocks(self._manager)
+            self._check_queue()
         return outputs
+
+    def _attach_report(self, output: EngineCoreOutput) -> None:
+        """Attach a request's report to its last output, and to one after the report has changed."""
+        request_id = output.request_id
+        ends = output.finish_reason is not None
+        if not ends and request_id not in self._changed and request_id not in self._stoppable:
+            return
+        if report := self._reports.get(request_id):
+            output.kv_transfer_params = {REPORT_KEY: report}
+            self._changed.discard(request_id)
+            if ends:
+                del self._reports[request_id]
+
+    def _report(self, request_id: str, report: dict[str, Any]) -> None:
+        self._reports[request_id] = report
+        self._changed.add(request_id)
+
+    def _report_decision(self, request_id: str, plan: Plan | None) -> None:
+        """Report a request that will not be compressed, at first or after a preemption."""
+        before = self._reports.get(request_id)
+        if plan is None or (before is not None and before["skipped"] == plan.skipped):
+            return
+        self._report_plan(request_id, plan.report(None), before)
+
+    def _report_plan(
+        self, request_id: str, report: dict[str, Any], before: dict[str, Any] | None
+    ) -> None:
+        if before is None:
+            self._new_reports.append(report)
+        else:
+            report["decode_evictions"] = before.get("decode_evictions", 0)
+        self._report(request_id, report)
 
     def _note_reports(
         self, step: SchedulerOutput, output: ModelRunnerOutput, manager: AdaKVManager
@@ -218,31 +277,20 @@ class AdaKVSchedulerMixin(Scheduler):
         for request_id in commands_of(step).evict:
             if report := self._reports.get(request_id):
                 evictions = report.get("decode_evictions", 0) + 1
-                self._reports[request_id] = {**report, "decode_evictions": evictions}
+                self._report(request_id, {**report, "decode_evictions": evictions})
                 self._decode_evictions += 1
         kept, failed = answer_of(output)
         self._selection_failures += len(failed)
         for request_id in failed:
             if plan := manager.plans.get(request_id):
-                plan.fallback = (
-                    f"policy '{plan.choice.preset}' failed: the most recent entries stay"
-                )
-            if report := self._reports.get(request_id):
-                self._reports[request_id] = {**report, "fallback": plan.fallback if plan else None}
-        for request_id in step.num_scheduled_tokens:
-            plan, before = manager.plans.get(request_id), self._reports.get(request_id)
-            # A compressed request is reported with what the worker really kept.
-            if plan is None or (request_id not in kept and plan.active):
-                continue
-            # One that was preempted may not compress this time.
-            if before is not None and request_id not in kept and before["skipped"] == plan.skipped:
-                continue
-            report = plan.report(kept.get(request_id))
-            if before is None:
-                self._new_reports.append(report)
-            else:
-                report["decode_evictions"] = before.get("decode_evictions", 0)
-            self._reports[request_id] = report
+                plan.fallback = f"policy '{plan.choice.preset}' failed"
+                if report := self._reports.get(request_id):
+                    self._report(request_id, {**report, "fallback": plan.fallback})
+        # A compressed request is reported with what the worker really kept.
+        for request_id, entries in kept.items():
+            if plan := manager.plans.get(request_id):
+                before = self._reports.get(request_id)
+                self._report_plan(request_id, plan.report(entries), before)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
@@ -256,45 +304,46 @@ class AdaKVSchedulerMixin(Scheduler):
         return stats
 
     def _memory_stats(self, manager: AdaKVManager) -> MemoryStats:
-        waiting = [*self.waiting, *self.kv_holding_waiting]
-        # Planned once for each time that a request waits.
-        self._blocks_to_start = {
-            request.request_id: self._blocks_to_start.get(request.request_id)
-            or self._new_plan(request).blocks_to_start
-            for request in waiting
-        }
-        unfinished = [*waiting, *self.running]
+        idle = not self.running and not self._queue
+        now = time.monotonic()
         # Once nothing runs, no step comes to count again.
-        if (now := time.monotonic()) >= self._count_evictable_at or not unfinished:
+        if now >= self._count_evictable_at or idle:
             self._count_evictable_at = now + _COUNT_EVICTABLE_EVERY_S
             self._evictable_blocks = manager.evictable_blocks()
+        if now >= self._count_growth_at or idle:
+            self._count_growth_at = now + _COUNT_GROWTH_EVERY_S
+            self._growth_blocks = manager.growth_blocks()
+        prefilling = sum(
+            request.num_tokens - request.num_computed_tokens for request in self._inflight_prefills
+        )
         return manager.memory_stats()._replace(
-            waiting_blocks=sum(self._blocks_to_start.values()),
-            queued_prefill_tokens=sum(
-                left
-                for request in unfinished
-                if (left := request.num_tokens - request.num_computed_tokens) > 1
-            ),
+            growth_blocks=self._growth_blocks,
+            waiting_blocks=self._queue.blocks,
+            queued_prefill_tokens=self._queue.prefill_tokens + prefilling,
             evictable_blocks=self._evictable_blocks,
             recomputed_tokens=self._recomputes.tokens,
             decode_evictions=self._decode_evictions,
             selection_failures=self._selection_failures,
         )
 
+    def _check_queue(self) -> None:
+        waiting = {r.request_id for r in (*self.waiting, *self.kv_holding_waiting)}
+        assert self._queue.names <= waiting, "a request is counted as waiting that does not wait"
+
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        # A client that has left, and a request that goes on elsewhere, tell nothing of lengths; one
-        # that has come to a stop string is aborted, too.
-        params = request.sampling_params
-        stopped = request.status is not RequestStatus.FINISHED_ABORTED or (params and params.stop)
-        if self._manager is not None and stopped:
-            self._manager.output_lengths.note(request.num_output_tokens)
+        if self._manager is not None and _ended_by_itself(request):
+            lengths = self._manager.output_lengths
+            lengths.note(request.max_tokens, request.num_output_tokens)
         self._recomputes.forget(request.request_id)
+        self._queue.remove(request.request_id)
+        self._stoppable.discard(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         finished = super().finish_requests(*args, **kwargs)
         for request in finished:
             self._reports.pop(request.request_id, None)
+            self._changed.discard(request.request_id)
             self._to_take_up.pop(request.request_id, None)
         return finished
 
@@ -317,11 +366,37 @@ def _command_eviction(
         commands.capture[request_id] = Capture(tokens, span)
 
 
+def _ended_by_itself(request: Request) -> bool:
+    """Whether a request's length says something about others'."""
+    if request.status is RequestStatus.FINISHED_ABORTED:
+        # A client that has left, or a stop string: the front end found it.
+        params = request.sampling_params
+        return params is not None and bool(params.stop) and request.num_output_tokens > 0
+    return request.status in (
+        RequestStatus.FINISHED_STOPPED,
+        RequestStatus.FINISHED_LENGTH_CAPPED,
+        RequestStatus.FINISHED_REPETITION,
+    )
+
+
+def _outputs_of(request: Request) -> Outputs:
+    params = request.sampling_params
+    answered = request.num_output_tokens
+    least = 0
+    if params is not None:
+        # Benchmarks say how long an answer will be.
+        to_the_end = params.ignore_eos and not params.stop and not params.stop_token_ids
+        least = request.max_tokens if to_the_end else params.min_tokens
+    return Outputs(answered, max(0, least - answered), request.max_tokens)
+
+
 def _begun(output: SchedulerOutput) -> Iterator[tuple[str, int]]:
-    """Requests that begin with this step, or begin again, and what they hit of the prefix cache."""
+    """Yield requests that begin with this step, or begin again, and what they hit as a prefix."""
     for new in output.scheduled_new_reqs:
         yield new.req_id, new.num_computed_tokens
     cached = output.scheduled_cached_reqs
+    if not cached.resumed_req_ids:
+        return
     for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
         if request_id in cached.resumed_req_ids:
             yield request_id, computed

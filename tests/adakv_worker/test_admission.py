@@ -6,52 +6,132 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adakv_worker.admission import Expected, Life, OutputLengths, peak_tokens
+from adakv_worker.admission import UNBOUNDED, Holds, Life, Lives, OutputLengths
 
-SURE = st.builds(Expected, st.integers(0, 300), st.just(0.0))
-LIVES = st.lists(st.builds(Life, st.integers(1, 50), SURE, st.none()), max_size=12)
-BOUNDED = st.lists(st.builds(Life, st.integers(1, 50), SURE, st.integers(50, 200)), max_size=12)
+
+def _sure(tokens: int, to_come: int, most: int = UNBOUNDED) -> Life:
+    """A request of which it is known how long it goes on."""
+    return Life(tokens, most, answered=0, left=to_come, due=to_come, max_tokens=to_come)
+
+
+LENGTHS = OutputLengths(prior_tokens=100)
+LIVES = st.lists(st.builds(_sure, st.integers(1, 50), st.integers(0, 300)), max_size=12)
+BOUNDED = st.lists(
+    st.builds(_sure, st.integers(1, 50), st.integers(0, 300), st.integers(50, 200)), max_size=12
+)
+
+
+def _held(lives: list[Life], step: int) -> int:
+    return sum(min(life.tokens + step, life.most_tokens) for life in lives if life.left >= step)
 
 
 @given(LIVES)
 def test_the_peak_is_the_most_that_they_ever_hold_together(lives: list[Life]) -> None:
-    held = [
-        sum(life.tokens + step for life in lives if life.to_come.tokens >= step)
-        for step in range(301)
-    ]
-    assert peak_tokens(lives) == max(held)
+    held = [_held(lives, step) for step in range(301)]
+    assert Lives(lives, LENGTHS).peak_tokens() == max(held)
 
 
 @given(BOUNDED)
 def test_a_bounded_request_counts_with_no_more_than_its_bound(lives: list[Life]) -> None:
-    held = [
-        sum(
-            min(life.tokens + step, life.most_tokens or 0)
-            for life in lives
-            if life.to_come.tokens >= step
-        )
-        for step in range(301)
-    ]
-    assert max(held) <= peak_tokens(lives) <= sum(life.most_tokens or 0 for life in lives)
+    held = [_held(lives, step) for step in range(301)]
+    peak = Lives(lives, LENGTHS).peak_tokens()
+    assert max(held) <= peak <= sum(life.most_tokens for life in lives)
 
 
-@given(LIVES, st.floats(0, 100))
-def test_what_is_uncertain_adds_up_by_its_variance(lives: list[Life], spread: float) -> None:
-    unsure = [life._replace(to_come=Expected(life.to_come.tokens, spread)) for life in lives]
-    extra = peak_tokens(unsure) - peak_tokens(lives)
-    assert 0 <= extra <= math.ceil(spread * math.sqrt(len(lives)) + 1e-6)
+@given(LIVES, st.builds(_sure, st.integers(1, 50), st.integers(0, 300)))
+def test_the_peak_with_another_counts_up_to_its_end(lives: list[Life], other: Life) -> None:
+    together = [_held([*lives, other], step) for step in range(other.left + 1)]
+    alone = Lives([other], LENGTHS)
+    assert Lives(lives, LENGTHS).peak_with(alone) == max(together)
+
+
+@given(LIVES, st.integers(1, 300), st.integers(1, 60))
+def test_what_is_uncertain_adds_up_by_its_variance(
+    lives: list[Life], low: int, others: int
+) -> None:
+    lengths = OutputLengths(prior_tokens=low)
+    lengths.note(1 << 9, low + 100)
+    unsure = [life._replace(due=0, left=1000, max_tokens=1 << 9) for life in lives]
+    # Two lengths that have been seen, 100 apart, deviate by 50 from their mean.
+    mean, spread = low + 50, 50 * math.sqrt(len(lives))
+    exact = sum(life.tokens for life in lives) + len(lives) * mean
+    assert Lives(unsure, lengths).peak_tokens() == exact + math.ceil(spread)
+
+
+def _to_come(
+    lengths: OutputLengths, answered: int, left: int, max_tokens: int = 1000
+) -> tuple[float, float]:
+    life = Life(0, UNBOUNDED, answered, left, 0, max_tokens)
+    table = Lives([life], lengths)
+    return table.longest, table.peak_tokens() - table.longest
 
 
 def test_outputs_are_as_long_as_the_last_ones_that_were_longer() -> None:
     lengths = OutputLengths(prior_tokens=100, remembered=3)
-    assert lengths.to_come(30, limit=1000) == (70, 0.0)
-    assert lengths.to_come(0, limit=60) == (60, 0.0)
-    for tokens in (999, 10, 20, 60):
-        lengths.note(tokens)
-    assert lengths.to_come(0, limit=1000).tokens == 30
-    assert lengths.to_come(15, limit=1000) == (25, 20.0)
+    assert _to_come(lengths, 30, left=1000) == (70, 0)
+    assert _to_come(lengths, 0, left=60) == (60, 0)
+    for tokens in (10, 20, 60):
+        lengths.note(1000, tokens)
+    assert _to_come(lengths, 0, left=1000)[0] == 30
+    assert _to_come(lengths, 15, left=1000) == (25, 20)
     # What the limit cuts is not uncertain any more.
-    assert lengths.to_come(15, limit=5) == (5, 0.0)
+    assert _to_come(lengths, 15, left=5) == (5, 0)
     # Nor can what is left of it bring more than that.
-    assert lengths.to_come(0, limit=12) == (11, pytest.approx(12 - 34 / 3))
-    assert lengths.to_come(80, limit=1000) == (80, 0.0)
+    assert _to_come(lengths, 0, left=12) == (11, 1)
+    # One that has outlived all the others goes on for as long again.
+    assert _to_come(lengths, 80, left=1000) == (80, 0)
+
+
+def test_what_is_assumed_first_counts_among_the_lengths_that_were_seen() -> None:
+    lengths = OutputLengths(prior_tokens=512)
+    lengths.note(1000, 8)
+    assert _to_come(lengths, 0, left=1000)[0] == 260
+
+
+def test_requests_for_a_token_say_nothing_of_long_answers() -> None:
+    lengths = OutputLengths(prior_tokens=512)
+    for _ in range(100):
+        lengths.note(1, 1)
+        lengths.note(8, 8)
+    assert _to_come(lengths, 0, left=1000) == (512, 0)
+    assert _to_come(lengths, 0, left=8, max_tokens=8)[0] == 8
+
+
+def test_what_a_request_says_of_its_length_is_believed() -> None:
+    lengths = OutputLengths(prior_tokens=10)
+    certain = Life(0, UNBOUNDED, answered=0, left=700, due=700, max_tokens=700)
+    at_least = Life(0, UNBOUNDED, answered=0, left=700, due=300, max_tokens=700)
+    assert Lives([certain], lengths).longest == 700
+    assert Lives([at_least], lengths).longest == 300
+
+
+def test_a_mixture_of_classes_is_what_each_says() -> None:
+    lengths = OutputLengths(prior_tokens=10)
+    lengths.note(100, 90)
+    short = Life(0, UNBOUNDED, 0, left=100, due=0, max_tokens=100)
+    long = Life(0, UNBOUNDED, 0, left=1000, due=0, max_tokens=1000)
+    assert Lives([short, long], lengths).longest == 50
+    assert Lives([long], lengths).longest == 10
+
+
+@pytest.mark.parametrize("own_steps", [1, 5, 100])
+def test_a_request_waits_no_longer_than_it_would_run(own_steps: int) -> None:
+    holds, waited = Holds(), 0
+    while True:
+        waits = holds.known("r")
+        if waits is None:
+            waits = holds.decide("r", fits=False, own_steps=own_steps)
+        if not waits:
+            break
+        waited += 1
+        holds.next_step()
+    assert waited == own_steps
+
+
+def test_a_decision_is_made_anew_when_something_has_ended() -> None:
+    holds = Holds()
+    assert holds.decide("r", fits=False, own_steps=100)
+    assert holds.known("r")
+    holds.changed("other")
+    assert holds.known("r") is None
+    assert not holds.decide("r", fits=True, own_steps=100)

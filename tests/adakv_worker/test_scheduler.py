@@ -1,7 +1,6 @@
 """Random lives of many requests in the real scheduler, with a worker that only answers."""
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,13 +9,10 @@ from hypothesis import strategies as st
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from adakv_worker.checks import check_blocks
-from adakv_worker.commands import ATTRIBUTE, Answer, Kept, commands_of
-from adakv_worker.continuation import Continuation
 from adakv_worker.plan import Phase
-from adakv_worker.scheduler import AdaKVAsyncScheduler, AdaKVScheduler
 from adakv_worker.stats import MemoryStats
-from tests.adakv_worker.engines import Engine, prompt
+from tests.adakv_worker.engines import Engine
+from tests.adakv_worker.fake_worker import Fake
 
 
 @pytest.fixture(scope="module")
@@ -28,132 +24,6 @@ def small(in_process: None, gqa_model: Any) -> Iterator[Engine]:
     )  # fmt: skip
     yield engine
     engine.close()
-
-
-class Fake:
-    """A scheduler and a worker that keeps no cache but answers every step.
-
-    in_flight: steps that are scheduled before the oldest is answered; the asynchronous scheduler's
-    engine keeps one.
-    """
-
-    def __init__(self, engine: Engine, in_flight: int) -> None:
-        real = engine.scheduler
-        scheduler = AdaKVAsyncScheduler if in_flight else AdaKVScheduler
-        self._in_flight = in_flight
-        self._unanswered: list[tuple[Any, Any]] = []
-        self.scheduler = scheduler(
-            vllm_config=real.vllm_config,
-            kv_cache_config=real.kv_cache_config,
-            structured_output_manager=real.structured_output_manager,
-            block_size=real.block_size,
-            hash_block_size=real.hash_block_size,
-            log_stats=True,
-        )
-        (self.manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
-        self._params = engine.params
-        self._hasher = engine.llm.llm_engine.engine_core.engine_core.request_block_hasher
-        self.count = 0
-        # Position of the first token of the chunks whose queries were kept, by request.
-        self._captured: dict[str, int] = {}
-
-    def arrive(self, length: int, answered: int, max_tokens: int, with_state: bool) -> str:
-        """A request that began elsewhere: `answered` tokens of `max_tokens` are there."""
-        report = {
-            "policy": "ada_snapkv", "original_tokens": length, "kept_mean": 64.0, "skipped": None,
-        }  # fmt: skip
-        state = f"state-{self.count}" if with_state else None
-        continuation = Continuation(length, state, report if with_state else None)
-        self.add(length + answered, max_tokens, 0, continuation.as_extra_args())
-        return f"r{self.count - 1}"
-
-    def add(self, length: int, max_tokens: int, seed: int, options: dict[str, Any]) -> None:
-        from vllm.v1.request import Request
-
-        params = self._params(max_tokens=max_tokens, logprobs=None, extra_args=options)
-        request = Request(
-            request_id=f"r{self.count}",
-            prompt_token_ids=prompt(length, seed),
-            sampling_params=params,
-            pooling_params=None,
-            block_hasher=self._hasher,
-        )
-        self.count += 1
-        self.scheduler.add_request(request)
-
-    def abort(self, which: int) -> None:
-        from vllm.v1.request import RequestStatus
-
-        live = sorted(self.scheduler.requests)
-        if live:
-            self.scheduler.finish_requests(live[which % len(live)], RequestStatus.FINISHED_ABORTED)
-
-    def step(self) -> None:
-        output = self.scheduler.schedule()
-        commands = commands_of(output)
-        for request_id, taken in commands.take_up.items():
-            # Its cache is placed in this step, for which nothing but the last token is computed.
-            assert taken.state is None or output.num_scheduled_tokens[request_id] == 1
-        for request_id, command in commands.compress.items():
-            # The worker writes slabs in this step: all must still be the request's.
-            blocks = self.manager.req_to_blocks[request_id]
-            assert {*command.slabs} <= {block.block_id for block in blocks}
-            # Window tokens of chunks before were captured then.
-            first = command.prompt_tokens - output.num_scheduled_tokens[request_id]
-            assert (
-                self._captured.pop(request_id, first) <= command.prompt_tokens - command.query_span
-            )
-        for request_id, evict in commands.evict.items():
-            assert len(self.manager.req_to_blocks[request_id]) >= evict.slabs
-            assert output.num_scheduled_tokens[request_id] == 1
-            # Of the window, queries of steps before were captured then.
-            if evict.query_span > 1:
-                assert self._captured.pop(request_id) <= evict.tokens - evict.query_span
-        for request_id in commands.capture:
-            computed = self.scheduler.requests[request_id].num_computed_tokens
-            first = computed - output.num_scheduled_tokens[request_id]
-            self._captured[request_id] = min(first, self._captured.get(request_id, first))
-        for request_id in {*(output.preempted_req_ids or ()), *output.finished_req_ids}:
-            self._captured.pop(request_id, None)
-        scheduled = list(output.num_scheduled_tokens)
-        done = [
-            self.scheduler.requests[request_id].num_computed_tokens
-            >= self.scheduler.requests[request_id].num_tokens
-            for request_id in scheduled
-        ]
-        answer = SimpleNamespace(
-            req_id_to_index={request_id: index for index, request_id in enumerate(scheduled)},
-            sampled_token_ids=[[7] if finished else [] for finished in done],
-            logprobs=None, pooler_output=None, num_nans_in_logits=None, kv_connector_output=None,
-            ec_connector_output=None, cudagraph_stats=None, prompt_logprobs_dict={},
-            prompt_token_id_logprobs_dict={}, sampling_masks=None,
-        )  # fmt: skip
-        kept = dict.fromkeys(commands.compress, Kept(64.0, 1, 99))
-        setattr(answer, ATTRIBUTE, Answer(kept, []))
-        self._unanswered.append((output, answer))
-        if len(self._unanswered) > self._in_flight:
-            self.scheduler.update_from_output(*self._unanswered.pop(0))
-        check_blocks(self.manager)
-        self._check_running()
-
-    def finish(self) -> None:
-        """Steps until nothing is left to do or to answer."""
-        for _ in range(5000):
-            if not self.scheduler.has_unfinished_requests():
-                break
-            self.step()
-        assert not self.scheduler.has_unfinished_requests()
-        while self._unanswered:
-            self.scheduler.update_from_output(*self._unanswered.pop(0))
-        self._in_flight = 0
-        self.step()
-
-    def _check_running(self) -> None:
-        for request in self.scheduler.running:
-            plan = self.manager.plans[request.request_id]
-            if plan.phase is Phase.COMPRESSED:
-                held = len(self.manager.req_to_blocks[request.request_id])
-                assert held >= plan.blocks_at(request.num_computed_tokens)
 
 
 OPTIONS = st.sampled_from(
@@ -203,26 +73,26 @@ def test_outputs_longer_than_the_ones_before_are_preempted_and_end(
     small: Engine, in_flight: int
 ) -> None:
     fake = Fake(small, in_flight)
-    preempted = _count_preemptions(fake)
-    for seed in range(8):
-        fake.add(40, 2, seed, {})
+    preempted = fake.count_preemptions()
+    for seed in range(70):
+        fake.add(40, 300, seed, {}, stops_after=2)
     fake.finish()
     fake._in_flight = in_flight
     for seed in range(6):
-        fake.add(600, 300, seed, {"adakv_budget_tokens": 200})
+        fake.add(600, 300, seed, {"adakv_budget_tokens": 200}, stops_after=300)
     fake.finish()
     # Each had its prompt, and some of its answer; of the prompt some blocks may still be there.
-    assert 0 < _memory_stats(fake).recomputed_tokens < len(preempted) * 900
+    assert 0 < fake.memory_stats().recomputed_tokens < len(preempted) * 900
 
 
 def test_outputs_as_long_as_the_ones_before_are_not_preempted(small: Engine) -> None:
     fake = Fake(small, in_flight=0)
-    preempted = _count_preemptions(fake)
+    preempted = fake.count_preemptions()
     for seed in range(6):
         fake.add(600, 300, seed, {"adakv_budget_tokens": 200})
     fake.finish()
     assert not preempted
-    assert _memory_stats(fake).recomputed_tokens == 0
+    assert fake.memory_stats().recomputed_tokens == 0
 
 
 @pytest.mark.parametrize("in_flight", [0, 1], ids=["synchronous", "asynchronous"])
@@ -254,7 +124,7 @@ def test_a_request_that_comes_without_its_cache_computes_all_its_tokens(small: E
     assert fake.scheduler.requests[name].num_computed_tokens == 610
     assert fake.manager.plans[name].phase is Phase.RESERVED
     # All but the last, which nobody has computed before.
-    assert _memory_stats(fake).recomputed_tokens == 609
+    assert fake.memory_stats().recomputed_tokens == 609
     fake.finish()
 
 
@@ -298,7 +168,7 @@ def test_a_bounded_request_never_holds_more_than_its_bound(
 
 def test_bounded_requests_are_admitted_by_their_bounds(small: Engine) -> None:
     fake = Fake(small, in_flight=0)
-    preempted = _count_preemptions(fake)
+    preempted = fake.count_preemptions()
     for seed in range(6):
         bound = {"adakv_decode_budget_tokens": 70, "adakv_decode_interval_tokens": 40}
         fake.add(100, 800, seed, bound)
@@ -331,28 +201,8 @@ def test_the_statistics_tell_of_compressed_memory(small: Engine) -> None:
     # A prompt of 600 takes 19 blocks, and 8 slabs where it compresses.
     waiting = [request.request_id for request in fake.scheduler.waiting]
     assert told.waiting_blocks == 27 * len(waiting)
-    assert told.growth_blocks > 0
+    assert fake.manager.growth_blocks() > 0
     # The compressed prompts' full blocks.
     assert fake.manager.evictable_blocks() == 18 * len(compressed)
     fake.finish()
-    assert _memory_stats(fake)._replace(evictable_blocks=0) == MemoryStats()
-
-
-def _memory_stats(fake: Fake) -> MemoryStats:
-    stats = fake.scheduler.make_stats()
-    assert stats is not None
-    told = MemoryStats.of(stats)
-    assert told is not None
-    return told
-
-
-def _count_preemptions(fake: Fake) -> list[str]:
-    preempted: list[str] = []
-    preempt = fake.scheduler._preempt_request
-
-    def noted(request: Any, *args: Any, **kwargs: Any) -> Any:
-        preempted.append(request.request_id)
-        return preempt(request, *args, **kwargs)
-
-    fake.scheduler._preempt_request = noted  # type: ignore[method-assign]
-    return preempted
+    assert fake.memory_stats()._replace(evictable_blocks=0) == MemoryStats()

@@ -1,0 +1,197 @@
+"""The real scheduler with a worker that keeps no cache but answers every step."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from adakv_worker.checks import check_blocks
+from adakv_worker.commands import ATTRIBUTE, Answer, Kept, commands_of
+from adakv_worker.continuation import Continuation
+from adakv_worker.plan import Phase
+from adakv_worker.scheduler import AdaKVAsyncScheduler, AdaKVScheduler, AdaKVSchedulerMixin
+from adakv_worker.stats import MemoryStats
+from tests.adakv_worker.engines import Engine, prompt
+
+_STOP = 8
+
+
+class Fake:
+    """A scheduler and a worker that keeps no cache but answers every step.
+
+    in_flight: steps that are scheduled before the oldest is answered; the asynchronous scheduler's
+        engine keeps one.
+    starts: the step in which each request was first scheduled; `ends` the one after its last.
+    """
+
+    def __init__(
+        self, engine: Engine, in_flight: int, scheduler: type[Scheduler] | None = None
+    ) -> None:
+        real = engine.scheduler
+        if scheduler is None:
+            scheduler = AdaKVAsyncScheduler if in_flight else AdaKVScheduler
+        self._in_flight = in_flight
+        self._unanswered: list[tuple[Any, Any]] = []
+        self.steps = 0
+        self.starts: dict[str, int] = {}
+        self.ends: dict[str, int] = {}
+        self._stops_after: dict[str, int] = {}
+        self.scheduler: Any = scheduler(
+            vllm_config=real.vllm_config,
+            kv_cache_config=real.kv_cache_config,
+            structured_output_manager=real.structured_output_manager,
+            block_size=real.block_size,
+            hash_block_size=real.hash_block_size,
+            log_stats=True,
+        )
+        (self.manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        self._params = engine.params
+        self._hasher = engine.llm.llm_engine.engine_core.engine_core.request_block_hasher
+        self.count = 0
+        # Position of the first token of the chunks whose queries were kept, by request.
+        self._captured: dict[str, int] = {}
+
+    def arrive(self, length: int, answered: int, max_tokens: int, with_state: bool) -> str:
+        """A request that began elsewhere: `answered` tokens of `max_tokens` are there."""
+        report = {
+            "policy": "ada_snapkv", "original_tokens": length, "kept_mean": 64.0, "skipped": None,
+        }  # fmt: skip
+        state = f"state-{self.count}" if with_state else None
+        continuation = Continuation(length, state, report if with_state else None)
+        self.add(length + answered, max_tokens, 0, continuation.as_extra_args())
+        return f"r{self.count - 1}"
+
+    def add(
+        self,
+        length: int,
+        max_tokens: int,
+        seed: int,
+        options: dict[str, Any],
+        stops_after: int | None = None,
+    ) -> None:
+        """A request whose answer ends by itself after so many tokens, or by `max_tokens`.
+
+        Unless `stops_after` is given, it says so itself (`ignore_eos`).
+        """
+        params = self._params(max_tokens=max_tokens, logprobs=None, extra_args=options)
+        if stops_after is not None:
+            params = self._params(
+                max_tokens=max_tokens, logprobs=None, extra_args=options, ignore_eos=False,
+                stop_token_ids=[_STOP],
+            )  # fmt: skip
+            self._stops_after[f"r{self.count}"] = stops_after
+        request = Request(
+            request_id=f"r{self.count}",
+            prompt_token_ids=prompt(length, seed),
+            sampling_params=params,
+            pooling_params=None,
+            block_hasher=self._hasher,
+        )
+        self.count += 1
+        self.scheduler.add_request(request)
+
+    def abort(self, which: int) -> None:
+        live = sorted(self.scheduler.requests)
+        if live:
+            self.scheduler.finish_requests(live[which % len(live)], RequestStatus.FINISHED_ABORTED)
+
+    def step(self) -> None:
+        output = self.scheduler.schedule()
+        commands = commands_of(output)
+        for request_id, taken in commands.take_up.items():
+            # Its cache is placed in this step, for which nothing but the last token is computed.
+            assert taken.state is None or output.num_scheduled_tokens[request_id] == 1
+        for request_id, command in commands.compress.items():
+            # The worker writes slabs in this step: all must still be the request's.
+            blocks = self.manager.req_to_blocks[request_id]
+            assert {*command.slabs} <= {block.block_id for block in blocks}
+            # Window tokens of chunks before were captured then.
+            first = command.prompt_tokens - output.num_scheduled_tokens[request_id]
+            assert (
+                self._captured.pop(request_id, first) <= command.prompt_tokens - command.query_span
+            )
+        for request_id, evict in commands.evict.items():
+            assert len(self.manager.req_to_blocks[request_id]) >= evict.slabs
+            assert output.num_scheduled_tokens[request_id] == 1
+            # Of the window, queries of steps before were captured then.
+            if evict.query_span > 1:
+                assert self._captured.pop(request_id) <= evict.tokens - evict.query_span
+        for request_id in commands.capture:
+            computed = self.scheduler.requests[request_id].num_computed_tokens
+            first = computed - output.num_scheduled_tokens[request_id]
+            self._captured[request_id] = min(first, self._captured.get(request_id, first))
+        for request_id in {*(output.preempted_req_ids or ()), *output.finished_req_ids}:
+            self._captured.pop(request_id, None)
+        scheduled = list(output.num_scheduled_tokens)
+        self.steps += 1
+        for request_id in scheduled:
+            self.starts.setdefault(request_id, self.steps)
+            self.ends[request_id] = self.steps
+        done = [
+            self.scheduler.requests[request_id].num_computed_tokens
+            >= self.scheduler.requests[request_id].num_tokens
+            for request_id in scheduled
+        ]
+        answer = SimpleNamespace(
+            req_id_to_index={request_id: index for index, request_id in enumerate(scheduled)},
+            sampled_token_ids=[
+                [self._token(request_id)] if finished else []
+                for request_id, finished in zip(scheduled, done, strict=True)
+            ],
+            logprobs=None, pooler_output=None, num_nans_in_logits=None, kv_connector_output=None,
+            ec_connector_output=None, cudagraph_stats=None, prompt_logprobs_dict={},
+            prompt_token_id_logprobs_dict={}, sampling_masks=None,
+        )  # fmt: skip
+        kept = dict.fromkeys(commands.compress, Kept(64.0, 1, 99))
+        setattr(answer, ATTRIBUTE, Answer(kept, []))
+        self._unanswered.append((output, answer))
+        if len(self._unanswered) > self._in_flight:
+            self.scheduler.update_from_output(*self._unanswered.pop(0))
+        if isinstance(self.scheduler, AdaKVSchedulerMixin):
+            check_blocks(self.manager)
+            self._check_running()
+
+    def _token(self, request_id: str) -> int:
+        request = self.scheduler.requests[request_id]
+        answered = request.num_computed_tokens - request.num_prompt_tokens + 1
+        return _STOP if answered >= self._stops_after.get(request_id, 1 << 30) else 7
+
+    def finish(self) -> None:
+        """Steps until nothing is left to do or to answer."""
+        for _ in range(20_000):
+            if not self.scheduler.has_unfinished_requests():
+                break
+            self.step()
+        assert not self.scheduler.has_unfinished_requests()
+        while self._unanswered:
+            self.scheduler.update_from_output(*self._unanswered.pop(0))
+        self._in_flight = 0
+        self.step()
+
+    def _check_running(self) -> None:
+        for request in self.scheduler.running:
+            plan = self.manager.plans[request.request_id]
+            if plan.phase is Phase.COMPRESSED:
+                held = len(self.manager.req_to_blocks[request.request_id])
+                assert held >= plan.blocks_at(request.num_computed_tokens)
+
+    def memory_stats(self) -> MemoryStats:
+        """Return the statistics of the last step."""
+        stats = self.scheduler.make_stats()
+        assert stats is not None
+        memory = MemoryStats.of(stats)
+        assert memory is not None
+        return memory
+
+    def count_preemptions(self) -> list[str]:
+        """Return a list that gets the name of each request that is preempted from now on."""
+        preempted: list[str] = []
+        preempt = self.scheduler._preempt_request
+
+        def noted(request: Any, *args: Any, **kwargs: Any) -> Any:
+            preempted.append(request.request_id)
+            return preempt(request, *args, **kwargs)
+
+        self.scheduler._preempt_request = noted
+        return preempted
