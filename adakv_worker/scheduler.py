@@ -60,7 +60,7 @@ class AdaKVSchedulerMixin(Scheduler):
         # Requests whose report is to go with their next output, and those where it goes with each.
         self._changed: set[str] = set()
         self._stoppable: set[str] = set()
-        # Requests that go on here and have not begun yet.
+        # Requests that go on here; without their states once they have begun.
         self._to_take_up: dict[str, Continuation] = {}
         self._recomputes = Recomputes()
         # Until the step's statistics take them along.
@@ -217,11 +217,15 @@ class AdaKVSchedulerMixin(Scheduler):
         return commands
 
     def _take_ups(self, output: SchedulerOutput) -> dict[str, TakeUp]:
-        """Of the requests that begin. What happens to them later happens as to any other."""
+        """Return the commands for requests that start, or start again.
+
+        Model Runner V2 forgets preempted requests, and gets them as new ones later.
+        """
         begun = {}
         for request in output.scheduled_new_reqs:
-            if continuation := self._to_take_up.pop(request.req_id, None):
+            if continuation := self._to_take_up.get(request.req_id):
                 begun[request.req_id] = TakeUp(continuation.prompt_tokens, continuation.state)
+                self._to_take_up[request.req_id] = Continuation(continuation.prompt_tokens)
         return begun
 
     def update_from_output(
@@ -335,6 +339,7 @@ class AdaKVSchedulerMixin(Scheduler):
             lengths = self._manager.output_lengths
             lengths.note(request.max_tokens, request.num_output_tokens)
         self._recomputes.forget(request.request_id)
+        self._to_take_up.pop(request.request_id, None)
         self._queue.remove(request.request_id)
         self._stoppable.discard(request.request_id)
         return super()._free_request(request, *args, **kwargs)

@@ -71,7 +71,7 @@ def leave(
     continuation: Continuation | None = None,
 ) -> Left:
     if continuation is not None:
-        _add(engine, "leaving", ids, params, continuation)
+        add_continued(engine, "leaving", ids, params, continuation)
     else:
         engine.llm.llm_engine.add_request("leaving", {"prompt_token_ids": ids}, params)
     answer = run(engine, "leaving", until=after)
@@ -88,11 +88,11 @@ def go_on(engine: Engine, left: Left, prompt_tokens: int, params: Any, *, staged
         arguments = ("arriving", left.path, "ada_snapkv", left.tokens)
         assert engine.llm.collective_rpc("adakv_stage", args=arguments) == [None]
         continuation = Continuation(prompt_tokens, "arriving", left.answer.proof)
-    _add(engine, "arriving", left.tokens, params, continuation)
+    add_continued(engine, "arriving", left.tokens, params, continuation)
     return run(engine, "arriving")
 
 
-def _add(
+def add_continued(
     engine: Engine, name: str, tokens: list[int], params: Any, continuation: Continuation
 ) -> None:
     """Past the front end's checks, which let no request say that it is a continuation."""
