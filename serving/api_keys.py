@@ -1,9 +1,17 @@
 """The keys that open the front door."""
 
 import hashlib
+import os
 import secrets
 
 _OPEN_PATHS = ("/health", "/version")
+VLLM_VARIABLE = "VLLM_API_KEY"
+
+
+def vllm_keys() -> tuple[str, ...]:
+    """Return the key in the variable of vLLM, whose users expect it to be asked for."""
+    key = os.environ.get(VLLM_VARIABLE, "").strip()
+    return (key,) if key else ()
 
 
 class ApiKeys:

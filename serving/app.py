@@ -81,6 +81,18 @@ def _gpus(config: AppConfig) -> float:
 
 
 def api_keys(config: AppConfig) -> tuple[str, ...]:
-    listed = [key.get_secret_value() for key in config.auth.api_keys]
-    from_environment = os.environ.get(config.auth.api_keys_env, "").split(",")
-    return tuple(key for key in (*listed, *(key.strip() for key in from_environment)) if key)
+    """Return the keys that the configuration lists or names a variable for.
+
+    Raises:
+        ValueError: it does, but there are none; without keys the API would be open to everyone.
+    """
+    auth = config.auth
+    listed = [key.get_secret_value() for key in auth.api_keys]
+    from_environment = os.environ.get(auth.api_keys_env, "").split(",")
+    keys = tuple(key for key in map(str.strip, (*listed, *from_environment)) if key)
+    if not keys and (auth.api_keys or "api_keys_env" in auth.model_fields_set):
+        raise ValueError(
+            f"auth asks for API keys, but auth.api_keys has none, and {auth.api_keys_env} is empty "
+            "in the environment of the cluster that builds the application"
+        )
+    return keys

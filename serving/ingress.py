@@ -14,12 +14,15 @@ from ray.serve.handle import DeploymentHandle
 from starlette.middleware.cors import CORSMiddleware
 
 from router.redis_ledger import LedgerKeys
+from serving.api_keys import vllm_keys
 from serving.asgi import ASGIApp, Message
 from serving.config import AppConfig
 from serving.front_door import FrontDoor, FrontDoorSettings, NoReplica, Overloaded, ReplicaLost
 from serving.prompt_lengths import FootprintPredictor, OutputCounter, footprint_predictor
 from serving.routing import start_routing
 from serving.store import store_url
+
+logger = logging.getLogger("ray.serve")
 
 
 class HandleBackend:
@@ -96,13 +99,15 @@ class Ingress:
         self._routing = start_routing(config)
         predictor = footprint_predictor(config) if self._routing is not None else None
         self._backend = HandleBackend(engine, predictor)
-        self._settings = settings
+        self._settings = settings._replace(api_keys=(*settings.api_keys, *vllm_keys()))
+        if not self._settings.api_keys:
+            logger.warning("no API keys are set: the API is open to all who reach its port")
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         if self._routing is not None:
             keys = LedgerKeys(self._config.store.key_prefix, serve.get_replica_context().app_name)
             self._routing.listen(store_url(self._config.store), keys)
-        door = FrontDoor(self._backend, self._settings, logging.getLogger("ray.serve"))
+        door = FrontDoor(self._backend, self._settings, logger)
         return with_cors(door, self._config.server)
 
 

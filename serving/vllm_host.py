@@ -19,6 +19,7 @@ from adakv_worker.kv_events import CacheChange, cache_changes
 from adakv_worker.moving_core import MovableLLM, MovingCore
 from adakv_worker.sent_requests import BookedLLM
 from adakv_worker.support import refuse_unsupported
+from serving.api_keys import VLLM_VARIABLE
 from serving.asgi import ASGIApp
 from serving.compression_proof import ProofMiddleware
 from serving.http_metrics import HttpMetrics
@@ -96,6 +97,8 @@ class VllmHost:
         stats.sent = engine.sent
         tasks = await engine.get_supported_tasks()
         options = server_options(model, served_name, args, server_args)
+        # The front door asks for that key, too, and hands none on.
+        os.environ.pop(VLLM_VARIABLE, None)
         app = build_app(options, tasks, engine.model_config)
         await init_app_state(engine, app.state, options, tasks)
         app.state.server = _Server()

@@ -5,6 +5,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from serving.api_keys import ApiKeys, vllm_keys
 from serving.app import api_keys, engine_options
 from serving.config import AppConfig
 
@@ -50,6 +51,28 @@ def test_secrets_do_not_show_when_the_config_is_printed() -> None:
 def test_keys_come_from_the_config_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAKV_API_KEYS", "b, c,")
     assert api_keys(AppConfig.model_validate({"auth": {"api_keys": ["a"]}})) == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    "auth", [{"api_keys": [""]}, {"api_keys": [" "]}, {"api_keys_env": "PROD_KEYS"}]
+)
+def test_keys_that_are_asked_for_and_missing_are_an_error(
+    auth: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("PROD_KEYS", "ADAKV_API_KEYS"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(ValueError, match="auth asks for API keys"):
+        api_keys(AppConfig.model_validate({"auth": auth}))
+    assert api_keys(AppConfig()) == ()
+
+
+def test_vllms_own_variable_is_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "xyzzy")
+    keys = ApiKeys(vllm_keys())
+    assert keys.allow("/v1/models", "GET", {"authorization": "Bearer xyzzy"})
+    assert not keys.allow("/v1/models", "GET", {})
+    monkeypatch.delenv("VLLM_API_KEY")
+    assert vllm_keys() == ()
 
 
 def test_gpus_are_as_many_as_told() -> None:

@@ -64,7 +64,10 @@ async def client(in_process: None, worded_model: Path) -> AsyncIterator[httpx.As
     compression = CompressionConfig(
         budget_tokens=48, keep_ratio=0.0, window_tokens=16, min_budget_tokens=32
     )
-    host = await VllmHost.start(str(worded_model), "tiny", OPTIONS, {}, compression)
+    with pytest.MonkeyPatch.context() as patch:
+        # The front door asks for keys. Requests come here without.
+        patch.setenv("VLLM_API_KEY", "xyzzy")
+        host = await VllmHost.start(str(worded_model), "tiny", OPTIONS, {}, compression)
     transport = httpx.ASGITransport(host.app)
     async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
         yield client
