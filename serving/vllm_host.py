@@ -1,6 +1,6 @@
 """vLLM inside a replica: an `AsyncLLM` and vLLM's own FastAPI app around it.
 
-With `vllm_load.py` and `vllm_options.py` it is what this package knows of vLLM.
+With the other `vllm_*.py` it is all that uses vLLM here.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from adakv_worker.config import CompressionConfig, compression_config
-from adakv_worker.kv_events import CacheChange, cache_changes
+from adakv_worker.kv_events import CacheChange, EventSockets, cache_changes
 from adakv_worker.moving_core import MovableLLM, MovingCore
 from adakv_worker.sent_requests import BookedLLM
 from adakv_worker.support import refuse_unsupported
@@ -49,12 +49,12 @@ class VllmHost:
         engine: BookedLLM,
         app: ASGIApp,
         stats: LoadStats,
-        kv_events_endpoint: str | None = None,
+        kv_events: EventSockets | None = None,
     ) -> None:
         self.engine = engine
         self.app = app
         self._stats = stats
-        self._kv_events_endpoint = kv_events_endpoint
+        self._kv_events = kv_events
 
     @classmethod
     async def start(
@@ -79,7 +79,7 @@ class VllmHost:
             ValueError: vLLM refuses the configuration.
         """
         settings = with_compression(engine_args, compression, movable)
-        settings, endpoint = with_kv_events(settings)
+        settings, events = with_kv_events(settings)
         args = AsyncEngineArgs(model=model, served_model_name=[served_name], **settings)
         config = args.create_engine_config()
         compressing = compression_config(config.additional_config) is not None
@@ -148,9 +148,7 @@ class VllmHost:
 
     def cache_changes(self) -> AsyncIterator[CacheChange] | None:
         """What the prefix cache gains and loses from now on; None where KV events are off."""
-        if self._kv_events_endpoint is None:
-            return None
-        return cache_changes(self._kv_events_endpoint)
+        return None if self._kv_events is None else cache_changes(self._kv_events)
 
     def shutdown(self) -> None:
         self.engine.shutdown()
