@@ -1,6 +1,8 @@
 """vLLM's KV events: which prefix blocks an engine has cached and evicted."""
 
-from collections.abc import AsyncIterator, Iterable
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -12,10 +14,25 @@ from vllm.distributed.kv_events import (
     BlockStored,
     KVCacheEvent,
     KVEventBatch,
+    ZmqEventPublisher,
 )
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import ExternalBlockHash
 
 from kernels.blocks import prefix_hash
+
+# Below vLLM's own logger, so that its settings show it.
+logger = init_logger("vllm.adakv")
+
+# A publisher looks for questions between two batches, or ten times a second.
+_REPLAY_S = 5.0
+
+
+class Batch(NamedTuple):
+    """One message of a publisher: a `KVEventBatch`, numbered without gaps from 0."""
+
+    number: int
+    payload: bytes
 
 
 class CacheChange(NamedTuple):
@@ -70,20 +87,96 @@ class PrefixNames:
         return names
 
 
-async def cache_changes(endpoint: str) -> AsyncIterator[CacheChange]:
-    """Follows the publisher of an engine of this machine, until cancelled."""
-    names = PrefixNames()
-    decoder = msgspec.msgpack.Decoder(KVEventBatch)
+class EventSockets(NamedTuple):
+    """Where an engine publishes its events, and where it repeats those that were lost."""
+
+    events: str
+    replay: str
+
+
+class CacheFollower:
+    """Turns published batches of events into changes; finds by their numbers which were lost."""
+
+    def __init__(self, replay: Callable[[int], Awaitable[list[Batch]]]) -> None:
+        """
+        Args:
+            replay: returns what the engine still has of its batches from a number on, in order;
+                raises TimeoutError or zmq.ZMQError where it does not answer.
+        """
+        self._replay = replay
+        self._decoder = msgspec.msgpack.Decoder(KVEventBatch)
+        self._names = PrefixNames()
+        self._expected = 0
+        self._newest = -1
+
+    async def take(self, batch: Batch) -> list[CacheChange]:
+        """Return what a published batch changes, and what those lost before it do."""
+        restarted = batch.number <= self._newest
+        self._newest = batch.number
+        if restarted:
+            # Another publisher counts anew: nothing is known of its engine's cache.
+            self._expected = batch.number
+            return [self._forget(), *self._read([batch])]
+        if batch.number > self._expected:
+            return self._read([*await self._lost(), batch])
+        return self._read([batch])
+
+    async def _lost(self) -> list[Batch]:
+        try:
+            return await self._replay(self._expected)
+        except (TimeoutError, zmq.ZMQError) as error:
+            logger.warning("no replay of KV events from %d on: %s", self._expected, error)
+            return []
+
+    def _read(self, batches: Iterable[Batch]) -> list[CacheChange]:
+        changes = []
+        for number, payload in batches:
+            if number < self._expected:
+                continue
+            if number > self._expected:
+                changes.append(self._forget())
+            self._expected = number + 1
+            try:
+                changes.append(self._names.change(self._decoder.decode(payload).events))
+            except msgspec.MsgspecError as error:
+                logger.warning("KV events that cannot be read: %s", error)
+                changes.append(self._forget())
+        return [change for change in changes if any(change)]
+
+    def _forget(self) -> CacheChange:
+        """Start over: a block that was evicted unnoticed would be believed in for ever."""
+        self._names = PrefixNames()
+        return CacheChange([], [], cleared=True)
+
+
+async def cache_changes(sockets: EventSockets) -> AsyncGenerator[CacheChange, None]:
+    """Follow the publisher of an engine of this machine, until cancelled."""
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.SUB)
+    follower = CacheFollower(partial(_replayed, context, sockets.replay))
     try:
-        socket.connect(endpoint)
+        socket.connect(sockets.events)
         socket.subscribe(b"")
         while True:
-            _topic, _sequence, payload = await socket.recv_multipart()
-            change = names.change(decoder.decode(payload).events)
-            if any(change):
+            _topic, number, payload = await socket.recv_multipart()
+            for change in await follower.take(Batch(int.from_bytes(number, "big"), payload)):
                 yield change
     finally:
         socket.close(linger=0)
         context.term()
+
+
+async def _replayed(context: zmq.asyncio.Context, endpoint: str, start: int) -> list[Batch]:
+    """Ask a publisher for its batches from number `start` on."""
+    batches: list[Batch] = []
+    # One question has many answers, of which a REQ socket takes one.
+    with context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        socket.connect(endpoint)
+        async with asyncio.timeout(_REPLAY_S):
+            await socket.send_multipart([b"", start.to_bytes(8, "big")])
+            while True:
+                _, _topic, number, payload = await socket.recv_multipart()
+                if number == ZmqEventPublisher.END_SEQ:
+                    return batches
+                batches.append(Batch(int.from_bytes(number, "big"), payload))

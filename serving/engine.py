@@ -15,7 +15,7 @@ from adakv_worker.encodable import PROBLEM
 from router.autoscaling import ReplicaDemand
 from router.footprint import Footprint
 from router.lending import Lease
-from router.redis_ledger import LedgerKeys
+from router.redis_ledger import LedgerKeys, LedgerWriter
 from serving.asgi import Message, call_app
 from serving.compression_metrics import CompressionMetrics
 from serving.config import AppConfig
@@ -82,8 +82,9 @@ class Engine:
             on_report=OccupancyMetrics().note,
         )
         self._reporter.start()
-        if changes := self._host.cache_changes():
-            self._prefixes = asyncio.create_task(report_prefixes(changes, url, keys, replica_id))
+        self._prefixes = asyncio.create_task(
+            report_prefixes(self._host.cache_changes, LedgerWriter(url, keys), replica_id)
+        )
 
     async def asgi(
         self, scope: dict, body: bytes, footprint: Footprint | None = None

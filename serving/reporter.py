@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Protocol
 
 import redis
@@ -78,9 +78,18 @@ class OccupancyReporter:
             pass  # The report expires by itself.
 
     async def _run(self) -> None:
+        failing = False
         while True:
-            await self._publish()
-            await self._wait_for_news()
+            try:
+                await self._publish()
+                await self._wait_for_news()
+                failing = False
+            except Exception:
+                # A replica without reports gets no requests.
+                if not failing:
+                    logger.exception("cannot report the occupancy; trying again")
+                failing = True
+                await asyncio.sleep(self._interval_s)
 
     async def _wait_for_news(self) -> None:
         """Returns when the load differs from the last report, or the interval is over."""
@@ -124,16 +133,49 @@ def _what_matters(load: "EngineLoad") -> "EngineLoad":
     return load._replace(decode_tokens_per_s=0.0)
 
 
+class PrefixWriter(Protocol):
+    async def publish_prefixes(self, change: PrefixChange) -> None: ...
+
+    async def close(self) -> None: ...
+
+
 async def report_prefixes(
-    changes: "AsyncIterator[CacheChange]", url: str, keys: LedgerKeys, replica_id: str
+    follow: "Callable[[], AsyncGenerator[CacheChange, None] | None]",
+    writer: PrefixWriter,
+    replica_id: str,
+    retry_s: float = 1.0,
 ) -> None:
-    """Passes changes of the prefix cache on until cancelled. What the store misses stays missed."""
-    writer = LedgerWriter(url, keys)
+    """Pass changes of the prefix cache on until cancelled.
+
+    Routers start over after what they missed: they would believe in blocks that were evicted
+    meanwhile.
+
+    Args:
+        follow: starts to listen to the engine; None where there is nothing to listen to.
+        retry_s: after which to listen again when that has failed.
+    """
+    missed = False
     try:
-        async for change in changes:
-            with contextlib.suppress(redis.RedisError, OSError):
-                await writer.publish_prefixes(
-                    PrefixChange(replica_id=replica_id, **change._asdict())
-                )
+        while (changes := follow()) is not None:
+            try:
+                async with contextlib.aclosing(changes):
+                    async for change in changes:
+                        cleared = change.cleared or missed
+                        news = PrefixChange(
+                            replica_id=replica_id, **change._asdict() | {"cleared": cleared}
+                        )
+                        missed = not await _published(writer, news)
+            except Exception:
+                logger.exception("lost the engine's KV events; listening again")
+            await asyncio.sleep(retry_s)
+            missed = not await _published(writer, PrefixChange(replica_id=replica_id, cleared=True))
     finally:
         await writer.close()
+
+
+async def _published(writer: PrefixWriter, change: PrefixChange) -> bool:
+    try:
+        await writer.publish_prefixes(change)
+    except (redis.RedisError, OSError):
+        return False
+    return True

@@ -5,7 +5,7 @@ With the other `vllm_*.py` it is all that uses vLLM here.
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import torch
@@ -104,9 +104,9 @@ class VllmHost:
         app.state.server = _Server()
         mend_surface(app, HttpMetrics().note)
         if not compressing:
-            return cls(engine, app, stats, endpoint)
+            return cls(engine, app, stats, events)
         take_proofs(engine)
-        return cls(engine, ProofMiddleware(app), stats, endpoint)
+        return cls(engine, ProofMiddleware(app), stats, events)
 
     @property
     def core(self) -> MovingCore:
@@ -146,7 +146,7 @@ class VllmHost:
         """Set when the load has changed; the reader clears it."""
         return self._stats.changed
 
-    def cache_changes(self) -> AsyncIterator[CacheChange] | None:
+    def cache_changes(self) -> AsyncGenerator[CacheChange, None] | None:
         """What the prefix cache gains and loses from now on; None where KV events are off."""
         return None if self._kv_events is None else cache_changes(self._kv_events)
 

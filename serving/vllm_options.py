@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from adakv_worker.config import CompressionConfig
+from adakv_worker.kv_events import EventSockets
 from adakv_worker.plugin import engine_args as compression_engine_args
 
 logger = logging.getLogger("ray.serve")
@@ -69,21 +70,30 @@ def with_compression(
     return {**needed, **engine_args, "additional_config": additional}
 
 
-def with_kv_events(engine_args: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The engine's arguments with its KV events typed, and where to listen to them if they are on.
+def with_kv_events(engine_args: dict[str, Any]) -> tuple[dict[str, Any], EventSockets | None]:
+    """Return the engine's arguments with its KV events typed, and where they are if they are on.
 
-    Without an endpoint of the operator's it is a socket of this replica alone: a port can be taken.
+    Without endpoints of the operator's these are sockets of this replica alone: a port can be
+    taken.
     """
     given = engine_args.get("kv_events_config")
     if not isinstance(given, dict):
         return engine_args, None
     config = KVEventsConfig(**given)
+    engine_args = {**engine_args, "kv_events_config": config}
     if not config.enable_kv_cache_events or config.publisher != "zmq":
-        return {**engine_args, "kv_events_config": config}, None
+        return engine_args, None
+    folder = tempfile.mkdtemp(prefix="adakv-")
     if "endpoint" not in given:
-        config.endpoint = f"ipc://{tempfile.mkdtemp(prefix='adakv-')}/kv-events"
+        config.endpoint = f"ipc://{folder}/kv-events"
+    if config.replay_endpoint is None:
+        config.replay_endpoint = f"ipc://{folder}/kv-replay"
+    return engine_args, EventSockets(_local(config.endpoint), _local(config.replay_endpoint))
+
+
+def _local(endpoint: str) -> str:
     # What the publisher binds to all interfaces is reached by this one.
-    return {**engine_args, "kv_events_config": config}, config.endpoint.replace("*", "127.0.0.1")
+    return endpoint.replace("*", "127.0.0.1")
 
 
 def check_movable(config: Any, compressing: bool) -> None:

@@ -1,0 +1,121 @@
+"""What a replica reports to the ledger goes on, whatever fails meanwhile."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import redis
+from vllm.v1.metrics.stats import SchedulerStats
+
+from adakv_worker.kv_events import CacheChange
+from router.occupancy import Occupancy
+from router.prefixes import PrefixChange
+from router.redis_ledger import LedgerKeys
+from serving.reporter import OccupancyReporter, report_prefixes
+from serving.vllm_load import CacheSize, EngineLoad, from_stock
+
+
+class Source:
+    """An engine whose load cannot be told at times."""
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Event()
+        self.asked = 0
+
+    def load(self) -> EngineLoad:
+        self.asked += 1
+        if self.asked in (1, 3):
+            raise RuntimeError("no load")
+        return from_stock(SchedulerStats(num_running_reqs=self.asked), CacheSize(10, 32), [])
+
+
+async def test_reports_go_on_after_one_that_could_not_be_made() -> None:
+    reports: asyncio.Queue[Occupancy] = asyncio.Queue()
+    reporter = OccupancyReporter(
+        source=Source(),
+        # Nothing listens there.
+        url="redis://127.0.0.1:1",
+        keys=LedgerKeys("test", "app"),
+        replica_id="replica",
+        model="model",
+        interval_s=0.01,
+        on_report=reports.put_nowait,
+    )
+    reporter.start()
+    async with asyncio.timeout(60):
+        assert (await reports.get()).running == 2
+        assert (await reports.get()).running > 3
+    await reporter.stop()
+
+
+class Writer:
+    """A store that is lost at times."""
+
+    def __init__(self) -> None:
+        self.known: set[int] = set()
+        self.lost = False
+        self.changes: asyncio.Queue[PrefixChange] = asyncio.Queue()
+
+    async def publish_prefixes(self, change: PrefixChange) -> None:
+        self.changes.put_nowait(change)
+        if self.lost:
+            raise redis.ConnectionError("lost")
+        known = set() if change.cleared else self.known
+        self.known = (known | set(change.stored)) - set(change.removed)
+
+    async def close(self) -> None:
+        pass
+
+
+class Events:
+    """An engine's KV events, as the test gives them."""
+
+    def __init__(self) -> None:
+        self.given: asyncio.Queue[CacheChange | Exception] = asyncio.Queue()
+
+    def give(self, stored: list[int], removed: list[int]) -> None:
+        self.given.put_nowait(CacheChange(stored, removed, cleared=False))
+
+    async def follow(self) -> AsyncGenerator[CacheChange, None]:
+        while True:
+            change = await self.given.get()
+            if isinstance(change, Exception):
+                raise change
+            yield change
+
+
+async def test_what_the_store_missed_makes_routers_start_over() -> None:
+    events, writer = Events(), Writer()
+    reporting = asyncio.create_task(report_prefixes(events.follow, writer, "replica"))
+    events.give([1, 2, 3], [])
+    await writer.changes.get()
+    assert writer.known == {1, 2, 3}
+    writer.lost = True
+    # The store misses it.
+    events.give([4], [1])
+    await writer.changes.get()
+    writer.lost = False
+    events.give([5], [2])
+    await writer.changes.get()
+    assert writer.known == {5}
+    events.give([6], [])
+    await writer.changes.get()
+    assert writer.known == {5, 6}
+    reporting.cancel()
+
+
+async def test_a_listener_that_fails_listens_again() -> None:
+    events, writer = Events(), Writer()
+    reporting = asyncio.create_task(report_prefixes(events.follow, writer, "replica", retry_s=0))
+    events.give([1], [])
+    events.given.put_nowait(RuntimeError("unreadable"))
+    events.give([2], [])
+    async with asyncio.timeout(60):
+        for _ in range(3):
+            await writer.changes.get()
+    assert writer.known == {2}
+    reporting.cancel()
+
+
+async def test_where_an_engine_has_no_events_nothing_is_reported() -> None:
+    async with asyncio.timeout(60):
+        await report_prefixes(lambda: None, Writer(), "replica")
