@@ -8,11 +8,9 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
-from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import (
     EngineCoreEventType,
     EngineCoreOutput,
@@ -22,6 +20,7 @@ from vllm.v1.engine import (
 )
 
 from adakv_worker.continuation import Continuation
+from adakv_worker.movable_requests import Departure, Movable, Own, continued
 from adakv_worker.packed_state import StateRefused
 from adakv_worker.sent_requests import BookedCore, BookedLLM
 
@@ -33,79 +32,14 @@ _REPORT_KEY = "kv_compression"
 _LET_GO = (FinishReason.ABORT, FinishReason.ERROR)
 
 
-class Departure(NamedTuple):
-    """A request that has left its engine, as it goes to another. Plain data, to be pickled.
-
-    request: as it came at first.
-    tokens: all it has by now; the cache holds those but the last.
-    report: its proof of compression.
-    """
-
-    request: EngineCoreRequest
-    tokens: list[int]
-    report: dict[str, Any]
-
-    @property
-    def policy(self) -> str:
-        return self.report["policy"]
-
-
-class Movable(NamedTuple):
-    """A compressed request that could leave now.
-
-    tokens: prompt and answer. tokens_left: most that its answer may still bring.
-    """
-
-    request_id: str
-    tokens: int
-    tokens_left: int
-    report: dict[str, Any]
-
-
-@dataclass
-class _Own:
-    """A request of this front end.
-
-    name: by which the engine core knows it now; another one for each time that it comes back.
-    held: outputs since it was asked to leave; None while it was not.
-    wanted: tokens of the answer that count before it leaves, once that is known.
-    settled: set when so many are there, or it has ended.
-    """
-
-    request: EngineCoreRequest
-    name: str
-    answer: list[int] = field(default_factory=list)
-    report: dict[str, Any] | None = None
-    finished: bool = False
-    away: bool = False
-    held: list[EngineCoreOutput] | None = None
-    wanted: int | None = None
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
-    on_end: Callable[[], None] | None = None
-
-    @property
-    def tokens(self) -> list[int]:
-        return [*(self.request.prompt_token_ids or ()), *self.answer]
-
-    @property
-    def tokens_left(self) -> int:
-        params = self.request.sampling_params
-        most = params.max_tokens if params is not None else None
-        return (most or 0) - len(self.answer)
-
-    @property
-    def can_leave(self) -> bool:
-        return self.held is None and not self.away and _has_movable_state(self.request)
-
-
 class MovingCore:
     """Stands in for vLLM's `EngineCoreClient`, which it asks for everything. One event loop's."""
 
     def __init__(self, core: Any) -> None:
         self._core = core
-        self._own: dict[str, _Own] = {}
+        self._own: dict[str, Own] = {}
         # By the engine core's name for them; those that are somewhere else are not among them.
-        self._here: dict[str, _Own] = {}
+        self._here: dict[str, Own] = {}
         self._guests: dict[str, asyncio.Queue[Decoded | Exception]] = {}
         self._merged: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
         self._pump: asyncio.Task[None] | None = None
@@ -140,7 +74,7 @@ class MovingCore:
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         if request.sampling_params is not None:
-            own = _Own(request, request.request_id)
+            own = Own(request, request.request_id)
             self._own[request.request_id] = self._here[request.request_id] = own
         try:
             await self._core.add_request_async(request)
@@ -247,7 +181,7 @@ class MovingCore:
         own.name = f"{request_id}-{next(self._numbers)}"
         self._here[own.name] = own
         continuation = Continuation(len(own.request.prompt_token_ids or ()))
-        request = _continued(own.request, own.name, own.tokens, continuation)
+        request = continued(own.request, own.name, own.tokens, continuation)
         try:
             await self._core.add_request_async(request)
         except BaseException:
@@ -281,7 +215,7 @@ class MovingCore:
                 raise ConnectionError("the engine core has ended")
             prompt = len(departure.request.prompt_token_ids or ())
             continuation = Continuation(prompt, name, departure.report)
-            request = _continued(departure.request, name, departure.tokens, continuation)
+            request = continued(departure.request, name, departure.tokens, continuation)
             await self._core.add_request_async(request)
             finished = False
             while not finished:
@@ -353,7 +287,7 @@ class MovingCore:
             # Else the engine had decoded it before it knew that the request had left.
         return mine
 
-    def _counting(self, own: _Own) -> list[EngineCoreOutput]:
+    def _counting(self, own: Own) -> list[EngineCoreOutput]:
         """Takes what counts from a leaving request's held outputs."""
         counting = []
         while own.held and own.wanted is not None and len(own.answer) < own.wanted:
@@ -362,7 +296,7 @@ class MovingCore:
             own.settled.set()
         return counting
 
-    def _stay(self, own: _Own) -> None:
+    def _stay(self, own: Own) -> None:
         """A request that was asked to leave does not."""
         held, own.held = own.held or [], None
         if not own.finished:
@@ -372,11 +306,11 @@ class MovingCore:
         if outputs:
             self._merged.put_nowait(EngineCoreOutputs(outputs=outputs))
 
-    async def _export(self, own: _Own, path: str, policy: str) -> list[int] | None:
+    async def _export(self, own: Own, path: str, policy: str) -> list[int] | None:
         ranks = await self._rpc("adakv_export", (own.name, path, policy))
         return ranks[0] if all(tokens == ranks[0] for tokens in ranks) else None
 
-    def _note(self, own: _Own, output: EngineCoreOutput) -> EngineCoreOutput:
+    def _note(self, own: Own, output: EngineCoreOutput) -> EngineCoreOutput:
         own.answer += output.new_token_ids
         if output.kv_transfer_params and (report := output.kv_transfer_params.get(_REPORT_KEY)):
             own.report = report if report.get("skipped") is None else None
@@ -390,7 +324,7 @@ class MovingCore:
             output, request_id=own.request.request_id, events=events or None
         )
 
-    def _end(self, own: _Own) -> None:
+    def _end(self, own: Own) -> None:
         own.finished = True
         own.settled.set()
         self._own.pop(own.request.request_id, None)
@@ -404,34 +338,3 @@ class MovableLLM(BookedLLM):
 
     def _stand_in(self, core: BookedCore) -> MovingCore:
         return MovingCore(core)
-
-
-def _has_movable_state(request: EngineCoreRequest) -> bool:
-    """Whether its state is all in its tokens, its cache and its random numbers."""
-    params = request.sampling_params
-    return (
-        params is not None
-        and params.structured_outputs is None
-        and params.prompt_logprobs is None
-        # Counted over the prompt, too, by what would take the answer so far for a part of it.
-        and params.thinking_token_budget is None
-        and request.prompt_token_ids is not None
-        and request.prompt_embeds is None
-        and request.lora_request is None
-        and not request.mm_features
-        and not request.resumable
-    )
-
-
-def _continued(
-    request: EngineCoreRequest, name: str, tokens: list[int], continuation: Continuation
-) -> EngineCoreRequest:
-    assert request.sampling_params is not None
-    params: SamplingParams = request.sampling_params.clone()
-    params.extra_args = {**(params.extra_args or {}), **continuation.as_extra_args()}
-    if continuation.state is not None:
-        # It hits no prefix, whatever it counts as computed.
-        params.skip_reading_prefix_cache = True
-    return msgspec.structs.replace(
-        request, request_id=name, prompt_token_ids=tokens, sampling_params=params
-    )
