@@ -134,8 +134,11 @@ class Lives:
     to its bound counts with that until it ends.
     """
 
-    def __init__(self, lives: Sequence[Life], lengths: OutputLengths) -> None:
-        table = np.array(lives, dtype=np.int64).reshape(-1, len(Life._fields)).T
+    def __init__(self, table: _Ints, lengths: OutputLengths) -> None:
+        """
+        Args:
+            table: [fields of `Life`, R].
+        """
         tokens, most, answered, left, due, max_tokens = table
         to_come = lengths.to_come(answered, left, due, max_tokens)
         # The longest first: when one ends, those before it are still there.
@@ -146,6 +149,11 @@ class Lives:
         self._held = np.cumsum(np.where(bounded, most, held))
         self._growing = np.cumsum(~bounded)
         self._variance = np.cumsum(np.where(bounded, 0.0, to_come.spread[order] ** 2))
+
+    @classmethod
+    def of(cls, lives: Sequence[Life], lengths: OutputLengths) -> "Lives":
+        """Return the lives of requests."""
+        return cls(np.array(lives, dtype=np.int64).reshape(-1, len(Life._fields)).T, lengths)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -183,6 +191,59 @@ class Lives:
     def longest(self) -> int:
         """Return the steps until the last one ends."""
         return int(self._ends[0]) if len(self) else 0
+
+
+class LifeTable:
+    """The requests that hold blocks, as rows that grow by themselves from step to step.
+
+    A request whose life goes on otherwise than by a token a step is put in anew.
+    """
+
+    def __init__(self) -> None:
+        self._rows = np.zeros((len(Life._fields), 16), dtype=np.int64)
+        self._since = np.zeros(16, dtype=np.int64)
+        self._used: dict[str, int] = {}
+        self._free = list(range(15, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._used)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._used
+
+    def put(self, name: str, life: Life, step: int) -> None:
+        """Note a request as it is in a step."""
+        row = self._used.get(name)
+        if row is None:
+            if not self._free:
+                self._grow()
+            row = self._used[name] = self._free.pop()
+        self._rows[:, row] = life
+        self._since[row] = step
+
+    def drop(self, name: str) -> None:
+        """Forget a request, if it is there."""
+        if (row := self._used.pop(name, None)) is not None:
+            self._free.append(row)
+
+    def lives(self, lengths: OutputLengths, step: int) -> Lives:
+        """Return the lives of all as they are in a step."""
+        index = np.fromiter(self._used.values(), dtype=np.int64, count=len(self._used))
+        tokens, most, answered, left, due, max_tokens = self._rows[:, index]
+        passed = np.minimum(step - self._since[index], left)
+        table = np.stack(
+            (
+                tokens + passed, most, answered + passed, left - passed,
+                np.maximum(due - passed, 0), max_tokens,
+            )
+        )  # fmt: skip
+        return Lives(table, lengths)
+
+    def _grow(self) -> None:
+        count = self._rows.shape[1]
+        self._rows = np.concatenate((self._rows, np.zeros_like(self._rows)), axis=1)
+        self._since = np.concatenate((self._since, np.zeros_like(self._since)))
+        self._free = list(range(2 * count - 1, count - 1, -1))
 
 
 class Holds:

@@ -10,7 +10,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 
-from adakv_worker.admission import Holds, Lives, OutputLengths
+from adakv_worker.admission import Holds, LifeTable, Lives, OutputLengths
 from adakv_worker.plan import Phase, Plan
 from adakv_worker.stats import MemoryStats
 from kernels.blocks import blocks_for_tokens
@@ -63,9 +63,10 @@ class AdaKVManager(FullAttentionManager):
         self._decided: list[str] = []
         self._evicting: list[str] = []
         self._compressed_blocks = self._kept_tokens = self._original_tokens = 0
-        # Of this step, once they are asked for, with the blocks that several of them hold.
-        self._lives: Lives | None = None
-        self._shared_blocks = 0
+        self._step = 0
+        self._lives = LifeTable()
+        # Most blocks that all could come to, whenever each ends.
+        self._most_blocks = 0
         self._holds = Holds()
 
     def slabs_of(self, request_id: str) -> list[int]:
@@ -128,38 +129,39 @@ class AdaKVManager(FullAttentionManager):
         Args:
             plan: of a request that is going to be compressed, or is.
         """
+        free = self.block_pool.get_num_free_blocks()
+        if needed > free:
+            return needed
         needed += self._promised_to_others(request_id)
-        if plan is None:
+        if plan is None or needed > free:
             return needed
         needed += self._growth_during_prefill(request_id)
-        if needed <= self.block_pool.get_num_free_blocks() and self._waits(plan, request_id):
+        if needed <= free and self._waits(plan, request_id):
             return self.block_pool.num_gpu_blocks
         return needed
 
     def _waits(self, plan: Plan, request_id: str) -> bool:
         """Whether a request that has room now had better wait until others have ended."""
+        blocks = self.block_pool.num_gpu_blocks - 1
+        if not len(self._lives) or self._most_blocks + plan.most_blocks <= blocks:
+            return False
         if (waits := self._holds.known(request_id)) is not None:
             return waits
-        mine = Lives([plan.life()], self.output_lengths)
-        running = self._running_lives()
-        if not len(running):
-            return False
-        peak = blocks_for_tokens(running.peak_with(mine), self.block_size) - self._shared_blocks
-        fits = peak < self.block_pool.num_gpu_blocks
-        return self._holds.decide(request_id, fits=fits, own_steps=mine.longest)
+        mine = Lives.of([plan.life()], self.output_lengths)
+        running = self._lives.lives(self.output_lengths, self._step)
+        peak = blocks_for_tokens(running.peak_with(mine), self.block_size)
+        return self._holds.decide(
+            request_id, fits=peak - self._shared_blocks() <= blocks, own_steps=mine.longest
+        )
 
-    def _running_lives(self) -> Lives:
-        """Return the lives of all requests that hold blocks, as they are in this step."""
-        if self._lives is None:
-            lives, references = [], 0
-            for name, blocks in self.req_to_blocks.items():
-                if blocks and (plan := self.plans.get(name)) is not None:
-                    lives.append(plan.life())
-                    references += len(blocks) if name not in self.prefilling else 0
-            # What several requests hold together is counted with each of them.
-            self._shared_blocks = max(0, references - self._used_blocks)
-            self._lives = Lives(lives, self.output_lengths)
-        return self._lives
+    def _shared_blocks(self) -> int:
+        """Return how many blocks the lives count more than once: several requests hold them."""
+        held = sum(
+            len(blocks)
+            for name, blocks in self.req_to_blocks.items()
+            if name not in self.prefilling
+        )
+        return max(0, held - self._used_blocks)
 
     def _growth_during_prefill(self, request_id: str) -> int:
         """Return the blocks that compressed requests take while another's prompt is computed."""
@@ -191,8 +193,14 @@ class AdaKVManager(FullAttentionManager):
 
     def growth_blocks(self) -> int:
         """Return what the running requests will take besides, at the peak of their lives."""
-        peak = blocks_for_tokens(self._running_lives().peak_tokens(), self.block_size)
-        return max(0, peak - self._shared_blocks - self._used_blocks)
+        lives = self._lives.lives(self.output_lengths, self._step)
+        peak = blocks_for_tokens(lives.peak_tokens(), self.block_size)
+        return max(0, peak - self._shared_blocks() - self._used_blocks)
+
+    @property
+    def most_blocks(self) -> int:
+        """Most blocks that all requests that hold blocks could come to hold, by their plans."""
+        return self._most_blocks
 
     @property
     def _used_blocks(self) -> int:
@@ -223,11 +231,16 @@ class AdaKVManager(FullAttentionManager):
         new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         if begins:
             self._begin(request_id, plan)
+        elif new_blocks:
+            # What was not one token a step is made up for: chunks of a prompt, and pauses.
+            self._lives.put(request_id, plan.life(), self._step)
         if not plan.active or num_tokens < plan.prompt_tokens:
             return new_blocks
         self.prefilling.pop(request_id, None)
         if plan.skip_if_taken_now is not None:
+            self._forget_life(request_id, plan)
             plan.skipped = plan.skip_if_taken_now
+            self._note_life(request_id, plan)
             self._decided.append(request_id)
             return new_blocks
         slabs = self._take(plan.slabs)
@@ -238,7 +251,7 @@ class AdaKVManager(FullAttentionManager):
 
     def _begin(self, request_id: str, plan: Plan) -> None:
         """A request holds blocks from now on."""
-        self._forget_outlook(request_id)
+        self._note_life(request_id, plan)
         if plan.active:
             self.prefilling[request_id] = plan
         else:
@@ -251,16 +264,18 @@ class AdaKVManager(FullAttentionManager):
         blocks = self.req_to_blocks[request_id]
         if request_id not in self.compressed:
             # It came with its cache.
+            self._note_life(request_id, plan)
             self._hold_compressed(request_id, plan)
         grown = self._take(plan.blocks_at(plan.num_tokens) - len(blocks))
         blocks.extend(grown)
         self._compressed_blocks += len(grown)
         plan.has_room(len(blocks))
+        # Steps in which it was not scheduled are made up for.
+        self._lives.put(request_id, plan.life(), self._step)
         return grown
 
     def _hold_compressed(self, request_id: str, plan: Plan) -> None:
         """Count a request among the compressed ones, with the blocks that it holds."""
-        self._forget_outlook(request_id)
         self.compressed[request_id] = plan
         if plan.bound is not None:
             self.bounded[request_id] = plan
@@ -268,23 +283,26 @@ class AdaKVManager(FullAttentionManager):
         self._kept_tokens += plan.keep
         self._original_tokens += plan.prompt_tokens
 
-    def _forget_outlook(self, request_id: str) -> None:
-        """What requests will hold has changed by more than a token each."""
-        self._lives = None
+    def _note_life(self, request_id: str, plan: Plan) -> None:
+        self._lives.put(request_id, plan.life(), self._step)
+        self._most_blocks += plan.most_blocks
         self._holds.changed(request_id)
+
+    def _forget_life(self, request_id: str, plan: Plan) -> None:
+        self._lives.drop(request_id)
+        self._most_blocks -= plan.most_blocks
 
     def _take(self, count: int) -> list[KVCacheBlock]:
         return self.block_pool.get_new_blocks(count) if count > 0 else []
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        plan = self.plans.get(request.request_id)
         # A slab's content belongs to no prefix: it must never be found by one.
-        if plan is None or plan.phase is not Phase.COMPRESSED:
+        if request.request_id not in self.compressed:
             super().cache_blocks(request, *args, **kwargs)
 
     def new_step_starts(self) -> None:
         """Frees the prompt blocks of what the last step compressed; they stay evictable."""
-        self._lives = None
+        self._step += 1
         self._holds.next_step()
         for request_id in self.reserved:
             plan = self.plans.get(request_id)
@@ -295,6 +313,7 @@ class AdaKVManager(FullAttentionManager):
             self.block_pool.free_blocks(reversed(blocks[: plan.prompt_blocks]))
             plan.phase = Phase.COMPRESSED
             self._hold_compressed(request_id, plan)
+            self._lives.put(request_id, plan.life(), self._step)
             plan.has_room(len(self.req_to_blocks[request_id]))
         self.reserved.clear()
         self._free_evicted()
@@ -316,6 +335,7 @@ class AdaKVManager(FullAttentionManager):
             self.block_pool.free_blocks(reversed(blocks[left:]))
             self._compressed_blocks -= len(blocks) - left
             plan.has_room(left)
+            self._lives.put(request_id, plan.life(), self._step)
         self._evicting.clear()
 
     def evictable_blocks(self) -> int:
@@ -325,8 +345,10 @@ class AdaKVManager(FullAttentionManager):
         )
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        self._forget_outlook(request_id)
         plan = self.plans.pop(request_id, None)
+        if plan is not None and request_id in self._lives:
+            self._forget_life(request_id, plan)
+        self._holds.changed(request_id)
         self.prefilling.pop(request_id, None)
         self.bounded.pop(request_id, None)
         if self.compressed.pop(request_id, None) is not None:

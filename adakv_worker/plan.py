@@ -105,6 +105,14 @@ class Plan:
             tokens, most, self.answered_before + generated, left, min(left, due), self.max_tokens
         )
 
+    @property
+    def most_blocks(self) -> int:
+        """Most blocks that it could come to hold, beside those of its prompt."""
+        if self.skipped is not None:
+            return blocks_for_tokens(self.prompt_tokens + self.max_outputs, self.block_size)
+        most = most_entries(self.keep, self.max_outputs, self.bound)
+        return compressed_blocks_bound(most, 0, self.block_size)
+
     def has_room(self, blocks: int) -> None:
         """Note how many tokens so many blocks hold of the compressed request."""
         entries = blocks * self.block_size - self.block_size + 1

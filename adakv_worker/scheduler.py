@@ -118,14 +118,14 @@ class AdaKVSchedulerMixin(Scheduler):
         self._last_received = request.request_id
         if is_new and self._manager is not None:
             self._enqueue(request)
-            # A stop string is found in the front end, after the fact.
             if request.sampling_params is not None and request.sampling_params.stop:
                 self._stoppable.add(request.request_id)
 
     def _enqueue(self, request: Request) -> None:
         """A request waits, for the first time or once more."""
         tokens = request.num_tokens - request.num_computed_tokens
-        self._queue.add(request.request_id, self._new_plan(request).blocks_to_start, tokens)
+        plan = self._plan(request)
+        self._queue.add(request.request_id, plan.blocks_to_start if plan else 0, tokens)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         plan = self._plan(request)
@@ -139,11 +139,12 @@ class AdaKVSchedulerMixin(Scheduler):
         return blocks, hit, boundary, diverged
 
     def _plan(self, request: Request) -> Plan | None:
-        """Plans a request that is about to start, or to start again after a preemption."""
+        """Plan a request that waits; nothing of that changes until it starts."""
         if self._manager is None or request.sampling_params is None:
             return None
-        plan = self._new_plan(request)
-        self._manager.plans[request.request_id] = plan
+        plan = self._manager.plans.get(request.request_id)
+        if plan is None:
+            plan = self._manager.plans[request.request_id] = self._new_plan(request)
         return plan
 
     def _new_plan(self, request: Request) -> Plan:
@@ -235,25 +236,23 @@ class AdaKVSchedulerMixin(Scheduler):
             self._note_reports(scheduler_output, model_runner_output, self._manager)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self._reports:
+            # A stop string is found in the front end, after the fact.
+            due = self._changed | self._stoppable
             for batch in outputs.values():
                 for output in batch.outputs:
-                    self._attach_report(output)
+                    if output.finish_reason is not None or output.request_id in due:
+                        self._attach_report(output)
         if self._adakv.check_invariants and self._manager is not None:
             check_blocks(self._manager)
             self._check_queue()
         return outputs
 
     def _attach_report(self, output: EngineCoreOutput) -> None:
-        """Attach a request's report to its last output, and to one after the report has changed."""
-        request_id = output.request_id
-        ends = output.finish_reason is not None
-        if not ends and request_id not in self._changed and request_id not in self._stoppable:
-            return
-        if report := self._reports.get(request_id):
+        if report := self._reports.get(output.request_id):
             output.kv_transfer_params = {REPORT_KEY: report}
-            self._changed.discard(request_id)
-            if ends:
-                del self._reports[request_id]
+            self._changed.discard(output.request_id)
+            if output.finish_reason is not None:
+                del self._reports[output.request_id]
 
     def _report(self, request_id: str, report: dict[str, Any]) -> None:
         self._reports[request_id] = report

@@ -28,21 +28,21 @@ def _held(lives: list[Life], step: int) -> int:
 @given(LIVES)
 def test_the_peak_is_the_most_that_they_ever_hold_together(lives: list[Life]) -> None:
     held = [_held(lives, step) for step in range(301)]
-    assert Lives(lives, LENGTHS).peak_tokens() == max(held)
+    assert Lives.of(lives, LENGTHS).peak_tokens() == max(held)
 
 
 @given(BOUNDED)
 def test_a_bounded_request_counts_with_no_more_than_its_bound(lives: list[Life]) -> None:
     held = [_held(lives, step) for step in range(301)]
-    peak = Lives(lives, LENGTHS).peak_tokens()
+    peak = Lives.of(lives, LENGTHS).peak_tokens()
     assert max(held) <= peak <= sum(life.most_tokens for life in lives)
 
 
 @given(LIVES, st.builds(_sure, st.integers(1, 50), st.integers(0, 300)))
 def test_the_peak_with_another_counts_up_to_its_end(lives: list[Life], other: Life) -> None:
     together = [_held([*lives, other], step) for step in range(other.left + 1)]
-    alone = Lives([other], LENGTHS)
-    assert Lives(lives, LENGTHS).peak_with(alone) == max(together)
+    alone = Lives.of([other], LENGTHS)
+    assert Lives.of(lives, LENGTHS).peak_with(alone) == max(together)
 
 
 @given(LIVES, st.integers(1, 300), st.integers(1, 60))
@@ -55,14 +55,14 @@ def test_what_is_uncertain_adds_up_by_its_variance(
     # Two lengths that have been seen, 100 apart, deviate by 50 from their mean.
     mean, spread = low + 50, 50 * math.sqrt(len(lives))
     exact = sum(life.tokens for life in lives) + len(lives) * mean
-    assert Lives(unsure, lengths).peak_tokens() == exact + math.ceil(spread)
+    assert Lives.of(unsure, lengths).peak_tokens() == exact + math.ceil(spread)
 
 
 def _to_come(
     lengths: OutputLengths, answered: int, left: int, max_tokens: int = 1000
 ) -> tuple[float, float]:
     life = Life(0, UNBOUNDED, answered, left, 0, max_tokens)
-    table = Lives([life], lengths)
+    table = Lives.of([life], lengths)
     return table.longest, table.peak_tokens() - table.longest
 
 
@@ -101,8 +101,8 @@ def test_what_a_request_says_of_its_length_is_believed() -> None:
     lengths = OutputLengths(prior_tokens=10)
     certain = Life(0, UNBOUNDED, answered=0, left=700, due=700, max_tokens=700)
     at_least = Life(0, UNBOUNDED, answered=0, left=700, due=300, max_tokens=700)
-    assert Lives([certain], lengths).longest == 700
-    assert Lives([at_least], lengths).longest == 300
+    assert Lives.of([certain], lengths).longest == 700
+    assert Lives.of([at_least], lengths).longest == 300
 
 
 def test_a_mixture_of_classes_is_what_each_says() -> None:
@@ -110,8 +110,8 @@ def test_a_mixture_of_classes_is_what_each_says() -> None:
     lengths.note(100, 90)
     short = Life(0, UNBOUNDED, 0, left=100, due=0, max_tokens=100)
     long = Life(0, UNBOUNDED, 0, left=1000, due=0, max_tokens=1000)
-    assert Lives([short, long], lengths).longest == 50
-    assert Lives([long], lengths).longest == 10
+    assert Lives.of([short, long], lengths).longest == 50
+    assert Lives.of([long], lengths).longest == 10
 
 
 @pytest.mark.parametrize("own_steps", [1, 5, 100])
