@@ -1,14 +1,13 @@
 """Whether a request may start: how much the running ones will still grow, as plain arithmetic."""
 
+import math
 from collections import deque
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 _Floats = NDArray[np.float64]
-_Ints = NDArray[np.int64]
 
 # Stands for no bound, and stays exact in sums of thousands.
 UNBOUNDED = 1 << 40
@@ -42,46 +41,60 @@ class Expected(NamedTuple):
     spread: _Floats
 
 
+class _Sums(NamedTuple):
+    """Lengths [n] in order, the sums [n + 1] of the first of them, and of their squares."""
+
+    lengths: _Floats
+    sums: _Floats
+    squares: _Floats
+
+
 class _Ended:
-    """The lengths of the last answers of one class, with the sums that `to_come` needs."""
+    """The lengths of the last answers of one class."""
 
     def __init__(self, prior_tokens: int, remembered: int) -> None:
         # What is assumed before anything has ended counts as the first that did.
         self._lengths = deque([prior_tokens], maxlen=remembered)
-        self._sums: tuple[_Ints, _Ints, _Ints] | None = None
+        self._sums: _Sums | None = None
 
     def note(self, tokens: int) -> None:
         self._lengths.append(tokens)
         self._sums = None
 
-    def to_come(self, answered: _Ints, limit: _Ints) -> Expected:
-        lengths, sums, squares = self._sums or self._summed()
-        first = np.searchsorted(lengths, answered, side="right")
-        last = np.searchsorted(lengths, answered + limit, side="right")
-        longer, uncut = len(lengths) - first, last - first
-        cut = len(lengths) - last
-        count = np.maximum(longer, 1)
-        total = sums[last] - sums[first] - answered * uncut + limit * cut
-        square = (
-            squares[last] - squares[first] - 2 * answered * (sums[last] - sums[first])
-            + answered * answered * uncut + limit * limit * cut
-        )  # fmt: skip
-        mean = total / count
-        spread = np.sqrt(np.maximum(square / count - mean * mean, 0.0))
-        # One that has outlived all the others goes on for as long again, as such things do.
-        outlived = longer == 0
-        mean = np.where(outlived, np.minimum(answered, limit), mean)
+    def one_to_come(self, answered: int, limit: int) -> tuple[float, float]:
+        """Return mean and standard deviation of what one answer will still bring."""
+        left = [min(length - answered, limit) for length in self._lengths if length > answered]
+        if not left:
+            # One that has outlived all the others goes on for as long again, as such things do.
+            return min(answered, limit), 0.0
+        mean = sum(left) / len(left)
+        square = sum(tokens * tokens for tokens in left) / len(left)
         # No output passes its limit, however the others were spread.
-        spread = np.where(outlived, 0.0, np.minimum(spread, limit - mean))
+        return mean, min(math.sqrt(max(0.0, square - mean * mean)), limit - mean)
+
+    def to_come(self, answered: _Floats, limit: _Floats) -> Expected:
+        """Return what `one_to_come` does, for R answers."""
+        lengths, sums, squares = self._sums or self._summed()
+        first = lengths.searchsorted(answered, side="right")
+        last = lengths.searchsorted(answered + limit, side="right")
+        count = np.maximum(len(lengths) - first, 1)
+        uncut, cut = last - first, len(lengths) - last
+        of_uncut = sums[last] - sums[first]
+        mean = (of_uncut - answered * uncut + limit * cut) / count
+        square = squares[last] - squares[first]
+        square += answered * (answered * uncut - 2 * of_uncut) + limit * limit * cut
+        variance = np.maximum(square / count - mean * mean, 0.0)
+        outlived = first == len(lengths)
+        mean = np.where(outlived, np.minimum(answered, limit), mean)
+        spread = np.where(outlived, 0.0, np.minimum(np.sqrt(variance), limit - mean))
         return Expected(mean, spread)
 
-    def _summed(self) -> tuple[_Ints, _Ints, _Ints]:
-        lengths = np.sort(np.array(self._lengths, dtype=np.int64))
-        self._sums = (
-            lengths,
-            np.concatenate(([0], np.cumsum(lengths))),
-            np.concatenate(([0], np.cumsum(lengths * lengths))),
-        )
+    def _summed(self) -> _Sums:
+        lengths = np.array(sorted(self._lengths), dtype=np.float64)
+        sums, squares = np.zeros((2, len(lengths) + 1))
+        lengths.cumsum(out=sums[1:])
+        (lengths * lengths).cumsum(out=squares[1:])
+        self._sums = _Sums(lengths, sums, squares)
         return self._sums
 
 
@@ -103,16 +116,29 @@ class OutputLengths:
         """Learn from an answer that ended by itself, or by its `max_tokens`."""
         self._class(max_tokens.bit_length()).note(tokens)
 
-    def to_come(self, answered: _Ints, limit: _Ints, due: _Ints, max_tokens: _Ints) -> Expected:
-        """Return what R answers will still bring, see `Life`."""
-        kinds = np.frexp(max_tokens.astype(np.float64))[1]
-        if len(kinds) and kinds.min() == kinds.max():
-            expected = self._class(int(kinds[0])).to_come(answered, limit)
+    def one_to_come(self, life: Life) -> tuple[float, float]:
+        """Return mean and standard deviation of what one request's answer will still bring."""
+        if life.due >= life.left:
+            return life.left, 0.0
+        mean, spread = self._class(life.max_tokens.bit_length()).one_to_come(
+            life.answered, life.left
+        )
+        return max(mean, life.due), spread
+
+    def to_come(self, answered: _Floats, limit: _Floats, due: _Floats, bits: _Floats) -> Expected:
+        """Return what `one_to_come` does, for R answers.
+
+        Args:
+            bits: of each one's `max_tokens`.
+        """
+        kinds = set(bits.tolist())
+        if len(kinds) == 1:
+            expected = self._class(int(kinds.pop())).to_come(answered, limit)
         else:
-            expected = Expected(*np.zeros((2, len(kinds))))
-            for kind in set(kinds.tolist()):
-                members = kinds == kind
-                part = self._class(kind).to_come(answered[members], limit[members])
+            expected = Expected(*np.zeros((2, len(bits))))
+            for kind in kinds:
+                members = bits == kind
+                part = self._class(int(kind)).to_come(answered[members], limit[members])
                 expected.tokens[members], expected.spread[members] = part
         certain = due >= limit
         return Expected(
@@ -134,26 +160,24 @@ class Lives:
     to its bound counts with that until it ends.
     """
 
-    def __init__(self, table: _Ints, lengths: OutputLengths) -> None:
+    def __init__(self, table: _Floats, lengths: OutputLengths) -> None:
         """
         Args:
-            table: [fields of `Life`, R].
+            table: [fields of `Life`, R], with the number of bits of `max_tokens` for that.
         """
-        tokens, most, answered, left, due, max_tokens = table
-        to_come = lengths.to_come(answered, left, due, max_tokens)
+        tokens, most, answered, left, due, bits = table
+        to_come = lengths.to_come(answered, left, due, bits)
         # The longest first: when one ends, those before it are still there.
-        order = np.argsort(-to_come.tokens, kind="stable")
+        order = (-to_come.tokens).argsort(kind="stable")
         self._ends = np.floor(to_come.tokens[order])
-        held, most = tokens[order], most[order]
+        held, most, spread = tokens[order], most[order], to_come.spread[order]
         bounded = held + self._ends >= most
-        self._held = np.cumsum(np.where(bounded, most, held))
-        self._growing = np.cumsum(~bounded)
-        self._variance = np.cumsum(np.where(bounded, 0.0, to_come.spread[order] ** 2))
-
-    @classmethod
-    def of(cls, lives: Sequence[Life], lengths: OutputLengths) -> "Lives":
-        """Return the lives of requests."""
-        return cls(np.array(lives, dtype=np.int64).reshape(-1, len(Life._fields)).T, lengths)
+        self._growing = (~bounded).cumsum()
+        if bounded.any():
+            held = np.where(bounded, most, held)
+            spread = np.where(bounded, 0.0, spread)
+        self._held = held.cumsum()
+        self._variance = (spread * spread).cumsum()
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -165,32 +189,30 @@ class Lives:
         margin = np.ceil(np.sqrt(self._variance))
         return int((self._held + self._growing * self._ends + margin).max())
 
-    def peak_with(self, other: "Lives") -> int:
+    def peak_with(self, other: Life, to_come: tuple[float, float]) -> int:
         """Return the most tokens that they hold together with one other request, until it ends.
 
         What comes later is the same without it.
+
+        Args:
+            to_come: what the other's answer will bring, and its deviation.
         """
-        (end,), (held,), (growing,) = other._ends, other._held, other._growing
-        variance = other._variance[0]
+        end, spread = int(to_come[0]), to_come[1]
+        held, growing, variance = other.tokens, 1, spread * spread
+        if held + end >= other.most_tokens:
+            held, growing, variance = other.most_tokens, 0, 0.0
         # At its own end those are there that last as long.
-        last = int(np.searchsorted(-self._ends, -end, side="right"))
-        at_end = held + growing * end
+        last = int((-self._ends).searchsorted(-end, side="right"))
+        at_end, variance_at_end = float(held + growing * end), variance
         if last:
-            at_end += self._held[last - 1] + self._growing[last - 1] * end
-            variance_at_end = variance + self._variance[last - 1]
-        else:
-            variance_at_end = variance
-        peak = at_end + np.ceil(np.sqrt(variance_at_end))
+            at_end += float(self._held[last - 1] + self._growing[last - 1] * end)
+            variance_at_end += float(self._variance[last - 1])
+        peak = at_end + math.ceil(math.sqrt(variance_at_end))
         if last < len(self):
             margin = np.ceil(np.sqrt(self._variance[last:] + variance))
             growth = (self._growing[last:] + growing) * self._ends[last:]
-            peak = max(peak, held + (self._held[last:] + growth + margin).max())
+            peak = max(peak, held + float((self._held[last:] + growth + margin).max()))
         return int(peak)
-
-    @property
-    def longest(self) -> int:
-        """Return the steps until the last one ends."""
-        return int(self._ends[0]) if len(self) else 0
 
 
 class LifeTable:
@@ -200,50 +222,47 @@ class LifeTable:
     """
 
     def __init__(self) -> None:
-        self._rows = np.zeros((len(Life._fields), 16), dtype=np.int64)
-        self._since = np.zeros(16, dtype=np.int64)
-        self._used: dict[str, int] = {}
-        self._free = list(range(15, -1, -1))
+        # The fields of `Life`, with bits for `max_tokens`, and the step in which they were so.
+        self._rows = np.zeros((len(Life._fields) + 1, 16))
+        self._places: dict[str, int] = {}
+        self._names: list[str] = []
 
     def __len__(self) -> int:
-        return len(self._used)
+        return len(self._names)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._used
+        return name in self._places
 
     def put(self, name: str, life: Life, step: int) -> None:
         """Note a request as it is in a step."""
-        row = self._used.get(name)
-        if row is None:
-            if not self._free:
-                self._grow()
-            row = self._used[name] = self._free.pop()
-        self._rows[:, row] = life
-        self._since[row] = step
+        place = self._places.get(name)
+        if place is None:
+            place = self._places[name] = len(self._names)
+            self._names.append(name)
+            if place == self._rows.shape[1]:
+                self._rows = np.concatenate((self._rows, np.zeros_like(self._rows)), axis=1)
+        self._rows[:, place] = (*life[:-1], life.max_tokens.bit_length(), step)
 
     def drop(self, name: str) -> None:
         """Forget a request, if it is there."""
-        if (row := self._used.pop(name, None)) is not None:
-            self._free.append(row)
+        if (place := self._places.pop(name, None)) is None:
+            return
+        last = self._names.pop()
+        if last != name:
+            # The rows stay without gaps.
+            self._rows[:, place] = self._rows[:, len(self._names)]
+            self._names[place], self._places[last] = last, place
 
     def lives(self, lengths: OutputLengths, step: int) -> Lives:
         """Return the lives of all as they are in a step."""
-        index = np.fromiter(self._used.values(), dtype=np.int64, count=len(self._used))
-        tokens, most, answered, left, due, max_tokens = self._rows[:, index]
-        passed = np.minimum(step - self._since[index], left)
-        table = np.stack(
-            (
-                tokens + passed, most, answered + passed, left - passed,
-                np.maximum(due - passed, 0), max_tokens,
-            )
-        )  # fmt: skip
+        table = self._rows[:-1, : len(self._names)].copy()
+        tokens, _, answered, left, due, _ = table
+        passed = np.minimum(step - self._rows[-1, : len(self._names)], left)
+        tokens += passed
+        answered += passed
+        left -= passed
+        due -= passed
         return Lives(table, lengths)
-
-    def _grow(self) -> None:
-        count = self._rows.shape[1]
-        self._rows = np.concatenate((self._rows, np.zeros_like(self._rows)), axis=1)
-        self._since = np.concatenate((self._since, np.zeros_like(self._since)))
-        self._free = list(range(2 * count - 1, count - 1, -1))
 
 
 class Holds:

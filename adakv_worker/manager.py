@@ -10,7 +10,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 
-from adakv_worker.admission import Holds, LifeTable, Lives, OutputLengths
+from adakv_worker.admission import Holds, LifeTable, OutputLengths
 from adakv_worker.plan import Phase, Plan
 from adakv_worker.stats import MemoryStats
 from kernels.blocks import blocks_for_tokens
@@ -147,12 +147,12 @@ class AdaKVManager(FullAttentionManager):
             return False
         if (waits := self._holds.known(request_id)) is not None:
             return waits
-        mine = Lives.of([plan.life()], self.output_lengths)
+        life = plan.life()
+        to_come = self.output_lengths.one_to_come(life)
         running = self._lives.lives(self.output_lengths, self._step)
-        peak = blocks_for_tokens(running.peak_with(mine), self.block_size)
-        return self._holds.decide(
-            request_id, fits=peak - self._shared_blocks() <= blocks, own_steps=mine.longest
-        )
+        peak = blocks_for_tokens(running.peak_with(life, to_come), self.block_size)
+        fits = peak <= blocks or peak - self._shared_blocks() <= blocks
+        return self._holds.decide(request_id, fits=fits, own_steps=int(to_come[0]))
 
     def _shared_blocks(self) -> int:
         """Return how many blocks the lives count more than once: several requests hold them."""
@@ -165,10 +165,12 @@ class AdaKVManager(FullAttentionManager):
 
     def _growth_during_prefill(self, request_id: str) -> int:
         """Return the blocks that compressed requests take while another's prompt is computed."""
+        # In so few steps none takes more than one block.
         return sum(
-            max(plan.most_blocks_within(_PREFILL_STEPS) - len(self.req_to_blocks[name]), 0)
+            plan.num_tokens + _PREFILL_STEPS > plan.room_tokens
+            and (plan.bound is None or plan.grows_within(_PREFILL_STEPS))
             for name, plan in self.compressed.items()
-            if plan.num_tokens + _PREFILL_STEPS > plan.room_tokens and name != request_id
+            if name != request_id
         )
 
     def _promised_to_others(self, request_id: str) -> int:

@@ -132,10 +132,12 @@ class Plan:
         """Blocks that surely hold the compressed request at `num_tokens` tokens."""
         return compressed_blocks_bound(self._entries_at(num_tokens), 0, self.block_size)
 
-    def most_blocks_within(self, tokens: int) -> int:
-        """Most blocks that the compressed request holds within the next tokens."""
-        most = most_entries(self._entries_at(self.num_tokens), tokens, self.bound)
-        return compressed_blocks_bound(most, 0, self.block_size)
+    def grows_within(self, tokens: int) -> bool:
+        """Whether the compressed request needs another block for the next tokens."""
+        entries = self._entries_at(self.num_tokens)
+        most = most_entries(entries, tokens, self.bound)
+        now, then = (compressed_blocks_bound(e, 0, self.block_size) for e in (entries, most))
+        return then > now
 
     def _entries_at(self, num_tokens: int) -> int:
         decoded = max(0, num_tokens - self.prompt_tokens)

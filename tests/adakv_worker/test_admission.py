@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adakv_worker.admission import UNBOUNDED, Holds, Life, Lives, OutputLengths
+from adakv_worker.admission import UNBOUNDED, Holds, Life, LifeTable, Lives, OutputLengths
 
 
 def _sure(tokens: int, to_come: int, most: int = UNBOUNDED) -> Life:
@@ -21,6 +22,13 @@ BOUNDED = st.lists(
 )
 
 
+def _lives(lives: list[Life], lengths: OutputLengths) -> Lives:
+    table = LifeTable()
+    for index, life in enumerate(lives):
+        table.put(str(index), life, 0)
+    return table.lives(lengths, 0)
+
+
 def _held(lives: list[Life], step: int) -> int:
     return sum(min(life.tokens + step, life.most_tokens) for life in lives if life.left >= step)
 
@@ -28,21 +36,22 @@ def _held(lives: list[Life], step: int) -> int:
 @given(LIVES)
 def test_the_peak_is_the_most_that_they_ever_hold_together(lives: list[Life]) -> None:
     held = [_held(lives, step) for step in range(301)]
-    assert Lives.of(lives, LENGTHS).peak_tokens() == max(held)
+    assert _lives(lives, LENGTHS).peak_tokens() == max(held)
 
 
 @given(BOUNDED)
 def test_a_bounded_request_counts_with_no_more_than_its_bound(lives: list[Life]) -> None:
     held = [_held(lives, step) for step in range(301)]
-    peak = Lives.of(lives, LENGTHS).peak_tokens()
+    peak = _lives(lives, LENGTHS).peak_tokens()
     assert max(held) <= peak <= sum(life.most_tokens for life in lives)
 
 
 @given(LIVES, st.builds(_sure, st.integers(1, 50), st.integers(0, 300)))
 def test_the_peak_with_another_counts_up_to_its_end(lives: list[Life], other: Life) -> None:
     together = [_held([*lives, other], step) for step in range(other.left + 1)]
-    alone = Lives.of([other], LENGTHS)
-    assert Lives.of(lives, LENGTHS).peak_with(alone) == max(together)
+    to_come = LENGTHS.one_to_come(other)
+    assert to_come == (other.left, 0)
+    assert _lives(lives, LENGTHS).peak_with(other, to_come) == max(together)
 
 
 @given(LIVES, st.integers(1, 300), st.integers(1, 60))
@@ -55,15 +64,14 @@ def test_what_is_uncertain_adds_up_by_its_variance(
     # Two lengths that have been seen, 100 apart, deviate by 50 from their mean.
     mean, spread = low + 50, 50 * math.sqrt(len(lives))
     exact = sum(life.tokens for life in lives) + len(lives) * mean
-    assert Lives.of(unsure, lengths).peak_tokens() == exact + math.ceil(spread)
+    assert _lives(unsure, lengths).peak_tokens() == exact + math.ceil(spread)
 
 
 def _to_come(
-    lengths: OutputLengths, answered: int, left: int, max_tokens: int = 1000
+    lengths: OutputLengths, answered: int, left: int, due: int = 0, max_tokens: int = 1000
 ) -> tuple[float, float]:
-    life = Life(0, UNBOUNDED, answered, left, 0, max_tokens)
-    table = Lives.of([life], lengths)
-    return table.longest, table.peak_tokens() - table.longest
+    life = Life(0, UNBOUNDED, answered, left, due, max_tokens)
+    return tuple(round(value, 6) for value in lengths.one_to_come(life))
 
 
 def test_outputs_are_as_long_as_the_last_ones_that_were_longer() -> None:
@@ -77,7 +85,7 @@ def test_outputs_are_as_long_as_the_last_ones_that_were_longer() -> None:
     # What the limit cuts is not uncertain any more.
     assert _to_come(lengths, 15, left=5) == (5, 0)
     # Nor can what is left of it bring more than that.
-    assert _to_come(lengths, 0, left=12) == (11, 1)
+    assert _to_come(lengths, 0, left=12) == (11.333333, 0.666667)
     # One that has outlived all the others goes on for as long again.
     assert _to_come(lengths, 80, left=1000) == (80, 0)
 
@@ -95,14 +103,15 @@ def test_requests_for_a_token_say_nothing_of_long_answers() -> None:
         lengths.note(8, 8)
     assert _to_come(lengths, 0, left=1000) == (512, 0)
     assert _to_come(lengths, 0, left=8, max_tokens=8)[0] == 8
+    assert _to_come(lengths, 0, left=1000, max_tokens=1)[0] == 1
 
 
 def test_what_a_request_says_of_its_length_is_believed() -> None:
     lengths = OutputLengths(prior_tokens=10)
     certain = Life(0, UNBOUNDED, answered=0, left=700, due=700, max_tokens=700)
     at_least = Life(0, UNBOUNDED, answered=0, left=700, due=300, max_tokens=700)
-    assert Lives.of([certain], lengths).longest == 700
-    assert Lives.of([at_least], lengths).longest == 300
+    assert lengths.one_to_come(certain) == (700, 0)
+    assert lengths.one_to_come(at_least)[0] == 300
 
 
 def test_a_mixture_of_classes_is_what_each_says() -> None:
@@ -110,8 +119,47 @@ def test_a_mixture_of_classes_is_what_each_says() -> None:
     lengths.note(100, 90)
     short = Life(0, UNBOUNDED, 0, left=100, due=0, max_tokens=100)
     long = Life(0, UNBOUNDED, 0, left=1000, due=0, max_tokens=1000)
-    assert Lives.of([short, long], lengths).longest == 50
-    assert Lives.of([long], lengths).longest == 10
+    # Both grow to the tenth step, and one on to the fiftieth, give or take forty.
+    assert _lives([short, long], lengths).peak_tokens() == 50 + 40
+
+
+@given(st.lists(st.integers(1, 600), max_size=80), st.data())
+def test_many_answers_are_expected_as_each_is(ended: list[int], data: st.DataObject) -> None:
+    lengths = OutputLengths(prior_tokens=100)
+    for tokens in ended:
+        lengths.note(data.draw(st.sampled_from([100, 1000])), tokens)
+    answers = st.builds(
+        Life, st.just(0), st.just(UNBOUNDED), st.integers(0, 500), st.integers(0, 500),
+        st.integers(0, 500), st.sampled_from([100, 1000]),
+    )  # fmt: skip
+    lives = data.draw(st.lists(answers, min_size=1, max_size=6))
+    columns = np.array([(*life[:-1], life.max_tokens.bit_length()) for life in lives], float).T
+    expected = np.array(lengths.to_come(*columns[2:]))
+    each = np.array([lengths.one_to_come(life) for life in lives]).T
+    np.testing.assert_allclose(expected, each, atol=1e-5)
+
+
+@given(st.data())
+def test_lives_go_on_by_themselves(data: st.DataObject) -> None:
+    table, known = LifeTable(), {}
+    lengths = OutputLengths(prior_tokens=10)
+    for step in range(data.draw(st.integers(1, 40))):
+        name = data.draw(st.sampled_from("abcdefghijklmnopqrstuvwxyz"))
+        if data.draw(st.booleans()):
+            life = _sure(data.draw(st.integers(1, 50)), data.draw(st.integers(0, 300)))
+            table.put(name, life, step)
+            known[name] = (life, step)
+        else:
+            table.drop(name)
+            known.pop(name, None)
+        now = [
+            life._replace(tokens=life.tokens + passed, left=life.left - passed,
+                          due=life.due - passed)
+            for life, since in known.values()
+            for passed in [min(step - since, life.left)]
+        ]  # fmt: skip
+        assert len(table) == len(known)
+        assert table.lives(lengths, step).peak_tokens() == _lives(now, lengths).peak_tokens()
 
 
 @pytest.mark.parametrize("own_steps", [1, 5, 100])
