@@ -1,5 +1,6 @@
 """Softmax attention of an observation window over all keys, causal inside the window."""
 
+import functools
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -137,7 +138,12 @@ def observed_attention(observation: Observation, window: int, reduction: Reducti
 
 
 def row_products(rows: Tensor, others: Tensor) -> Tensor:
-    """Return rows [r, D] times others [n, D] transposed: [r, n]."""
+    """Return rows [r, D] times others [n, D] transposed: [r, n].
+
+    In their dtype, or float32 on a CPU that does not multiply numbers of that dtype.
+    """
+    if rows.device.type == "cpu" and not _cpu_multiplies(rows.dtype):
+        rows, others = rows.float(), others.float()
     if (
         _HAS_ONEDNN
         and rows.device.type == "cpu"
@@ -146,6 +152,16 @@ def row_products(rows: Tensor, others: Tensor) -> Tensor:
         # What `linear` does for 16 bits; with 32 it takes MKL, at half the speed on AMD's CPUs.
         return torch.ops.mkldnn._linear_pointwise(rows, others, None, "none", [], "")
     return rows @ others.t()
+
+
+@functools.cache
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    if dtype not in (torch.float16, torch.bfloat16):
+        return True
+    # oneDNN refuses what the CPU cannot do, and other products of 16 bits are several times slower
+    # than those of 32.
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return _HAS_ONEDNN and bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
 
 
 def pool(scores: Tensor, kernel_size: int, mode: str) -> Tensor:
