@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from adakv_worker.checks import check_blocks
 from adakv_worker.plugin import engine_args
@@ -104,11 +104,14 @@ class Engine:
         settings = {"temperature": 0.0, "logprobs": 5, "ignore_eos": True, "detokenize": False}
         return SamplingParams(max_tokens=max_tokens, **{**settings, **options})
 
-    def run(self, prompts: list[list[int]], params: Any = None) -> list[Result]:
+    def run(
+        self, prompts: list[list[int]], params: Any = None, lora_request: Any = None
+    ) -> list[Result]:
         outputs = self.llm.generate(
             [{"prompt_token_ids": ids} for ids in prompts],
             params if params is not None else self.params(),
             use_tqdm=False,
+            lora_request=lora_request,
         )
         # Finished requests are forgotten with the next step; an empty one does it now.
         self.flush()
@@ -162,12 +165,13 @@ class Reference:
     """A Hugging Face model that sees of a prompt's entries only those kept, per layer and head."""
 
     def __init__(self, model: Path) -> None:
-        self.model = LlamaForCausalLM.from_pretrained(
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self._masks: list[torch.Tensor] = []
-        for index, layer in enumerate(self.model.model.layers):
-            layer.self_attn.register_forward_pre_hook(self._hook(index), with_kwargs=True)
+        attentions = (m for m in self.model.modules() if type(m).__name__.endswith("Attention"))
+        for index, attention in enumerate(attentions):
+            attention.register_forward_pre_hook(self._hook(index), with_kwargs=True)
 
     def _hook(self, index: int) -> Any:
         def use_mask(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -188,9 +192,9 @@ class Reference:
         ids = torch.tensor([[*result.prompt, *result.tokens[:-1]]])
         n, total = len(result.prompt), ids.shape[1]
         causal = torch.ones((total, total), dtype=torch.bool).tril()
-        layers = len(self.model.model.layers)
-        heads = self.model.config.num_attention_heads
-        group = heads // self.model.config.num_key_value_heads
+        config = self.model.config
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        group = heads // (getattr(config, "num_key_value_heads", None) or heads)
         self._masks = []
         for layer in range(layers):
             seen = causal.expand(heads, -1, -1).clone()
