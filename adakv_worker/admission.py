@@ -131,20 +131,25 @@ class OutputLengths:
         Args:
             bits: of each one's `max_tokens`.
         """
-        kinds = set(bits.tolist())
-        if len(kinds) == 1:
-            expected = self._class(int(kinds.pop())).to_come(answered, limit)
-        else:
-            expected = Expected(*np.zeros((2, len(bits))))
-            for kind in kinds:
-                members = bits == kind
-                part = self._class(int(kind)).to_come(answered[members], limit[members])
-                expected.tokens[members], expected.spread[members] = part
+        expected = self._by_class(answered, limit, bits)
+        if not due.any():
+            return expected
         certain = due >= limit
         return Expected(
             np.where(certain, limit, np.maximum(expected.tokens, due)),
             np.where(certain, 0.0, expected.spread),
         )
+
+    def _by_class(self, answered: _Floats, limit: _Floats, bits: _Floats) -> Expected:
+        kinds = set(bits.tolist())
+        if len(kinds) == 1:
+            return self._class(int(kinds.pop())).to_come(answered, limit)
+        expected = Expected(*np.zeros((2, len(bits))))
+        for kind in kinds:
+            members = bits == kind
+            part = self._class(int(kind)).to_come(answered[members], limit[members])
+            expected.tokens[members], expected.spread[members] = part
+        return expected
 
     def _class(self, bits: int) -> _Ended:
         if bits not in self._classes:

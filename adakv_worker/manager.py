@@ -109,46 +109,58 @@ class AdaKVManager(FullAttentionManager):
             apply_admission_cap,
             prefill_end,
         )
-        compresses = False
-        if plan is not None and plan.active and num_tokens >= plan.prompt_tokens:
+        completes = plan is not None and plan.active and num_tokens >= plan.prompt_tokens
+        slabs = 0
+        if plan is not None and completes:
             plan.skip_if_taken_now = self._shared(plan, request_id, new_computed_blocks)
-            compresses = plan.skip_if_taken_now is None
-            needed += plan.slabs if compresses else 0
+            slabs = plan.slabs if plan.skip_if_taken_now is None else 0
         if apply_admission_cap:
-            needed = self._to_admit(needed, plan if compresses else None, request_id)
-        return needed
+            return self._to_admit(needed, plan if slabs else None, request_id, slabs)
+        if plan is not None and slabs and not self._is_free(needed + slabs):
+            # It was admitted without them, or others have grown otherwise than expected.
+            plan.skip_if_taken_now, slabs = "no_room", 0
+        return needed + slabs
 
-    def _to_admit(self, needed: int, plan: Plan | None, request_id: str) -> int:
+    def _is_free(self, blocks: int) -> bool:
+        return blocks <= self.block_pool.get_num_free_blocks()
+
+    def _to_admit(self, needed: int, plan: Plan | None, request_id: str, slabs: int = 0) -> int:
         """Return the blocks that must be free for a request to begin.
 
         Its own, and those that others need while it computes its prompt. One that is going to be
-        compressed also waits while all together would not fit later. A compressed request that vLLM
-        preempts loses its slabs, and by then its prompt's blocks have mostly been evicted: it
-        computes the prompt again.
+        compressed also waits for its slabs, and while all together would not fit later. A
+        compressed request that vLLM preempts loses its slabs, and by then its prompt's blocks have
+        mostly been evicted: it computes the prompt again.
 
         Args:
+            needed: of its own, but the slabs.
             plan: of a request that is going to be compressed, or is.
         """
-        free = self.block_pool.get_num_free_blocks()
-        if needed > free:
+        if not self._is_free(needed):
             return needed
         needed += self._promised_to_others(request_id)
-        if plan is None or needed > free:
+        if plan is None or not self._is_free(needed):
             return needed
         needed += self._growth_during_prefill(request_id)
-        if needed <= free and self._waits(plan, request_id):
+        if self._is_free(needed) and self._waits(plan, request_id, needed + slabs):
             return self.block_pool.num_gpu_blocks
         return needed
 
-    def _waits(self, plan: Plan, request_id: str) -> bool:
-        """Whether a request that has room now had better wait until others have ended."""
-        blocks = self.block_pool.num_gpu_blocks - 1
-        if not len(self._lives) or self._most_blocks + plan.most_blocks <= blocks:
+    def _waits(self, plan: Plan, request_id: str, needed: int) -> bool:
+        """Whether a request whose prompt has room had better wait until others have ended.
+
+        Args:
+            needed: what it takes with its slabs.
+        """
+        blocks, room = self.block_pool.num_gpu_blocks - 1, self._is_free(needed)
+        if not len(self._lives) or (room and self._most_blocks + plan.most_blocks <= blocks):
             return False
         if (waits := self._holds.known(request_id)) is not None:
             return waits
         life = plan.life()
         to_come = self.output_lengths.one_to_come(life)
+        if not room:
+            return self._holds.decide(request_id, fits=False, own_steps=int(to_come[0]))
         running = self._lives.lives(self.output_lengths, self._step)
         peak = blocks_for_tokens(running.peak_with(life, to_come), self.block_size)
         fits = peak <= blocks or peak - self._shared_blocks() <= blocks

@@ -1,14 +1,16 @@
 """Random lives of many requests in the real scheduler, with a worker that only answers."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from adakv_worker.admission import UNBOUNDED, Life
 from adakv_worker.plan import Phase
 from adakv_worker.stats import MemoryStats
 from tests.adakv_worker.engines import Engine
@@ -206,3 +208,92 @@ def test_the_statistics_tell_of_compressed_memory(small: Engine) -> None:
     assert fake.manager.evictable_blocks() == 18 * len(compressed)
     fake.finish()
     assert fake.memory_stats()._replace(evictable_blocks=0) == MemoryStats()
+
+
+def test_a_short_request_starts_where_the_others_overflow_only_later(small: Engine) -> None:
+    full = {"adakv_policy": "full"}
+    started = {}
+    for scheduler in (Scheduler, None):
+        fake = Fake(small, 0, scheduler)
+        for seed in range(3):
+            fake.add(200, 800, seed, full)
+        fake.step()
+        fake.add(150, 10, 3, {})
+        fake.add(40, 10, 4, full)
+        before = fake.steps
+        fake.finish()
+        started[scheduler] = [fake.starts[name] - before for name in ("r3", "r4")]
+    assert started[None] == started[Scheduler] == [1, 1]
+
+
+class Traffic(NamedTuple):
+    """One request: `gap` steps after the one before; its answer ends by itself after `answer`."""
+
+    gap: int
+    length: int
+    max_tokens: int
+    answer: int
+    options: dict[str, Any]
+
+
+TRAFFIC = st.lists(
+    st.builds(
+        Traffic, st.integers(0, 20), st.integers(1, 700), st.integers(1, 250),
+        st.integers(1, 250), OPTIONS,
+    ),
+    min_size=1, max_size=25,
+)  # fmt: skip
+# A request begins after at most so many times the steps in which stock vLLM ends it and those that
+# its answer may take.
+MOST_TIMES = 2.0
+
+
+@settings(max_examples=80, deadline=None)
+@given(traffic=TRAFFIC)
+def test_no_request_waits_for_much_longer_than_under_stock_vllm(
+    small: Engine, traffic: list[Traffic]
+) -> None:
+    fakes = [Fake(small, 0, scheduler) for scheduler in (Scheduler, None)]
+    arrived: dict[str, int] = {}
+    for fake in fakes:
+        for seed, request in enumerate(traffic):
+            for _ in range(request.gap):
+                fake.step()
+            arrived[f"r{seed}"] = fake.steps
+            fake.add(request.length, request.max_tokens, seed, request.options, request.answer)
+        fake.finish()
+    stock, ours = fakes
+    for (name, step), request in zip(arrived.items(), traffic, strict=True):
+        begun, ended = ours.starts[name] - step, stock.ends[name] - step
+        assert begun <= MOST_TIMES * (ended + request.max_tokens), (name, begun, ended)
+
+
+def test_a_prompt_that_has_room_starts_whole_where_its_slabs_have_none_for_long(
+    small: Engine,
+) -> None:
+    fake = Fake(small, 0)
+    fake.add(700, 300, 0, {"adakv_policy": "full"})
+    fake.step()
+    # 20 blocks and 8 slabs, of which 25 are free and ever fewer.
+    fake.add(620, 12, 1, {"adakv_budget_tokens": 200})
+    while "r1" not in fake.ends or "r1" in fake.scheduler.requests:
+        fake.step()
+    assert fake.starts["r1"] <= 2 + 12 + 1
+    fake.finish()
+
+
+def test_lengths_are_learnt_from_answers_that_ended_by_themselves(small: Engine) -> None:
+    fake = Fake(small, 0)
+    for seed in range(70):
+        fake.add(40, 1, seed, {})
+        fake.add(40, 300, seed, {}, stops_after=20)
+    fake.finish()
+    life = Life(0, UNBOUNDED, answered=0, left=300, due=0, max_tokens=300)
+    assert fake.manager.output_lengths.one_to_come(life) == (20, 0)
+    for seed in range(70):
+        fake.add(40, 300, seed, {}, stops_after=200)
+        fake.step()
+        fake.abort(0)
+    fake.finish()
+    # A client that leaves says nothing of how long answers are.
+    assert fake.manager.output_lengths.one_to_come(life) == (20, 0)
