@@ -23,6 +23,7 @@ class _Metrics(NamedTuple):
     kept_share: Histogram
     blocks_after: Histogram
     decode_evictions: Counter
+    selection_failures: Counter
 
     @classmethod
     @functools.cache
@@ -36,6 +37,7 @@ class _Metrics(NamedTuple):
             Histogram(*metric_names.KEPT_SHARE, _LABELS, buckets=metric_names.SHARE_BUCKETS),
             Histogram(*metric_names.BLOCKS_AFTER, _LABELS, buckets=metric_names.BLOCK_BUCKETS),
             Counter(*metric_names.DECODE_EVICTIONS, _LABELS),
+            Counter(*metric_names.SELECTION_FAILURES, _LABELS),
         )
 
 
@@ -57,6 +59,8 @@ class CompressionLogger(StatLoggerBase):
             if (memory := MemoryStats.of(scheduler_stats)) is not None:
                 evictions = self._metrics.decode_evictions.labels(*self._labels)
                 evictions.inc(memory.decode_evictions)
+                failures = self._metrics.selection_failures.labels(*self._labels)
+                failures.inc(memory.selection_failures)
 
     def _note(self, metrics: _Metrics, proof: dict[str, Any]) -> None:
         labels = self._labels

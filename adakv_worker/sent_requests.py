@@ -1,13 +1,15 @@
 """The requests that a front end has sent to its engine core, and an `AsyncLLM` that keeps them."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from adakv_worker.continuation import continuation_in
+from adakv_worker.sampling_limits import check_sizes
 
 
 class SentRequests:
@@ -69,17 +71,33 @@ class SentRequests:
             del self._unseen[oldest]
 
 
+def _anything_goes(params: SamplingParams) -> None:
+    pass
+
+
 class BookedCore:
     """Stands in for vLLM's `EngineCoreClient` and books what is sent through it."""
 
-    def __init__(self, core: Any, sent: SentRequests) -> None:
+    def __init__(
+        self,
+        core: Any,
+        sent: SentRequests,
+        check: Callable[[SamplingParams], None] = _anything_goes,
+    ) -> None:
+        """
+        Args:
+            check: raises ValueError for parameters that the engine's workers do not take.
+        """
         self._core = core
         self._sent = sent
+        self._check = check
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._core, name)
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
+        if request.sampling_params is not None:
+            self._check(request.sampling_params)
         # Before it is sent: its first output may come before the socket's future is done.
         self._sent.send(request.request_id, _prefill_tokens(request))
         try:
@@ -123,7 +141,8 @@ class BookedLLM(AsyncLLM):
         # The first that uses the client after it is made.
         if self._sent is None:
             self._sent = SentRequests()
-            self.engine_core = self._stand_in(BookedCore(self.engine_core, self._sent))
+            check = check_sizes if self.vllm_config.use_v2_model_runner else _anything_goes
+            self.engine_core = self._stand_in(BookedCore(self.engine_core, self._sent, check))
         super()._run_output_handler()
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:

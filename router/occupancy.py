@@ -58,6 +58,9 @@ class Occupancy(BaseModel):
     decode_evictions: Count | None = Field(
         default=None, description="Of requests that write long answers, since then"
     )
+    selection_failures: Count | None = Field(
+        default=None, description="Requests whose policy raised an error, since then"
+    )
     sessions_held: Count = 0
 
     @model_validator(mode="after")

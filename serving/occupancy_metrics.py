@@ -22,6 +22,7 @@ class OccupancyMetrics:
             "Tokens computed again after a preemption, or because a cache got lost on its way",
         )
         self._evictions = _Total(*metric_names.DECODE_EVICTIONS)
+        self._failures = _Total(*metric_names.SELECTION_FAILURES)
         self._prefill_tokens = metrics.Gauge(
             "adakv_prefill_tokens_queued", "Prompt tokens that are still to be computed"
         )
@@ -40,6 +41,7 @@ class OccupancyMetrics:
         self._prefill_tokens.set(occupancy.prefill_tokens_queued)
         self._recomputed.note(occupancy.recomputed_tokens)
         self._evictions.note(occupancy.decode_evictions)
+        self._failures.note(occupancy.selection_failures)
 
 
 class _Total:

@@ -37,6 +37,7 @@ class EngineLoad(NamedTuple):
     preemptions: int
     recomputed_tokens: int | None = None
     decode_evictions: int | None = None
+    selection_failures: int | None = None
     blocks_lent: int = 0
     blocks_borrowed: int = 0
     told_at: float = float("inf")
@@ -124,7 +125,7 @@ class LoadStats:
         # Set once the engine is made, which takes `logger`.
         self.sent = SentRequests()
         self.preemptions = 0
-        self._decode_evictions = 0
+        self._decode_evictions = self._selection_failures = 0
         self._told_at = float("-inf")
         self._tokens: list[tuple[float, int]] = []
 
@@ -140,6 +141,7 @@ class LoadStats:
             self._on_proof(proof)
         if (memory := MemoryStats.of(scheduler_stats)) is not None:
             self._decode_evictions += memory.decode_evictions
+            self._selection_failures += memory.selection_failures
         self._tokens.append((now, generated_tokens))
         while self._tokens and now - self._tokens[0][0] > _RATE_WINDOW_S:
             self._tokens.pop(0)
@@ -157,7 +159,10 @@ class LoadStats:
         seen = sent.prefill_tokens(sent.unanswered(but=unseen))
         load = from_stock(stats, cache, seen, self.preemptions)
         if memory is not None:
-            load = from_adakv(load, memory)._replace(decode_evictions=self._decode_evictions)
+            load = from_adakv(load, memory)._replace(
+                decode_evictions=self._decode_evictions,
+                selection_failures=self._selection_failures,
+            )
         return with_unseen(load, sent.prefill_tokens(unseen))._replace(
             decode_tokens_per_s=self._decode_tokens_per_s(), told_at=self._told_at
         )

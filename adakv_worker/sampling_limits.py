@@ -1,0 +1,33 @@
+"""Sizes of sampling parameters that Model Runner V2 has room for.
+
+vLLM checks them in the worker, when a request begins: an error there ends the engine.
+"""
+
+from vllm import envs
+from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, SamplingParams
+from vllm.v1.worker.gpu.sample.logit_bias import (
+    MAX_NUM_ALLOWED_TOKEN_IDS,
+    MAX_NUM_LOGIT_BIAS_TOKENS,
+    MAX_NUM_STOP_TOKEN_IDS,
+)
+
+
+def check_sizes(params: SamplingParams) -> None:
+    """Raise ValueError if the parameters of a request are larger than Model Runner V2 takes.
+
+    Args:
+        params: as they are sent to the engine, with the tokens of stop and bad words.
+    """
+    words = params.bad_words_token_ids or []
+    stops = params.all_stop_token_ids if params.min_tokens > 0 else ()
+    sizes = {
+        "allowed_token_ids": (len(params.allowed_token_ids or ()), MAX_NUM_ALLOWED_TOKEN_IDS),
+        "logit_bias": (len(params.logit_bias or ()), MAX_NUM_LOGIT_BIAS_TOKENS),
+        "stop_token_ids beside min_tokens": (len(stops), MAX_NUM_STOP_TOKEN_IDS),
+        "bad_words": (len(words), envs.VLLM_MAX_NUM_BAD_WORDS),
+        "bad_words in tokens": (sum(map(len, words)), envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS),
+        "logprob_token_ids": (len(params.logprob_token_ids or ()), MAX_LOGPROB_TOKEN_IDS),
+    }
+    for name, (size, most) in sizes.items():
+        if size > most:
+            raise ValueError(f"{name}: {size} are more than this server takes, {most}")
