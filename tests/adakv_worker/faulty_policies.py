@@ -1,0 +1,74 @@
+"""Policies that raise an error where a test wants it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from kernels.head_allocations.adaptive import AdaptiveHeads
+from kernels.layer_budgets.uniform import UniformLayers
+from kernels.observation import Observation
+from kernels.policy import Policy
+from kernels.scorers.window import WindowScorer
+
+
+@dataclass
+class Fault:
+    """Raises `error` each time that a policy comes to `stage`, but for the first `spared` times.
+
+    layer: where scoring fails.
+    evicting: whether it fails in evictions instead of compressions.
+    needs_scores: whether the layers' shares depend on all scores.
+    """
+
+    stage: str
+    error: Callable[[], Exception] = lambda: RuntimeError("made for a test")
+    spared: int = 0
+    layer: int = 0
+    evicting: bool = False
+    needs_scores: bool = False
+    times: int = field(default=0, init=False)
+
+    def at(self, stage: str) -> None:
+        if stage == self.stage:
+            self.times += 1
+            if self.times > self.spared:
+                raise self.error()
+
+    def policy(self) -> Policy:
+        return Policy(FaultyScorer(fault=self), FaultyLayers(self), FaultyHeads(fault=self))
+
+
+@dataclass(frozen=True)
+class FaultyScorer(WindowScorer):
+    window_tokens: int = 16
+    fault: Fault | None = None
+
+    def score(self, observation: Observation) -> Tensor:
+        assert self.fault is not None
+        evicting = observation.seen_tokens is not None
+        if (observation.layer, evicting) == (self.fault.layer, self.fault.evicting):
+            self.fault.at("score")
+        return super().score(observation)
+
+
+class FaultyLayers:
+    def __init__(self, fault: Fault) -> None:
+        self.needs_scores = fault.needs_scores
+        self._fault = fault
+
+    def totals(
+        self, shape: tuple[int, int, int], quota: int, scores: Tensor | None = None
+    ) -> list[int]:
+        self._fault.at("totals")
+        return UniformLayers().totals(shape, quota, scores)
+
+
+@dataclass(frozen=True)
+class FaultyHeads(AdaptiveHeads):
+    fault: Fault | None = None
+
+    def allocate(self, scores: Tensor, totals: list[int]) -> Tensor:
+        assert self.fault is not None
+        self.fault.at("allocate")
+        return super().allocate(scores, totals)
