@@ -49,7 +49,9 @@ def run(engine: Engine, name: str, until: int | None = None) -> Answer:
     while core.has_unfinished_requests():
         for output in core.step():
             if output.request_id == name:
-                answer = _answer(output)
+                # A proof comes when it has changed.
+                newest = _answer(output)
+                answer = newest._replace(proof=newest.proof or answer.proof)
         if answer.finish_reason or (until is not None and len(answer.tokens) >= until):
             break
     return answer
