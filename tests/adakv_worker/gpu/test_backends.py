@@ -9,6 +9,7 @@ import pytest
 import torch
 from vllm.v1.attention import selector
 
+from adakv_worker.admission import OutputLengths
 from tests.adakv_worker.engines import (
     Engine,
     Reference,
@@ -123,11 +124,10 @@ def test_graphs_are_of_compressed_and_whole_caches(engine: Engine, reference: Re
 def test_preempted_requests_come_back_right(model: Path, reference: Reference, kind: Kind) -> None:
     # 30 blocks of 16 KiB: four of these prompts compressed and grown do not fit together.
     with started(model, kind, kv_cache_memory_bytes=30 << 14, max_model_len=256) as engine:
-        # Admission expects more of the short answers that it has seen.
-        short = engine.params(max_tokens=2)
-        engine.run([prompt(20, seed=20 + number) for number in range(8)], short)
+        # Admission expects short answers.
+        engine.manager.output_lengths = OutputLengths(prior_tokens=2)
         prompts = [prompt(90, seed=30 + number) for number in range(4)]
-        results = engine.run(prompts, engine.params(max_tokens=90))
+        results = engine.run(prompts, engine.params(max_tokens=90, ignore_eos=False))
         assert engine.preemptions > 0
     assert [len(result.tokens) for result in results] == [90] * 4
     tokens = [result.proof["original_tokens"] for result in results if result.proof]
