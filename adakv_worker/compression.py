@@ -72,7 +72,7 @@ class Compression:
         request_id: str,
         command: Compress,
         blocks: Sequence[int],
-        stop: int,
+        rows: slice,
         earlier: Tensor | None,
         cache: PagedCache,
         tables: PageTables,
@@ -83,12 +83,12 @@ class Compression:
         """
         Args:
             blocks: the prompt's blocks.
-            stop: index in the batch after the prompt's last token.
+            rows: the prompt's tokens in the batch.
             earlier: [L, e, Hq, D], the first queries of the window, from chunks before.
         """
         self._command = command
         self._blocks = sent(blocks, tables.device)
-        self._stop = stop
+        self._rows = rows
         self._earlier = earlier
         self._cache = cache
         self._tables = tables
@@ -209,14 +209,18 @@ class Compression:
 
     def _window(self, layer: int, query: Tensor) -> Tensor:
         """[Hq, span, D]: the queries that the scorer wants."""
-        return window_queries(self._earlier, query[: self._stop], self._command.query_span, layer)
+        return window_queries(self._earlier, query[self._rows], self._command.query_span, layer)
 
 
 def window_queries(earlier: Tensor | None, query: Tensor, span: int, layer: int) -> Tensor:
-    """[Hq, span, D] of a window that ends with `query` [tokens, Hq, D].
+    """Return [Hq, span, D] of a window that ends with `query` [tokens, Hq, D].
 
     Args:
+        query: the request's own of this step.
         earlier: [L, e, Hq, D], its first queries, from steps before.
+
+    Raises:
+        LookupError: there are too few: the device had no memory to keep those of steps before.
     """
     have = 0 if earlier is None else earlier.shape[1]
     if span - have > len(query):

@@ -111,7 +111,10 @@ class Eviction:
         """Each head as a cache of its own."""
         part, group = self._parts[layer], self._parts[layer].num_heads // self._tables.heads
         queries = window_queries(
-            self._earlier, query[: self._position + 1], self._command.query_span, layer
+            self._earlier,
+            query[self._position : self._position + 1],
+            self._command.query_span,
+            layer,
         )
         pages = self._tables.tables(self._row)[layer].long()
         return [

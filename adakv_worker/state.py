@@ -165,7 +165,7 @@ class CompressionState:
             request_id,
             command,
             blocks,
-            start + command.prompt_tokens - first_token,
+            slice(start, start + command.prompt_tokens - first_token),
             earlier,
             self._cache,
             self.tables,
