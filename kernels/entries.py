@@ -80,6 +80,11 @@ def parts(
         yield first, part if whole_pages else part[:, : n - first]
 
 
+def lengths(part: Tensor) -> Tensor:
+    """Return the norms [H, p] float32 of entries [H, p, D], without a copy of them in float32."""
+    return torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32)
+
+
 def read(entries: Entries) -> Tensor:
     """Return all entries [H, n, D]."""
     if isinstance(entries, PagedEntries):

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.entries import parts
+from kernels.entries import lengths, parts
 from kernels.observation import Observation
 
 
@@ -18,14 +18,21 @@ class KeyDiffScorer:
     query_span_tokens: int = 0
 
     def score(self, observation: Observation) -> Tensor:
-        keys, normalize = observation.keys, torch.nn.functional.normalize
+        keys = observation.keys
         heads, n, dim = keys.shape
         anchor = torch.zeros((heads, 1, dim), device=keys.device)
         for _, part in parts(keys):
-            anchor += normalize(part.float(), dim=-1).sum(dim=1, keepdim=True)
-        anchor = normalize(anchor, dim=-1)
+            anchor += (1 / _lengths(part))[:, None] @ part.float()
+        anchor = torch.nn.functional.normalize(anchor, dim=-1)
         similarity = torch.cat(
-            [(normalize(part.float(), dim=-1) * anchor).sum(dim=-1) for _, part in parts(keys)],
+            [
+                (part.float() @ anchor.transpose(1, 2))[..., 0] / _lengths(part)
+                for _, part in parts(keys)
+            ],
             dim=1,
         )
         return -similarity[:, : n - self.window_tokens]
+
+
+def _lengths(part: Tensor) -> Tensor:
+    return lengths(part).clamp_(min=1e-12)

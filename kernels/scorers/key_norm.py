@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.entries import parts
+from kernels.entries import lengths, parts
 from kernels.observation import Observation
 
 
@@ -15,5 +15,5 @@ class KeyNormScorer:
     query_span_tokens: int = 0
 
     def score(self, observation: Observation) -> Tensor:
-        norms = torch.cat([part.float().norm(dim=-1) for _, part in parts(observation.keys)], dim=1)
+        norms = torch.cat([lengths(part) for _, part in parts(observation.keys)], dim=1)
         return -norms[:, : observation.num_tokens - self.window_tokens]

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from kernels.attention import observed_attention, pool
-from kernels.entries import one_head, read
+from kernels.entries import Entries, one_head, parts
 from kernels.observation import Observation
 
-# Of the similarity matrix at a time.
-_ELEMENTS = 1 << 22
+# Of the similarity matrix at a time: there are several of its size.
+_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -42,25 +42,36 @@ class RedundancyScorer:
         # One head's keys at a time: all are compared with all.
         redundancy = torch.cat(
             [
-                self._redundancy(read(one_head(observation.keys, head))[:, : -self.window_tokens])
+                self._redundancy(
+                    _directions(one_head(observation.keys, head))[:, : -self.window_tokens]
+                )
                 for head in range(observation.num_kv_heads)
             ]
         )
         return self.importance_share * importance - (1 - self.importance_share) * redundancy
 
-    def _redundancy(self, keys: Tensor) -> Tensor:
-        """[H, m] of keys [H, m, D]; sums to one for each head."""
-        heads, m, _ = keys.shape
-        directions = torch.nn.functional.normalize(keys.float(), dim=-1)
+    def _redundancy(self, directions: Tensor) -> Tensor:
+        """[H, m] of keys' directions [H, m, D]; sums to one for each head."""
+        heads, m, _ = directions.shape
         spared = int(self.spared_share * m)
         sums = directions.new_zeros((heads, m))
         first, rows_at_once = max(0, m - self.compared_tokens), max(1, _ELEMENTS // (heads * m))
         for start in range(first, m, rows_at_once):
             rows = directions[:, start : start + rows_at_once]
             similarity = rows @ directions.transpose(1, 2)
-            own = torch.arange(rows.shape[1], device=keys.device)
+            own = torch.arange(rows.shape[1], device=directions.device)
             similarity[:, own, start + own] = 0.0
             similar = similarity > self.least_similarity
             from_the_end = similar.flip(-1).cumsum(dim=-1, dtype=torch.int32).flip(-1)
-            sums += similarity.masked_fill(similar & (from_the_end <= spared), 0.0).sum(dim=1)
+            similar &= from_the_end <= spared
+            sums += similarity.masked_fill_(similar, 0.0).sum(dim=1)
         return (sums / (m - first)).softmax(dim=-1)
+
+
+def _directions(keys: Entries) -> Tensor:
+    """Return keys [H, n, D] of length one, float32."""
+    directions = torch.empty(keys.shape, dtype=torch.float32, device=keys.device)
+    for first, part in parts(keys):
+        some = part.float()
+        directions[:, first : first + some.shape[1]] = torch.nn.functional.normalize(some, dim=-1)
+    return directions
