@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -20,6 +21,7 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 from tests.adakv_worker.engines import VOCABULARY, Reference
@@ -198,6 +200,19 @@ def _saved(model: PreTrainedModel, folder: Path, dtype: str = "float32") -> Tiny
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, "torch_dtype": dtype}))
     return TinyModel(folder, folder, {"dtype": dtype})
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Add a tokenizer of bytes, for what needs one: structured outputs and texts."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = [f"<{number}>" for number in range(VOCABULARY - len(alphabet))]
+    vocabulary = {token: number for number, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=special[0], bos_token=special[1]
+    ).save_pretrained(folder)
 
 
 def _block_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
