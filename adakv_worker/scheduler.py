@@ -9,7 +9,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -31,6 +31,7 @@ from adakv_worker.continuation import Continuation, continuation_of, take_up
 from adakv_worker.manager import AdaKVManager, AdaKVSpec
 from adakv_worker.plan import Outputs, Phase, Plan, make_plan, resumed_plan
 from adakv_worker.recomputes import Recomputes
+from adakv_worker.reports import Reports
 from adakv_worker.stats import MemoryStats, attach_last_received, attach_proofs
 from adakv_worker.support import (
     refuse_unsupported,
@@ -42,7 +43,6 @@ from adakv_worker.waiting_book import WaitingBook
 # Below vLLM's own logger, so that its settings show it.
 logger = init_logger("vllm.adakv")
 
-REPORT_KEY = "kv_compression"
 # Counting takes a millisecond for some ten thousand blocks.
 _COUNT_EVICTABLE_EVERY_S = 1.0
 # Looks at every running request; reports to the router are no closer than this.
@@ -56,18 +56,10 @@ class AdaKVSchedulerMixin(Scheduler):
         super().__init__(*args, **kwargs)
         config = compression_config(self.vllm_config.additional_config)
         self._adakv = config or CompressionConfig(enabled=False)
-        self._reports: dict[str, dict[str, Any]] = {}
-        # Requests whose report is to go with their next output, and those where it goes with each.
-        self._changed: set[str] = set()
-        self._stoppable: set[str] = set()
+        self._reports = Reports()
         # Requests that go on here; without their states once they have begun.
         self._to_take_up: dict[str, Continuation] = {}
         self._recomputes = Recomputes()
-        # Until the step's statistics take them along.
-        self._decode_evictions = 0
-        self._selection_failures = 0
-        # First reports of requests, until the step's statistics take them along.
-        self._new_reports: list[dict[str, Any]] = []
         self._queue = WaitingBook()
         self._growth_blocks = 0
         self._count_growth_at = 0.0
@@ -110,7 +102,7 @@ class AdaKVSchedulerMixin(Scheduler):
             take_up(request, continuation)
             self._to_take_up[request.request_id] = continuation
             if continuation.state is not None and continuation.report is not None:
-                self._report(request.request_id, continuation.report)
+                self._reports.put(request.request_id, continuation.report)
             if continuation.state is None:
                 self._recomputes.lose(request.request_id, request.num_tokens - 1)
         is_new = request.request_id not in self.requests
@@ -119,7 +111,7 @@ class AdaKVSchedulerMixin(Scheduler):
         if is_new and self._manager is not None:
             self._enqueue(request)
             if request.sampling_params is not None and request.sampling_params.stop:
-                self._stoppable.add(request.request_id)
+                self._reports.always_attach(request.request_id)
 
     def _enqueue(self, request: Request) -> None:
         """A request waits, for the first time or once more."""
@@ -183,7 +175,7 @@ class AdaKVSchedulerMixin(Scheduler):
                 self._recomputes.begin(request_id, hit_tokens)
                 self._queue.remove(request_id)
             for request_id in self._manager.take_decided():
-                self._report_decision(request_id, self._manager.plans.get(request_id))
+                self._reports.note_whole(request_id, self._manager.plans.get(request_id))
         return output
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -233,77 +225,22 @@ class AdaKVSchedulerMixin(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         if self._manager is not None:
-            self._note_reports(scheduler_output, model_runner_output, self._manager)
+            evicted = commands_of(scheduler_output).evict
+            self._reports.note_step(self._manager.plans, evicted, answer_of(model_runner_output))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if self._reports:
-            # A stop string is found in the front end, after the fact.
-            due = self._changed | self._stoppable
-            for batch in outputs.values():
-                for output in batch.outputs:
-                    if output.finish_reason is not None or output.request_id in due:
-                        self._attach_report(output)
+        self._reports.attach(outputs)
         if self._adakv.check_invariants and self._manager is not None:
             check_blocks(self._manager)
             self._check_queue()
         return outputs
 
-    def _attach_report(self, output: EngineCoreOutput) -> None:
-        if report := self._reports.get(output.request_id):
-            output.kv_transfer_params = {REPORT_KEY: report}
-            self._changed.discard(output.request_id)
-            if output.finish_reason is not None:
-                del self._reports[output.request_id]
-
-    def _report(self, request_id: str, report: dict[str, Any]) -> None:
-        self._reports[request_id] = report
-        self._changed.add(request_id)
-
-    def _report_decision(self, request_id: str, plan: Plan | None) -> None:
-        """Report a request that will not be compressed, at first or after a preemption."""
-        before = self._reports.get(request_id)
-        if plan is None or (before is not None and before["skipped"] == plan.skipped):
-            return
-        self._report_plan(request_id, plan.report(None), before)
-
-    def _report_plan(
-        self, request_id: str, report: dict[str, Any], before: dict[str, Any] | None
-    ) -> None:
-        if before is None:
-            self._new_reports.append(report)
-        else:
-            report["decode_evictions"] = before.get("decode_evictions", 0)
-        self._report(request_id, report)
-
-    def _note_reports(
-        self, step: SchedulerOutput, output: ModelRunnerOutput, manager: AdaKVManager
-    ) -> None:
-        for request_id in commands_of(step).evict:
-            if report := self._reports.get(request_id):
-                evictions = report.get("decode_evictions", 0) + 1
-                self._report(request_id, {**report, "decode_evictions": evictions})
-                self._decode_evictions += 1
-        kept, failed = answer_of(output)
-        self._selection_failures += len(failed)
-        for request_id in failed:
-            if plan := manager.plans.get(request_id):
-                plan.fallback = f"policy '{plan.choice.preset}' failed"
-                if report := self._reports.get(request_id):
-                    self._report(request_id, {**report, "fallback": plan.fallback})
-        # A compressed request is reported with what the worker really kept.
-        for request_id, entries in kept.items():
-            if plan := manager.plans.get(request_id):
-                before = self._reports.get(request_id)
-                self._report_plan(request_id, plan.report(entries), before)
-
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
+        counts, proofs = self._reports.take_counts(), self._reports.take_new()
         if stats is not None and self._manager is not None:
-            self._memory_stats(self._manager).attach(stats)
-            attach_proofs(stats, self._new_reports)
+            self._memory_stats(self._manager)._replace(**counts).attach(stats)
+            attach_proofs(stats, proofs)
             attach_last_received(stats, self._last_received)
-        self._new_reports.clear()
-        self._decode_evictions = 0
-        self._selection_failures = 0
         return stats
 
     def _memory_stats(self, manager: AdaKVManager) -> MemoryStats:
@@ -325,8 +262,6 @@ class AdaKVSchedulerMixin(Scheduler):
             queued_prefill_tokens=self._queue.prefill_tokens + prefilling,
             evictable_blocks=self._evictable_blocks,
             recomputed_tokens=self._recomputes.tokens,
-            decode_evictions=self._decode_evictions,
-            selection_failures=self._selection_failures,
         )
 
     def _check_queue(self) -> None:
@@ -340,14 +275,12 @@ class AdaKVSchedulerMixin(Scheduler):
         self._recomputes.forget(request.request_id)
         self._to_take_up.pop(request.request_id, None)
         self._queue.remove(request.request_id)
-        self._stoppable.discard(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         finished = super().finish_requests(*args, **kwargs)
         for request in finished:
-            self._reports.pop(request.request_id, None)
-            self._changed.discard(request.request_id)
+            self._reports.forget(request.request_id)
             self._to_take_up.pop(request.request_id, None)
         return finished
 

@@ -159,8 +159,7 @@ class Side:
             self.add()
         correction = max(_BLOCK // 2, self._free_blocks // 8)
         if self._scenario.lacking == "memory":
-            fewer = 0 if begins else 2 * correction
-            wanted = max(self._free_blocks - fewer, self._most_growth())
+            wanted = max(self._free_blocks if begins else 0, self._most_growth())
             self._shape_pool(max(wanted - self._returning, 0))
         step = self.step(running - ends)
         if surplus := step.begun - begins:

@@ -105,7 +105,7 @@ def test_a_preempted_request_goes_on_within_its_bound(engine: Engine) -> None:
     for _ in range(120):
         core.step()
     (request,) = engine.scheduler.running
-    evicted = engine.scheduler._reports[request.request_id]["decode_evictions"]
+    evicted = engine.scheduler._reports.get(request.request_id)["decode_evictions"]
     left = 200 - request.num_output_tokens
     engine.scheduler.running.remove(request)
     engine.scheduler._preempt_request(request, 0.0)
@@ -130,14 +130,14 @@ def test_one_that_finds_no_room_after_a_preemption_says_so(
     core.add_request("victim", {"prompt_token_ids": prompt(300)}, params)
     for _ in range(100):
         core.step()
-    (request,) = engine.scheduler.running
-    engine.scheduler.running.remove(request)
-    engine.scheduler._preempt_request(request, 0.0)
 
     def in_a_small_pool(*args: Any, **kwargs: Any) -> Any:
         return make_plan(*args[:-1], 14, **kwargs)
 
     monkeypatch.setattr("adakv_worker.scheduler.make_plan", in_a_small_pool)
+    (request,) = engine.scheduler.running
+    engine.scheduler.running.remove(request)
+    engine.scheduler._preempt_request(request, 0.0)
     outputs: list[Any] = []
     while core.has_unfinished_requests():
         outputs += core.step()

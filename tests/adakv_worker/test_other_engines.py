@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from adakv_worker.admission import OutputLengths
 from tests.adakv_worker.engines import Engine, Reference, assert_equals_reference, prompt
 
 
@@ -13,10 +14,11 @@ def test_preempted_requests_come_back_right(
         gqa_model, {"budget_tokens": 150, "keep_ratio": 0.0},
         kv_cache_memory_bytes=40 * 32 * 2 * 4 * 2 * 32 * 4, max_model_len=800,
     )  # fmt: skip
-    # Admission expects more of the short answers that it has seen.
-    engine.run([prompt(40, seed=290 + number) for number in range(8)], engine.params(max_tokens=2))
+    # Admission expects short answers.
+    engine.manager.output_lengths = OutputLengths(prior_tokens=2)
     results = engine.run(
-        [prompt(400, seed=300 + number) for number in range(5)], engine.params(max_tokens=250)
+        [prompt(400, seed=300 + number) for number in range(5)],
+        engine.params(max_tokens=250, ignore_eos=False),
     )
     assert engine.preemptions > 0
     assert all(len(result.tokens) == 250 for result in results)

@@ -158,7 +158,7 @@ def test_a_bounded_request_never_holds_more_than_its_bound(
     held = []
     while fake.scheduler.has_unfinished_requests():
         held.append(before - free())
-        evictions = fake.scheduler._reports["r0"]["decode_evictions"]
+        evictions = fake.scheduler._reports.get("r0")["decode_evictions"]
         fake.step()
     # 110 entries for each head, and as many as fit a page but one, in blocks of 32.
     assert max(held) == (110 + 31 + 31) // 32

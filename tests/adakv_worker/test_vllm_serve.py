@@ -95,7 +95,7 @@ def test_metrics_count_evictions_while_decoding(url: str) -> None:
         ({"adakv_budget_tokens": "many"}, "adakv_budget_tokens"),
         ({"adakv_polcy": "snapkv"}, "did you mean adakv_policy"),
         ({"adakv_policy": "best"}, "unknown policy 'best'"),
-        ({"adakv_window_tokens": 300}, "observation window"),
+        ({"adakv_window_tokens": 300}, "above this server's most, 32"),
         ({"adakv_decode_budget_tokens": 1024}, "above this server's most, 512"),
         ({"adakv_decode_interval_tokens": 64}, "there is no adakv_decode_budget_tokens"),
     ],
