@@ -1,19 +1,17 @@
-"""Settings of the compression: the operator's, and what one request may change of them."""
+"""The operator's settings of the compression."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kernels.blocks import DecodeBound, KeepLimit, kept_tokens
 from kernels.eviction import SINK_TOKENS
 from kernels.presets import AUTO, DEFAULT_POLICY, PRESETS, PolicyChoice
 
 CONFIG_KEY = "adakv"
 FULL = "full"
 # Characters of a request's own text in a message.
-_SHOWN = 64
+SHOWN_CHARACTERS = 64
 
 
 class CompressionConfig(BaseModel):
@@ -78,7 +76,7 @@ class CompressionConfig(BaseModel):
         if self.policy != FULL:
             self.default_choice.build()
             if self.decode_budget_tokens is not None:
-                _check_bound(
+                check_bound(
                     self.default_choice, self.decode_budget_tokens, self.decode_interval_tokens
                 )
         return self
@@ -88,248 +86,7 @@ class CompressionConfig(BaseModel):
         return PolicyChoice(self.policy, self.alpha, self.window_tokens)
 
 
-class RequestBudget(BaseModel):
-    """What one request gets: the operator's settings with its own laid over them.
-
-    limit: most that it may keep, whatever it asks for.
-    unsupported: presets that the model does not support, for `auto` to choose another.
-    fallback: why it gets another policy or budget than it asked for, or None.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    choice: PolicyChoice
-    budget_tokens: int
-    keep_ratio: float
-    decode: DecodeBound | None = None
-    limit: KeepLimit | None = None
-    unsupported: frozenset[str] = frozenset()
-    fallback: str | None = None
-
-    def keep_of(self, num_tokens: int) -> int:
-        """Return the mean entries per (layer, KV head) that are kept of a prompt."""
-        return kept_tokens(num_tokens, self.budget_tokens, self.keep_ratio, self.decode, self.limit)
-
-    def choice_for(self, keep_tokens: int, num_tokens: int) -> PolicyChoice:
-        """Return the policy where so much of a prompt stays: `auto` is one of two."""
-        return self.choice.for_budget(keep_tokens, num_tokens, self.unsupported)
-
-    def why_less(self, num_tokens: int) -> str | None:
-        """Return why a prompt keeps less than was asked for, or None."""
-        asked = kept_tokens(num_tokens, self.budget_tokens, self.keep_ratio, self.decode)
-        kept = self.keep_of(num_tokens)
-        if kept == asked:
-            return None
-        return f"{asked} entries were asked for: this server keeps at most {kept} of them"
-
-
-class RequestOptions(BaseModel):
-    """The `adakv_*` values of a request's `vllm_xargs` (`SamplingParams.extra_args`)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    policy: str | None = None
-    budget_tokens: int | None = Field(default=None, ge=1)
-    keep_ratio: float | None = Field(default=None, gt=0.0, le=1.0)
-    alpha: float | None = Field(default=None, ge=0.0, le=1.0)
-    window_tokens: int | None = Field(default=None, ge=1)
-    decode_budget_tokens: int | None = Field(default=None, ge=1)
-    decode_interval_tokens: int | None = Field(default=None, ge=1)
-
-    @classmethod
-    def of(cls, extra_args: Mapping[str, Any] | None) -> "RequestOptions":
-        """Reads the values.
-
-        Raises:
-            ValueError: an unknown name or a bad value; the text names it as the request did.
-        """
-        prefix = f"{CONFIG_KEY}_"
-        given = {
-            name.removeprefix(prefix): value
-            for name, value in (extra_args or {}).items()
-            if name.startswith(prefix)
-        }
-        for name in given:
-            if name not in cls.model_fields:
-                near = difflib.get_close_matches(name[:_SHOWN], cls.model_fields, n=1)
-                hint = f": did you mean {prefix}{near[0]}?" if near else ""
-                raise ValueError(f"unknown option {_shown(prefix + name)}{hint}")
-        try:
-            options = cls(**given)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            raise ValueError(f"{prefix}{problem['loc'][0]}: {problem['msg']}") from None
-        if options.policy is not None:
-            check_policy_name(options.policy)
-        return options
-
-    def budget(self, config: CompressionConfig) -> RequestBudget:
-        """Lay the options over the operator's settings.
-
-        A request that names a budget or a ratio gets exactly that, up to the operator's limit; one
-        that names neither gets the operator's.
-
-        Raises:
-            ValueError: the operator's bounds forbid it, or the policy does not take it.
-        """
-        self._check_named(config)
-        budget = self._laid_over(config)
-        if budget.choice.preset != FULL:
-            _check_resulting(budget, config)
-        return budget
-
-    def _check_named(self, config: CompressionConfig) -> None:
-        """Check what the request names by itself."""
-        whole = self.policy == FULL or self.keep_ratio == 1.0
-        if whole and config.policy != FULL and not config.allow_full:
-            name = "adakv_policy" if self.policy == FULL else "adakv_keep_ratio"
-            raise ValueError(f"{name}: this server does not allow `full`")
-        least, most = config.min_budget_tokens, config.max_budget_tokens
-        _check_range("budget_tokens", self.budget_tokens, least, most)
-        _check_range("decode_budget_tokens", self.decode_budget_tokens, least, most)
-        _check_range(
-            "decode_interval_tokens",
-            self.decode_interval_tokens,
-            config.min_decode_interval_tokens,
-            config.max_decode_interval_tokens,
-        )
-        if self.window_tokens is not None:
-            name = self.policy if self.policy is not None else config.policy
-            _check_range("window_tokens", self.window_tokens, 1, _most_window(name, config))
-
-    def _laid_over(self, config: CompressionConfig) -> RequestBudget:
-        name = self.policy if self.policy is not None else config.policy
-        choice = PolicyChoice(
-            name,
-            self.alpha if self.alpha is not None else _if_same(config.alpha, name, config.policy),
-            self.window_tokens
-            if self.window_tokens is not None
-            else _if_same(config.window_tokens, name, config.policy),
-        )
-        window = _window_of(choice)
-        budget, ratio = config.budget_tokens, config.keep_ratio
-        if self.budget_tokens is not None or self.keep_ratio is not None:
-            budget = self.budget_tokens or max(config.min_budget_tokens, window)
-            ratio = self.keep_ratio or 0.0
-        if budget < window:
-            raise ValueError(
-                f"adakv_budget_tokens={budget} is below the observation window of {window}"
-            )
-        decode = self._decode_bound(choice, config)
-        if decode is not None:
-            # Of requests that are bounded the sinks always stay.
-            budget = max(budget, window + SINK_TOKENS)
-        return RequestBudget(
-            choice=choice,
-            budget_tokens=budget,
-            keep_ratio=ratio,
-            decode=decode,
-            limit=_keep_limit(config),
-        )
-
-    def _decode_bound(self, choice: PolicyChoice, config: CompressionConfig) -> DecodeBound | None:
-        if choice.preset == FULL:
-            return None
-        own, interval = self.decode_budget_tokens, self.decode_interval_tokens
-        if own is None and config.decode_budget_tokens is None:
-            if interval is not None:
-                raise ValueError(
-                    "adakv_decode_interval_tokens: there is no adakv_decode_budget_tokens"
-                )
-            return None
-        try:
-            _check_bound(choice, own, interval)
-        except ValueError as error:
-            raise ValueError(f"{CONFIG_KEY}_{error}") from None
-        # The operator's are for the operator's policy; another one may need more.
-        window = choice.build().scorer.window_tokens
-        return DecodeBound(
-            own or max(config.decode_budget_tokens or 0, window + SINK_TOKENS),
-            interval or max(config.decode_interval_tokens, window),
-        )
-
-
-def budget_of(
-    extra_args: Mapping[str, Any] | None,
-    config: CompressionConfig,
-    unsupported: Mapping[str, str],
-) -> RequestBudget:
-    """Return what a request gets, whatever it asks for.
-
-    What the operator's bounds forbid, or the model does not support, is answered with the
-    operator's own settings, and `fallback` names the reason.
-
-    Args:
-        unsupported: presets that the model does not support, with the reason.
-    """
-    options = RequestOptions()
-    try:
-        options = RequestOptions.of(extra_args)
-        budget = options.budget(config)
-    except ValueError as error:
-        budget = RequestOptions().budget(config).model_copy(update={"fallback": str(error)})
-    if (reason := unsupported.get(budget.choice.preset)) is not None:
-        why = f"policy '{budget.choice.preset}' does not work with this model: {reason}"
-        of_policy = {"policy": None, "alpha": None, "window_tokens": None}
-        try:
-            budget = options.model_copy(update=of_policy).budget(config)
-        except ValueError:
-            budget = RequestOptions().budget(config)
-        budget = budget.model_copy(update={"fallback": why})
-    return budget.model_copy(update={"unsupported": frozenset(unsupported)})
-
-
-def _keep_limit(config: CompressionConfig) -> KeepLimit | None:
-    """Return the most that requests may keep; the operator's own settings always may."""
-    if config.policy == FULL or (config.allow_full and config.max_budget_tokens is None):
-        return None
-    own = max(config.budget_tokens, _window_of(config.default_choice) + SINK_TOKENS)
-    return KeepLimit(max(own, config.max_budget_tokens or 0), config.keep_ratio)
-
-
-def _most_window(name: str, config: CompressionConfig) -> int:
-    """Return the largest observation window that a request may ask for of a policy."""
-    if config.max_window_tokens is not None:
-        return config.max_window_tokens
-    if name == FULL:
-        return 0
-    own = PolicyChoice(name, window_tokens=_if_same(config.window_tokens, name, config.policy))
-    return max(
-        scorer.query_span_tokens if scorer.query_span_tokens else scorer.window_tokens
-        for scorer in (PolicyChoice(name).build().scorer, own.build().scorer)
-    )
-
-
-def _window_of(choice: PolicyChoice) -> int:
-    return 0 if choice.preset == FULL else choice.build().scorer.window_tokens
-
-
-def _check_resulting(budget: RequestBudget, config: CompressionConfig) -> None:
-    """Check what all options come to together: one may raise another.
-
-    The operator's own settings are within the operator's bounds, whatever those are.
-    """
-    own = RequestOptions()._laid_over(config)
-    if config.max_budget_tokens is not None:
-        most = max(config.max_budget_tokens, own.budget_tokens)
-        _check_range("budget_tokens", budget.budget_tokens, 1, most)
-    window, limit = _window_of(budget.choice), budget.limit
-    if limit is not None and window + SINK_TOKENS > limit.tokens:
-        raise ValueError(
-            f"adakv_window_tokens={window} and {SINK_TOKENS} sinks are above this server's most "
-            f"entries, {limit.tokens}"
-        )
-    if budget.decode is None:
-        return
-    own_bound = own.decode or DecodeBound(0, 0)
-    if config.max_budget_tokens is not None:
-        most = max(config.max_budget_tokens, own_bound.budget_tokens)
-        _check_range("decode_budget_tokens", budget.decode.budget_tokens, 1, most)
-    most = max(config.max_decode_interval_tokens, own_bound.interval_tokens)
-    _check_range("decode_interval_tokens", budget.decode.interval_tokens, 1, most)
-
-
-def _check_bound(
+def check_bound(
     choice: PolicyChoice, budget_tokens: int | None, interval_tokens: int | None
 ) -> None:
     """Raises ValueError if the policy needs more; the text names the setting without its prefix."""
@@ -349,26 +106,12 @@ def check_policy_name(name: str) -> None:
     """Raises ValueError, naming the known ones, if there is no such policy."""
     if name not in (FULL, AUTO, *PRESETS):
         known = ", ".join(sorted([*PRESETS, FULL, AUTO]))
-        raise ValueError(f"unknown policy {_shown(name)}: known are {known}")
+        raise ValueError(f"unknown policy {shown(name)}: known are {known}")
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Return a request's text for a message: short, and writable in any encoding."""
-    return ascii(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
-
-
-def _if_same(value: Any, name: str, default: str) -> Any:
-    # The operator's fine settings belong to the operator's policy.
-    return value if name == default else None
-
-
-def _check_range(name: str, tokens: int | None, least: int, most: int | None) -> None:
-    if tokens is None:
-        return
-    if tokens < least:
-        raise ValueError(f"{CONFIG_KEY}_{name}={tokens} is below this server's least, {least}")
-    if most is not None and tokens > most:
-        raise ValueError(f"{CONFIG_KEY}_{name}={tokens} is above this server's most, {most}")
+    return ascii(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "...")
 
 
 def compression_config(additional_config: Any) -> CompressionConfig | None:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from adakv_worker.admission import UNBOUNDED, Life
 from adakv_worker.commands import Kept
-from adakv_worker.config import FULL, RequestBudget
+from adakv_worker.config import FULL
+from adakv_worker.options import RequestBudget
 from kernels.blocks import (
     DecodeBound,
     blocks_for_tokens,

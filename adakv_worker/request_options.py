@@ -14,9 +14,10 @@ from vllm.v1.sample.logits_processor import BatchUpdate
 from vllm.v1.sample.logits_processor import LogitsProcessor as ForModelRunnerV1
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ForModelRunnerV2
 
-from adakv_worker.config import CompressionConfig, RequestOptions
+from adakv_worker.config import CompressionConfig
 from adakv_worker.continuation import KEY as CONTINUATION_KEY
 from adakv_worker.encodable import PROBLEM, unencodable
+from adakv_worker.options import RequestOptions
 
 _config: CompressionConfig | None = None
 

@@ -26,9 +26,10 @@ from adakv_worker.commands import (
     answer_of,
     commands_of,
 )
-from adakv_worker.config import CompressionConfig, budget_of, compression_config
+from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.continuation import Continuation, continuation_of, take_up
 from adakv_worker.manager import AdaKVManager, AdaKVSpec
+from adakv_worker.options import budget_of
 from adakv_worker.plan import Outputs, Phase, Plan, make_plan, resumed_plan
 from adakv_worker.recomputes import Recomputes
 from adakv_worker.reports import Reports

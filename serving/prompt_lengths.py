@@ -9,7 +9,8 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from adakv_worker.config import FULL, CompressionConfig, RequestOptions
+from adakv_worker.config import FULL, CompressionConfig
+from adakv_worker.options import RequestOptions
 from router.footprint import Budget, Footprint, OutputLengths, predict, prefix_hashes
 from serving.asgi import Message
 from serving.config import AppConfig

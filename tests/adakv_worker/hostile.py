@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from vllm.exceptions import VLLMValidationError
 
-from adakv_worker.config import RequestOptions
 from adakv_worker.continuation import KEY as CONTINUATION
+from adakv_worker.options import RequestOptions
 from kernels.presets import PRESETS
 from tests.adakv_worker.engines import Engine, prompt
 from tests.adakv_worker.tiny_models import MODELS, TinyModel, add_tokenizer

@@ -5,12 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from adakv_worker.config import (
-    CompressionConfig,
-    RequestOptions,
-    budget_of,
-    compression_config,
-)
+from adakv_worker.config import CompressionConfig, compression_config
+from adakv_worker.options import RequestOptions, budget_of
 from adakv_worker.plan import make_plan
 from kernels.blocks import DecodeBound
 

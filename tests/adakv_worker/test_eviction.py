@@ -175,7 +175,8 @@ def test_a_table_row_holds_a_whole_context_and_its_slabs(engine: Engine) -> None
     ],
 )
 def test_bad_bounds_are_refused(options: dict[str, Any], message: str) -> None:
-    from adakv_worker.config import CompressionConfig, RequestOptions
+    from adakv_worker.config import CompressionConfig
+    from adakv_worker.options import RequestOptions
 
     config = CompressionConfig(window_tokens=20, min_budget_tokens=1, max_budget_tokens=100_000)
     with pytest.raises(ValueError, match=message):
@@ -183,7 +184,8 @@ def test_bad_bounds_are_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_an_operators_bound_fits_any_policy_that_a_request_names() -> None:
-    from adakv_worker.config import CompressionConfig, RequestOptions
+    from adakv_worker.config import CompressionConfig
+    from adakv_worker.options import RequestOptions
 
     config = CompressionConfig(
         policy="streaming_llm", decode_budget_tokens=8, decode_interval_tokens=4
