@@ -23,7 +23,7 @@ class Life(NamedTuple):
     answered: tokens of its answer by now.
     left: most that may still come.
     due: least that will still come, whatever the answer says.
-    max_tokens: what it asked for, by which `OutputLengths` tells classes of answers.
+    max_tokens: what it asked for: `OutputLengths` has classes of it.
     """
 
     tokens: int
@@ -279,7 +279,7 @@ class Holds:
 
     def __init__(self) -> None:
         self._step = 0
-        # Of each request: the step in which its wait ends, and the one in which to decide again.
+        # The step in which each request's wait ends, and the one in which to decide again.
         self._until: dict[str, int] = {}
         self._again: dict[str, int] = {}
 

@@ -149,7 +149,7 @@ class RequestOptions(BaseModel):
             )
         decode = self._decode_bound(choice, config)
         if decode is not None:
-            # Of requests that are bounded the sinks always stay.
+            # The sinks of bounded requests always stay.
             budget = max(budget, window + SINK_TOKENS)
         return RequestBudget(
             choice=choice,
