@@ -1,12 +1,13 @@
 """Validates sampling parameters at admission, where an error becomes a 400.
 
-The `adakv_*` values of requests, and strings that could not be sent to the engine's process.
+The `adakv_*` values of requests, and what could not be sent to the engine's process.
 """
 
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import torch
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams
@@ -41,11 +42,14 @@ class RequestOptionsValidator(ForModelRunnerV1, ForModelRunnerV2):
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Raise ValueError for an unknown option, a bad value, or one out of bounds.
 
-        Also for a string that cannot be encoded: vLLM would fail to send it, and answer 500.
+        Also for a string that cannot be encoded and a number that is too large: vLLM would fail to
+        send it, and answer 500.
         """
         for name, value in _texts(sampling_params):
             if (where := unencodable(value, name)) is not None:
                 raise ValueError(f"{where} has {PROBLEM}")
+        if (field := _too_large(sampling_params)) is not None:
+            raise ValueError(f"{field} has a whole number of more than 64 bits")
         if sampling_params.extra_args:
             if CONTINUATION_KEY in sampling_params.extra_args:
                 raise ValueError(f"{CONTINUATION_KEY} is not for requests to say")
@@ -73,3 +77,21 @@ def _texts(params: SamplingParams) -> Iterator[tuple[str, Any]]:
     if (structured := params.structured_outputs) is not None:
         for field in dataclasses.fields(structured):
             yield f"structured_outputs.{field.name}", getattr(structured, field.name)
+
+
+def _too_large(params: SamplingParams) -> str | None:
+    """Return the first field, by the client's name, with a number that cannot be sent."""
+    if _is_sent(params):
+        return None
+    # vLLM looks at `extra_args` itself.
+    fields = (name for name in params.__struct_fields__ if not _is_sent(getattr(params, name)))
+    return next(fields, "sampling_params")
+
+
+def _is_sent(value: Any) -> bool:
+    try:
+        # What msgpack has no type for is vLLM's own to send.
+        msgspec.msgpack.encode(value, enc_hook=lambda _: None)
+    except OverflowError:
+        return False
+    return True

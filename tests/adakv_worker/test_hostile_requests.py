@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from adakv_worker.config import CompressionConfig
-from adakv_worker.request_options import bound_by
+from adakv_worker.request_options import RequestOptionsValidator, bound_by
 from adakv_worker.stats import MemoryStats
 from tests.adakv_worker.async_engines import Side
 from tests.adakv_worker.engines import Engine, assert_equals_reference, prompt
@@ -87,6 +88,23 @@ def _check_idle(engine: Engine) -> None:
     assert memory._replace(evictable_blocks=0, recomputed_tokens=0) == MemoryStats()
 
 
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"stop_token_ids": [2**64]}, "stop_token_ids"),
+        (
+            {"structured_outputs": StructuredOutputsParams(json={"maximum": 10**30})},
+            "structured_outputs",
+        ),
+    ],
+)
+def test_numbers_that_cannot_be_sent_to_an_engine_are_refused(
+    options: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{field} has a whole number of more than 64 bits"):
+        RequestOptionsValidator.validate_params(SamplingParams(**options))
+
+
 async def test_requests_that_go_on_with_more_input_stay_whole(
     gqa_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +122,6 @@ async def test_requests_that_go_on_with_more_input_stay_whole(
 
 
 async def _two_turns(side: Side) -> tuple[list[int], list[dict[str, Any]]]:
-    from vllm import SamplingParams
     from vllm.engine.protocol import StreamingInput
     from vllm.sampling_params import RequestOutputKind
 
