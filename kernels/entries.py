@@ -4,7 +4,7 @@ A long prompt's keys are hundreds of MiB in each layer: a scorer that goes throu
 no more of them than `PART_BYTES`, whatever the model and the prompt.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -78,6 +78,19 @@ def parts(
         some = entries.pages[:, page : min(page + pages_at_once, -(-n // page_tokens))]
         part = read_heads(entries.pool, some)
         yield first, part if whole_pages else part[:, : n - first]
+
+
+def per_entry(entries: Entries, number: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return numbers [H, n] float32 that `number` makes of parts [H, p, D].
+
+    They lie in memory of their own from the start: between parts that come and go they would leave
+    holes in an allocator's memory which the next part does not fit into.
+    """
+    heads, n, _ = entries.shape
+    numbers = torch.empty((heads, n), dtype=torch.float32, device=entries.device)
+    for first, part in parts(entries):
+        numbers[:, first : first + part.shape[1]] = number(part)
+    return numbers
 
 
 def lengths(part: Tensor) -> Tensor:

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.entries import one_head, parts
+from kernels.entries import lengths, one_head, parts, per_entry
 from kernels.observation import Observation
 from kernels.rotary import Rotary
 
@@ -38,12 +38,9 @@ class ExpectedAttentionScorer:
         n, sinks = observation.num_tokens, min(self.sink_tokens, observation.num_tokens - 1)
         span = min(self.query_span_tokens, observation.queries.shape[1], n - sinks)
         mean, covariance = self._future_queries(observation, observation.rotary, span)
-        scores = torch.stack(
-            [
-                self._head_scores(observation, head, mean[head], covariance[head], sinks)
-                for head in range(observation.num_kv_heads)
-            ]
-        )
+        scores = mean.new_empty((observation.num_kv_heads, n - sinks))
+        for head, of_head in enumerate(scores):
+            of_head[:] = self._head_scores(observation, head, mean[head], covariance[head], sinks)
         scores = torch.nn.functional.pad(scores, (sinks, 0), value=float(scores.amax()) + 1.0)
         return scores[:, : n - self.window_tokens]
 
@@ -63,8 +60,7 @@ class ExpectedAttentionScorer:
             logits[:, first : first + len(some)] = expected
         scores = logits[:, sinks:].softmax(dim=-1).mean(dim=0)
         if self.use_value_norm:
-            values = parts(one_head(observation.values, head))
-            norms = torch.cat([part[0].float().norm(dim=-1) for _, part in values])
+            norms = per_entry(one_head(observation.values, head), lengths)[0]
             scores = (scores + self.epsilon) * norms[sinks:]
         return scores
 

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.entries import lengths, parts
+from kernels.entries import lengths, parts, per_entry
 from kernels.observation import Observation
 
 
@@ -24,14 +24,11 @@ class KeyDiffScorer:
         for _, part in parts(keys):
             anchor += (1 / _lengths(part))[:, None] @ part.float()
         anchor = torch.nn.functional.normalize(anchor, dim=-1)
-        similarity = torch.cat(
-            [
-                (part.float() @ anchor.transpose(1, 2))[..., 0] / _lengths(part)
-                for _, part in parts(keys)
-            ],
-            dim=1,
-        )
-        return -similarity[:, : n - self.window_tokens]
+
+        def similarity(part: Tensor) -> Tensor:
+            return (part.float() @ anchor.transpose(1, 2))[..., 0] / _lengths(part)
+
+        return -per_entry(keys, similarity)[:, : n - self.window_tokens]
 
 
 def _lengths(part: Tensor) -> Tensor:

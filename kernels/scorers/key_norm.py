@@ -1,9 +1,8 @@
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from kernels.entries import lengths, parts
+from kernels.entries import lengths, per_entry
 from kernels.observation import Observation
 
 
@@ -15,5 +14,5 @@ class KeyNormScorer:
     query_span_tokens: int = 0
 
     def score(self, observation: Observation) -> Tensor:
-        norms = torch.cat([lengths(part) for _, part in parts(observation.keys)], dim=1)
+        norms = per_entry(observation.keys, lengths)
         return -norms[:, : observation.num_tokens - self.window_tokens]
