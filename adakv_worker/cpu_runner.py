@@ -1,8 +1,11 @@
 """The CPU's model runner with compression: layers outermost, pages packed as its kernels want."""
 
+from typing import Any
+
 import torch
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from adakv_worker.config import CompressionConfig
 from adakv_worker.cpu_backend import paged_cache
@@ -30,7 +33,37 @@ class LayersOutermost(AdaKVRunner):
         )
 
 
-class AdaKVCPUModelRunner(LayersOutermost, AdaKVRunnerV1, CPUModelRunner):
+class UndrawnNumbers(GPUModelRunner):
+    """Mixin placed before vLLM's CPU runner: seeds beside prompts of several chunks.
+
+    vLLM draws a token after each chunk, discards it, and turns the generator's offset back. A CPU's
+    generator has none, and the error ends the engine: here its state is put back instead.
+    """
+
+    def _seeded_chunks(self) -> dict[int, torch.Generator]:
+        """Return the generators, by row, of requests whose prompt is not complete."""
+        rows = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0].tolist()
+        generators = self.input_batch.generators
+        return {row: generators[row] for row in rows if row in generators}
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        before = [(chunk, chunk.get_state()) for chunk in self._seeded_chunks().values()]
+        output = super()._sample(*args, **kwargs)
+        for generator, state in before:
+            generator.set_state(state)
+        return output
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        chunks, generators = self._seeded_chunks(), self.input_batch.generators
+        for row in chunks:
+            del generators[row]
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            generators.update(chunks)
+
+
+class AdaKVCPUModelRunner(LayersOutermost, AdaKVRunnerV1, UndrawnNumbers, CPUModelRunner):
     """The CPU, on Model Runner V1."""
 
 

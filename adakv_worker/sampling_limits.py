@@ -1,9 +1,10 @@
-"""Sizes of sampling parameters that Model Runner V2 has room for.
+"""Sampling parameters that vLLM's workers raise errors of: an error there ends the engine."""
 
-vLLM checks them in the worker, when a request begins: an error there ends the engine.
-"""
+from collections.abc import Callable
 
 from vllm import envs
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS, SamplingParams
 from vllm.v1.worker.gpu.sample.logit_bias import (
     MAX_NUM_ALLOWED_TOKEN_IDS,
@@ -12,8 +13,22 @@ from vllm.v1.worker.gpu.sample.logit_bias import (
 )
 
 
+def check_for(config: VllmConfig) -> Callable[[SamplingParams], None]:
+    """Return what raises ValueError for parameters that an engine's workers do not take."""
+    on_v2 = config.use_v2_model_runner
+    lora_on_cpu = config.lora_config is not None and current_platform.is_cpu()
+
+    def check(params: SamplingParams) -> None:
+        if on_v2:
+            check_sizes(params)
+        if lora_on_cpu and params.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs: this server has none, for it uses LoRA on a CPU")
+
+    return check
+
+
 def check_sizes(params: SamplingParams) -> None:
-    """Raise ValueError if the parameters of a request are larger than Model Runner V2 takes.
+    """Raise ValueError if the parameters of a request are larger than Model Runner V2 has room for.
 
     Args:
         params: as they are sent to the engine, with the tokens of stop and bad words.

@@ -9,7 +9,7 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from adakv_worker.continuation import continuation_in
-from adakv_worker.sampling_limits import check_sizes
+from adakv_worker.sampling_limits import check_for
 
 
 class SentRequests:
@@ -141,7 +141,7 @@ class BookedLLM(AsyncLLM):
         # The first that uses the client after it is made.
         if self._sent is None:
             self._sent = SentRequests()
-            check = check_sizes if self.vllm_config.use_v2_model_runner else _anything_goes
+            check = check_for(self.vllm_config)
             self.engine_core = self._stand_in(BookedCore(self.engine_core, self._sent, check))
         super()._run_output_handler()
 

@@ -214,3 +214,16 @@ def test_auto_tells_what_it_was(
     assert result.proof is not None
     assert result.proof["policy"] == policy
     _answers_right(result, reference)
+
+
+def test_a_seed_draws_the_same_whether_a_prompt_comes_in_chunks_or_is_cached(
+    engine: Engine,
+) -> None:
+    # 512 tokens a step.
+    seeded = engine.params(max_tokens=20, seed=7, temperature=1.0)
+    ids = prompt(520, seed=97)
+    (chunked,) = engine.run([ids], seeded)
+    (cached,) = engine.run([ids], seeded)
+    assert chunked.tokens == cached.tokens
+    (other,) = engine.run([ids], engine.params(max_tokens=20, seed=8, temperature=1.0))
+    assert other.tokens != chunked.tokens

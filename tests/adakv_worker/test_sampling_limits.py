@@ -1,12 +1,14 @@
-"""What Model Runner V2 would end the engine for is refused before it is sent."""
+"""What would end an engine in its workers is refused before it is sent."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from adakv_worker.sampling_limits import check_sizes
+from adakv_worker.sampling_limits import check_for, check_sizes
 from adakv_worker.sent_requests import BookedCore, SentRequests
 
 
@@ -46,3 +48,16 @@ async def test_what_is_refused_is_not_sent() -> None:
     with pytest.raises(ValueError, match="stop_token_ids"):
         await BookedCore(Core(), sent, check_sizes).add_request_async(request)
     assert not sent.unseen()
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_prompt_logprobs_beside_lora_are_refused_on_cpus(with_lora: bool) -> None:
+    config: Any = SimpleNamespace(
+        use_v2_model_runner=False, lora_config=object() if with_lora else None
+    )
+    check, params = check_for(config), SamplingParams(prompt_logprobs=1)
+    if not with_lora or not current_platform.is_cpu():
+        check(params)
+        return
+    with pytest.raises(ValueError, match="prompt_logprobs"):
+        check(params)
