@@ -78,6 +78,11 @@ class Plan:
         return blocks_for_tokens(self.prompt_tokens, self.block_size)
 
     @property
+    def start_tokens(self) -> int:
+        """The request's tokens when it starts."""
+        return self.num_tokens if self.phase is Phase.COMPRESSED else self.prompt_tokens
+
+    @property
     def blocks_to_start(self) -> int:
         """Blocks that its prefill takes at its end, or its cache that came with it."""
         if self.phase is Phase.COMPRESSED:

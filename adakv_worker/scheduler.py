@@ -132,11 +132,14 @@ class AdaKVSchedulerMixin(Scheduler):
         return blocks, hit, boundary, diverged
 
     def _plan(self, request: Request) -> Plan | None:
-        """Plan a request that waits; nothing of that changes until it starts."""
+        """Plan a request that waits, once for the tokens that it has.
+
+        Of an asynchronous step a token may still come after the request was preempted.
+        """
         if self._manager is None or request.sampling_params is None:
             return None
         plan = self._manager.plans.get(request.request_id)
-        if plan is None:
+        if plan is None or plan.start_tokens != request.num_tokens:
             plan = self._manager.plans[request.request_id] = self._new_plan(request)
         return plan
 

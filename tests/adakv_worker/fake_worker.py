@@ -103,6 +103,8 @@ class Fake:
             # Its cache is placed in this step, for which nothing but the last token is computed.
             assert taken.state is None or output.num_scheduled_tokens[request_id] == 1
         for request_id, command in commands.compress.items():
+            # All of its tokens are there, and none but those.
+            assert command.prompt_tokens == self.scheduler.requests[request_id].num_computed_tokens
             # The worker writes slabs in this step: all must still be the request's.
             blocks = self.manager.req_to_blocks[request_id]
             assert {*command.slabs} <= {block.block_id for block in blocks}
