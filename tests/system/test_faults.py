@@ -84,14 +84,18 @@ def test_concurrent_requests_use_both_replicas(
 ) -> None:
     inspected: list[dict[str, Any]] = []
 
+    def shows_running() -> bool:
+        inspected[:] = deployment.inspect()
+        return sum(replica["running"] for replica in inspected) > 0
+
     def look() -> None:
         _wait_until_both_work(deployment)
-        inspected.extend(deployment.inspect())
+        # Between two requests there may be none for a moment.
+        eventually(shows_running, 30, "running requests in the table")
 
     outcomes = _under_traffic(lambda number: _finish(client, number), look)
     assert set(outcomes) == {"length"}
     assert len(inspected) == 2
-    assert sum(replica["running"] for replica in inspected) > 0
     eventually(
         lambda: all(r.blocks_free == r.blocks_total for r in deployment.occupancy().values()),
         30, "all blocks free again",
