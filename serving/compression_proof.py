@@ -12,7 +12,7 @@ from serving.answer_proofs import KEY, AnswerProofs, answering
 from serving.asgi import ASGIApp, Message, Receive, Scope, Send
 from serving.sse import compact_json, data_of, split_events, with_data
 
-# Of OpenAI's Responses: the events that carry the answer as a whole.
+# The events of OpenAI's Responses that carry the whole answer.
 _WHOLE_RESPONSE = ("response.completed", "response.incomplete", "response.failed")
 # One of these stands in every event that could take a proof. Text in an event is quoted, so that it
 # never looks like them. Parsing all events would cost more than the rest of the way.

@@ -7,7 +7,7 @@ from kernels.attention import observed_attention, pool
 from kernels.entries import Entries, one_head, parts
 from kernels.observation import Observation
 
-# Of the similarity matrix at a time: there are several of its size.
+# Numbers of a part of the similarity matrix: there are several tensors of its size.
 _ELEMENTS = 1 << 21
 
 

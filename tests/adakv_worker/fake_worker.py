@@ -116,7 +116,7 @@ class Fake:
         for request_id, evict in commands.evict.items():
             assert len(self.manager.req_to_blocks[request_id]) >= evict.slabs
             assert output.num_scheduled_tokens[request_id] == 1
-            # Of the window, queries of steps before were captured then.
+            # The window's queries of earlier steps were captured then.
             if evict.query_span > 1:
                 assert self._captured.pop(request_id) <= evict.tokens - evict.query_span
         for request_id in commands.capture:

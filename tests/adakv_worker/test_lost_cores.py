@@ -1,4 +1,4 @@
-"""Engine cores that fail, die or are shut down: nobody waits for them, and nothing is left."""
+"""Engine cores that fail, die or are shut down: no task waits for them, and nothing is left."""
 
 import asyncio
 from collections.abc import Callable
