@@ -1,6 +1,7 @@
 """The subscription against real servers: fresh reports, faults of the store, recovery."""
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -18,6 +19,7 @@ from router.subscription import LedgerSubscription
 from tests.router.occupancies import occupancy
 
 KEYS = LedgerKeys("adakv", "app")
+SEQUENCE = itertools.count(1)
 
 
 @asynccontextmanager
@@ -31,11 +33,22 @@ async def following(url: str, keys: LedgerKeys = KEYS) -> AsyncIterator[LocalVie
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def until(check: Callable[[], bool], timeout_s: float = 15) -> None:
+async def until(check: Callable[[], bool], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not check():
         assert time.monotonic() < deadline, "it never came"
         await asyncio.sleep(0.02)
+
+
+async def report_until(
+    check: Callable[[], bool], writer: LedgerWriter, running: int = 2, timeout_s: float = 60
+) -> None:
+    """Publish reports as a replica does, one after the other: each expires in two seconds."""
+    deadline = time.monotonic() + timeout_s
+    while not check():
+        assert time.monotonic() < deadline, "no report came"
+        await writer.publish(occupancy("r1", sequence=next(SEQUENCE), running=running))
+        await asyncio.sleep(0.05)
 
 
 def running(view: LocalView, replica_id: str = "r1") -> int | None:
@@ -44,12 +57,11 @@ def running(view: LocalView, replica_id: str = "r1") -> int | None:
 
 
 async def test_reports_from_before_and_after_arrive(store_url: str, client: redis.Redis) -> None:
-    writer = LedgerWriter(store_url, KEYS)
+    writer = LedgerWriter(store_url, KEYS, ttl_s=60)
     await writer.publish(occupancy("r1", running=1))
     async with following(store_url) as view:
         await until(lambda: running(view) == 1)
-        await writer.publish(occupancy("r1", sequence=2, running=7))
-        await until(lambda: running(view) == 7)
+        await report_until(lambda: running(view) == 7, writer, running=7)
     await writer.close()
 
 
@@ -74,8 +86,7 @@ async def test_a_replica_that_falls_silent_grows_stale(store_url: str, client: r
     writer = LedgerWriter(store_url, KEYS)
     async with following(store_url) as view:
         await until(lambda: client.pubsub_numsub(KEYS.channel)[0][1] == 1)
-        await writer.publish(occupancy("r1"))
-        await until(lambda: running(view) is not None)
+        await report_until(lambda: running(view) is not None, writer)
         await until(lambda: running(view) is None)
     await writer.close()
 
@@ -85,8 +96,7 @@ async def test_two_applications_share_a_server(store_url: str, client: redis.Red
     writer = LedgerWriter(store_url, other)
     async with following(store_url) as view, following(store_url, other) as its_view:
         await until(lambda: client.pubsub_numsub(KEYS.channel, other.channel)[1][1] == 1)
-        await writer.publish(occupancy("r1"))
-        await until(lambda: running(its_view) is not None)
+        await report_until(lambda: running(its_view) is not None, writer)
         assert running(view) is None
     await writer.close()
 
@@ -98,8 +108,7 @@ async def test_malformed_reports_are_counted_and_the_rest_goes_on(
     async with following(store_url) as view:
         await until(lambda: client.pubsub_numsub(KEYS.channel)[0][1] == 1)
         client.publish(KEYS.channel, b"\xff{not json")
-        await writer.publish(occupancy("r1"))
-        await until(lambda: running(view) is not None)
+        await report_until(lambda: running(view) is not None, writer)
         assert view.dropped == 1
     await writer.close()
 
@@ -107,11 +116,9 @@ async def test_malformed_reports_are_counted_and_the_rest_goes_on(
 async def test_a_flushed_store_fills_again(store_url: str, client: redis.Redis) -> None:
     writer = LedgerWriter(store_url, KEYS)
     async with following(store_url) as view:
-        await writer.publish(occupancy("r1"))
-        await until(lambda: running(view) is not None)
+        await report_until(lambda: running(view) is not None, writer)
         client.flushall()
-        await writer.publish(occupancy("r1", sequence=2, running=9))
-        await until(lambda: running(view) == 9)
+        await report_until(lambda: running(view) == 9, writer, running=9)
     await writer.close()
 
 
@@ -121,13 +128,11 @@ async def test_a_stalled_store_costs_one_warning(
     writer = LedgerWriter(store_url, KEYS)
     with caplog.at_level(logging.INFO, "router.subscription"):
         async with following(store_url) as view:
-            await writer.publish(occupancy("r1"))
-            await until(lambda: running(view) is not None)
+            await report_until(lambda: running(view) is not None, writer)
             client.client_pause(3000)
             await until(lambda: running(view) is None)
             await until(lambda: any("back" in r.message for r in caplog.records))
-            await writer.publish(occupancy("r1", sequence=2, running=4))
-            await until(lambda: running(view) == 4)
+            await report_until(lambda: running(view) == 4, writer, running=4)
     assert [r.levelname for r in caplog.records if "lost" in r.message] == ["WARNING"]
     await writer.close()
 
@@ -139,12 +144,10 @@ async def test_a_store_that_comes_late_or_comes_back_is_found(
     url = f"redis://127.0.0.1:{port}"
     async with following(url) as view:
         await until(lambda: any("lost" in r.message for r in caplog.records))
-        for sequence in (1, 2):
+        for life in (1, 2):
             with ValkeyServer(port=port):
                 writer = LedgerWriter(url, KEYS)
-                await writer.publish(occupancy("r1", sequence=sequence, running=sequence))
-                expected = sequence
-                await until(lambda: running(view) == expected)  # noqa: B023
+                await report_until(lambda: running(view) == life, writer, running=life)  # noqa: B023
                 await writer.close()
 
 
@@ -154,6 +157,5 @@ async def test_a_password_is_used(tmp_path: object) -> None:
         url = server.connection_url.replace("redis://", "redis://:secret@")
         writer = LedgerWriter(url, KEYS)
         async with following(url) as view:
-            await writer.publish(occupancy("r1"))
-            await until(lambda: running(view) is not None)
+            await report_until(lambda: running(view) is not None, writer)
         await writer.close()
