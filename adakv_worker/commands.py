@@ -6,7 +6,7 @@ pickled).
 
 from typing import Any, NamedTuple
 
-from kernels.presets import PolicyChoice
+from kernels.policies.presets import PolicyChoice
 
 ATTRIBUTE = "adakv"
 # Looks at no queries.

@@ -11,7 +11,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
 # Among `SamplingParams.extra_args`, where nobody but a front end may put it: see
-# `request_options`.
+# `frontend.validator`.
 KEY = "adakv-continuation"
 
 

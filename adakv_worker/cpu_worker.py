@@ -1,21 +1,5 @@
-"""The CPU worker with compression."""
+"""The CPU worker's name for `--worker-cls`; `adakv_worker.worker.cpu_worker` has the code."""
 
-from typing import Any
+from adakv_worker.worker.cpu_worker import AdaKVCPUWorker
 
-from vllm.v1.worker.cpu_worker import CPUWorker
-
-from adakv_worker.config import compression_config
-from adakv_worker.cpu_runner import AdaKVCPUModelRunner, AdaKVCPUModelRunnerV2
-from adakv_worker.support import refuse_unsupported
-from adakv_worker.worker import AdaKVWorkerMixin
-
-
-class AdaKVCPUWorker(AdaKVWorkerMixin, CPUWorker):
-    def init_device(self) -> None:
-        if compression_config(self.vllm_config.additional_config) is not None:
-            refuse_unsupported(self.vllm_config)
-        super().init_device()
-        if compression_config(self.vllm_config.additional_config) is not None:
-            # vLLM's CPU worker makes its runner itself and asks nobody for the class.
-            runner: Any = AdaKVCPUModelRunnerV2 if self.use_v2_model_runner else AdaKVCPUModelRunner
-            self.model_runner.__class__ = runner
+__all__ = ["AdaKVCPUWorker"]

@@ -1,30 +1,5 @@
-"""The GPU worker with compression."""
+"""The GPU worker's name for `--worker-cls`; `adakv_worker.worker.gpu_worker` has the code."""
 
-from typing import Any
+from adakv_worker.worker.gpu_worker import AdaKVGPUWorker
 
-from vllm.v1.worker.gpu_worker import Worker
-
-from adakv_worker.config import compression_config
-from adakv_worker.support import refuse_unsupported
-from adakv_worker.worker import AdaKVWorkerMixin
-
-
-class AdaKVGPUWorker(AdaKVWorkerMixin, Worker):
-    def init_device(self) -> None:
-        if compression_config(self.vllm_config.additional_config) is not None:
-            refuse_unsupported(self.vllm_config)
-        super().init_device()
-
-    def compile_or_warm_up_model(self) -> Any:
-        if compression_config(self.vllm_config.additional_config) is not None:
-            self._adakv_runner.warm_up_compression()
-        return super().compile_or_warm_up_model()
-
-    # vLLM types it as a Model Runner V1, whichever it is.
-    def _make_model_runner(self) -> Any:
-        if compression_config(self.vllm_config.additional_config) is None:
-            return super()._make_model_runner()
-        from adakv_worker.gpu_runner import AdaKVGPUModelRunner, AdaKVGPUModelRunnerV2
-
-        runner: Any = AdaKVGPUModelRunnerV2 if self.use_v2_model_runner else AdaKVGPUModelRunner
-        return runner(self.vllm_config, self.device)
+__all__ = ["AdaKVGPUWorker"]

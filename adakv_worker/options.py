@@ -16,8 +16,8 @@ from adakv_worker.config import (
     shown,
 )
 from kernels.blocks import DecodeBound, KeepLimit, kept_tokens
-from kernels.eviction import SINK_TOKENS
-from kernels.presets import PolicyChoice
+from kernels.policies.presets import PolicyChoice
+from kernels.policies.reselection import SINK_TOKENS
 
 
 class RequestBudget(BaseModel):

@@ -10,21 +10,21 @@ def register() -> None:
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from adakv_worker.manager import AdaKVManager, AdaKVSpec
+    from adakv_worker.core.manager import AdaKVManager, AdaKVSpec
 
     # vLLM fills its registry on first use, but only while it is empty.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(AdaKVSpec, AdaKVManager, uniform_type_base_spec=FullAttentionSpec)
     backends = {}
     if current_platform.is_cpu():
-        backends = {AttentionBackendEnum.CPU_ATTN: "cpu_backend.AdaKVCPUBackend"}
+        backends = {AttentionBackendEnum.CPU_ATTN: "cpu.AdaKVCPUBackend"}
     elif current_platform.is_cuda():
         backends = {
-            AttentionBackendEnum.FLASH_ATTN: "gpu_backends.AdaKVFlashBackend",
-            AttentionBackendEnum.TRITON_ATTN: "gpu_backends.AdaKVTritonBackend",
+            AttentionBackendEnum.FLASH_ATTN: "gpu.AdaKVFlashBackend",
+            AttentionBackendEnum.TRITON_ATTN: "gpu.AdaKVTritonBackend",
         }
     for backend, name in backends.items():
-        register_backend(backend, f"adakv_worker.{name}")
+        register_backend(backend, f"adakv_worker.attention.{name}")
 
 
 def engine_args(config: dict[str, Any], *, asynchronous: bool | None = None) -> dict[str, Any]:

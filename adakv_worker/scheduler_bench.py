@@ -38,8 +38,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from adakv_worker import plugin
 from adakv_worker.commands import ATTRIBUTE, Answer, Kept, commands_of
-from adakv_worker.manager import AdaKVSpec
-from adakv_worker.scheduler import AdaKVScheduler
+from adakv_worker.core.manager import AdaKVSpec
+from adakv_worker.core.scheduler import AdaKVScheduler
 from kernels.blocks import blocks_for_tokens
 
 _BLOCK = 32

@@ -13,7 +13,7 @@ import httpx
 from evals.policies import EVICTING_POLICIES, POLICIES
 from evals.report import report
 from evals.samples import MODES
-from serving.embedded_model import EMBEDDED_MODEL_NAME
+from serving.models.embedded import EMBEDDED_MODEL_NAME
 
 if TYPE_CHECKING:
     from evals.engine import ForcedEngine
@@ -159,7 +159,7 @@ def _generation(args: argparse.Namespace) -> int:
     from evals.engine import ForcedEngine
     from evals.generation import run_generation
     from evals.tasks.source import Source
-    from serving.embedded_model import embedded_model_path
+    from serving.models.embedded import embedded_model_path
 
     context_tokens = args.answer_tokens + 1024
     engine = ForcedEngine(args.model or embedded_model_path(), context_tokens, args.kv_bytes)
@@ -193,7 +193,7 @@ def _answering(
     args: argparse.Namespace, context_tokens: int, *, or_the_models: bool = False
 ) -> "ForcedEngine | HttpServer":
     """Args: or_the_models: the model's context is enough where it is shorter."""
-    from serving.embedded_model import embedded_model_path
+    from serving.models.embedded import embedded_model_path
 
     model = args.model or embedded_model_path()
     if args.server:
@@ -241,7 +241,7 @@ def _theory(args: argparse.Namespace) -> int:
     from evals.samples import tokenize
     from evals.tasks import samples
     from evals.theory import SELECTIONS, ObservingModel, Summary, cases
-    from serving.embedded_model import embedded_model_path
+    from serving.models.embedded import embedded_model_path
 
     path = args.model or embedded_model_path()
     model, tokenizer = ObservingModel(path), AutoTokenizer.from_pretrained(path)
@@ -264,7 +264,7 @@ def _crosscheck(args: argparse.Namespace) -> int:
     from evals.crosscheck.compare import compare
     from evals.engine import ForcedEngine
     from evals.tasks import samples
-    from serving.embedded_model import embedded_model_path
+    from serving.models.embedded import embedded_model_path
 
     model = args.model or embedded_model_path()
     engine = ForcedEngine(model, 2 * args.document_tokens + 1024)
@@ -290,7 +290,7 @@ def _gate(args: argparse.Namespace) -> int:
     from evals.engine import ForcedEngine
     from evals.gate import PLAN, RECORDED, moved, recordable
     from evals.run import finished, read_rows, run, write_rows
-    from serving.embedded_model import embedded_model_path
+    from serving.models.embedded import embedded_model_path
 
     engine = ForcedEngine(embedded_model_path(), 2 * PLAN.document_tokens + 1024)
     rows = finished(run(engine, EMBEDDED_MODEL_NAME, PLAN))

@@ -10,8 +10,8 @@ from transformers import AutoConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
+from adakv_worker.frontend.validator import bound_by
 from adakv_worker.plugin import engine_args
-from adakv_worker.request_options import bound_by
 from evals.choice import FULL, Choice, Outcome
 from evals.samples import Sample, Tokens
 

@@ -8,7 +8,7 @@ from evals.run import Answering
 from evals.samples import Sample, Tokens, Turn, messages
 from evals.scores import Row, Score, row, score
 from evals.tasks.source import Source
-from loadtest import corpus
+from loadtest.traffic import corpus
 
 TASK = "generation"
 _WISHES = (

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.entries import read
-from kernels.head_allocations.adaptive import AdaptiveHeads
-from kernels.head_allocations.uniform import UniformHeads
-from kernels.observation import Observation
-from kernels.presets import preset
-from kernels.rotary import Rotary
+from kernels.paging.entries import read
+from kernels.policies.head_allocations.adaptive import AdaptiveHeads
+from kernels.policies.head_allocations.uniform import UniformHeads
+from kernels.policies.observation import Observation
+from kernels.policies.presets import preset
+from kernels.policies.rotary import Rotary
 
 _ROUNDING = 1e-4
 SELECTIONS = ("true attention", "window")

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from kernels.blocks import compressed_blocks_bound
-from kernels.head_allocations.adaptive import AdaptiveHeads
-from kernels.paged_cache import PagedCache
-from kernels.pages import PageLayout
+from kernels.paging.paged_cache import PagedCache
+from kernels.paging.pages import PageLayout
+from kernels.policies.head_allocations.adaptive import AdaptiveHeads
 
 LAYERS, HEADS, GROUP, DIM, PAGE, WINDOW = 32, 8, 4, 128, 16, 32
 PARAMETERS = 8_030_000_000

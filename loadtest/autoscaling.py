@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import httpx
 import yaml
 
-from loadtest.occupancy import ReplicaLoad, occupancy_watch
-from loadtest.servers import free_port, serve_run
-from loadtest.sse_client import timed_completion
+from loadtest.client.sse_client import timed_completion
+from loadtest.servers.occupancy import ReplicaLoad, occupancy_watch
+from loadtest.servers.processes import free_port, serve_run
 
 _SAMPLE_S = 0.5
 _SENTENCE = "The harbour master wrote down the weather of the hour and every ship that passed. "

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import httpx
 import yaml
 
-from loadtest.servers import serve_run, vllm_serve
-from loadtest.sse_client import timed_completion
+from loadtest.client.sse_client import timed_completion
+from loadtest.servers.processes import serve_run, vllm_serve
 
 THREADS = 1
 STORY = (

@@ -37,12 +37,12 @@ from transformers import AutoTokenizer
 # Locust loads this file by its path.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from loadtest.load import Load, Schedule
-from loadtest.records import Limits, Record, summary
-from loadtest.stream import StreamedAnswer
-from loadtest.traces import read_trace
-from loadtest.workloads import WORKLOADS, Session, Sizes, request_body, sessions
-from serving.embedded_model import embedded_model_path
+from loadtest.client.records import Limits, Record, summary
+from loadtest.client.stream import StreamedAnswer
+from loadtest.traffic.load import Load, Schedule
+from loadtest.traffic.traces import read_trace
+from loadtest.traffic.workloads import WORKLOADS, Session, Sizes, request_body, sessions
+from serving.models.embedded import embedded_model_path
 
 logger = logging.getLogger("loadtest")
 

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     from vllm import LLM
 
     from adakv_worker.plugin import engine_args
-    from serving.embedded_model import embedded_model_path
+    from serving.models.embedded import embedded_model_path
 
     llm = LLM(
         model=str(embedded_model_path()), dtype="float32", max_model_len=args.tokens + 512,

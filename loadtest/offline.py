@@ -19,8 +19,8 @@ from adakv_worker.config import check_policy_name
 from loadtest.comparison.page import Page, Section, write_page
 from loadtest.comparison.plots import throughput
 from loadtest.comparison.provenance import environment
-from loadtest.engine_process import EngineProcess
-from loadtest.folded_attention import folded_over_dense
+from loadtest.engines.folded_attention import folded_over_dense
+from loadtest.engines.process import EngineProcess
 
 KV_BYTES = 190 << 20
 # For page tables and scores of the arms that compress: three blocks of the default model. The
@@ -61,7 +61,7 @@ def _start(name: str, threads: int, reserved_bytes: int, log: IO[str]) -> Engine
         "kv_bytes": KV_BYTES - (reserved_bytes if budget is not None else 0),
         "compression": compression,
     }
-    return EngineProcess(name, "loadtest.offline_arm", settings, threads, log)
+    return EngineProcess(name, "loadtest.engines.offline_arm", settings, threads, log)
 
 
 class Bound(NamedTuple):

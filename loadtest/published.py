@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from loadtest.engine_process import EngineProcess
-from loadtest.shapes import SHAPES, write_shape
+from loadtest.engines.dummy_models import SHAPES, write_shape
+from loadtest.engines.process import EngineProcess
 
 PUBLISHED = 5.18
 _SHARES = {"half": 2, "quarter": 4, "eighth": 8, "sixteenth": 16, "64th": 64}
@@ -66,7 +66,7 @@ def start(arm: str, kv_bytes: int, setup: Setup, log: IO[str]) -> EngineProcess:
     settings = {
         "model": setup.model, "engine": engine, "compression": compression_of(arm, setup),
     }  # fmt: skip
-    return EngineProcess(arm, "loadtest.published_arm", settings, setup.threads, log)
+    return EngineProcess(arm, "loadtest.engines.published_arm", settings, setup.threads, log)
 
 
 def run_arm(arm: str, kv_bytes: int, setup: Setup, repeat: int, log: IO[str]) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _print(arm: str, row: dict[str, Any]) -> None:
 
 def _model(args: argparse.Namespace, folder: Path) -> str:
     if args.model == "embedded":
-        from serving.embedded_model import embedded_model_path
+        from serving.models.embedded import embedded_model_path
 
         return str(embedded_model_path())
     return args.model or str(write_shape(args.shape, folder))

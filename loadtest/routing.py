@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import httpx
 import yaml
 
-from loadtest.occupancy import ReplicaLoad, occupancy_watch
-from loadtest.servers import free_port, serve_run
-from loadtest.sse_client import timed_completion
+from loadtest.client.sse_client import timed_completion
+from loadtest.servers.occupancy import ReplicaLoad, occupancy_watch
+from loadtest.servers.processes import free_port, serve_run
 
 ARMS = {"ours": "occupancy", "power_of_two": "power_of_two"}
 _SAMPLE_S = 0.2

@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import yaml
 
-from loadtest.servers import serve_run
-from loadtest.sse_client import timed_completion
+from loadtest.client.sse_client import timed_completion
+from loadtest.servers.processes import serve_run
 
 _COMPANY = (1, 2, 4, 8, 16)
 _SENTENCE = "The harbour master wrote down the weather of the hour and every ship that passed. "

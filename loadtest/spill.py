@@ -26,13 +26,13 @@ import httpx
 import ray
 import yaml
 
-from loadtest.occupancy import Look, occupancy_watch
-from loadtest.records import percentile
-from loadtest.servers import free_port, serve_run
-from loadtest.state_transfer import measure
-from loadtest.stream import StreamedAnswer
-from loadtest.two_nodes import sent_bytes, two_nodes
-from loadtest.workloads import Session, Sizes, sessions
+from loadtest.client.records import percentile
+from loadtest.client.stream import StreamedAnswer
+from loadtest.engines.state_transfer import measure
+from loadtest.servers.occupancy import Look, occupancy_watch
+from loadtest.servers.processes import free_port, serve_run
+from loadtest.servers.two_nodes import sent_bytes, two_nodes
+from loadtest.traffic.workloads import Session, Sizes, sessions
 
 _CONFIG = Path(__file__).parents[1] / "configs" / "spill.yaml"
 _AMPLE_BYTES = 3 << 30
@@ -253,7 +253,7 @@ def figures(runs: dict[str, Run]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     from transformers import AutoTokenizer
 
-    from serving.embedded_model import embedded_model_path
+    from serving.models.embedded import embedded_model_path
 
     parser = argparse.ArgumentParser(prog="python -m loadtest.spill", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures here")

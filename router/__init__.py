@@ -1,6 +1,6 @@
 """Live knowledge of every replica's KV memory, kept in Redis."""
 
-from router.occupancy import Occupancy, SchemaMismatch
+from router.ledger.occupancy import Occupancy, SchemaMismatch
 
 DEFAULT_STORE_PORT = 6390
 DEFAULT_STORE_URL = f"redis://127.0.0.1:{DEFAULT_STORE_PORT}"

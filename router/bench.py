@@ -17,8 +17,8 @@ from typing import Any
 
 from router.chooser import Chooser
 from router.footprint import Budget, predict
+from router.ledger.occupancy import Occupancy
 from router.local_view import LocalView
-from router.occupancy import Occupancy
 
 SIZES = (8, 64, 1000)
 _PROMPT_TOKENS = 2000

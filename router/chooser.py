@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from router.affinity import PrefixAffinity
 from router.footprint import Footprint
+from router.ledger.prefixes import PrefixChange
 from router.local_view import LocalView
-from router.prefixes import PrefixChange
 from router.score import Score, Speeds, ranked, reason, score
 
 # More replicas than this are not all scored: the best of so many is hardly worse, a decision stays

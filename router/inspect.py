@@ -10,8 +10,8 @@ import time
 import redis
 
 from router import DEFAULT_APPLICATION, DEFAULT_KEY_PREFIX, DEFAULT_STORE_URL
-from router.occupancy import Occupancy
-from router.redis_ledger import LedgerKeys, LedgerReader, LedgerView, Report
+from router.ledger.occupancy import Occupancy
+from router.ledger.redis_ledger import LedgerKeys, LedgerReader, LedgerView, Report
 
 COLUMNS = (
     "replica", "blocks", "free", "used", "compr", "growth", "lent", "borrowed", "running",

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from router.footprint import Footprint
-from router.occupancy import Occupancy, SchemaMismatch
-from router.redis_ledger import REPORT_TTL_S
+from router.ledger.occupancy import Occupancy, SchemaMismatch
+from router.ledger.redis_ledger import REPORT_TTL_S
 from router.score import ReplicaView, Speeds
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
 from serving.config import AppConfig
 from serving.engine import Engine
-from serving.front_door import FrontDoorSettings
-from serving.ingress import Ingress
+from serving.http.front_door import FrontDoorSettings
+from serving.ingress.deployment import Ingress
 
 # The ingress only passes chunks on and never blocks: handing each one between Serve's three event
 # loops, in three threads, would cost more than the work itself.
@@ -60,7 +60,7 @@ def engine_options(config: AppConfig) -> dict[str, Any]:
     }
     if config.routing.policy == "occupancy":
         options["request_router_config"] = RequestRouterConfig.model_validate(
-            {"request_router_class": "serving.occupancy_router:OccupancyRouter"}
+            {"request_router_class": "serving.ingress.occupancy_router:OccupancyRouter"}
         )
     if replica.placement_group_bundles:
         # vLLM's Ray executor puts one worker into each bundle; the replica rides in the first.
@@ -74,7 +74,7 @@ def engine_options(config: AppConfig) -> dict[str, Any]:
 def _gpus(config: AppConfig) -> float:
     if config.replica.gpus is not None:
         return config.replica.gpus
-    from serving.vllm_options import computes_on_cpus
+    from serving.vllm_engine.options import computes_on_cpus
 
     # Not whether there is a GPU here: the node that builds the application may have none.
     return 0 if computes_on_cpus() else config.tensor_parallel_size

@@ -4,7 +4,7 @@ from typing import Any
 
 from ray.serve.metrics import Counter, Histogram
 
-from adakv_worker import metric_names
+from adakv_worker.frontend import metric_names
 
 
 class CompressionMetrics:

@@ -194,7 +194,7 @@ class AppConfig(Section):
     @field_validator("engine")
     @classmethod
     def _check_engine_keys(cls, engine: dict[str, Any]) -> dict[str, Any]:
-        from serving.vllm_options import engine_arg_names
+        from serving.vllm_engine.options import engine_arg_names
 
         known = engine_arg_names()
         for key in engine:
@@ -208,7 +208,7 @@ class AppConfig(Section):
     @classmethod
     def _check_server_keys(cls, server: dict[str, Any]) -> dict[str, Any]:
         if server:
-            from serving.vllm_options import server_arg_names
+            from serving.vllm_engine.options import server_arg_names
 
             known = server_arg_names()
             for key in server:

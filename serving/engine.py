@@ -11,26 +11,26 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from adakv_worker.encodable import PROBLEM
+from adakv_worker.frontend.encodable import PROBLEM
 from router.autoscaling import ReplicaDemand
 from router.footprint import Footprint
-from router.lending import Lease
-from router.redis_ledger import LedgerKeys, LedgerWriter
-from serving.asgi import Message, call_app
+from router.ledger.redis_ledger import LedgerKeys, LedgerWriter
+from router.lending.leases import Lease
 from serving.compression_metrics import CompressionMetrics
 from serving.config import AppConfig
-from serving.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
-from serving.encodable import unencodable_field
-from serving.front_door import ReplicaLost
+from serving.http.asgi import Message, call_app
+from serving.http.encodable import unencodable_field
+from serving.http.front_door import ReplicaLost
+from serving.http.openai_error import error_messages
+from serving.models.embedded import EMBEDDED_MODEL_NAME, embedded_model_path
 from serving.occupancy_metrics import OccupancyMetrics
-from serving.openai_error import error_messages
 from serving.reporter import OccupancyReporter, report_prefixes
 from serving.spill.parcels import Guest, LenderName
 from serving.spill.replica import ReplicaSpill
 from serving.store import store_url
 
 if TYPE_CHECKING:
-    from adakv_worker.moving_core import Decoded
+    from adakv_worker.frontend.moving import Decoded
 logger = logging.getLogger("ray.serve")
 
 REPLICA_HEADER = b"x-replica-id"
@@ -45,7 +45,7 @@ class Engine:
             lenders: a deployment of this class, too, which gets no requests but by spilling.
         """
         # Imported here: it is heavy.
-        from serving import vllm_host
+        from serving.vllm_engine import host as vllm_host
 
         vllm_host.set_up_cpu(config.replica.threads, config.tensor_parallel_size)
         context = serve.get_replica_context()

@@ -2,8 +2,8 @@
 
 from ray.serve import metrics
 
-from adakv_worker import metric_names
-from router.occupancy import Occupancy
+from adakv_worker.frontend import metric_names
+from router.ledger.occupancy import Occupancy
 
 
 class OccupancyMetrics:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import redis
 
-from router.occupancy import Occupancy
-from router.prefixes import PrefixChange
-from router.redis_ledger import LedgerKeys, LedgerWriter
+from router.ledger.occupancy import Occupancy
+from router.ledger.prefixes import PrefixChange
+from router.ledger.redis_ledger import LedgerKeys, LedgerWriter
 
 if TYPE_CHECKING:
     # The ingress imports this module by way of the application, and has no use for all of vLLM.
-    from adakv_worker.kv_events import CacheChange
-    from serving.vllm_load import EngineLoad
+    from adakv_worker.frontend.kv_events import CacheChange
+    from serving.vllm_engine.load import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 

@@ -15,15 +15,15 @@ from evals.choice import Choice
 from evals.engine import ForcedEngine
 from evals.samples import Sample, Tokens, tokenize
 from evals.theory import ObservingModel
-from kernels.head_allocations.adaptive import AdaptiveHeads
-from kernels.head_allocations.uniform import UniformHeads
-from kernels.layer_budgets.uniform import UniformLayers
-from kernels.observation import Observation
-from kernels.policy import Policy
-from kernels.presets import preset
-from kernels.projected_values import ProjectedValues
-from kernels.scorers.expected_attention import ExpectedAttentionScorer
-from kernels.scorers.window import WindowScorer
+from kernels.policies.head_allocations.adaptive import AdaptiveHeads
+from kernels.policies.head_allocations.uniform import UniformHeads
+from kernels.policies.layer_budgets.uniform import UniformLayers
+from kernels.policies.observation import Observation
+from kernels.policies.policy import Policy
+from kernels.policies.presets import preset
+from kernels.policies.projected_values import ProjectedValues
+from kernels.policies.scorers.expected_attention import ExpectedAttentionScorer
+from kernels.policies.scorers.window import WindowScorer
 
 _WINDOW = WindowScorer(window_tokens=32, kernel_size=5, pooling="avg")
 _EXPECTED = ExpectedAttentionScorer(query_span_tokens=1 << 20)

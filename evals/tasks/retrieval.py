@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from evals.samples import Sample, Turn
 from evals.tasks.source import Source
-from loadtest import corpus
+from loadtest.traffic import corpus
 
 _CITIES = (
     "Lisbon", "Oslo", "Cairo", "Lima", "Hanoi", "Quito", "Perth", "Turin", "Lagos", "Kyoto",

@@ -3,7 +3,7 @@
 import random
 from typing import Any, NamedTuple
 
-from loadtest.workloads import Passages
+from loadtest.traffic.workloads import Passages
 
 
 class Source(NamedTuple):

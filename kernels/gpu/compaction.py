@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.paged_cache import PagedCache, compact, compact_in_place
+from kernels.paging.paged_cache import PagedCache, compact, compact_in_place
 
 _TILE = 64
 _COUNTED = 1024
@@ -31,7 +31,7 @@ class QuantizedCache(NamedTuple):
 def compact_paged(
     kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, lens: Tensor
 ) -> None:
-    """What `kernels.paged_cache.compact` does; no target page may be a source."""
+    """What `kernels.paging.paged_cache.compact` does; no target page may be a source."""
     _copy(kept, cache, source, tables, QuantizedCache(*cache, *_no_scales(kept)), quantize=False)
 
 
@@ -80,7 +80,7 @@ def _copy(
 
 @compact_in_place.on("cuda")
 def compact_pages_in_place(kept: Tensor, cache: PagedCache, tables: Tensor, lens: Tensor) -> None:
-    """What `kernels.paged_cache.compact_in_place` does: a program for each head, front to back."""
+    """Do what `paged_cache.compact_in_place` does: a program for each head, front to back."""
     layers, heads, n = kept.shape
     _move_kept[(layers * heads,)](
         kept.contiguous(), tables.contiguous(), *cache, n, tables.shape[2],

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.gpu.tables import grow_by_one, place_pages
-from kernels.growth import GrownStep
-from kernels.pages import PageLayout, PageTables, with_rows
+from kernels.paging.growth import GrownStep
+from kernels.paging.pages import PageLayout, PageTables, with_rows
 from kernels.transfer import sent
 
 

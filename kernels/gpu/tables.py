@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.pages import PageLayout
+from kernels.paging.pages import PageLayout
 
 _COLUMNS = 64
 
@@ -19,7 +19,7 @@ def place_pages(
 ) -> Tensor:
     """Hands out a request's next pages to the heads of K layers: tables [K, H, width] int32.
 
-    As `kernels.pages.PageTables.place_layers` does. Columns past the entries are -1.
+    As `kernels.paging.pages.PageTables.place_layers` does. Columns past the entries are -1.
 
     Args:
         lens: [K, H] int32 entries.
@@ -53,7 +53,7 @@ def grow_by_one(
 ) -> Tensor:
     """Adds one entry to every head of R requests, in place; returns its slots [L, N * H] int64.
 
-    As `kernels.growth.grow_reference` does.
+    As `kernels.paging.growth.grow_reference` does.
 
     Args:
         lens: [L, N, H] int32 entries, of N >= R rows; those after the first R are left alone.

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.top import top_mask
+from kernels.policies.top import top_mask
 
 _TILE = 1024
 _PROGRAMS = 1024
@@ -14,7 +14,7 @@ _DIGITS = 256
 
 @top_mask.on("cuda")
 def radix_top_mask(scores: Tensor, counts: Tensor) -> Tensor:
-    """Return what `kernels.top.top_mask` gives.
+    """Return what `kernels.policies.top.top_mask` gives.
 
     Counts are not checked: that would wait for the device.
     """

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention import Reduction, reduced_window_attention
-from kernels.entries import Entries, PagedEntries
+from kernels.paging.entries import Entries, PagedEntries
+from kernels.policies.attention import Reduction, reduced_window_attention
 
 # Keys and rows of a tile; of wide float32 ones fewer, for they lie in shared memory.
 _TILE, _TILE_OF_WIDE, _WIDE_BYTES = 64, 32, 1024

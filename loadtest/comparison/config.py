@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from loadtest.workloads import WORKLOADS
+from loadtest.traffic.workloads import WORKLOADS
 
 # They name files.
 _NAME = r"^[\w.-]+$"

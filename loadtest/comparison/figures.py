@@ -4,10 +4,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from loadtest.client.records import Limits, summary
 from loadtest.comparison.config import CompareConfig, LoadConfig
 from loadtest.comparison.runs import LoadRun, Runs, Unit, prefill_only, units
-from loadtest.occupancy import Look
-from loadtest.records import Limits, summary
+from loadtest.servers.occupancy import Look
 
 # Of these the median over the repetitions is told; of all others the list.
 _MEDIANS = (

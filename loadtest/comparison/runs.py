@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loadtest.client.records import Record, read_records, summary
 from loadtest.comparison.config import CompareConfig, LoadConfig
 from loadtest.comparison.provenance import environment
-from loadtest.occupancy import Look, occupancy_watch
-from loadtest.records import Record, read_records, summary
-from loadtest.servers import free_port, serve_run
+from loadtest.servers.occupancy import Look, occupancy_watch
+from loadtest.servers.processes import free_port, serve_run
 
 _LOOK_EVERY_S = 0.5
 # Far from the seeds of the loads themselves, whose prompts are cached by then.

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from router.chooser import Chooser
 from router.footprint import Budget, OutputLengths, predict
+from router.ledger.occupancy import SCHEMA_MAJOR, SCHEMA_MINOR, Occupancy
 from router.local_view import LocalView
-from router.occupancy import SCHEMA_MAJOR, SCHEMA_MINOR, Occupancy
 from router.score import Speeds
 from router.simulate.replica import ServiceTimes, SimulatedReplica
 from router.simulate.traces import BLOCK_SIZE_TOKENS, Request

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import redis
 
-from adakv_worker.plan import held_blocks, peak_blocks
-from router.lending import Lease
-from router.redis_lending import LEASE_TTL_S, LendingLedger
-from router.spill_plan import Candidate, Move, Peer, SpillLimits, plan_spill
+from adakv_worker.core.plan import held_blocks, peak_blocks
+from router.lending.leases import Lease
+from router.lending.redis_leases import LEASE_TTL_S, LendingLedger
+from router.lending.spill_plan import Candidate, Move, Peer, SpillLimits, plan_spill
 from serving.spill.parcels import Guest, StateFiles
 
 if TYPE_CHECKING:
-    from adakv_worker.moving_core import Decoded, Movable, MovingCore
-    from serving.vllm_load import EngineLoad
+    from adakv_worker.frontend.moving import Decoded, Movable, MovingCore
+    from serving.vllm_engine.load import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 

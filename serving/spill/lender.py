@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 
-from adakv_worker.plan import held_blocks
-from router.lending import Lease, Offer
-from router.redis_lending import OFFER_TTL_S, LendingLedger
+from adakv_worker.core.plan import held_blocks
+from router.lending.leases import Lease, Offer
+from router.lending.redis_leases import OFFER_TTL_S, LendingLedger
 from serving.spill.parcels import Guest, StateFiles, place_parcels
 
 if TYPE_CHECKING:
-    from adakv_worker.moving_core import Decoded, MovingCore
-    from serving.vllm_load import EngineLoad
+    from adakv_worker.frontend.moving import Decoded, MovingCore
+    from serving.vllm_engine.load import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from router.lending import Lease
+from router.lending.leases import Lease
 
 if TYPE_CHECKING:
-    from adakv_worker.moving_core import Departure
+    from adakv_worker.frontend.moving import Departure
 
 _PREFIX = "adakv-spill-"
 

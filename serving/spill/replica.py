@@ -10,9 +10,9 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from router.redis_ledger import LedgerKeys
-from router.redis_lending import LendingLedger
-from router.spill_plan import SpillLimits
+from router.ledger.redis_ledger import LedgerKeys
+from router.lending.redis_leases import LendingLedger
+from router.lending.spill_plan import SpillLimits
 from serving.config import AppConfig
 from serving.spill.borrower import Borrower, Send, SpillSettings
 from serving.spill.lender import Lender
@@ -23,9 +23,9 @@ from serving.spill.parcels import Guest, LenderName, open_parcels, remove_orphan
 logger = logging.getLogger("ray.serve")
 
 if TYPE_CHECKING:
-    from adakv_worker.moving_core import Decoded
-    from serving.vllm_host import VllmHost
-    from serving.vllm_load import EngineLoad
+    from adakv_worker.frontend.moving import Decoded
+    from serving.vllm_engine.host import VllmHost
+    from serving.vllm_engine.load import EngineLoad
 
 
 class ReplicaSpill:

@@ -4,9 +4,9 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from adakv_worker.moving_core import MovableLLM, MovingCore
+from adakv_worker.frontend.moving import MovableLLM, MovingCore
+from adakv_worker.frontend.sent_requests import BookedLLM
 from adakv_worker.plugin import engine_args
-from adakv_worker.sent_requests import BookedLLM
 from tests.adakv_worker.engines import prompt
 
 

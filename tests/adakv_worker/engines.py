@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from adakv_worker.checks import check_blocks
+from adakv_worker.core.checks import check_blocks
+from adakv_worker.frontend.validator import bound_by
 from adakv_worker.plugin import engine_args
-from adakv_worker.request_options import bound_by
 
 VOCABULARY = 320
 

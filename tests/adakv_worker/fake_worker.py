@@ -6,11 +6,11 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from adakv_worker.checks import check_blocks
 from adakv_worker.commands import ATTRIBUTE, Answer, Kept, commands_of
 from adakv_worker.continuation import Continuation
-from adakv_worker.plan import Phase
-from adakv_worker.scheduler import AdaKVAsyncScheduler, AdaKVScheduler, AdaKVSchedulerMixin
+from adakv_worker.core.checks import check_blocks
+from adakv_worker.core.plan import Phase
+from adakv_worker.core.scheduler import AdaKVAsyncScheduler, AdaKVScheduler, AdaKVSchedulerMixin
 from adakv_worker.stats import MemoryStats
 from tests.adakv_worker.engines import Engine, prompt
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from kernels.head_allocations.adaptive import AdaptiveHeads
-from kernels.layer_budgets.uniform import UniformLayers
-from kernels.observation import Observation
-from kernels.policy import Policy
-from kernels.scorers.window import WindowScorer
+from kernels.policies.head_allocations.adaptive import AdaptiveHeads
+from kernels.policies.layer_budgets.uniform import UniformLayers
+from kernels.policies.observation import Observation
+from kernels.policies.policy import Policy
+from kernels.policies.scorers.window import WindowScorer
 
 
 @dataclass

@@ -17,7 +17,7 @@ from vllm.exceptions import VLLMValidationError
 
 from adakv_worker.continuation import KEY as CONTINUATION
 from adakv_worker.options import RequestOptions
-from kernels.presets import PRESETS
+from kernels.policies.presets import PRESETS
 from tests.adakv_worker.engines import Engine, prompt
 from tests.adakv_worker.tiny_models import MODELS, TinyModel, add_tokenizer
 

@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from adakv_worker.config import CompressionConfig, compression_config
+from adakv_worker.core.plan import make_plan
 from adakv_worker.options import RequestOptions, budget_of
-from adakv_worker.plan import make_plan
 from kernels.blocks import DecodeBound
 
 CONFIG = CompressionConfig(min_budget_tokens=64, max_budget_tokens=2048)

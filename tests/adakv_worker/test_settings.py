@@ -7,7 +7,7 @@ from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from adakv_worker.plugin import engine_args
-from adakv_worker.support import refuse_unsupported, require_classes
+from adakv_worker.refusals import refuse_unsupported, require_classes
 from tests.adakv_worker.engines import make_tiny_model
 
 

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 
 from evals.engine import ForcedEngine
-from serving.embedded_model import embedded_model_path
+from serving.models.embedded import embedded_model_path
 
 
 @pytest.fixture(scope="module")

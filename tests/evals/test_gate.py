@@ -5,7 +5,7 @@ from dataclasses import replace
 from evals.engine import ForcedEngine
 from evals.gate import PLAN, RECORDED, moved
 from evals.run import finished, read_rows, run
-from serving.embedded_model import EMBEDDED_MODEL_NAME
+from serving.models.embedded import EMBEDDED_MODEL_NAME
 
 
 def test_no_preset_answers_otherwise_than_was_recorded(embedded_engine: ForcedEngine) -> None:

@@ -15,7 +15,7 @@ from evals.published.questions import Question
 from evals.published.ruler import read_ruler
 from evals.published.run import run_published
 from evals.report import report
-from serving.embedded_model import embedded_model_path
+from serving.models.embedded import embedded_model_path
 
 
 @pytest.fixture(scope="module")

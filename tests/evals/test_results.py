@@ -14,7 +14,7 @@ from evals.gate import RECORDED
 from evals.run import Plan, finished, read_rows, run, write_rows
 from evals.samples import Sample, Tokens
 from evals.scores import Row
-from serving.embedded_model import embedded_model_path
+from serving.models.embedded import embedded_model_path
 
 
 def parts() -> Iterator[list[Row]]:

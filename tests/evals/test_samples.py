@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from evals.samples import MODES, Sample, Turn, tokenize
 from evals.tasks import TASKS, samples
-from serving.embedded_model import embedded_model_path
+from serving.models.embedded import embedded_model_path
 
 _NOTHING_TO_FIND = {"code", "continuation", "summaries", "recall", "kinds"}
 

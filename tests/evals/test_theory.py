@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evals.theory import ObservingModel, Summary, cases
-from kernels.observation import Observation
+from kernels.policies.observation import Observation
 from tests.adakv_worker.engines import prompt
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.entries import PagedEntries
+from kernels.paging.entries import PagedEntries
 
 
 def in_pages(

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.blocks import DecodeBound, entries_after, most_entries
-from kernels.eviction import SINK_TOKENS, fitted, reallocate, with_sinks
-from kernels.policy import Scored
-from kernels.presets import PRESETS, preset
+from kernels.policies.policy import Scored
+from kernels.policies.presets import PRESETS, preset
+from kernels.policies.reselection import SINK_TOKENS, fitted, reallocate, with_sinks
 
 
 @given(st.integers(1, 60), st.integers(1, 40), st.integers(0, 60), st.integers(0, 300))

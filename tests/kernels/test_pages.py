@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.blocks import compressed_blocks_bound
-from kernels.paged_cache import (
+from kernels.paging.paged_cache import (
     PagedCache,
     move_pages,
     placed_slots,
@@ -14,7 +14,7 @@ from kernels.paged_cache import (
     read_slots,
     write_slots,
 )
-from kernels.pages import PageLayout, PageTables, check_page_tables
+from kernels.paging.pages import PageLayout, PageTables, check_page_tables
 
 PAGE = 4
 LAYERS, HEADS, BLOCKS = 3, 2, 64

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.attention import Reduction, attention_rows, reduced_window_attention
-from kernels.entries import PART_BYTES
-from kernels.growth import DecodeBatch, grow_reference
-from kernels.paged_cache import PagedCache, compact
-from kernels.top import top_mask
+from kernels.paging.entries import PART_BYTES
+from kernels.paging.growth import DecodeBatch, grow_reference
+from kernels.paging.paged_cache import PagedCache, compact
+from kernels.policies.attention import Reduction, attention_rows, reduced_window_attention
+from kernels.policies.top import top_mask
 from tests.kernels.paging import in_pages
 
 PAGE = 4

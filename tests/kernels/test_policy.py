@@ -11,18 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.attention import attention_rows, pool, window_attention
 from kernels.blocks import compressed_blocks_bound, kept_tokens
-from kernels.head_allocations.adaptive import AdaptiveHeads
-from kernels.head_allocations.uniform import UniformHeads
-from kernels.layer_budgets.joint import JointLayers
-from kernels.layer_budgets.pyramid import PyramidLayers
-from kernels.observation import Observation
-from kernels.policy import check_selection
-from kernels.presets import PRESETS, PolicyChoice, preset
-from kernels.rotary import Rotary
-from kernels.scorers.window import WindowScorer
-from kernels.top import top_mask
+from kernels.policies.attention import attention_rows, pool, window_attention
+from kernels.policies.head_allocations.adaptive import AdaptiveHeads
+from kernels.policies.head_allocations.uniform import UniformHeads
+from kernels.policies.layer_budgets.joint import JointLayers
+from kernels.policies.layer_budgets.pyramid import PyramidLayers
+from kernels.policies.observation import Observation
+from kernels.policies.policy import check_selection
+from kernels.policies.presets import PRESETS, PolicyChoice, preset
+from kernels.policies.rotary import Rotary
+from kernels.policies.scorers.window import WindowScorer
+from kernels.policies.top import top_mask
 
 CASES = json.loads((Path(__file__).parent / "data" / "selection_cases.json").read_text())
 AUTHORS = [case for case in CASES if case["case"] < 100]

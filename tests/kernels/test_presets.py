@@ -3,7 +3,7 @@
 import gc
 import weakref
 
-from kernels.presets import PolicyChoice
+from kernels.policies.presets import PolicyChoice
 
 
 def test_policies_that_clients_once_chose_are_forgotten() -> None:

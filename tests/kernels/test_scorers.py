@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.observation import Observation
-from kernels.projected_values import ProjectedValues, projected_value_norms
-from kernels.rotary import Rotary
-from kernels.scorers.defensive import DefensiveScorer
-from kernels.scorers.expected_attention import ExpectedAttentionScorer
-from kernels.scorers.key_diff import KeyDiffScorer
-from kernels.scorers.key_norm import KeyNormScorer
-from kernels.scorers.random import RandomScorer
-from kernels.scorers.redundancy import RedundancyScorer
-from kernels.scorers.sink_recency import SinkRecencyScorer
-from kernels.scorers.window_l2 import WindowL2Scorer
+from kernels.policies.observation import Observation
+from kernels.policies.projected_values import ProjectedValues, projected_value_norms
+from kernels.policies.rotary import Rotary
+from kernels.policies.scorers.defensive import DefensiveScorer
+from kernels.policies.scorers.expected_attention import ExpectedAttentionScorer
+from kernels.policies.scorers.key_diff import KeyDiffScorer
+from kernels.policies.scorers.key_norm import KeyNormScorer
+from kernels.policies.scorers.random import RandomScorer
+from kernels.policies.scorers.redundancy import RedundancyScorer
+from kernels.policies.scorers.sink_recency import SinkRecencyScorer
+from kernels.policies.scorers.window_l2 import WindowL2Scorer
 
 HEADS, GROUP, N, DIM, HIDDEN = 2, 3, 24, 8, 10
 WINDOW = 6

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from loadtest import compare, offline
+from loadtest.client.records import Record
 from loadtest.comparison.config import CompareConfig
 from loadtest.comparison.runs import Runs, Unit, units
-from loadtest.records import Record
 from serving.config import AppConfig
 
 ROOT = Path(__file__).parents[2]

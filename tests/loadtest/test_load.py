@@ -2,9 +2,9 @@
 
 import random
 
-from loadtest.load import Load, Schedule
-from loadtest.records import Record
-from loadtest.workloads import Session, Turn
+from loadtest.client.records import Record
+from loadtest.traffic.load import Load, Schedule
+from loadtest.traffic.workloads import Session, Turn
 
 
 def session(number: int, turns: int = 1, at_s: float | None = None) -> Session:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.records import Limits, Record, percentile, read_records, summary
-from loadtest.stream import StreamBroken, StreamedAnswer
+from loadtest.client.records import Limits, Record, percentile, read_records, summary
+from loadtest.client.stream import StreamBroken, StreamedAnswer
 
 
 def data(**event: object) -> str:

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from loadtest.traces import read_trace
-from loadtest.workloads import WORKLOADS, Session, Sizes, request_body, sessions
-from serving.embedded_model import embedded_model_path
+from loadtest.traffic.traces import read_trace
+from loadtest.traffic.workloads import WORKLOADS, Session, Sizes, request_body, sessions
+from serving.models.embedded import embedded_model_path
 
 CONTEXT = 2048
 

@@ -1,6 +1,6 @@
 from typing import Any
 
-from router.occupancy import Occupancy
+from router.ledger.occupancy import Occupancy
 
 
 def occupancy(replica_id: str = "r1", **changes: Any) -> Occupancy:

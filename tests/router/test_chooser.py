@@ -11,9 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from router.affinity import PrefixAffinity, check_affinity
 from router.chooser import Chooser, Decision
 from router.footprint import Footprint
+from router.ledger.occupancy import Occupancy
+from router.ledger.prefixes import PrefixChange
 from router.local_view import LocalView
-from router.occupancy import Occupancy
-from router.prefixes import PrefixChange
 from tests.router.occupancies import occupancy
 
 SMALL = Footprint(5, 5, 100, 50)

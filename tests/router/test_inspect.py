@@ -4,7 +4,7 @@ import pytest
 import redis
 
 from router import DEFAULT_APPLICATION, DEFAULT_KEY_PREFIX, inspect
-from router.redis_ledger import LedgerKeys, LedgerWriter
+from router.ledger.redis_ledger import LedgerKeys, LedgerWriter
 from tests.router.occupancies import occupancy
 
 

@@ -5,9 +5,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from serving.api_keys import ApiKeys, vllm_keys
 from serving.app import api_keys, engine_options
 from serving.config import AppConfig
+from serving.http.api_keys import ApiKeys, vllm_keys
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -84,7 +84,7 @@ def test_gpus_are_as_many_as_told() -> None:
 def test_gpus_follow_tensor_parallel_size_with_vllm_for_gpus(
     monkeypatch: pytest.MonkeyPatch, on_cpus: bool, gpus: dict[str, int]
 ) -> None:
-    monkeypatch.setattr("serving.vllm_options.computes_on_cpus", lambda: on_cpus)
+    monkeypatch.setattr("serving.vllm_engine.options.computes_on_cpus", lambda: on_cpus)
     config = AppConfig.model_validate({"engine": {"tensor_parallel_size": 2}})
     assert engine_options(config)["ray_actor_options"] == {"num_cpus": 1, **gpus}
 

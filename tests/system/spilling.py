@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import openai
 
-from router.lending import Lending
-from router.redis_ledger import LedgerKeys
-from router.redis_lending import LendingLedger
+from router.ledger.redis_ledger import LedgerKeys
+from router.lending.leases import Lending
+from router.lending.redis_leases import LendingLedger
 from tests.system.deployment import MODEL, Deployment
 
 SENTENCE = "The harbour master wrote down the weather of the hour and every ship that passed. "

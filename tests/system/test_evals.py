@@ -10,7 +10,7 @@ from evals.choice import FULL, Choice
 from evals.http import HttpServer
 from evals.samples import tokenize
 from evals.tasks import samples
-from serving.embedded_model import embedded_model_path
+from serving.models.embedded import embedded_model_path
 from tests.system.deployment import API_KEY, Deployment
 
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from loadtest.records import read_records
-from loadtest.servers import free_port
+from loadtest.client.records import read_records
+from loadtest.servers.processes import free_port
 from tests.system.deployment import API_KEY, ROOT, Deployment
 
 LOCUST = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py"]

@@ -10,8 +10,8 @@ import redis
 from transformers import AutoTokenizer
 
 from router.footprint import prefix_hashes
-from router.redis_ledger import LedgerKeys
-from serving.embedded_model import embedded_model_path
+from router.ledger.redis_ledger import LedgerKeys
+from serving.models.embedded import embedded_model_path
 from tests.system.deployment import MODEL, Deployment, eventually
 
 PROMPT = "The lighthouse keeper wrote the hour down, and the weather of the hour. " * 12

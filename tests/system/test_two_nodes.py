@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from loadtest.two_nodes import sent_bytes
+from loadtest.servers.two_nodes import sent_bytes
 from serving.spill.parcels import LenderName
 from tests.system.deployment import Deployment, TwoNodes, deployed, eventually, spill_config
 from tests.system.spilling import ask_many, lending, moves, read_as_if_alone

@@ -16,7 +16,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from adakv_worker.folding import WithStep
+from adakv_worker.attention.folding import WithStep
 
 SIZES = [1, 2, 4]
 

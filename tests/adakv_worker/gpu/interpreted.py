@@ -52,10 +52,10 @@ def take_the_gpus_path() -> None:
 
 
 def _take_the_gpus_kernels() -> None:
-    import adakv_worker.gpu_runner  # noqa: F401
-    from kernels.attention import reduced_window_attention
-    from kernels.paged_cache import compact, compact_in_place
-    from kernels.top import top_mask
+    import adakv_worker.worker.gpu_runner  # noqa: F401
+    from kernels.paging.paged_cache import compact, compact_in_place
+    from kernels.policies.attention import reduced_window_attention
+    from kernels.policies.top import top_mask
 
     for operation in (reduced_window_attention, compact, compact_in_place, top_mask):
         paths: dict[str, Any] = operation._paths
@@ -66,11 +66,12 @@ def _take_the_gpus_worker() -> None:
     from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    from adakv_worker import cpu_backend, cpu_worker
-    from adakv_worker.gpu_backends import AdaKVFlashBackend
-    from adakv_worker.gpu_runner import BlocksOutermost
-    from adakv_worker.runner_v1 import AdaKVRunnerV1
-    from adakv_worker.runner_v2 import AdaKVRunnerV2
+    from adakv_worker.attention import cpu as cpu_backend
+    from adakv_worker.attention.gpu import AdaKVFlashBackend
+    from adakv_worker.worker.base import cpu_worker
+    from adakv_worker.worker.gpu_runner import BlocksOutermost
+    from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
+    from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
 
     class WithGraphs(BlocksOutermost):
         def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:

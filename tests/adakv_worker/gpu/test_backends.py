@@ -9,7 +9,8 @@ import pytest
 import torch
 from vllm.v1.attention import selector
 
-from adakv_worker.admission import OutputLengths
+from adakv_worker.core.admission import OutputLengths
+from tests.adakv_worker.engine.test_eviction import Traced, run
 from tests.adakv_worker.engines import (
     Engine,
     Reference,
@@ -19,7 +20,6 @@ from tests.adakv_worker.engines import (
 )
 from tests.adakv_worker.gpu import interpreted
 from tests.adakv_worker.gpu.graphs import Graphs
-from tests.adakv_worker.test_eviction import Traced, run
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,8 @@ def on(*kinds: Kind) -> pytest.MarkDecorator:
 
 @contextmanager
 def started(model: Path, kind: Kind, **options: Any) -> Iterator[Engine]:
-    from adakv_worker import cpu_backend, gpu_backends
+    from adakv_worker.attention import cpu as cpu_backend
+    from adakv_worker.attention import gpu as gpu_backends
 
     compression = {"budget_tokens": 40, "keep_ratio": 0.0, "window_tokens": 8}
     settings = {

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from adakv_worker.continuation import Continuation
+from tests.adakv_worker.engine.test_moves import add_continued, run
 from tests.adakv_worker.engines import make_tiny_model, prompt
 from tests.adakv_worker.gpu.test_backends import Kind, started
-from tests.adakv_worker.test_moves import add_continued, run
 
 
 @pytest.mark.parametrize("use_v2", [False, True], ids=["V1", "V2"])

@@ -1,9 +1,9 @@
 """What happens before the first request, with the GPU's page tables and kernels."""
 
 from adakv_worker.config import CompressionConfig
-from adakv_worker.warm_up import warm_up
+from adakv_worker.worker.warm_up import warm_up
 from kernels.gpu.device_tables import DeviceTables
-from tests.adakv_worker.test_warm_up import make_state
+from tests.adakv_worker.worker.test_warm_up import make_state
 
 
 def test_nobody_is_left() -> None:

@@ -12,7 +12,7 @@ from kernels.gpu.compaction import (
     compact_pages_in_place,
     compact_quantized,
 )
-from kernels.paged_cache import PagedCache, compact, compact_in_place
+from kernels.paging.paged_cache import PagedCache, compact, compact_in_place
 
 CASES = [
     # K, H, n, D, page, share kept

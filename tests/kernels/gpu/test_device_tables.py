@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.gpu.device_tables import DeviceTables
-from kernels.pages import PageLayout, PageTables, check_page_tables
+from kernels.paging.pages import PageLayout, PageTables, check_page_tables
 
 PAGE, ROWS, BLOCKS = 4, 4, 64
 LAYERS, HEADS = 3, 2

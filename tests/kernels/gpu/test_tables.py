@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.gpu.tables import grow_by_one, place_pages
-from kernels.growth import grow_reference
-from kernels.pages import PageLayout, PageTables
+from kernels.paging.growth import grow_reference
+from kernels.paging.pages import PageLayout, PageTables
 
 PAGE = 4
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.gpu.top import radix_top_mask
-from kernels.top import top_mask
+from kernels.policies.top import top_mask
 
 
 def check(scores: Tensor, counts: list[int]) -> None:

@@ -1,0 +1,1 @@
+"""Attention over compressed caches, with vLLM's own kernels."""

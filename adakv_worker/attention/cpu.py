@@ -1,0 +1,149 @@
+"""CPU attention with compressed requests."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+from adakv_worker.attention.folding import (
+    FoldedDecode,
+    FoldingBackend,
+    FoldingBuilder,
+    FoldingImpl,
+    Pages,
+    WithStep,
+)
+from kernels.paging.growth import GrownStep
+from kernels.paging.paged_cache import PagedCache
+
+# Steps of an unchanged batch that share a plan.
+_PLAN_STEPS = 32
+
+
+@dataclass
+class AdaKVCPUMetadata(WithStep, CPUAttentionMetadata):
+    """Of CPU attention."""
+
+
+class AdaKVCPUMetadataBuilder(FoldingBuilder, CPUAttentionMetadataBuilder):
+    metadata_class = AdaKVCPUMetadata
+    _folded: tuple[Tensor, Tensor] | None = None
+
+    def fold(self, grown: GrownStep, requests: int, pages: Pages) -> FoldedDecode:
+        if grown.age % _PLAN_STEPS == 0:
+            # A plan divides the work; what is attended to, the kernel takes from the lengths. So
+            # one for the longest layer, and for the steps to come, serves all.
+            longest = grown.lens.amax(dim=0) + (_PLAN_STEPS - 1)
+            self._folded = self._plan(longest, pages.keys.dtype)
+        assert self._folded is not None
+        return FoldedDecode(requests, grown, pages, *self._folded)
+
+    def _plan(self, lens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        sequences = lens.shape[0]
+        query_start_loc = torch.arange(sequences + 1, dtype=torch.int32)
+        metadata = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=sequences,
+            num_heads=self.num_heads // self.num_kv_heads,
+            num_kv_heads=1,
+            head_dim=self.head_dim,
+            seq_lens=lens,
+            dtype=dtype,
+            query_start_loc=query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+        return query_start_loc, metadata
+
+    def _nothing(self, common: CommonAttentionMetadata) -> dict[str, Any]:
+        return {**super()._nothing(common), "scheduler_metadata": None}
+
+
+class AdaKVCPUImpl(FoldingImpl, CPUAttentionBackendImpl):
+    def _store_folded(
+        self, layer: Any, key: Tensor, value: Tensor, pages: Pages, slots: Tensor
+    ) -> None:
+        ops.cpu_attn_reshape_and_cache(
+            key, value, pages.keys, pages.values, slots, layer.isa,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )  # fmt: skip
+
+    def _attend_folded(
+        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: FoldedDecode
+    ) -> None:
+        assert folded.plan is not None
+        ops.cpu_attention_with_kv_cache(
+            query=query,
+            key_cache=folded.pages.keys,
+            value_cache=folded.pages.values,
+            output=output,
+            query_start_loc=folded.query_start_loc,
+            seq_lens=folded.grown.lens[index],
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=folded.grown.tables[index],
+            softcap=self.logits_soft_cap,
+            scheduler_metadata=folded.plan,
+            s_aux=None,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+
+
+class AdaKVCPUBackend(FoldingBackend, CPUAttentionBackend):  # type: ignore[misc]
+    """Registered in place of vLLM's."""
+
+    folding_impl = AdaKVCPUImpl
+    folding_builder = AdaKVCPUMetadataBuilder
+
+
+def paged_cache(pages: Pages, isa: str) -> PagedCache:
+    """The same memory in logical order [pages, page_tokens, D], found by writing a probe.
+
+    Raises:
+        RuntimeError: this CPU's kernels pack a page in an order that we do not know.
+    """
+    _, _, page_tokens, dim = pages.keys.shape
+    probe = Pages(
+        *torch.zeros((1, 1, 2 * page_tokens, dim), dtype=pages.keys.dtype).chunk(2, dim=2)
+    )
+    token = torch.arange(page_tokens)[:, None, None].expand(-1, 1, dim)
+    dimension = torch.arange(dim).expand(page_tokens, 1, -1)
+    slots = torch.arange(page_tokens)
+    orders = []
+    # One number at a time: small enough to be exact in 16 bits.
+    for number in (token, dimension):
+        content = number.to(probe.keys.dtype).contiguous()
+        ops.cpu_attn_reshape_and_cache(content, content, probe.keys, probe.values, slots, isa)
+        orders.append((probe.keys[0, 0].clone(), probe.values[0, 0].clone()))
+    return PagedCache(
+        _logical(pages.keys, [order[0] for order in orders]),
+        _logical(pages.values, [order[1] for order in orders]),
+    )
+
+
+def _logical(pool: Tensor, orders: list[Tensor]) -> Tensor:
+    _, _, page_tokens, dim = pool.shape
+    plain = torch.arange(page_tokens)[:, None].expand(-1, dim).reshape(-1)
+    packed = torch.arange(page_tokens).repeat(dim)
+    seen = orders[0].reshape(-1).long()
+    rows = pool[:, 0]
+    if torch.equal(seen, plain):
+        return rows
+    if torch.equal(seen, packed):
+        stride = rows.stride(0)
+        return rows.as_strided((rows.shape[0], page_tokens, dim), (stride, 1, page_tokens))
+    raise RuntimeError("adakv: unknown packing of KV pages by this CPU's attention kernels")

@@ -1,0 +1,283 @@
+"""Attention on CUDA with compressed requests: FlashAttention, and vLLM's own kernel in Triton.
+
+Both read the lengths of the folded sequences from the device, and pages of one KV head by a block
+table: nothing of a step depends on what the host does not know.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends import flash_attn, triton_attn
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from adakv_worker.attention.folding import (
+    FoldedDecode,
+    FoldingBackend,
+    FoldingBuilder,
+    FoldingImpl,
+    Pages,
+    Step,
+    WithStep,
+    is_on,
+)
+from adakv_worker.config import compression_config
+from kernels.gpu.device_tables import DeviceTables
+from kernels.paging.growth import GrownStep
+
+
+class GPUFoldingBuilder(FoldingBuilder):
+    """Full CUDA graphs are of decodes alone, with page tables that stay where they are.
+
+    In them a row has both a folded and a stock call attend for it, one of them to a single entry of
+    whatever is there. What lies between the attention layers can be a graph for any batch.
+    """
+
+    # Set by the runner once there is memory.
+    tables: DeviceTables
+    pages: Pages
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        requests, self._heads = (
+            vllm_config.scheduler_config.max_num_seqs,
+            kv_cache_spec.num_kv_heads,
+        )
+        self._starts = torch.arange(requests * self._heads + 1, dtype=torch.int32, device=device)
+        self._mask = torch.zeros(requests, dtype=torch.bool, device=device)
+        self._seq_lens = torch.zeros(requests, dtype=torch.int32, device=device)
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        config = compression_config(vllm_config.additional_config)
+        if config is not None and config.graph_table_bytes == 0:
+            return AttentionCGSupport.NEVER
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def fold(self, grown: GrownStep, requests: int, pages: Pages) -> FoldedDecode:
+        sequences = grown.lens.shape[1]
+        return FoldedDecode(requests, grown, pages, self._starts[: sequences + 1])
+
+    def fold_for_graph(self, grown: GrownStep, compressed: int, pages: Pages) -> FoldedDecode:
+        rows = grown.lens.shape[1] // self._heads
+        mask = self._mask[:rows]
+        mask[:compressed], mask[compressed:] = True, False
+        self._compressed = compressed
+        return self.fold(grown, rows, pages)._replace(mask=mask)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Any:
+        step = self.next_step
+        if step is not None and step.folded is not None and step.folded.mask is not None:
+            common_attn_metadata = self._without_compressed(common_attn_metadata)
+        return super().build(common_prefix_len, common_attn_metadata, fast_build)
+
+    def _without_compressed(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """Has the stock call attend to one entry of a compressed row, and store none."""
+        seq_lens = self._seq_lens[: common.num_reqs]
+        seq_lens.copy_(common.seq_lens)
+        seq_lens[: self._compressed] = 1
+        common.slot_mapping[: self._compressed] = -1
+        return replace(common, seq_lens=seq_lens)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        grown = self.tables.grow([], graph_rows=common_attn_metadata.num_reqs)
+        self.next_step = Step(self.fold_for_graph(grown, 0, self.pages), [])
+        metadata = self.build(0, common_attn_metadata)
+        # Capturing is slow where there is much to attend to, and what comes of it is dropped.
+        metadata.seq_lens.fill_(1)
+        return metadata
+
+
+class GPUFoldingBackend(FoldingBackend):
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...] | None:
+        # A block's pages lie together, so that any of them may serve any layer and head.
+        return (KVCacheLayout.BLHNC,) if is_on() else super().supported_kv_cache_layouts()
+
+
+def _most_entries(folded: FoldedDecode) -> int:
+    """As many as a sequence can have: what it has, only the device knows."""
+    return folded.grown.tables.shape[-1] * folded.pages.keys.shape[1]
+
+
+@dataclass
+class AdaKVFlashMetadata(WithStep, flash_attn.FlashAttentionMetadata):
+    """Of FlashAttention."""
+
+
+class AdaKVFlashMetadataBuilder(GPUFoldingBuilder, flash_attn.FlashAttentionMetadataBuilder):
+    metadata_class = AdaKVFlashMetadata
+
+
+# From more sequences on FlashAttention 3 splits none, and what it took for their parts is wasted.
+_MOST_SPLIT_SEQUENCES = 992
+
+
+def folded_splits(sequences: int, version: int, most: int) -> int:
+    """Most parts that FlashAttention attends to a folded sequence in; 0: as many as it likes.
+
+    Left to itself version 3 takes hundreds of megabytes for them. Version 2 cannot be told.
+    """
+    if version == 2:
+        return 0
+    return most if sequences <= _MOST_SPLIT_SEQUENCES else 1
+
+
+class AdaKVFlashImpl(FoldingImpl, flash_attn.FlashAttentionImpl):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.vllm_flash_attn_version not in (2, 3):
+            raise ValueError(
+                "adakv: compression works with FlashAttention 2 and 3, not "
+                f"{self.vllm_flash_attn_version}: set attention_backend to TRITON_ATTN"
+            )
+        attention = get_current_vllm_config().attention_config
+        self._most_splits = attention.flash_attn_max_num_splits_for_cuda_graph
+        if self.batch_invariant_enabled:
+            self._most_splits = 1
+
+    def _store_folded(
+        self, layer: Any, key: Tensor, value: Tensor, pages: Pages, slots: Tensor
+    ) -> None:
+        flash_attn.reshape_and_cache_flash(
+            key, value, pages.keys, pages.values, slots, self.kv_cache_dtype,
+            layer._k_scale, layer._v_scale,
+        )  # fmt: skip
+
+    def _attend_folded(
+        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: FoldedDecode
+    ) -> None:
+        assert self.vllm_flash_attn_version is not None
+        flash_attn.flash_attn_varlen_func(
+            q=query,
+            k=folded.pages.keys,
+            v=folded.pages.values,
+            out=output,
+            cu_seqlens_q=folded.query_start_loc,
+            max_seqlen_q=1,
+            seqused_k=folded.grown.lens[index],
+            max_seqlen_k=_most_entries(folded),
+            softmax_scale=self.scale,
+            causal=True,
+            block_table=folded.grown.tables[index],
+            softcap=self.logits_soft_cap,
+            fa_version=self.vllm_flash_attn_version,
+            num_splits=folded_splits(len(query), self.vllm_flash_attn_version, self._most_splits),
+        )
+
+
+class AdaKVFlashBackend(GPUFoldingBackend, flash_attn.FlashAttentionBackend):  # type: ignore[misc]
+    """Registered in place of vLLM's FLASH_ATTN."""
+
+    folding_impl = AdaKVFlashImpl
+    folding_builder = AdaKVFlashMetadataBuilder
+
+
+class _Segments(NamedTuple):
+    """Where the kernel puts parts of long sequences, if there are few: see `unified_attention`."""
+
+    sequences: int
+    segments: int
+    outputs: Tensor
+    most: Tensor
+    sums: Tensor
+
+
+@dataclass
+class AdaKVTritonMetadata(WithStep, triton_attn.TritonAttentionMetadata):
+    """Of Triton's unified attention."""
+
+
+class AdaKVTritonMetadataBuilder(GPUFoldingBuilder, triton_attn.TritonAttentionMetadataBuilder):
+    metadata_class = AdaKVTritonMetadata
+    _segments: _Segments | None = None
+
+    def fold(self, grown: GrownStep, requests: int, pages: Pages) -> FoldedDecode:
+        if self._segments is None:
+            self._segments = self._make_segments(pages.keys.device)
+        return super().fold(grown, requests, pages)._replace(plan=self._segments)
+
+    def _make_segments(self, device: torch.device) -> _Segments:
+        # One KV head for each sequence: from so many on there is work for the whole device.
+        sequences = triton_attn.MIN_LAUNCH_GRID_SIZE_2D
+        count = triton_attn.NUM_PAR_SOFTMAX_SEGMENTS
+        shape = (sequences, self.num_heads_q // self.num_heads_kv, count)
+        width = self.softmax_segm_output.shape[-1]
+        outputs, most, sums = (
+            torch.empty(size, dtype=torch.float32, device=device)
+            for size in ((*shape, width), shape, shape)
+        )
+        return _Segments(sequences, count, outputs, most, sums)
+
+    def _nothing(self, common: Any) -> dict[str, Any]:
+        return {
+            **super()._nothing(common),
+            "seq_threshold_3D": 0,
+            "num_par_softmax_segments": self.num_par_softmax_segments,
+            "softmax_segm_output": self.softmax_segm_output,
+            "softmax_segm_max": self.softmax_segm_max,
+            "softmax_segm_expsum": self.softmax_segm_expsum,
+            "causal": True,
+        }
+
+
+class AdaKVTritonImpl(FoldingImpl, triton_attn.TritonAttentionImpl):
+    def _store_folded(
+        self, layer: Any, key: Tensor, value: Tensor, pages: Pages, slots: Tensor
+    ) -> None:
+        triton_attn.triton_reshape_and_cache_flash(
+            key, value, pages.keys, pages.values, slots, self.kv_cache_dtype,
+            layer._k_scale, layer._v_scale,
+        )  # fmt: skip
+
+    def _attend_folded(
+        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: FoldedDecode
+    ) -> None:
+        segments: _Segments = folded.plan
+        triton_attn.unified_attention(
+            q=query,
+            k=folded.pages.keys,
+            v=folded.pages.values,
+            out=output,
+            cu_seqlens_q=folded.query_start_loc,
+            max_seqlen_q=1,
+            seqused_k=folded.grown.lens[index],
+            max_seqlen_k=_most_entries(folded),
+            softmax_scale=self.scale,
+            causal=True,
+            window_size=(-1, -1),
+            block_table=folded.grown.tables[index],
+            softcap=self.logits_soft_cap,
+            q_descale=None,
+            k_descale=None,
+            v_descale=None,
+            seq_threshold_3D=segments.sequences,
+            num_par_softmax_segments=segments.segments,
+            softmax_segm_output=segments.outputs,
+            softmax_segm_max=segments.most,
+            softmax_segm_expsum=segments.sums,
+        )
+
+
+class AdaKVTritonBackend(GPUFoldingBackend, triton_attn.TritonAttentionBackend):  # type: ignore[misc]
+    """Registered in place of vLLM's TRITON_ATTN."""
+
+    folding_impl = AdaKVTritonImpl
+    folding_builder = AdaKVTritonMetadataBuilder

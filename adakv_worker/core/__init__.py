@@ -1,0 +1,1 @@
+"""The engine core's process: plans, blocks, admission and the scheduler of compressed requests."""

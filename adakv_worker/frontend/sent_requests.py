@@ -1,0 +1,166 @@
+"""The requests that a front end has sent to its engine core, and an `AsyncLLM` that keeps them."""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from adakv_worker.continuation import continuation_in
+from adakv_worker.frontend.sampling_limits import check_for
+
+
+class SentRequests:
+    """Requests that an engine core has been sent and that have not ended, oldest first.
+
+    They go by the engine core's names. The scheduler's statistics cover those that it had received
+    by then; a step with a long prefill takes seconds, and what comes meanwhile is `unseen`.
+    """
+
+    def __init__(self) -> None:
+        # Prompt tokens that each still had to compute when it was sent.
+        self._live: dict[str, int] = {}
+        self._unanswered: set[str] = set()
+        # Sent since the last one that statistics covered; the ended ones among them keep the order.
+        self._unseen: dict[str, None] = {}
+
+    def send(self, request_id: str, prefill_tokens: int) -> None:
+        """Add a request that is about to be sent."""
+        self._live[request_id] = prefill_tokens
+        self._unanswered.add(request_id)
+        self._unseen[request_id] = None
+
+    def answer(self, request_id: str) -> None:
+        """Note that a request has got an output: its prefill is over."""
+        self._unanswered.discard(request_id)
+
+    def end(self, request_id: str) -> None:
+        """Remove a request that has ended, or that could not be sent."""
+        self._live.pop(request_id, None)
+        self._unanswered.discard(request_id)
+        self._drop_ended()
+
+    def receive(self, last_received: str | None) -> None:
+        """Note that new statistics cover all requests up to this one."""
+        if last_received in self._unseen:
+            order = list(self._unseen)
+            self._unseen = dict.fromkeys(order[order.index(last_received) + 1 :])
+            self._drop_ended()
+
+    def unseen(self) -> list[str]:
+        """Return the live requests that were sent after the last one that statistics cover."""
+        return [request_id for request_id in self._unseen if request_id in self._live]
+
+    def newest_but(self, count: int) -> list[str]:
+        """Return all live requests but the `count` oldest."""
+        return list(self._live)[count:]
+
+    def prefill_tokens(self, request_ids: Iterable[str]) -> list[int]:
+        """Return the prompt tokens of these live requests."""
+        return [self._live[request_id] for request_id in request_ids]
+
+    def unanswered(self, *, but: Iterable[str] = ()) -> list[str]:
+        """Return the live requests without an output yet, except those of `but`."""
+        left = self._unanswered.difference(but)
+        return [request_id for request_id in self._live if request_id in left]
+
+    def _drop_ended(self) -> None:
+        while self._unseen and (oldest := next(iter(self._unseen))) not in self._live:
+            del self._unseen[oldest]
+
+
+def _anything_goes(params: SamplingParams) -> None:
+    pass
+
+
+class BookedCore:
+    """Stands in for vLLM's `EngineCoreClient` and books what is sent through it."""
+
+    def __init__(
+        self,
+        core: Any,
+        sent: SentRequests,
+        check: Callable[[SamplingParams], None] = _anything_goes,
+    ) -> None:
+        """
+        Args:
+            check: raises ValueError for parameters that the engine's workers do not take.
+        """
+        self._core = core
+        self._sent = sent
+        self._check = check
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._core, name)
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        if request.sampling_params is not None:
+            self._check(request.sampling_params)
+        # Before it is sent: its first output may come before the socket's future is done.
+        self._sent.send(request.request_id, _prefill_tokens(request))
+        try:
+            await self._core.add_request_async(request)
+        except BaseException:
+            self._sent.end(request.request_id)
+            raise
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._sent.end(request_id)
+        await self._core.abort_requests_async(request_ids)
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        outputs: EngineCoreOutputs = await self._core.get_output_async()
+        for output in outputs.outputs:
+            if output.finished:
+                self._sent.end(output.request_id)
+            else:
+                self._sent.answer(output.request_id)
+        return outputs
+
+
+class BookedLLM(AsyncLLM):
+    """vLLM's `AsyncLLM` with a book of sent requests; one that cannot be added leaves no trace."""
+
+    engine_core: Any
+    _sent: SentRequests | None = None
+
+    @property
+    def sent(self) -> SentRequests:
+        """The requests that its engine core works on."""
+        assert self._sent is not None, "made inside an event loop"
+        return self._sent
+
+    def _stand_in(self, core: BookedCore) -> Any:
+        """Return what the front end is to take for its engine core's client."""
+        return core
+
+    def _run_output_handler(self) -> None:
+        # The first that uses the client after it is made.
+        if self._sent is None:
+            self._sent = SentRequests()
+            check = check_for(self.vllm_config)
+            self.engine_core = self._stand_in(BookedCore(self.engine_core, self._sent, check))
+        super()._run_output_handler()
+
+    async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
+        try:
+            await super()._add_request(request, *args, **kwargs)
+        except BaseException:
+            # vLLM has it in its output processor, and aborts only what has been added. The engine
+            # may have it, too: a client can leave while it is being sent.
+            with contextlib.suppress(Exception):
+                await self.abort(request.request_id, internal=True)
+            raise
+
+
+def _prefill_tokens(request: EngineCoreRequest) -> int:
+    continuation = continuation_in(request.sampling_params)
+    if continuation is not None and continuation.state is not None:
+        # It comes with its cache.
+        return 0
+    if request.prompt_token_ids is not None:
+        return len(request.prompt_token_ids)
+    return len(request.prompt_embeds) if request.prompt_embeds is not None else 0

@@ -1,0 +1,231 @@
+"""What watches a forward pass: queries kept for later, and compressions, layer by layer."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from adakv_worker.commands import Compress
+from adakv_worker.worker.contained import Contained
+from adakv_worker.worker.model_parts import LayerParts
+from kernels.paging.entries import PagedEntries
+from kernels.paging.paged_cache import PagedCache, compact
+from kernels.paging.pages import PageTables
+from kernels.policies.observation import Observation
+from kernels.policies.policy import Policy, Scored, stacked
+from kernels.policies.reselection import SINK_TOKENS, fitted, with_sinks
+from kernels.transfer import sent
+
+# Scores held before their layers are copied: a few layers of a long prompt, all of a short one.
+_HELD_BYTES = 4 << 20
+
+
+class Watcher(Protocol):
+    def see(self, layer: int, query: Tensor) -> None:
+        """Called by the backend once a layer has attended.
+
+        Args:
+            layer: its index in the cache.
+            query: [tokens, Hq, D] of the whole batch, after RoPE.
+        """
+        ...
+
+
+class Window(NamedTuple):
+    """The queries of the last `span` of `prompt_tokens` tokens: queries [L, span, Hq, D].
+
+    Allocated only for a window that lies across two chunks of a prefill, and for evictions, of
+    which `prompt_tokens` counts the answer so far as well.
+    """
+
+    prompt_tokens: int
+    span: int
+    queries: Tensor
+
+
+class Capture(NamedTuple):
+    """Copies the queries of batch tokens [start, stop) to `target` [L, stop - start, Hq, D]."""
+
+    start: int
+    stop: int
+    target: Tensor
+
+    def see(self, layer: int, query: Tensor) -> None:
+        self.target[layer] = query[self.start : self.stop]
+
+
+class Compression:
+    """One request's compression during the forward pass that completes its prompt.
+
+    Each layer is scored when it has attended, while its keys and queries are at hand, so that no
+    queries need be stored. Scores are held until there are enough of them to be worth the overhead
+    of selecting and copying, or until all layers are scored where the policy must see all.
+
+    Whatever the policy raises stays here: the request then keeps its first entries and the most
+    recent ones, as many as the policy would have kept. The prompt's blocks are whole until the step
+    is over, so that nothing of a selection that was half done is left.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        command: Compress,
+        blocks: Sequence[int],
+        rows: slice,
+        earlier: Tensor | None,
+        cache: PagedCache,
+        tables: PageTables,
+        parts: Sequence[LayerParts],
+        *,
+        record: bool,
+    ) -> None:
+        """
+        Args:
+            blocks: the prompt's blocks.
+            rows: the prompt's tokens in the batch.
+            earlier: [L, e, Hq, D], the first queries of the window, from chunks before.
+        """
+        self._command = command
+        self._blocks = sent(blocks, tables.device)
+        self._rows = rows
+        self._earlier = earlier
+        self._cache = cache
+        self._tables = tables
+        self._parts = parts
+        self._scored: dict[int, Scored] = {}
+        self._held_bytes = 0
+        self._kept: dict[int, Tensor] | None = {} if record else None
+        self.row = tables.open(command.slabs)
+        self._contained = Contained(request_id, command.choice)
+        with self._contained:
+            self._policy: Policy = command.choice.build()
+            entries = command.prompt_tokens - self._policy.scorer.window_tokens
+            shape = (len(parts), tables.heads, entries)
+            totals = self._policy.layer_totals(shape, command.keep)
+            self._totals = self._with_sinks(totals, shape) if totals is not None else None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the policy raised an error, so that the entries are not of its choice."""
+        return self._contained.failed
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held from layer to layer: scores, and queries of chunks before."""
+        earlier = self._earlier
+        return self._held_bytes + (
+            0 if earlier is None else earlier.numel() * earlier.element_size()
+        )
+
+    def see(self, layer: int, query: Tensor) -> None:
+        if not self.failed:
+            with self._contained:
+                self._score(layer, query)
+
+    def _score(self, layer: int, query: Tensor) -> None:
+        scored = self._policy.score(self._observe(layer, query))
+        if self._command.sink_tokens:
+            scored = with_sinks(scored, self._command.sink_tokens)
+        self._scored[layer] = scored
+        self._held_bytes += sum(t.numel() * t.element_size() for t in scored if t is not None)
+        if self._totals is not None and self._held_bytes >= _HELD_BYTES:
+            self._copy_scored(self._totals)
+
+    def finish(self) -> Tensor | None:
+        """After the last layer. Returns kept [L, H, n] bool, if recorded."""
+        if not self.failed:
+            with self._contained:
+                self._copy_scored(self._all_totals())
+        if self.failed:
+            self._keep_recent()
+        if self._kept is None:
+            return None
+        return torch.stack([self._kept[layer] for layer in sorted(self._kept)])
+
+    def _all_totals(self) -> list[int]:
+        if self._totals is not None:
+            return self._totals
+        scored = [self._scored[layer].scores for layer in sorted(self._scored)]
+        all_layers = torch.stack(scored)
+        totals = self._policy.totals(all_layers, self._command.keep)
+        return self._with_sinks(totals, all_layers.shape)
+
+    def _with_sinks(self, totals: list[int], shape: Sequence[int]) -> list[int]:
+        """`totals` of scores of `shape` [L, H, m] that leave room for each layer's sinks."""
+        layers, heads, entries = shape
+        least = heads * min(self._command.sink_tokens, entries)
+        return fitted(totals, [least] * layers, [heads * entries] * layers)
+
+    def _copy_scored(self, totals: list[int]) -> None:
+        """Selects and copies the layers whose scores are held, some of them at a time."""
+        layers = sorted(self._scored)
+        if not layers:
+            return
+        at_once = max(1, _HELD_BYTES * len(layers) // max(1, self._held_bytes))
+        for first in range(0, len(layers), at_once):
+            some = layers[first : first + at_once]
+            scored = stacked([self._scored.pop(layer) for layer in some])
+            kept = self._policy.allocate_layers(scored, [totals[layer] for layer in some])
+            self._copy(some, kept)
+        self._held_bytes = 0
+
+    def _keep_recent(self) -> None:
+        """Selects without scores, from the beginning: uniform heads, sinks and the newest."""
+        self._scored.clear()
+        self._earlier, self._held_bytes = None, 0
+        self._tables.release(self.row)
+        self.row = self._tables.open(self._command.slabs)
+        n, keep = self._command.prompt_tokens, self._command.keep
+        kept = torch.zeros((1, self._tables.heads, n), dtype=torch.bool, device=self._tables.device)
+        sinks = min(SINK_TOKENS, keep // 2)
+        kept[..., :sinks] = True
+        kept[..., n - (keep - sinks) :] = True
+        for layer in range(len(self._parts)):
+            self._copy([layer], kept)
+
+    def _copy(self, layers: list[int], kept: Tensor) -> None:
+        """Copies the entries kept [K, H, n] of K layers into pages of their own."""
+        lens = kept.sum(dim=-1, dtype=torch.int32)
+        tables = self._tables.place_layers(self.row, layers, lens)
+        index = sent(layers, self._tables.device)
+        source = self._tables.layout.blocks_pages(self._blocks, index)
+        compact(kept, self._cache, source, tables, lens)
+        if self._kept is not None:
+            self._kept |= zip(layers, kept, strict=True)
+
+    def _observe(self, layer: int, query: Tensor) -> Observation:
+        part, n = self._parts[layer], self._command.prompt_tokens
+        pages = self._tables.layout.block_pages(self._blocks, layer).t()
+        return Observation(
+            self._window(layer, query),
+            PagedEntries(self._cache.keys, pages, n),
+            PagedEntries(self._cache.values, pages, n),
+            part.scale,
+            part.rotary,
+            part.output_weight,
+            part.layer,
+        )
+
+    def _window(self, layer: int, query: Tensor) -> Tensor:
+        """[Hq, span, D]: the queries that the scorer wants."""
+        return window_queries(self._earlier, query[self._rows], self._command.query_span, layer)
+
+
+def window_queries(earlier: Tensor | None, query: Tensor, span: int, layer: int) -> Tensor:
+    """Return [Hq, span, D] of a window that ends with `query` [tokens, Hq, D].
+
+    Args:
+        query: the request's own of this step.
+        earlier: [L, e, Hq, D], its first queries, from steps before.
+
+    Raises:
+        LookupError: there are too few: the device had no memory to keep those of steps before.
+    """
+    have = 0 if earlier is None else earlier.shape[1]
+    if span - have > len(query):
+        raise LookupError(f"{span} queries are wanted, {have + len(query)} are there")
+    fresh = query[len(query) - (span - have) :]
+    if earlier is not None:
+        fresh = torch.cat((earlier[layer], fresh))
+    return fresh.transpose(0, 1)

@@ -1,0 +1,45 @@
+"""Errors of a policy stay with the request that it serves; the engine goes on."""
+
+from types import TracebackType
+
+from vllm.logger import init_logger
+
+from kernels.policies.presets import PolicyChoice
+
+# Below vLLM's own logger, so that its settings show it.
+logger = init_logger("vllm.adakv")
+
+
+class Contained:
+    """A context that notes an exception instead of passing it on, and logs it once.
+
+    Out-of-memory errors of a device are among them: what lies beside the cache is the policy's.
+
+    failed: whether there was one. The selection is then to be made without the policy.
+    """
+
+    def __init__(self, request_id: str, choice: PolicyChoice) -> None:
+        self.failed = False
+        self._request_id = request_id
+        self._choice = choice
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        if error is None or not isinstance(error, Exception):
+            return False
+        self.failed = True
+        logger.error(
+            "adakv: policy %s failed for request %s, which keeps its first and its most recent "
+            "entries instead",
+            self._choice.preset,
+            self._request_id,
+            exc_info=error,
+        )
+        return True

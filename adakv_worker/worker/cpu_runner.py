@@ -1,0 +1,91 @@
+"""The CPU's model runner with compression: layers outermost, pages packed as its kernels want."""
+
+from typing import Any
+
+import torch
+from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from adakv_worker.attention.cpu import paged_cache
+from adakv_worker.attention.folding import Pages
+from adakv_worker.config import CompressionConfig
+from adakv_worker.worker.requests import CompressionState
+from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
+from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
+from adakv_worker.worker.step import AdaKVRunner
+from kernels.paging.pages import PageLayout, PageTables
+
+
+class LayersOutermost(AdaKVRunner):
+    """For the CPU's backend, which lays one layer after the other (vLLM's LBHNC)."""
+
+    def _bind_pages(self, config: CompressionConfig) -> None:
+        layers = self._layers()
+        self._adakv_pages = _all_pages([layer.kv_cache for layer in layers])
+        blocks, heads, page_tokens, _ = layers[0].kv_cache.shape
+        layout = PageLayout.layers_outermost(len(layers), heads, blocks)
+        self.adakv = CompressionState(
+            paged_cache(self._adakv_pages, layers[0].isa),
+            PageTables(layout, page_tokens, self.vllm_config.scheduler_config.max_num_seqs),
+            self._parts(layers),
+            record_selections=config.record_selections,
+        )
+
+
+class UndrawnNumbers(GPUModelRunner):
+    """Mixin placed before vLLM's CPU runner: seeds beside prompts of several chunks.
+
+    vLLM draws a token after each chunk, discards it, and turns the generator's offset back. A CPU's
+    generator has none, and the error ends the engine: here its state is put back instead.
+    """
+
+    def _seeded_chunks(self) -> dict[int, torch.Generator]:
+        """Return the generators, by row, of requests whose prompt is not complete."""
+        rows = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0].tolist()
+        generators = self.input_batch.generators
+        return {row: generators[row] for row in rows if row in generators}
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        before = [(chunk, chunk.get_state()) for chunk in self._seeded_chunks().values()]
+        output = super()._sample(*args, **kwargs)
+        for generator, state in before:
+            generator.set_state(state)
+        return output
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        chunks, generators = self._seeded_chunks(), self.input_batch.generators
+        for row in chunks:
+            del generators[row]
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            generators.update(chunks)
+
+
+class AdaKVCPUModelRunner(LayersOutermost, AdaKVRunnerV1, UndrawnNumbers, CPUModelRunner):
+    """The CPU, on Model Runner V1."""
+
+
+class AdaKVCPUModelRunnerV2(LayersOutermost, AdaKVRunnerV2, CPUModelRunnerV2):
+    """The CPU, on Model Runner V2, which wants a Triton for CPUs."""
+
+
+def _all_pages(caches: list[torch.Tensor]) -> Pages:
+    """Views the layers' caches [NB, H, page_tokens, 2 * D] as one pool of pages.
+
+    Raises:
+        RuntimeError: they do not lie one after the other in one allocation.
+    """
+    first = caches[0]
+    size = first.numel() * first.element_size()
+    for index, cache in enumerate(caches):
+        if not cache.is_contiguous() or cache.data_ptr() != first.data_ptr() + index * size:
+            raise RuntimeError("adakv: the layers' KV caches are not one contiguous allocation")
+    blocks, heads, page_tokens, width = first.shape
+    pages = len(caches) * blocks * heads
+    pool = first.as_strided(
+        (pages, 1, 2 * page_tokens, width // 2),
+        (page_tokens * width, page_tokens * width, width // 2, 1),
+    )
+    return Pages(*pool.chunk(2, dim=2))

@@ -1,0 +1,138 @@
+"""One request's eviction while it decodes: its cache is cut down where it lies."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from adakv_worker.commands import Evict
+from adakv_worker.worker.compression import window_queries
+from adakv_worker.worker.contained import Contained
+from adakv_worker.worker.model_parts import LayerParts
+from kernels.paging.entries import PagedEntries
+from kernels.paging.paged_cache import PagedCache, compact_in_place, move_pages
+from kernels.paging.pages import PageTables
+from kernels.policies.observation import Observation
+from kernels.policies.policy import Policy, Scored
+from kernels.policies.reselection import keep_recent, reallocate, score_heads, stacked_layers
+
+
+class Eviction:
+    """Scores each layer when it has attended, and evicts after the last one.
+
+    In place: what a head keeps moves to the front of the head's own pages, and pages in slabs that
+    the request gives back move to pages that have become free in those that it keeps. So a request
+    never holds more than its bound; beside it lie the scores and the window's queries.
+
+    Whatever the policy raises stays here: the request then keeps its first entries and the most
+    recent ones, as many as the policy would have kept.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        command: Evict,
+        row: int,
+        position: int,
+        earlier: Tensor | None,
+        cache: PagedCache,
+        tables: PageTables,
+        parts: Sequence[LayerParts],
+    ) -> None:
+        """
+        Args:
+            row: the request's, in the tables.
+            position: index of its token in the batch.
+            earlier: [L, e, Hq, D], the window's queries but the last.
+        """
+        self._command = command
+        self._row = row
+        self._position = position
+        self._earlier = earlier
+        self._cache = cache
+        self._tables = tables
+        self._parts = parts
+        self._scored: dict[int, Scored] = {}
+        self._contained = Contained(request_id, command.choice)
+        with self._contained:
+            self._policy: Policy = command.choice.build()
+
+    @property
+    def tokens(self) -> int:
+        """The request's, when it evicts."""
+        return self._command.tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held from layer to layer: scores, and queries of steps before."""
+        held = [tensor for scored in self._scored.values() for tensor in scored]
+        return sum(t.numel() * t.element_size() for t in (*held, self._earlier) if t is not None)
+
+    @functools.cached_property
+    def _lens(self) -> list[list[int]]:
+        """Entries of each layer's heads: the device is waited for once, and not in every layer."""
+        lens: list[list[int]] = self._tables.lens(self._row).tolist()
+        return lens
+
+    @property
+    def failed(self) -> bool:
+        """Whether the policy raised an error, so that the entries are not of its choice."""
+        return self._contained.failed
+
+    def see(self, layer: int, query: Tensor) -> None:
+        if not self.failed:
+            with self._contained:
+                self._scored[layer] = score_heads(self._policy, self._observe(layer, query))
+
+    def finish(self) -> Tensor:
+        """After the last layer. Returns kept [L, H, n] bool of the entries that there were."""
+        tables, row = self._tables, self._row
+        kept = self._select()
+        lens = kept.sum(dim=-1, dtype=torch.int32)
+        pages = tables.tables(row)
+        for layer in range(len(kept)):
+            part = slice(layer, layer + 1)
+            compact_in_place(kept[part], self._cache, pages[part], lens[part])
+        move_pages(self._cache, *tables.shrink(row, lens, self._command.slabs))
+        return kept
+
+    def _select(self) -> Tensor:
+        lens, keep = self._tables.lens(self._row), self._command.keep
+        if not self.failed:
+            with self._contained:
+                scored = stacked_layers([self._scored[layer] for layer in sorted(self._scored)])
+                return reallocate(self._policy, scored, lens, keep)
+        self._scored.clear()
+        self._earlier = None
+        return keep_recent(lens, keep)
+
+    def _observe(self, layer: int, query: Tensor) -> list[Observation]:
+        """Each head as a cache of its own."""
+        part, group = self._parts[layer], self._parts[layer].num_heads // self._tables.heads
+        queries = window_queries(
+            self._earlier,
+            query[self._position : self._position + 1],
+            self._command.query_span,
+            layer,
+        )
+        pages = self._tables.tables(self._row)[layer].long()
+        return [
+            Observation(
+                queries[head * group : (head + 1) * group],
+                PagedEntries(self._cache.keys, pages[head : head + 1], entries),
+                PagedEntries(self._cache.values, pages[head : head + 1], entries),
+                part.scale,
+                part.rotary,
+                None if part.output_weight is None else _of_head(part.output_weight, head),
+                part.layer,
+                self._command.tokens,
+                head,
+            )
+            for head, entries in enumerate(self._lens[layer])
+        ]
+
+
+def _of_head(output_weight: Callable[[int], Tensor], head: int) -> Callable[[int], Tensor]:
+    """Return the columns of one KV head, whose observation has no other."""
+    return lambda _: output_weight(head)

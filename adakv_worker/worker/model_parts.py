@@ -1,0 +1,115 @@
+"""What scorers need of a loaded model's attention layers, found beside them by vLLM's names."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+from kernels.policies.rotary import Rotary
+
+# Radians; numbers of eight bits are off by less, and another table's by more.
+_MOST_OFF = 0.1
+_OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+
+
+class LayerParts(NamedTuple):
+    """One attention layer of this rank. `layer` counts the model's layers.
+
+    output_weight: gives a KV head's columns [hidden, G * D] of the output projection.
+    """
+
+    layer: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    rotary: Rotary | None
+    output_weight: Callable[[int], Tensor] | None
+
+
+def layer_parts(model: nn.Module, layer_names: list[str]) -> list[LayerParts]:
+    """Return the parts of the attention layers in the order of `layer_names`."""
+    modules = dict(model.named_modules())
+    by_layer = {
+        module.layer_name: (module, modules[name.rpartition(".")[0]])
+        for name, module in modules.items()
+        if isinstance(module, Attention)
+    }
+    return [_parts(index, *by_layer[name]) for index, name in enumerate(layer_names)]
+
+
+def _parts(index: int, attention: Attention, around: nn.Module) -> LayerParts:
+    candidates = (getattr(around, name, None) for name in _OUTPUT_PROJECTIONS)
+    # A LoRA adapter wraps the layer; scores are made with the base model's weights.
+    unwrapped = (getattr(module, "base_layer", module) for module in candidates)
+    output = next((module for module in unwrapped if isinstance(module, LinearBase)), None)
+    return LayerParts(
+        index,
+        attention.num_heads,
+        attention.num_kv_heads,
+        attention.head_size,
+        float(attention.impl.scale),
+        _rotary(getattr(around, "rotary_emb", None)),
+        None
+        if output is None
+        else functools.partial(
+            _head_columns,
+            output,
+            attention.num_heads * attention.head_size,
+            attention.num_heads // attention.num_kv_heads * attention.head_size,
+        ),
+    )
+
+
+def _head_columns(projection: LinearBase, width: int, group_width: int, head: int) -> Tensor:
+    """Return [hidden, group_width] of a linear layer [hidden, width], however it is stored."""
+    stored = next(projection.parameters())
+    start = head * group_width
+    plain = isinstance(projection.quant_method, UnquantizedLinearMethod)
+    if plain and stored.dim() == 2 and stored.shape[1] == width:
+        return stored.detach()[:, start : start + group_width]
+    # The layer's own kernel unpacks it: what it makes of unit vectors are its columns.
+    unit = _exact_input(projection)
+    units = torch.zeros((group_width, width), dtype=projection.params_dtype, device=stored.device)
+    units[:, start : start + group_width].fill_diagonal_(unit)
+    assert projection.quant_method is not None
+    return projection.quant_method.apply(projection, units, bias=None).t() / unit
+
+
+def _exact_input(projection: LinearBase) -> float:
+    """Return a number that a layer with a fixed scale of its inputs neither rounds nor clips."""
+    scale = getattr(projection, "input_scale", None)
+    return float(scale.max()) if isinstance(scale, Tensor) and scale.numel() else 1.0
+
+
+def _rotary(embedding: nn.Module | None) -> Rotary | None:
+    cache = getattr(embedding, "cos_sin_cache", None)
+    if cache is None or cache.dim() != 2 or cache.shape[0] < 2:
+        return None
+    frequencies = rotary_frequencies(cache)
+    return Rotary(frequencies, interleaved=not getattr(embedding, "is_neox_style", True))
+
+
+def rotary_frequencies(table: Tensor) -> Tensor:
+    """[D / 2] float32, radians a position, of cosines and sines [P, D] of any precision.
+
+    Read from the table, whatever scaling made it: at position 1 the angle is the frequency, and at
+    twice a position, where it is known up to a small error, the error is half as large. Of a table
+    of 16 bits the first alone would be wrong by whole turns a few thousand positions on.
+    """
+    frequencies, position = table.new_zeros((), dtype=torch.float64), 1
+    while position < len(table):
+        cos, sin = table[position].double().chunk(2)
+        expected = frequencies * position
+        off = torch.atan2(sin, cos) - expected
+        off = torch.atan2(off.sin(), off.cos())
+        if position > 1 and float(off.abs().max()) > _MOST_OFF:
+            # Several scalings may lie one after the other: another begins here.
+            break
+        frequencies = (expected + off) / position
+        position *= 2
+    return frequencies.float()

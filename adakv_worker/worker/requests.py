@@ -1,0 +1,302 @@
+"""The worker's side of compressed requests: their page tables, and what watches their prefills."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+
+from adakv_worker import commands
+from adakv_worker.commands import WITHOUT_QUERIES, Answer, Compress, Evict, Kept
+from adakv_worker.worker.compression import Capture, Compression, Window
+from adakv_worker.worker.eviction import Eviction
+from adakv_worker.worker.model_parts import LayerParts
+from kernels.paging.growth import GrownStep
+from kernels.paging.paged_cache import PagedCache, read_pages, write_pages
+from kernels.paging.pages import PageTables, check_page_tables
+
+# Below vLLM's own logger, so that its settings show it.
+logger = init_logger("vllm.adakv")
+
+
+class CompressedState(NamedTuple):
+    """One request's compressed cache, to move or park it.
+
+    lens: [L, H] int32. keys, values: [pages, page_tokens * D], layer after layer, head after head,
+    each page packed as the cache that it is from.
+    window: queries for its next eviction, of tokens that are already there.
+    """
+
+    lens: Tensor
+    keys: Tensor
+    values: Tensor
+    window: Window | None = None
+
+
+class CompressionState:
+    """All compressed requests of one worker. Independent of how a backend attends."""
+
+    def __init__(
+        self,
+        cache: PagedCache,
+        tables: PageTables,
+        parts: Sequence[LayerParts],
+        *,
+        record_selections: bool = False,
+    ) -> None:
+        self._cache = cache
+        self._parts = parts
+        self.tables = tables
+        self._rows: dict[str, int] = {}
+        self._windows: dict[str, Window] = {}
+        self._compressing: dict[str, Compression] = {}
+        self._evicting: dict[str, Eviction] = {}
+        # Kept positions [L, H, n] bool by request, when recorded for debugging: of its prompt, or
+        # of what was cached when it last evicted.
+        self.selections: dict[str, Tensor] | None = {} if record_selections else None
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._rows
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes held beside the engine's KV memory: tables, queries and scores."""
+        windows = [window.queries for window in self._windows.values()]
+        held = sum(queries.numel() * queries.element_size() for queries in windows)
+        watching: list[Compression | Eviction] = [
+            *self._compressing.values(),
+            *self._evicting.values(),
+        ]
+        running = sum(watcher.nbytes for watcher in watching)
+        return self.tables.nbytes + held + running
+
+    def forget(self, request_id: str) -> None:
+        """The request ended or was preempted: its blocks are no longer its own."""
+        self._windows.pop(request_id, None)
+        if self.selections is not None:
+            self.selections.pop(request_id, None)
+        if request_id in self._rows:
+            self.tables.release(self._rows.pop(request_id))
+
+    def add_slabs(self, request_id: str, slabs: list[int]) -> None:
+        self.tables.add_slabs(self._rows[request_id], slabs)
+
+    def rows(self, request_ids: Iterable[str]) -> list[int]:
+        """Where the compressed ones of these requests are in the page tables."""
+        return [row for name in request_ids if (row := self._rows.get(name)) is not None]
+
+    def grow(self, request_ids: Sequence[str], graph_rows: int | None = None) -> GrownStep:
+        """One more entry for every head of the requests; `graph_rows` as `DeviceTables` take it."""
+        return self.tables.grow(self.rows(request_ids), graph_rows)
+
+    def capture(
+        self,
+        request_id: str,
+        command: commands.Capture,
+        start: int,
+        first_token: int,
+        num_tokens: int,
+    ) -> Capture | None:
+        """Prepares to keep the queries of this step's tokens that a scorer will want.
+
+        Args:
+            start: index of the request's first token in the batch.
+            first_token: its position in the request.
+            num_tokens: its tokens in this step.
+        """
+        prompt_tokens, span = command
+        window_start = prompt_tokens - span
+        first = max(first_token, window_start)
+        last = first_token + num_tokens
+        if first >= last:
+            return None
+        window = self._windows.get(request_id)
+        if window is None or window[:2] != (prompt_tokens, span):
+            if first > window_start:
+                # Its beginning cannot be had any more.
+                return None
+            shape = (len(self._parts), span, self._parts[0].num_heads, self._cache.keys.shape[-1])
+            try:
+                queries = self._cache.keys.new_empty(shape)
+            except RuntimeError as error:
+                # A device's memory is full: what needs these queries does without.
+                logger.warning("adakv: request %s: no memory for queries: %s", request_id, error)
+                return None
+            window = self._windows[request_id] = Window(prompt_tokens, span, queries)
+        return Capture(
+            start + first - first_token,
+            start + last - first_token,
+            window.queries[:, first - window_start : last - window_start],
+        )
+
+    def no_queries(self, tokens: int) -> Tensor:
+        """Zeros [tokens, Hq, D], as a layer's queries are seen."""
+        heads, dim = self._parts[0].num_heads, self._cache.keys.shape[-1]
+        return self._cache.keys.new_zeros((tokens, heads, dim))
+
+    def drop_windows(self, request_ids: Iterable[str]) -> None:
+        """Forgets queries kept for what was not done in the end."""
+        if self._windows:
+            for request_id in request_ids:
+                self._windows.pop(request_id, None)
+
+    def compress(
+        self,
+        request_id: str,
+        command: Compress,
+        blocks: Sequence[int],
+        start: int,
+        first_token: int,
+    ) -> Compression:
+        """Begins the compression of a request whose prompt this step completes.
+
+        Args:
+            blocks: the prompt's blocks.
+            start: index of the request's first token in the batch.
+            first_token: its position in the request.
+        """
+        window = self._windows.pop(request_id, None)
+        before = first_token - (command.prompt_tokens - command.query_span)
+        earlier = None
+        if before > 0 and window is not None:
+            earlier = window.queries[:, :before]
+        compression = Compression(
+            request_id,
+            command,
+            blocks,
+            slice(start, start + command.prompt_tokens - first_token),
+            earlier,
+            self._cache,
+            self.tables,
+            self._parts,
+            record=self.selections is not None,
+        )
+        self._compressing[request_id] = compression
+        return compression
+
+    def finish_compressions(self) -> Answer:
+        """After the forward pass: the requests are compressed from the next step on."""
+        answer = Answer({}, [])
+        for request_id, compression in self._compressing.items():
+            positions = compression.finish()
+            if self.selections is not None and positions is not None:
+                self.selections[request_id] = positions.cpu()
+            self._rows[request_id] = compression.row
+            # The one look at what the device has decided.
+            lens = self.tables.lens(compression.row).cpu()
+            answer.kept[request_id] = Kept(
+                float(lens.float().mean()), int(lens.min()), int(lens.max())
+            )
+            if compression.failed:
+                answer.failed.append(request_id)
+        self._compressing.clear()
+        return answer
+
+    def evict(self, request_id: str, command: Evict, position: int) -> Eviction:
+        """Begins the eviction of a compressed request with this step's token.
+
+        Args:
+            position: index of that token in the batch.
+        """
+        window = self._windows.pop(request_id, None)
+        earlier = None
+        if window is not None and window[:2] == (command.tokens, command.query_span):
+            earlier = window.queries[:, : command.query_span - 1]
+        elif command.query_span > 1:
+            # Its cache has come from an engine of other settings: once it evicts without queries.
+            command = command._replace(choice=WITHOUT_QUERIES, query_span=0)
+        eviction = Eviction(
+            request_id,
+            command,
+            self._rows[request_id],
+            position,
+            earlier,
+            self._cache,
+            self.tables,
+            self._parts,
+        )
+        self._evicting[request_id] = eviction
+        return eviction
+
+    def finish_evictions(self) -> list[str]:
+        """After the forward pass: the requests hold less from the next step on.
+
+        Returns those whose policy failed.
+        """
+        failed = []
+        for request_id, eviction in self._evicting.items():
+            kept = eviction.finish()
+            # Of a cache that has come from elsewhere nobody recorded any.
+            if self.selections is not None and request_id in self.selections:
+                before = self.selections[request_id]
+                self.selections[request_id] = _still_kept(before, kept.cpu(), eviction.tokens)
+            if eviction.failed:
+                failed.append(request_id)
+        self._evicting.clear()
+        return failed
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int, int]:
+        """Layers, KV heads, entries of a page, head size."""
+        return (*self.tables.layout.offsets.shape, *self._cache.keys.shape[1:])
+
+    @property
+    def packing(self) -> str:
+        return self._cache.packing
+
+    def window(self, request_id: str) -> Window | None:
+        """The queries that its next eviction will look at, as far as they are there."""
+        return self._windows.get(request_id)
+
+    @torch.inference_mode()
+    def export(
+        self, request_id: str, room: Callable[[int], tuple[Tensor, Tensor]] | None = None
+    ) -> CompressedState:
+        """Copies a compressed request's cache out, between two steps.
+
+        Args:
+            room: makes it for the keys and values of so many pages; None takes fresh memory.
+        """
+        row = self._rows[request_id]
+        pages = self.tables.filled_pages(row)
+        if room is None:
+            shape = (len(pages), self._cache.keys[0].numel())
+            keys, values = self._cache.keys.new_empty(shape), self._cache.values.new_empty(shape)
+        else:
+            keys, values = room(len(pages))
+        read_pages(self._cache, pages, keys, values)
+        lens = self.tables.lens(row).to("cpu", copy=True)
+        return CompressedState(lens, keys, values, self.window(request_id))
+
+    @torch.inference_mode()
+    def restore(self, request_id: str, state: CompressedState, slabs: list[int]) -> None:
+        """Places an exported cache into `slabs`.
+
+        Raises:
+            ValueError: the slabs are too few; nothing has changed then.
+        """
+        self.forget(request_id)
+        row = self.tables.place(state.lens, slabs)
+        self._rows[request_id] = row
+        if state.window is not None:
+            queries = state.window.queries.to(self.tables.device, copy=True)
+            self._windows[request_id] = state.window._replace(queries=queries)
+        write_pages(self._cache, self.tables.filled_pages(row), state.keys, state.values)
+
+    def check(self) -> None:
+        """Asserts the invariants of all page tables."""
+        check_page_tables(self.tables, list(self._rows.values()))
+
+
+def _still_kept(positions: Tensor, kept: Tensor, tokens: int) -> Tensor:
+    """Kept positions [L, H, tokens] after an eviction that leaves `kept` [L, H, e] of the entries.
+
+    Args:
+        positions: [L, H, n] bool, kept before of the first n; all that came later were.
+    """
+    held = torch.nn.functional.pad(positions, (0, tokens - positions.shape[-1]), value=True)
+    for layer, head in torch.cartesian_prod(*map(torch.arange, held.shape[:2])).tolist():
+        places = held[layer, head].nonzero()[:, 0]
+        held[layer, head, places] = kept[layer, head, : len(places)]
+    return held

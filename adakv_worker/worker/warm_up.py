@@ -1,0 +1,59 @@
+"""Compressions of nobody's prompt, so that no request waits until their kernels are compiled."""
+
+import itertools
+from collections.abc import Container
+
+import torch
+
+from adakv_worker.commands import Compress
+from adakv_worker.config import FULL, CompressionConfig
+from adakv_worker.core.plan import query_span
+from adakv_worker.worker.requests import CompressionState
+from kernels.blocks import blocks_for_tokens, compressed_blocks_bound
+from kernels.policies.presets import PolicyChoice
+
+_TOKENS = 1024
+_NOBODY = "adakv-warm-up"
+
+
+@torch.inference_mode()
+def warm_up(
+    state: CompressionState,
+    config: CompressionConfig,
+    num_blocks: int,
+    unsupported: Container[str] = (),
+) -> None:
+    """Compresses an even and an odd prompt to much and to little, each growing by a token.
+
+    Kernels are compiled for numbers that 16 divides, and for others. Overwrites blocks 1 and
+    following, which must be nobody's. Where there are not enough of them nothing happens.
+
+    Args:
+        unsupported: presets that the model does not support.
+    """
+    if config.policy == FULL:
+        return
+    longest = max(_TOKENS, 2 * query_span(config.default_choice))
+    for tokens, share in itertools.product((longest, longest - 1), (2, 8)):
+        choice = config.default_choice.for_budget(tokens // share, tokens, unsupported)
+        keep = max(tokens // share, choice.build().scorer.window_tokens + 1)
+        _compress(state, choice, tokens, keep, num_blocks)
+
+
+def _compress(
+    state: CompressionState, choice: PolicyChoice, tokens: int, keep: int, num_blocks: int
+) -> None:
+    layers, _, page_tokens, _ = state.cache_shape
+    prompt = blocks_for_tokens(tokens, page_tokens)
+    slabs = compressed_blocks_bound(keep, 1, page_tokens)
+    # The first is vLLM's null block.
+    if 1 + prompt + slabs > num_blocks:
+        return
+    span = query_span(choice)
+    command = Compress(choice, tokens, span, keep, list(range(1 + prompt, 1 + prompt + slabs)))
+    compression = state.compress(_NOBODY, command, range(1, 1 + prompt), 0, tokens - span)
+    for layer in range(layers):
+        compression.see(layer, state.no_queries(span))
+    state.finish_compressions()
+    state.grow([_NOBODY])
+    state.forget(_NOBODY)

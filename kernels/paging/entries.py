@@ -1,0 +1,106 @@
+"""Keys or values of one layer, whole or where they lie in pages, read a part at a time.
+
+A long prompt's keys are hundreds of MiB in each layer: a scorer that goes through the parts holds
+no more of them than `PART_BYTES`, whatever the model and the prompt.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.paging.paged_cache import read_heads
+
+# Bytes of one working tensor of a scorer; a scorer holds a handful of them at a time.
+PART_BYTES = 16 << 20
+
+
+class PagedEntries(NamedTuple):
+    """Keys or values of H heads in an engine's memory.
+
+    pool: [pages, page_tokens, D].
+    pages: [H, W] int64, each head's pages in order of position.
+    num_entries: n; what lies behind it in the last page is another's or old.
+    """
+
+    pool: Tensor
+    pages: Tensor
+    num_entries: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[H, n, D]."""
+        return self.pages.shape[0], self.num_entries, self.pool.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.pool.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pool.dtype
+
+
+Entries = Tensor | PagedEntries
+
+
+def one_head(entries: Entries, head: int) -> Entries:
+    """Return the entries of one head [1, n, D]."""
+    if isinstance(entries, PagedEntries):
+        return entries._replace(pages=entries.pages[head : head + 1])
+    return entries[head : head + 1]
+
+
+def parts(
+    entries: Entries, bytes_per_entry: int = 0, *, whole_pages: bool = False
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first position, [H, p, D]) in order, `PART_BYTES` at a time.
+
+    Args:
+        bytes_per_entry: what the caller makes of each entry of each head, if it is more than the
+            entry.
+        whole_pages: yield the last page whole, with what lies behind the last entry: products of
+            pages packed by dimension are faster so.
+    """
+    heads, n, dim = entries.shape
+    # Scorers compute in float32.
+    size = max(bytes_per_entry, 4 * dim) * heads
+    if not isinstance(entries, PagedEntries):
+        at_once = max(1, PART_BYTES // size)
+        for first in range(0, n, at_once):
+            yield first, entries[:, first : first + at_once]
+        return
+    page_tokens = entries.pool.shape[1]
+    pages_at_once = max(1, PART_BYTES // (size * page_tokens))
+    for page in range(0, -(-n // page_tokens), pages_at_once):
+        first = page * page_tokens
+        some = entries.pages[:, page : min(page + pages_at_once, -(-n // page_tokens))]
+        part = read_heads(entries.pool, some)
+        yield first, part if whole_pages else part[:, : n - first]
+
+
+def per_entry(entries: Entries, number: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return numbers [H, n] float32 that `number` makes of parts [H, p, D].
+
+    They lie in memory of their own from the start: between parts that come and go they would leave
+    holes in an allocator's memory which the next part does not fit into.
+    """
+    heads, n, _ = entries.shape
+    numbers = torch.empty((heads, n), dtype=torch.float32, device=entries.device)
+    for first, part in parts(entries):
+        numbers[:, first : first + part.shape[1]] = number(part)
+    return numbers
+
+
+def lengths(part: Tensor) -> Tensor:
+    """Return the norms [H, p] float32 of entries [H, p, D], without a copy of them in float32."""
+    return torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32)
+
+
+def read(entries: Entries) -> Tensor:
+    """Return all entries [H, n, D]."""
+    if isinstance(entries, PagedEntries):
+        used = -(-entries.num_entries // entries.pool.shape[1])
+        return read_heads(entries.pool, entries.pages[:, :used])[:, : entries.num_entries]
+    return entries

@@ -1,0 +1,1 @@
+"""Which entries of a prompt's cache are kept: scorers, layer budgets, head allocations, presets."""

@@ -1,0 +1,174 @@
+"""Softmax attention of an observation window over all keys, causal inside the window."""
+
+import functools
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import Operation
+from kernels.paging.entries import PART_BYTES, Entries, one_head, parts, read
+from kernels.policies.observation import Observation
+
+# Over a group's window: the mean; the most that a query head's mean is; the sum of squares.
+Reduction = Literal["mean", "max", "squares"]
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
+
+
+def window_attention(queries: Tensor, keys: Entries, scale: float) -> Tensor:
+    """Return attention probabilities [H, G, w, n] of the last w queries, float32.
+
+    Query i of the window sees positions up to n - w + i, as in the prefill itself. The reference:
+    `attention_rows` yields the same without holding it at once.
+
+    Args:
+        queries: [H, G, w, D] of the last w positions.
+        keys: [H, n, D].
+        scale: the softmax scale.
+    """
+    heads, group, window, dim = queries.shape
+    n = keys.shape[1]
+    flat = (queries.float() * scale).reshape(heads, group * window, dim)
+    logits = torch.bmm(flat, read(keys).float().transpose(1, 2)).view(heads, group, window, n)
+    future = torch.ones((window, window), dtype=torch.bool, device=logits.device).triu(1)
+    logits[..., n - window :].masked_fill_(future, float("-inf"))
+    return logits.softmax(dim=-1)
+
+
+class AttentionRows(NamedTuple):
+    """Attention [r, n] float32 of the queries [first, first + r) of a KV head's [G * w].
+
+    The memory is used again for the next rows.
+    """
+
+    head: int
+    first: int
+    attention: Tensor
+
+
+def attention_rows(queries: Tensor, keys: Entries, scale: float) -> Iterator[AttentionRows]:
+    """Yield `window_attention`, as many rows of a KV head at a time as `PART_BYTES` hold."""
+    heads, group, window, dim = queries.shape
+    n, rows = keys.shape[1], group * window
+    at_once = max(1, min(rows, PART_BYTES // (4 * n)))
+    if at_once > window:
+        at_once -= at_once % window
+    for head in range(heads):
+        scaled = (queries[head].float() * scale).reshape(rows, dim)
+        for first in range(0, rows, at_once):
+            logits = _logits(scaled[first : first + at_once], one_head(keys, head))
+            newest = torch.arange(first, first + len(logits), device=logits.device) % window
+            # What lies behind the prompt is in everybody's future.
+            ahead = torch.arange(logits.shape[1] - (n - window), device=logits.device)
+            logits[:, n - window :].masked_fill_(ahead > newest[:, None], float("-inf"))
+            torch.softmax(logits, dim=-1, out=logits)
+            yield AttentionRows(head, first, logits[:, :n])
+
+
+def _logits(queries: Tensor, keys: Entries) -> Tensor:
+    """Return queries [r, D] times keys [1, n, D]: [r, n or more], up to the end of a page."""
+    n, logits, stop = keys.shape[1], queries.new_empty(0), 0
+    for first, part in parts(keys, whole_pages=True):
+        product = row_products(queries, part[0].float())
+        stop = first + product.shape[1]
+        if first == 0 and stop >= n:
+            return product
+        if first == 0:
+            # No page is longer than a part.
+            logits = queries.new_empty((len(queries), n + stop))
+        logits[:, first:stop] = product
+    return logits[:, :stop]
+
+
+@Operation
+def reduced_window_attention(
+    queries: Tensor, keys: Entries, scale: float, reduction: Reduction = "mean"
+) -> Tensor:
+    """Return what is left [H, n - w] float32 of the attention that a group's window pays.
+
+    Args:
+        queries: [H, G, w, D] of the last w positions.
+        keys: [H, n, D]; the scores are of those before the window.
+        scale: the softmax scale.
+    """
+    window = queries.shape[2]
+    attention = window_attention(queries, keys, scale)[..., :-window]
+    if reduction == "squares":
+        return attention.square().sum(dim=(1, 2))
+    if reduction == "max":
+        return attention.mean(dim=2).amax(dim=1)
+    return attention.mean(dim=(1, 2))
+
+
+@reduced_window_attention.on("cpu")
+def _reduced_by_rows(
+    queries: Tensor, keys: Entries, scale: float, reduction: Reduction = "mean"
+) -> Tensor:
+    heads, group, window, _ = queries.shape
+    if reduction == "max":
+        by_member = (
+            _reduced_by_rows(queries[:, member : member + 1], keys, scale)
+            for member in range(group)
+        )
+        most = next(by_member)
+        for other in by_member:
+            torch.maximum(most, other, out=most)
+        return most
+    older = keys.shape[1] - window
+    sums = queries.new_zeros((heads, older), dtype=torch.float32)
+    ones = queries.new_ones((1, group * window), dtype=torch.float32)
+    for head, _, attention in attention_rows(queries, keys, scale):
+        before = attention[:, :older]
+        if reduction == "squares":
+            before.square_()
+        # A product with ones adds the rows at a fraction of what `torch.sum` over them costs.
+        sums[head] += (ones[:, : len(before)] @ before)[0]
+    return sums if reduction == "squares" else sums.div_(group * window)
+
+
+def observed_attention(observation: Observation, window: int, reduction: Reduction) -> Tensor:
+    """Return `reduced_window_attention` [H, n - w] of an observation's last `window` queries."""
+    return reduced_window_attention(
+        observation.grouped_queries(window), observation.keys, observation.scale, reduction
+    )
+
+
+def row_products(rows: Tensor, others: Tensor) -> Tensor:
+    """Return rows [r, D] times others [n, D] transposed: [r, n].
+
+    In their dtype, or float32 on a CPU that does not multiply numbers of that dtype.
+    """
+    if rows.device.type == "cpu" and not _cpu_multiplies(rows.dtype):
+        rows, others = rows.float(), others.float()
+    if (
+        _HAS_ONEDNN
+        and rows.device.type == "cpu"
+        and (others.is_contiguous() or others.t().is_contiguous())
+    ):
+        # What `linear` does for 16 bits; with 32 it takes MKL, at half the speed on AMD's CPUs.
+        return torch.ops.mkldnn._linear_pointwise(rows, others, None, "none", [], "")
+    return rows @ others.t()
+
+
+@functools.cache
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    if dtype not in (torch.float16, torch.bfloat16):
+        return True
+    # oneDNN refuses what the CPU cannot do, and other products of 16 bits are several times slower
+    # than those of 32.
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return _HAS_ONEDNN and bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+
+
+def pool(scores: Tensor, kernel_size: int, mode: str) -> Tensor:
+    """Pools scores [H, m] over positions, same length; mode `max`, `avg` or `none`."""
+    if mode == "none" or kernel_size == 1:
+        return scores
+    padding = kernel_size // 2
+    if mode == "max":
+        return torch.nn.functional.max_pool1d(scores, kernel_size, 1, padding)
+    return torch.nn.functional.avg_pool1d(scores, kernel_size, 1, padding)

@@ -1,0 +1,62 @@
+"""What a scorer may look at: one layer of one request after its prefill, or while it decodes."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kernels.paging.entries import Entries
+from kernels.policies.rotary import Rotary
+
+
+class Observation(NamedTuple):
+    """One layer's cache and the queries of the last prompt tokens. H KV heads, G queries per head.
+
+    queries: [H * G, s, D] of the last s positions, after RoPE, in head order.
+    keys, values: [H, n, D] of all n cached positions, keys after RoPE.
+    scale: the softmax scale, usually D ** -0.5.
+    rotary: the model's rotation, for scorers that need queries at other positions.
+    output_weight: gives a KV head's columns [hidden, G * D] of the output projection, for scorers
+        that project values; a call, because engines repack weights.
+    layer, first_head: indices in the model, for scorers that draw random numbers.
+    seen_tokens: tokens so far, where some have been evicted: the position after the last query's.
+    """
+
+    queries: Tensor
+    keys: Entries
+    values: Entries
+    scale: float
+    rotary: Rotary | None = None
+    output_weight: Callable[[int], Tensor] | None = None
+    layer: int = 0
+    seen_tokens: int | None = None
+    first_head: int = 0
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def next_position(self) -> int:
+        return self.num_tokens if self.seen_tokens is None else self.seen_tokens
+
+    @property
+    def group_size(self) -> int:
+        return self.queries.shape[0] // self.num_kv_heads
+
+    def grouped_queries(self, last: int) -> Tensor:
+        """The last `last` queries as [H, G, last, D].
+
+        Raises:
+            ValueError: fewer queries were captured.
+        """
+        heads, span, dim = self.queries.shape
+        if last > span:
+            raise ValueError(f"the scorer needs {last} queries, {span} were captured")
+        return self.queries[:, span - last :].reshape(
+            self.num_kv_heads, heads // self.num_kv_heads, last, dim
+        )

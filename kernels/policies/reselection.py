@@ -1,0 +1,130 @@
+"""Selecting again among what is left: heads that hold different numbers of entries."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.policies.head_allocations.uniform import UniformHeads
+from kernels.policies.layer_budgets.uniform import UniformLayers
+from kernels.policies.observation import Observation
+from kernels.policies.policy import LARGEST_SCORE, Policy, Scored
+from kernels.policies.scorers.sink_recency import SinkRecencyScorer
+from kernels.policies.top import top_mask
+from kernels.transfer import sent
+
+# First tokens, which much attention goes to whatever they say (StreamingLLM, 2309.17453).
+SINK_TOKENS = 4
+# Above any score, and still a number when it is multiplied by a weight.
+_ALWAYS = 2 * LARGEST_SCORE
+
+
+def with_sinks(scored: Scored, sink_tokens: int = SINK_TOKENS) -> Scored:
+    """The same scores [..., m], so that the first entries of each head stay."""
+    scores = scored.scores.clone()
+    scores[..., :sink_tokens] = _ALWAYS
+    return scored._replace(scores=scores)
+
+
+def score_heads(policy: Policy, heads: Sequence[Observation]) -> Scored:
+    """Scores [H, m] of one layer whose heads hold different entries, each a cache of its own.
+
+    Sinks stay. Columns that a head has no entry for are -inf; m is the longest head's.
+    """
+    scored = [with_sinks(policy.score(head)) for head in heads]
+    scores = _padded([one.scores for one in scored], float("-inf"))
+    weights = [one.weights for one in scored if one.weights is not None]
+    return Scored(scores, _padded(weights, 1.0) if weights else None)
+
+
+def stacked_layers(layers: Sequence[Scored]) -> Scored:
+    """The layers' scores [H, m], of several lengths, as [L, H, m]."""
+    scores = _padded([layer.scores[None] for layer in layers], float("-inf"))
+    weights = [layer.weights[None] for layer in layers if layer.weights is not None]
+    return Scored(scores, _padded(weights, 1.0) if weights else None)
+
+
+def _padded(parts: Sequence[Tensor], value: float) -> Tensor:
+    longest = max(part.shape[-1] for part in parts)
+    wide = [
+        torch.nn.functional.pad(part, (0, longest - part.shape[-1]), value=value) for part in parts
+    ]
+    return torch.cat(wide)
+
+
+def reallocate(policy: Policy, scored: Scored, lens: Tensor, keep_tokens: int) -> Tensor:
+    """What stays: kept [L, H, n] bool, n the longest head's entries.
+
+    Exactly L * H * `keep_tokens` entries, the windows and the sinks among them. Where the policy
+    wants more of a head or a layer than it has, the others get the rest.
+
+    Args:
+        scored: [L, H, n - window_tokens], see `score_heads`.
+        lens: [L, H] entries of each head.
+
+    Raises:
+        ValueError: there are fewer entries, or `keep_tokens` is below the window.
+    """
+    window = policy.scorer.window_tokens
+    before_window = lens.long() - window
+    scores, weights = scored
+    sinks = before_window.clamp(max=SINK_TOKENS)
+    totals = fitted(
+        policy.totals(scores, keep_tokens),
+        sinks.sum(dim=-1).tolist(),
+        before_window.sum(dim=-1).tolist(),
+    )
+    older = policy.head_allocation.allocate(scores, totals) & (scores > float("-inf"))
+    older |= _best_of_rest(scores, older, totals)
+    if policy.second_stage is not None and weights is not None:
+        older = policy.second_stage.reselect(older, scores, weights)
+    kept = torch.nn.functional.pad(older, (0, window))
+    position = torch.arange(kept.shape[-1], device=kept.device)
+    recent = (position >= before_window[..., None]) & (position < lens[..., None])
+    return kept | recent
+
+
+def keep_recent(lens: Tensor, keep_tokens: int) -> Tensor:
+    """Return kept [L, H, n] bool without any scores: the sinks and the most recent entries.
+
+    As many as `reallocate` keeps; a head that has too few leaves the rest to the others.
+
+    Args:
+        lens: [L, H] entries of each head.
+    """
+    position = torch.arange(int(lens.max()), device=lens.device, dtype=torch.float32)
+    scores = position.expand(*lens.shape, -1).masked_fill(
+        position >= lens[..., None], float("-inf")
+    )
+    policy = Policy(SinkRecencyScorer(), UniformLayers(), UniformHeads())
+    return reallocate(policy, with_sinks(Scored(scores, None)), lens, keep_tokens)
+
+
+def fitted(wanted: Sequence[int], least: Sequence[int], most: Sequence[int]) -> list[int]:
+    """`wanted`, but nowhere less or more than may be: the others make up for it, evenly.
+
+    Raises:
+        ValueError: all together they have less, or must have more.
+    """
+    total = sum(wanted)
+    if not sum(least) <= total <= sum(most):
+        raise ValueError(f"cannot keep {total} of {sum(most)} entries, {sum(least)} at least")
+    given = [max(low, min(want, high)) for want, low, high in zip(wanted, least, most, strict=True)]
+    while missing := total - sum(given):
+        step, ends = (1, most) if missing > 0 else (-1, least)
+        movable = [i for i, end in enumerate(ends) if given[i] != end]
+        share = -(-abs(missing) // len(movable))
+        left = abs(missing)
+        for i in movable:
+            moved = min(share, abs(ends[i] - given[i]), left)
+            given[i] += step * moved
+            left -= moved
+    return given
+
+
+def _best_of_rest(scores: Tensor, kept: Tensor, totals: Sequence[int]) -> Tensor:
+    """Marks the best other entries of each layer, so that it has its total."""
+    layers = scores.shape[0]
+    missing = sent(totals, scores.device) - kept.view(layers, -1).sum(dim=-1)
+    rest = scores.masked_fill(kept, float("-inf")).view(layers, -1)
+    return top_mask(rest, missing).view_as(kept)

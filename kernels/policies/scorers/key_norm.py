@@ -1,0 +1,18 @@
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kernels.paging.entries import lengths, per_entry
+from kernels.policies.observation import Observation
+
+
+@dataclass(frozen=True)
+class KeyNormScorer:
+    """Small key norms draw attention (2406.11430): the score is the negative L2 norm of the key."""
+
+    window_tokens: int = 0
+    query_span_tokens: int = 0
+
+    def score(self, observation: Observation) -> Tensor:
+        norms = per_entry(observation.keys, lengths)
+        return -norms[:, : observation.num_tokens - self.window_tokens]

@@ -1,0 +1,22 @@
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.policies.observation import Observation
+
+
+@dataclass(frozen=True)
+class RandomScorer:
+    """A control: uniform scores, the same for the same seed, layer and length on every device."""
+
+    seed: int = 0
+    window_tokens: int = 32
+    query_span_tokens: int = 0
+
+    def score(self, observation: Observation) -> Tensor:
+        seed = self.seed * 100_003 + observation.layer + 10_007 * observation.first_head
+        # Others with each eviction, or the same entries would survive them all.
+        generator = torch.Generator().manual_seed(seed + 1_000_003 * (observation.seen_tokens or 0))
+        shape = (observation.num_kv_heads, observation.num_tokens - self.window_tokens)
+        return torch.rand(shape, generator=generator).to(observation.keys.device)

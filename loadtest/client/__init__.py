@@ -1,0 +1,1 @@
+"""One client's view of answers: streams, times, records."""

@@ -1,0 +1,46 @@
+"""One streamed completion, timed as a client sees it."""
+
+import time
+from typing import NamedTuple
+
+import httpx
+
+from loadtest.client.stream import StreamedAnswer
+
+
+class StreamTiming(NamedTuple):
+    """Times of one answer. `ttft_s` runs from sending to the first chunk that carries text."""
+
+    ttft_s: float
+    total_s: float
+    output_tokens: int
+
+
+async def timed_completion(
+    client: httpx.AsyncClient, model: str, prompt: str, output_tokens: int
+) -> StreamTiming:
+    """Streams exactly `output_tokens` tokens from `/v1/completions`.
+
+    Raises:
+        RuntimeError: the stream broke, or another number of tokens came.
+        httpx.HTTPError: the server refused or the connection failed.
+    """
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": output_tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    started = time.perf_counter()
+    answer = StreamedAnswer(started)
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            answer.take(line, time.perf_counter())
+    ended = time.perf_counter()
+    if answer.ttft_s is None or answer.output_tokens != output_tokens:
+        raise RuntimeError(f"asked for {output_tokens} tokens, received {answer.output_tokens}")
+    return StreamTiming(answer.ttft_s, ended - started, answer.output_tokens)

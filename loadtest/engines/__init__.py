@@ -1,0 +1,1 @@
+"""Engines that a measurement runs without HTTP."""

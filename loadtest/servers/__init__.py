@@ -1,0 +1,1 @@
+"""Servers that a measurement starts, watches and stops."""

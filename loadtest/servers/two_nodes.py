@@ -1,0 +1,69 @@
+"""Two Ray nodes on this machine, with an object store and a CPU each, until SIGINT or SIGTERM."""
+
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import httpx
+from ray.cluster_utils import Cluster
+
+from loadtest.servers.processes import free_port, ray_environment, started, wait_until_listening
+
+
+class Nodes(NamedTuple):
+    address: str
+    metrics_url: str
+
+
+@contextmanager
+def two_nodes(log_path: Path) -> Iterator[Nodes]:
+    """Runs them in a process of their own for the duration of the block."""
+    port, metrics_port = free_port(), free_port()
+    # Unix sockets below it allow only a short path.
+    with TemporaryDirectory(prefix="akv", dir="/tmp") as folder:
+        command = [
+            sys.executable,
+            "-m",
+            "loadtest.servers.two_nodes",
+            str(port),
+            str(metrics_port),
+            folder,
+        ]
+        with started(command, ray_environment(), log_path) as process:
+            wait_until_listening(port, process, log_path)
+            yield Nodes(f"127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}/metrics")
+
+
+def sent_bytes(metrics_url: str) -> float:
+    """What the nodes' object managers have sent to each other since their start."""
+    exported = httpx.get(metrics_url, timeout=30).text
+    line = r'^ray_object_manager_bytes\{.*Type="(?:PushedFromLocalPlasma|Received)".*\} ([\d.e+]+)'
+    return sum(map(float, re.findall(line, exported, re.MULTILINE)))
+
+
+def main(port: int, metrics_port: int, folder: str) -> None:
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "gcs_server_port": port, "num_cpus": 1,
+            "include_dashboard": False, "metrics_export_port": metrics_port, "temp_dir": folder,
+        },
+    )  # fmt: skip
+    cluster.add_node(num_cpus=1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        while True:
+            signal.pause()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

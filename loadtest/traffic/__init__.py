@@ -1,0 +1,1 @@
+"""What load tests ask and when: texts, workloads, traces."""

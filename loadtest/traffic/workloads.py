@@ -1,0 +1,240 @@
+"""What a load test asks: sessions of turns, from real text, the same for equal seeds."""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from loadtest.traffic import corpus
+
+# Questions that any passage can be asked.
+_QUESTIONS = (
+    "Who speaks first in the passage, and to whom?",
+    "What does the passage tell about the place where it happens?",
+    "Which of the persons is described in the most detail, and how?",
+    "What do the persons disagree about?",
+    "Which event of the passage matters most for what follows it?",
+    "How does the mood change from the first paragraph to the last?",
+    "Which words show what the author thinks of the persons?",
+    "What would be different if the last paragraph came first?",
+)
+# Left for the chat template, the instruction and the numbering around a passage.
+_AROUND_TOKENS = 64
+
+
+class Tokenizer(Protocol):
+    """What a workload needs of a tokenizer of transformers."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+
+class Turn(NamedTuple):
+    """One request. `prompt` is a chat message, or the whole prompt of a plain completion."""
+
+    prompt: str | list[int]
+    output_tokens: int
+
+
+class Session(NamedTuple):
+    """Turns that follow each other, each with all before it as history.
+
+    chat: whether they are chat messages; else plain completions.
+    at_s: when the first is due, from the start; None for when the load says.
+    """
+
+    session_id: str
+    turns: tuple[Turn, ...]
+    chat: bool = True
+    at_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Lengths of a workload; of `mixed` and of sessions they are what is most common."""
+
+    prompt_tokens: int
+    output_tokens: int
+
+    @classmethod
+    def of_context(cls, context_tokens: int) -> "Sizes":
+        """Five eighths of the context to read, an eighth to write."""
+        return cls(context_tokens * 5 // 8, context_tokens // 8)
+
+
+class Passages:
+    """Stretches of a text, cut by tokens, none twice for one seed while the text lasts."""
+
+    def __init__(self, text: str, tokenizer: Tokenizer, rng: random.Random) -> None:
+        self._text = text
+        self._tokenizer = tokenizer
+        self._rng = rng
+        self._number = 0
+
+    def take(self, tokens: int) -> list[int]:
+        """The ids of `tokens` tokens from a random paragraph or line on."""
+        start = self._text.find("\n", self._rng.randrange(len(self._text))) + 1
+        characters = 6 * tokens
+        ids: list[int] = []
+        # Mostly once; a tokenizer of longer tokens needs more.
+        while len(ids) < tokens:
+            stretch = self._text[start : start + characters]
+            while len(stretch) < characters:
+                # The text is a ring.
+                stretch += self._text[: characters - len(stretch)]
+            ids = self._tokenizer.encode(stretch, add_special_tokens=False)
+            characters *= 2
+        return ids[:tokens]
+
+    def text(self, tokens: int) -> str:
+        """`take` as text, after a number, so that prompts that begin with it share no block."""
+        self._number += 1
+        serial = f"{self._rng.randrange(10**6)}.{self._number}: "
+        return serial + self._tokenizer.decode(self.take(max(1, tokens - _AROUND_TOKENS)))
+
+
+class Source(NamedTuple):
+    """What a workload is made from."""
+
+    tokenizer: Tokenizer
+    sizes: Sizes
+    context_tokens: int
+    rng: random.Random
+
+    def passages(self, text: str) -> Passages:
+        return Passages(text, self.tokenizer, self.rng)
+
+
+def long_document_qa(source: Source) -> Iterator[Session]:
+    """A long passage and a question about it."""
+    passages, sizes = source.passages(corpus.novels()), source.sizes
+    for number in _numbers():
+        passage = passages.text(sizes.prompt_tokens)
+        question = source.rng.choice(_QUESTIONS)
+        prompt = f"{passage}\n\nThis was a passage of a novel. {question}"
+        yield Session(f"qa-{number}", (Turn(prompt, sizes.output_tokens),))
+
+
+def summarize(source: Source) -> Iterator[Session]:
+    """A long passage to be summarized, with twice the answer."""
+    passages, sizes = source.passages(corpus.novels()), source.sizes
+    for number in _numbers():
+        prompt = f"{passages.text(sizes.prompt_tokens)}\n\nSummarize this passage in ten sentences."
+        yield Session(f"summary-{number}", (Turn(prompt, 2 * sizes.output_tokens),))
+
+
+def chat(source: Source) -> Iterator[Session]:
+    """Conversations of up to six turns about a passage, which fill the prompt size at their end."""
+    passages, sizes = source.passages(corpus.novels()), source.sizes
+    per_turn = max(1, sizes.output_tokens // 2)
+    for number in _numbers():
+        count = source.rng.randint(3, 6)
+        history = (count - 1) * (per_turn + _AROUND_TOKENS)
+        opening = passages.text(max(2 * _AROUND_TOKENS, sizes.prompt_tokens - history))
+        questions = source.rng.sample(_QUESTIONS, count)
+        turns = [Turn(f"{opening}\n\n{questions[0]}", per_turn)]
+        turns += [Turn(question, per_turn) for question in questions[1:]]
+        yield Session(f"chat-{number}", tuple(turns))
+
+
+def code(source: Source) -> Iterator[Session]:
+    """A file's beginning to be completed, with half the answer."""
+    passages, sizes = source.passages(corpus.code()), source.sizes
+    for number in _numbers():
+        turn = Turn(f"{passages.text(sizes.prompt_tokens)}", max(1, sizes.output_tokens // 2))
+        yield Session(f"code-{number}", (turn,), chat=False)
+
+
+def mixed(source: Source) -> Iterator[Session]:
+    """Lengths with a long tail: log-normal, sigma 1 for prompts and 0.7 for answers.
+
+    Their medians are a quarter of the sizes; what exceeds the context is cut.
+    """
+    passages, sizes = source.passages(corpus.novels()), source.sizes
+    for number in _numbers():
+        answer = _log_normal(source.rng, sizes.output_tokens / 4, 0.7)
+        answer = min(answer, source.context_tokens // 4)
+        prompt = _log_normal(source.rng, sizes.prompt_tokens / 4, 1.0)
+        prompt = min(prompt, source.context_tokens - answer - _AROUND_TOKENS)
+        question = source.rng.choice(_QUESTIONS)
+        turn = Turn(f"{passages.text(prompt)}\n\n{question}", answer)
+        yield Session(f"mixed-{number}", (turn,))
+
+
+def synthetic(source: Source) -> Iterator[Session]:
+    """Exactly the prompt's and the answer's sizes, for comparison with published set-ups."""
+    passages, sizes = source.passages(corpus.novels()), source.sizes
+    for number in _numbers():
+        ids = passages.take(sizes.prompt_tokens)
+        serial = source.tokenizer.encode(f"{source.rng.random()} ", add_special_tokens=False)
+        ids[: len(serial)] = serial[: len(ids)]
+        yield Session(f"synthetic-{number}", (Turn(ids, sizes.output_tokens),), chat=False)
+
+
+WORKLOADS: dict[str, Callable[[Source], Iterator[Session]]] = {
+    "long-document-qa": long_document_qa,
+    "summarize": summarize,
+    "chat": chat,
+    "code": code,
+    "mixed": mixed,
+    "synthetic": synthetic,
+}
+
+
+def sessions(
+    workload: str,
+    tokenizer: Tokenizer,
+    context_tokens: int,
+    sizes: Sizes | None = None,
+    seed: int = 0,
+) -> Iterator[Session]:
+    """An endless stream of sessions, the same for equal arguments.
+
+    Args:
+        context_tokens: the longest that prompt and answer may be together.
+        sizes: None for a share of the context.
+
+    Raises:
+        ValueError: there is no such workload, or its sizes exceed the context.
+    """
+    if workload not in WORKLOADS:
+        raise ValueError(f"unknown workload '{workload}': known are {', '.join(WORKLOADS)}")
+    sizes = sizes or Sizes.of_context(context_tokens)
+    if sizes.prompt_tokens + 2 * sizes.output_tokens > context_tokens:
+        raise ValueError(
+            f"{sizes.prompt_tokens} prompt tokens and up to twice {sizes.output_tokens} output "
+            f"tokens exceed the context of {context_tokens}"
+        )
+    rng = random.Random(f"{workload}:{seed}")
+    return WORKLOADS[workload](Source(tokenizer, sizes, context_tokens, rng))
+
+
+def request_body(
+    session: Session, turn: int, answers: list[str], model: str
+) -> tuple[str, dict[str, Any]]:
+    """Path and JSON body of a session's turn, `answers` being those to the turns before."""
+    asked = session.turns[turn]
+    body: dict[str, Any] = {"model": model, "max_tokens": asked.output_tokens, "temperature": 0}
+    if not session.chat:
+        return "/v1/completions", {**body, "prompt": asked.prompt}
+    messages = []
+    for before, answer in zip(session.turns[:turn], answers, strict=True):
+        messages += [
+            {"role": "user", "content": before.prompt},
+            {"role": "assistant", "content": answer},
+        ]
+    messages.append({"role": "user", "content": asked.prompt})
+    return "/v1/chat/completions", {**body, "messages": messages}
+
+
+def _numbers() -> Iterator[int]:
+    number = 0
+    while True:
+        yield number
+        number += 1
+
+
+def _log_normal(rng: random.Random, median: float, sigma: float) -> int:
+    return max(1, round(rng.lognormvariate(math.log(max(median, 1.0)), sigma)))

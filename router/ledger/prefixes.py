@@ -1,0 +1,33 @@
+"""What a replica tells about its prefix cache, where it can."""
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict
+
+from router.ledger.occupancy import SCHEMA_MAJOR, check_schema
+
+
+class PrefixChange(BaseModel):
+    """Blocks that a replica has cached or evicted, by `router.footprint.prefix_hashes`.
+
+    cleared: it has evicted all others first.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    schema_major: int = SCHEMA_MAJOR
+    replica_id: str
+    stored: list[int] = []
+    removed: list[int] = []
+    cleared: bool = False
+
+    @classmethod
+    def parse(cls, payload: bytes | str) -> Self:
+        """Reads a change.
+
+        Raises:
+            SchemaMismatch: written under another major version.
+            pydantic.ValidationError: malformed.
+        """
+        check_schema(payload)
+        return cls.model_validate_json(payload)

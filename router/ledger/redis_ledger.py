@@ -1,0 +1,146 @@
+"""The live ledger in Redis: each replica's latest occupancy, expiring by itself.
+
+Keys, under `{prefix}:{application}:`
+    replicas              set of replica ids seen lately
+    replica:{id}          the report as JSON, expiring after `ttl_s`
+and channels: `occupancy`, on which each report is published as well, and `prefixes`, for changes of
+prefix caches, which are nowhere kept. Ages come from Redis' own
+remaining time to live, never from two machines' clocks.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+import redis
+import redis.asyncio
+from pydantic import ValidationError
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from router.ledger.occupancy import Occupancy, SchemaMismatch
+from router.ledger.prefixes import PrefixChange
+
+REPORT_TTL_S = 2.0
+SOCKET_TIMEOUT_S = 1.0
+
+
+class Report(NamedTuple):
+    occupancy: Occupancy
+    age_s: float
+
+
+class LedgerView(NamedTuple):
+    """All live reports, ordered by replica id, and how many could not be read."""
+
+    reports: list[Report]
+    dropped: int
+
+
+class LedgerKeys(NamedTuple):
+    prefix: str
+    application: str
+
+    @property
+    def members(self) -> str:
+        return f"{self.prefix}:{self.application}:replicas"
+
+    @property
+    def channel(self) -> str:
+        return f"{self.prefix}:{self.application}:occupancy"
+
+    @property
+    def prefix_channel(self) -> str:
+        return f"{self.prefix}:{self.application}:prefixes"
+
+    def replica(self, replica_id: str) -> str:
+        return f"{self.prefix}:{self.application}:replica:{replica_id}"
+
+
+class LedgerWriter:
+    """Publishes one replica's reports. Not safe for use from several event loops.
+
+    Every method raises `redis.RedisError` when the store is unreachable or slower than
+    `SOCKET_TIMEOUT_S`; the caller decides whether that matters.
+    """
+
+    def __init__(self, url: str, keys: LedgerKeys, ttl_s: float = REPORT_TTL_S) -> None:
+        self._keys = keys
+        self._ttl_ms = round(ttl_s * 1000)
+        self._client = redis.asyncio.Redis.from_url(
+            url,
+            socket_timeout=SOCKET_TIMEOUT_S,
+            socket_connect_timeout=SOCKET_TIMEOUT_S,
+            # The client's own retries sleep for seconds; a report that late is worth nothing.
+            retry=AsyncRetry(NoBackoff(), 0),
+        )
+
+    async def publish(self, occupancy: Occupancy) -> None:
+        payload = occupancy.model_dump_json()
+        async with self._client.pipeline(transaction=True) as pipe:
+            pipe.set(self._keys.replica(occupancy.replica_id), payload, px=self._ttl_ms)
+            pipe.sadd(self._keys.members, occupancy.replica_id)
+            pipe.publish(self._keys.channel, payload)
+            await pipe.execute()
+
+    async def publish_prefixes(self, change: PrefixChange) -> None:
+        await self._client.publish(self._keys.prefix_channel, change.model_dump_json())
+
+    async def withdraw(self, replica_id: str) -> None:
+        """Removes this replica's report at once, as on an orderly shutdown."""
+        async with self._client.pipeline(transaction=True) as pipe:
+            pipe.delete(self._keys.replica(replica_id))
+            pipe.srem(self._keys.members, replica_id)
+            await pipe.execute()
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+class LedgerReader:
+    """Reads all live reports of one application. Blocking; for command-line use and tests."""
+
+    def __init__(self, url: str, keys: LedgerKeys, ttl_s: float = REPORT_TTL_S) -> None:
+        self._keys = keys
+        self._ttl_ms = round(ttl_s * 1000)
+        self._client = redis.Redis.from_url(
+            url,
+            socket_timeout=SOCKET_TIMEOUT_S,
+            socket_connect_timeout=SOCKET_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+        )
+
+    def read(self) -> LedgerView:
+        """Returns every unexpired report; forgets ids whose report has expired.
+
+        Raises:
+            redis.RedisError: the store is unreachable.
+        """
+        members = cast(set[bytes], self._client.smembers(self._keys.members))
+        ids = sorted(member.decode() for member in members)
+        with self._client.pipeline(transaction=False) as pipe:
+            for replica_id in ids:
+                pipe.get(self._keys.replica(replica_id))
+                pipe.pttl(self._keys.replica(replica_id))
+            answers = iter(pipe.execute())
+        reports: list[Report] = []
+        dropped = 0
+        for replica_id, payload, remaining_ms in _triples(ids, answers):
+            if payload is None:
+                self._client.srem(self._keys.members, replica_id)
+                continue
+            try:
+                occupancy = Occupancy.parse(payload)
+            except (ValidationError, SchemaMismatch):
+                dropped += 1
+                continue
+            reports.append(Report(occupancy, max(0.0, (self._ttl_ms - remaining_ms) / 1000)))
+        return LedgerView(reports, dropped)
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _triples(ids: list[str], answers: Iterator) -> Iterator[tuple[str, bytes | None, int]]:
+    for replica_id in ids:
+        yield replica_id, next(answers), next(answers)

@@ -1,0 +1,164 @@
+"""The ledger of lent memory in Redis. Every operation is one script: none sees half of another.
+
+Keys, under `{prefix}:{application}:lending:`, all hashes but the last two, which are sorted sets:
+    offers, leases            what is offered by lender, what is leased by lease id, as JSON
+    offer_ends, lease_ends    when they end, ms of Redis' own clock
+
+Each script first removes what has ended. So nothing depends on a replica's clock, on its living, or
+on anybody to clean up behind it; a jump of Redis' clock ends leases early or late, never twice.
+"""
+
+import json
+from typing import Any, NamedTuple, cast
+
+import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from router.ledger.redis_ledger import SOCKET_TIMEOUT_S, LedgerKeys
+from router.lending.leases import Lease, Lending, Offer
+
+OFFER_TTL_S = 5.0
+LEASE_TTL_S = 10.0
+
+_BEGIN = """
+local offers, leases, offer_ends, lease_ends = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local function remove_ended(hash, ends)
+    for _, name in ipairs(redis.call('ZRANGEBYSCORE', ends, '-inf', now)) do
+        redis.call('HDEL', hash, name)
+        redis.call('ZREM', ends, name)
+    end
+end
+remove_ended(offers, offer_ends)
+remove_ended(leases, lease_ends)
+"""
+_OFFER = """
+redis.call('HSET', offers, ARGV[1], ARGV[2])
+redis.call('ZADD', offer_ends, now + ARGV[3], ARGV[1])
+"""
+_WITHDRAW = """
+redis.call('HDEL', offers, ARGV[1])
+redis.call('ZREM', offer_ends, ARGV[1])
+"""
+_TAKE = """
+local id, wanted, ttl = ARGV[1], cjson.decode(ARGV[2]), ARGV[3]
+if redis.call('HEXISTS', leases, id) == 1 then return 1 end
+local offer = redis.call('HGET', offers, wanted.lender)
+if not offer then return 0 end
+local left = cjson.decode(offer)[wanted.resource] - wanted.amount
+for _, text in ipairs(redis.call('HVALS', leases)) do
+    local lease = cjson.decode(text)
+    if lease.lender == wanted.lender and lease.resource == wanted.resource then
+        left = left - lease.amount
+    end
+end
+if left < 0 then return 0 end
+redis.call('HSET', leases, id, ARGV[2])
+redis.call('ZADD', lease_ends, now + ttl, id)
+return 1
+"""
+_RENEW = """
+local text = redis.call('HGET', leases, ARGV[1])
+if not text or redis.call('HEXISTS', offers, cjson.decode(text).lender) == 0 then return 0 end
+redis.call('ZADD', lease_ends, now + ARGV[2], ARGV[1])
+return 1
+"""
+_GIVE_BACK = """
+redis.call('ZREM', lease_ends, ARGV[1])
+return redis.call('HDEL', leases, ARGV[1])
+"""
+_READ = """
+return {redis.call('HGETALL', offers), redis.call('HGETALL', leases)}
+"""
+
+
+class LendingKeys(NamedTuple):
+    """The keys of one application's lending, in the order in which the scripts take them."""
+
+    offers: str
+    leases: str
+    offer_ends: str
+    lease_ends: str
+
+    @classmethod
+    def of(cls, keys: LedgerKeys) -> "LendingKeys":
+        return cls(*(f"{keys.prefix}:{keys.application}:lending:{name}" for name in cls._fields))
+
+
+class LendingLedger:
+    """Lender's, borrower's and onlooker's access. Not safe for use from several event loops.
+
+    Every method raises `redis.RedisError` when the store is unreachable or slower than
+    `SOCKET_TIMEOUT_S`. What was asked for may have been done all the same: `take` with the same id
+    again finds the lease, and what nobody asks for again ends by itself.
+    """
+
+    def __init__(self, url: str, keys: LedgerKeys) -> None:
+        self._keys = LendingKeys.of(keys)
+        self._client = redis.asyncio.Redis.from_url(
+            url,
+            socket_timeout=SOCKET_TIMEOUT_S,
+            socket_connect_timeout=SOCKET_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+        )
+        bodies = (_OFFER, _WITHDRAW, _TAKE, _RENEW, _GIVE_BACK, _READ)
+        self._scripts = {body: self._client.register_script(_BEGIN + body) for body in bodies}
+
+    async def offer(self, offer: Offer, ttl_s: float = OFFER_TTL_S) -> None:
+        """Offers, or changes what is offered. To be repeated before `ttl_s` is over.
+
+        Less than is lent already ends no lease; there is no new one then until some have ended.
+        """
+        payload = json.dumps({"blocks": offer.blocks, "host_bytes": offer.host_bytes})
+        await self._run(_OFFER, offer.lender, payload, _ms(ttl_s))
+
+    async def withdraw(self, lender: str) -> None:
+        """Offers nothing any more: leases of it cannot be renewed, and end when they end."""
+        await self._run(_WITHDRAW, lender)
+
+    async def take(self, lease: Lease, ttl_s: float = LEASE_TTL_S) -> bool:
+        """Leases, if so much of the lender's offer is left. The id is the borrower's choice.
+
+        Returns whether the lease is there, also when it was before.
+
+        Raises:
+            ValueError: it is of nothing, or of the borrower's own.
+        """
+        if lease.amount <= 0 or lease.lender == lease.borrower:
+            raise ValueError(f"not a lease: {lease}")
+        fields = lease._asdict()
+        lease_id = fields.pop("lease_id")
+        return await self._run(_TAKE, lease_id, json.dumps(fields), _ms(ttl_s)) == 1
+
+    async def renew(self, lease_id: str, ttl_s: float = LEASE_TTL_S) -> bool:
+        """Makes a lease last `ttl_s` from now; False: it has ended, or its lender is gone."""
+        return await self._run(_RENEW, lease_id, _ms(ttl_s)) == 1
+
+    async def give_back(self, lease_id: str) -> bool:
+        """Ends a lease; False: it had ended before."""
+        return await self._run(_GIVE_BACK, lease_id) == 1
+
+    async def read(self) -> Lending:
+        offers, leases = cast(list[list[bytes]], await self._run(_READ))
+        return Lending(
+            sorted(Offer(name, **fields) for name, fields in _items(offers)),
+            sorted(Lease(name, **fields) for name, fields in _items(leases)),
+        )
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _run(self, body: str, *arguments: str | int) -> Any:
+        return await self._scripts[body](keys=list(self._keys), args=list(arguments))
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _items(pairs: list[bytes]) -> list[tuple[str, dict[str, Any]]]:
+    names, values = pairs[::2], pairs[1::2]
+    return [(name.decode(), json.loads(value)) for name, value in zip(names, values, strict=True)]

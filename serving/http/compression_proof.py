@@ -1,0 +1,116 @@
+"""Puts the proof of compression into responses, as `kv_compression`. ASGI, without vLLM.
+
+Whole answers have the summary at the top, and in each choice its own proof. Streams have a choice's
+own in the chunk that ends it, and the summary in the event that closes the answer: the chunk with
+the usage, `response.completed`, `message_delta`.
+"""
+
+import json
+from typing import Any
+
+from serving.http.answer_proofs import KEY, AnswerProofs, answering
+from serving.http.asgi import ASGIApp, Message, Receive, Scope, Send
+from serving.http.sse import compact_json, data_of, split_events, with_data
+
+# The events of OpenAI's Responses that carry the whole answer.
+_WHOLE_RESPONSE = ("response.completed", "response.incomplete", "response.failed")
+# One of these stands in every event that could take a proof. Text in an event is quoted, so that it
+# never looks like them. Parsing all events would cost more than the rest of the way.
+_MARKS = (
+    b'"finish_reason":"', b'"choices":[]', b'"type":"message_delta"',
+    *(b'"type":"' + kind.encode() + b'"' for kind in _WHOLE_RESPONSE),
+)  # fmt: skip
+
+
+class ProofMiddleware:
+    """An ASGI app around vLLM's."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        with answering() as proofs:
+            await self._app(scope, receive, _Response(send, proofs).send)
+
+
+class _Response:
+    """Rewrites one response as it passes."""
+
+    def __init__(self, send: Send, proofs: AnswerProofs) -> None:
+        self._send = send
+        self._proofs = proofs
+        self._start: Message | None = None
+        self._body = b""
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            if _content_type(message).startswith(b"application/json"):
+                # Its length is known only when the proof is in.
+                self._start = message
+            else:
+                await self._send(message)
+        elif message["type"] != "http.response.body":
+            await self._send(message)
+        elif self._start is None:
+            await self._send({**message, "body": self._of_stream(message)})
+        else:
+            await self._collect(message)
+
+    async def _collect(self, message: Message) -> None:
+        assert self._start is not None
+        self._body += message.get("body", b"")
+        if message.get("more_body", False):
+            return
+        body = self._body
+        if self._start["status"] == 200 and (summary := self._proofs.summary()) is not None:
+            body = _with_proofs(body, summary, self._proofs)
+        headers = [
+            (name, value) for name, value in self._start["headers"] if name != b"content-length"
+        ]
+        headers.append((b"content-length", str(len(body)).encode()))
+        await self._send({**self._start, "headers": headers})
+        await self._send({**message, "body": body})
+
+    def _of_stream(self, message: Message) -> bytes:
+        """Return the body's whole events so far; the beginning of the next one waits."""
+        body = self._body + message.get("body", b"")
+        if not message.get("more_body", False):
+            events, self._body = [body], b""
+        else:
+            events, self._body = split_events(body)
+        return b"".join(self._of_event(event) for event in events)
+
+    def _of_event(self, event: bytes) -> bytes:
+        summary = self._proofs.summary() if any(mark in event for mark in _MARKS) else None
+        if summary is None or (data := data_of(event)) is None:
+            return event
+        kind = data.get("type")
+        if kind in _WHOLE_RESPONSE:
+            data["response"][KEY] = summary
+        elif kind == "message_delta" or (data.get("choices") == [] and data.get("usage")):
+            data[KEY] = summary
+        else:
+            ended = [choice for choice in data.get("choices", ()) if choice.get("finish_reason")]
+            _add_own(ended, self._proofs)
+        return with_data(event, data)
+
+
+def _with_proofs(body: bytes, summary: dict[str, Any], proofs: AnswerProofs) -> bytes:
+    answer = json.loads(body)
+    if not isinstance(answer, dict):
+        return body
+    _add_own(answer.get("choices", ()), proofs)
+    return compact_json({**answer, KEY: summary})
+
+
+def _add_own(choices: Any, proofs: AnswerProofs) -> None:
+    for choice in choices:
+        if (proof := proofs.of_choice(choice["index"])) is not None:
+            choice[KEY] = proof
+
+
+def _content_type(start: Message) -> bytes:
+    return dict(start.get("headers", ())).get(b"content-type", b"")

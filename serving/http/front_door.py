@@ -1,0 +1,298 @@
+"""The HTTP front door: authentication, limits, errors and retries in front of any engine backend.
+
+Knows ASGI and OpenAI's error form, not Ray: the backend is a seam with three ways to fail.
+"""
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import NamedTuple, Protocol
+
+from serving.http.api_keys import ApiKeys
+from serving.http.asgi import Message, Receive, Scope, Send, portable_scope, run_lifespan
+from serving.http.openai_error import error_event, error_messages
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# A replica's app would answer for itself alone, and without its engine.
+_NO_METRICS = (
+    "the metrics of all replicas are not here but on every Ray node's Prometheus port "
+    "(`ray start --metrics-export-port`)"
+)
+_ATTEMPTS = 2
+_RETRY_PAUSE_S = 0.25
+# A replica that sent something this recently is known to answer, however long its queue is.
+_RECENT_ANSWER_S = 5.0
+
+
+class Overloaded(Exception):
+    """The queue in front of the replicas is full."""
+
+    def __init__(self, retry_after_s: float | None) -> None:
+        super().__init__("too many requests are waiting for a replica")
+        self.retry_after_s = retry_after_s
+
+
+class NoReplica(Exception):
+    """No replica can take requests."""
+
+
+class ReplicaLost(Exception):
+    """The replica died while it worked on the request."""
+
+
+class Backend(Protocol):
+    """Where requests go. Its methods raise `Overloaded`, `NoReplica` or `ReplicaLost`."""
+
+    def stream(self, scope: dict, body: bytes) -> AsyncGenerator[list[Message], None]:
+        """Sends one request to a replica and yields its response; closing cancels the request."""
+        ...
+
+    async def ping(self) -> None:
+        """Returns when some replica has answered."""
+        ...
+
+
+class FrontDoorSettings(NamedTuple):
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 16 * 1024 * 1024
+    retry_after_s: float = 1.0
+    health_timeout_s: float = 2.0
+
+
+class _BodyTooLarge(Exception):
+    pass
+
+
+class _ClientGone(Exception):
+    pass
+
+
+class FrontDoor:
+    """An ASGI app. One instance serves all requests of an ingress replica."""
+
+    def __init__(
+        self, backend: Backend, settings: FrontDoorSettings, logger: logging.Logger
+    ) -> None:
+        self._backend = backend
+        self._settings = settings
+        self._logger = logger
+        self._keys = ApiKeys(settings.api_keys)
+        self._last_answer_at = float("-inf")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await run_lifespan(receive, send)
+        elif scope["type"] == "http":
+            await _Exchange(self, scope, receive, send).run()
+        else:
+            await send({"type": "websocket.close", "code": 1003})
+
+    async def healthy(self) -> bool:
+        if time.monotonic() - self._last_answer_at < _RECENT_ANSWER_S:
+            return True
+        try:
+            await asyncio.wait_for(self._backend.ping(), self._settings.health_timeout_s)
+        except (NoReplica, ReplicaLost, Overloaded, TimeoutError):
+            return False
+        return True
+
+
+class _Exchange:
+    """One HTTP request and its response."""
+
+    def __init__(self, door: FrontDoor, scope: Scope, receive: Receive, send: Send) -> None:
+        self._door = door
+        self._receive = receive
+        self._send = send
+        self._headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        given = self._headers.get("x-request-id", "")
+        self._request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        # Serve's proxy sets the header on the way in and answers with it itself.
+        self._echo_request_id = not given
+        self._scope = portable_scope(scope)
+        self._scope["headers"] = [
+            *((name, value) for name, value in scope["headers"] if name not in _REPLACED_HEADERS),
+            (b"x-request-id", self._request_id.encode()),
+        ]
+        self._status = 0
+        self._is_event_stream = False
+        self._complete = False
+
+    async def run(self) -> None:
+        started = time.monotonic()
+        outcome = "ok"
+        try:
+            await self._respond()
+        except (_ClientGone, asyncio.CancelledError) as reason:
+            outcome = "ok" if self._complete else "client disconnected"
+            if isinstance(reason, asyncio.CancelledError):
+                raise
+        finally:
+            self._door._logger.info(
+                "request_id=%s method=%s path=%s status=%d duration_ms=%.0f outcome=%s",
+                self._request_id, self._scope["method"], self._scope["path"], self._status,
+                (time.monotonic() - started) * 1000, outcome,
+            )  # fmt: skip
+
+    async def _respond(self) -> None:
+        path, method = self._scope["path"], self._scope["method"]
+        if not self._door._keys.allow(path, method, self._headers):
+            await self._fail(
+                401,
+                "missing or wrong API key",
+                "AuthenticationError",
+                {"www-authenticate": "Bearer"},
+            )
+            return
+        if path == "/health" and method in ("GET", "HEAD"):
+            await self._health()
+            return
+        if path.startswith("/metrics"):
+            await self._fail(404, _NO_METRICS, "NotFoundError")
+            return
+        if (encoding := self._headers.get("content-encoding", "identity")) != "identity":
+            problem = f"request bodies in the encoding {encoding!r} are not understood: send plain"
+            await self._fail(415, problem, "UnsupportedMediaType")
+            return
+        try:
+            body = await self._read_body()
+        except _BodyTooLarge:
+            limit = self._door._settings.max_body_bytes
+            await self._fail(
+                413, f"the request body is larger than {limit} bytes", "RequestTooLarge"
+            )
+            return
+        await self._forward_until_disconnect(body)
+
+    async def _health(self) -> None:
+        if await self._door.healthy():
+            await self._deliver(
+                [
+                    {
+                        "type": "http.response.start",
+                        "status": 200,
+                        "headers": [(b"content-length", b"0")],
+                    },
+                    {"type": "http.response.body", "body": b"", "more_body": False},
+                ]
+            )
+        else:
+            await self._fail(503, "no replica can answer", "ServiceUnavailable")
+
+    async def _read_body(self) -> bytes:
+        limit = self._door._settings.max_body_bytes
+        length = self._headers.get("content-length", "")
+        if length.isdigit() and int(length) > limit:
+            raise _BodyTooLarge
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise _ClientGone
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if size > limit:
+                raise _BodyTooLarge
+            if not message.get("more_body", False):
+                return b"".join(chunks)
+
+    async def _forward_until_disconnect(self, body: bytes) -> None:
+        forward = asyncio.ensure_future(self._forward(body))
+        gone = asyncio.ensure_future(self._wait_for_disconnect())
+        try:
+            await asyncio.wait((forward, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not forward.done():
+                raise _ClientGone
+            forward.result()
+        finally:
+            gone.cancel()
+            if not forward.done():
+                forward.cancel()
+                await asyncio.wait((forward,))
+
+    async def _wait_for_disconnect(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def _forward(self, body: bytes) -> None:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                await self._forward_once(body)
+                return
+            except Overloaded as error:
+                await self._fail(
+                    503, str(error), "ServiceUnavailable", self._retry_after(error.retry_after_s)
+                )
+                return
+            except NoReplica:
+                await self._broken("no replica is available", "ServiceUnavailable")
+                return
+            except ReplicaLost:
+                if self._status == 0 and attempt < _ATTEMPTS:
+                    # Serve needs a moment to see that the replica is gone.
+                    await asyncio.sleep(_RETRY_PAUSE_S)
+                    self._door._logger.warning(
+                        "request_id=%s retrying: replica lost", self._request_id
+                    )
+                    continue
+                await self._broken("the replica that worked on this request died", "ReplicaLost")
+                return
+            except Exception:
+                # Its text may tell about our insides: it goes into the log only.
+                self._door._logger.exception("request_id=%s failed", self._request_id)
+                await self._broken("internal error", "InternalServerError", status=500)
+                return
+
+    async def _forward_once(self, body: bytes) -> None:
+        async with aclosing(self._door._backend.stream(self._scope, body)) as batches:
+            async for batch in batches:
+                self._door._last_answer_at = time.monotonic()
+                await self._deliver(batch)
+
+    async def _deliver(self, messages: list[Message]) -> None:
+        for message in messages:
+            if message["type"] == "http.response.start":
+                self._status = message["status"]
+                message = {**message, "headers": self._response_headers(message)}
+            elif not message.get("more_body", False):
+                self._complete = True
+            await self._send(message)
+
+    def _response_headers(self, start: Message) -> list[tuple[bytes, bytes]]:
+        headers = [(name, value) for name, value in start.get("headers", ())]
+        kind = dict(headers).get(b"content-type", b"")
+        self._is_event_stream = kind.startswith(b"text/event-stream")
+        if self._echo_request_id:
+            headers.append((b"x-request-id", self._request_id.encode()))
+        return headers
+
+    async def _fail(
+        self, status: int, text: str, type_: str, headers: dict[str, str] | None = None
+    ) -> None:
+        await self._deliver(error_messages(status, text, type_=type_, headers=headers))
+
+    async def _broken(self, text: str, type_: str, status: int = 503) -> None:
+        """Ends what a replica cannot finish: by an error, inside the stream if that has begun."""
+        if self._status == 0:
+            headers = self._retry_after(None) if status == 503 else None
+            await self._fail(status, text, type_, headers)
+        elif self._is_event_stream:
+            event = error_event(status, text, type_=type_)
+            await self._send({"type": "http.response.body", "body": event, "more_body": False})
+        else:
+            # Half a JSON body cannot be mended; closing the connection is the only honest end.
+            raise ConnectionAbortedError(text)
+
+    def _retry_after(self, given_s: float | None) -> dict[str, str]:
+        seconds = self._door._settings.retry_after_s if given_s is None else given_s
+        return {"retry-after": str(max(0, -int(-seconds // 1)))}
+
+
+_REPLACED_HEADERS = (b"x-request-id", b"authorization")

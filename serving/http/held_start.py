@@ -1,0 +1,113 @@
+"""Holds the start of a stream until its first event, so that what is refused is no stream.
+
+vLLM starts a streamed answer before the engine has looked at the request. What the engine then
+refuses would be an error inside of a 200. Held, it has the status that it has without streaming,
+and a request whose replica dies before its first token can be sent to another one. ASGI, without
+vLLM.
+"""
+
+from http import HTTPStatus
+from typing import Any
+
+from serving.http.asgi import ASGIApp, Message, Receive, Scope, Send
+from serving.http.sse import compact_json, data_of, split_events
+
+# Events of OpenAI's Responses that vLLM sends before it asks the engine.
+_BEFORE_THE_ENGINE = ("response.created", "response.in_progress")
+_STATUS_BY_NAME = {status.phrase.replace(" ", ""): status.value for status in HTTPStatus}
+
+
+class HeldStart:
+    """An ASGI app around another; it belongs inside of what turns exceptions into responses."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        response = _Response(send)
+        try:
+            await self._app(scope, receive, response.send)
+        except RuntimeError as error:
+            # As Starlette says that it is too late for the handler of the cause. It is not.
+            if response.held and isinstance(error.__cause__, Exception):
+                raise error.__cause__ from None
+            raise
+
+
+class _Response:
+    """Passes one response on."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._start: Message | None = None
+        self._body = b""
+        self._refused = False
+
+    @property
+    def held(self) -> bool:
+        return self._start is not None
+
+    async def send(self, message: Message) -> None:
+        if self._refused:
+            return
+        if _starts_events(message):
+            self._start = message
+        elif self._start is None:
+            await self._send(message)
+        else:
+            await self._hold(self._start, message)
+
+    async def _hold(self, start: Message, message: Message) -> None:
+        self._body += message.get("body", b"")
+        event = _first_of_engine(self._body)
+        if event is None and message.get("more_body", False):
+            return
+        self._start = None
+        if (error := _error_in(event)) is not None:
+            self._refused = True
+            await self._refuse(start, error)
+        else:
+            await self._send(start)
+            await self._send({**message, "body": self._body})
+
+    async def _refuse(self, start: Message, error: dict[str, Any]) -> None:
+        body = compact_json(error)
+        headers = [
+            *((name, value) for name, value in start["headers"] if name != b"content-type"),
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ]
+        await self._send({**start, "status": _status(error["error"]), "headers": headers})
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _starts_events(message: Message) -> bool:
+    if message["type"] != "http.response.start":
+        return False
+    return (
+        dict(message.get("headers", ())).get(b"content-type", b"").startswith(b"text/event-stream")
+    )
+
+
+def _first_of_engine(stream: bytes) -> bytes | None:
+    events, _ = split_events(stream)
+    for event in events:
+        if (data_of(event) or {}).get("type") not in _BEFORE_THE_ENGINE:
+            return event
+    return None
+
+
+def _error_in(event: bytes | None) -> dict[str, Any] | None:
+    data = data_of(event) if event is not None else None
+    return data if data is not None and isinstance(data.get("error"), dict) else None
+
+
+def _status(error: dict[str, Any]) -> int:
+    """Return the status that the error carries, or that its type is named after."""
+    code = error.get("code")
+    if isinstance(code, int) and 400 <= code < 600:
+        return code
+    return _STATUS_BY_NAME.get(str(error.get("type")).removesuffix("Error"), 500)

@@ -1,0 +1,46 @@
+"""OpenAI error objects, in the form that vLLM's own endpoints use."""
+
+import json
+from http import HTTPStatus
+
+from serving.http.asgi import Message
+
+
+def error_body(
+    status: int, message: str, *, type_: str | None = None, param: str | None = None
+) -> bytes:
+    """The JSON body `{"error": {"message", "type", "param", "code"}}`."""
+    error = {
+        "message": message,
+        "type": type_ or HTTPStatus(status).phrase.replace(" ", "") + "Error",
+        "param": param,
+        "code": status,
+    }
+    return json.dumps({"error": error}).encode()
+
+
+def error_messages(
+    status: int,
+    message: str,
+    *,
+    type_: str | None = None,
+    param: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> list[Message]:
+    """A whole ASGI response that carries one error."""
+    body = error_body(status, message, type_=type_, param=param)
+    sent = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        **(headers or {}),
+    }
+    raw = [(name.encode(), value.encode()) for name, value in sent.items()]
+    return [
+        {"type": "http.response.start", "status": status, "headers": raw},
+        {"type": "http.response.body", "body": body, "more_body": False},
+    ]
+
+
+def error_event(status: int, message: str, *, type_: str) -> bytes:
+    """A server-sent event that ends a broken stream."""
+    return b"data: " + error_body(status, message, type_=type_) + b"\n\n"

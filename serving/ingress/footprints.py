@@ -1,0 +1,165 @@
+"""What a request will take of KV memory, told in the ingress: its prompt is tokenized there."""
+
+import asyncio
+import hashlib
+import json
+import logging
+import re
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from adakv_worker.config import FULL, CompressionConfig
+from adakv_worker.options import RequestOptions
+from router.footprint import Budget, Footprint, OutputLengths, predict, prefix_hashes
+from serving.config import AppConfig
+from serving.engine import model_path_and_name
+from serving.http.asgi import Message
+
+logger = logging.getLogger("ray.serve")
+
+_PATHS = ("/v1/chat/completions", "/v1/completions")
+_REMEMBERED_PROMPTS = 512
+# Longer ones are guessed: tokenizing them would hold up the prompts behind them.
+_LONGEST_TEXT_BYTES = 1 << 20
+_BYTES_PER_TOKEN = 4
+# The first event of a chat names the role, the last says [DONE].
+_EVENTS_WITHOUT_TOKEN = 2
+
+
+class _Prompt(NamedTuple):
+    tokens: int
+    block_hashes: tuple[int, ...]
+
+
+class OutputCounter:
+    """Counts an answer's tokens as it passes: by its usage, or else by the events of its stream."""
+
+    _USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
+
+    def __init__(self) -> None:
+        self._events = 0
+        self._usage = 0
+
+    @property
+    def tokens(self) -> int:
+        return self._usage or max(0, self._events - _EVENTS_WITHOUT_TOKEN)
+
+    def see(self, batch: list[Message]) -> None:
+        for message in batch:
+            if body := message.get("body", b""):
+                self._events += body.count(b"data: ")
+                if found := self._USAGE.search(body):
+                    self._usage = int(found[1])
+
+
+class FootprintPredictor:
+    """Predicts footprints off the event loop, with the model's own tokenizer."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        compression: CompressionConfig | None,
+        block_size_tokens: int,
+        outputs: OutputLengths,
+    ) -> None:
+        """
+        Args:
+            tokenizer: of transformers.
+            compression: None where it is off.
+        """
+        self._tokenizer = tokenizer
+        self._compression = compression
+        self._block_size_tokens = block_size_tokens
+        self._outputs = outputs
+        self._prompts: OrderedDict[bytes, _Prompt] = OrderedDict()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    async def footprint(self, path: str, body: bytes) -> Footprint | None:
+        """None for what generates nothing, and for what the engine is going to refuse."""
+        if path not in _PATHS:
+            return None
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, self._predict, body)
+
+    def note_output(self, tokens: int) -> None:
+        """An answer has ended after so many tokens."""
+        self._outputs.note(tokens)
+
+    def _predict(self, body: bytes) -> Footprint | None:
+        try:
+            request = json.loads(body)
+            prompt = self._prompt(request)
+            budget = self._budget(request)
+            asked = request.get("max_completion_tokens") or request.get("max_tokens")
+            return predict(
+                prompt.tokens,
+                self._outputs.expected(asked),
+                budget,
+                self._block_size_tokens,
+                prompt.block_hashes,
+                answers=request.get("n") or 1,
+                most_output_tokens=asked,
+            )
+        except Exception as error:
+            # Whatever is wrong with the request, the engine says it better.
+            logger.debug("no footprint: %s", error)
+            return None
+
+    def _budget(self, request: dict[str, Any]) -> Budget | None:
+        if self._compression is None:
+            return None
+        budget = RequestOptions.of(request.get("vllm_xargs")).budget(self._compression)
+        if budget.choice.preset == FULL:
+            return None
+        return Budget(budget.budget_tokens, budget.keep_ratio, budget.decode)
+
+    def _prompt(self, request: dict[str, Any]) -> _Prompt:
+        given: dict[str, Any] = {
+            name: request[name] for name in ("prompt", "messages", "tools") if name in request
+        }
+        text = json.dumps(given).encode()
+        if len(text) > _LONGEST_TEXT_BYTES:
+            return _Prompt(len(text) // _BYTES_PER_TOKEN, ())
+        key = hashlib.sha256(text).digest()
+        known = self._prompts.get(key)
+        if known is None:
+            ids = self._token_ids(given)
+            known = _Prompt(len(ids), prefix_hashes(ids, self._block_size_tokens))
+            self._prompts[key] = known
+            if len(self._prompts) > _REMEMBERED_PROMPTS:
+                self._prompts.popitem(last=False)
+        self._prompts.move_to_end(key)
+        return known
+
+    def _token_ids(self, given: dict[str, Any]) -> list[int]:
+        if "messages" in given:
+            text = self._tokenizer.apply_chat_template(
+                given["messages"],
+                tools=given.get("tools"),
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        prompt = given["prompt"]
+        if isinstance(prompt, str):
+            return self._tokenizer.encode(prompt)
+        if all(isinstance(item, int) for item in prompt):
+            return prompt
+        # Several prompts in one request run on one replica, side by side.
+        return [token for one in prompt for token in self._token_ids({"prompt": one})]
+
+
+def footprint_predictor(config: AppConfig) -> FootprintPredictor:
+    """With the tokenizer of the configured model."""
+    # Imported here: it is heavy, and only an ingress that predicts needs it.
+    from transformers import AutoTokenizer
+
+    path, _ = model_path_and_name(config)
+    compression = config.compression
+    return FootprintPredictor(
+        AutoTokenizer.from_pretrained(config.engine.get("tokenizer") or path),
+        compression if compression and compression.enabled else None,
+        config.block_size_tokens,
+        OutputLengths(config.routing.prior_output_tokens),
+    )

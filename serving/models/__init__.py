@@ -1,0 +1,1 @@
+"""Models that are derived once from Python wheels and kept on disk."""

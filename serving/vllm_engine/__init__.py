@@ -1,0 +1,1 @@
+"""vLLM inside a replica: the only files of `serving` that import vLLM's entry points."""

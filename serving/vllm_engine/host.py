@@ -1,0 +1,169 @@
+"""vLLM inside a replica: an `AsyncLLM` and vLLM's own FastAPI app around it.
+
+With the other `vllm_*.py` it is all that uses vLLM here.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import torch
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+from adakv_worker.config import CompressionConfig, compression_config
+from adakv_worker.frontend.kv_events import CacheChange, EventSockets, cache_changes
+from adakv_worker.frontend.moving import MovableLLM, MovingCore
+from adakv_worker.frontend.sent_requests import BookedLLM
+from adakv_worker.refusals import refuse_unsupported
+from serving.http.api_keys import VLLM_VARIABLE
+from serving.http.asgi import ASGIApp
+from serving.http.compression_proof import ProofMiddleware
+from serving.vllm_engine.http_metrics import HttpMetrics
+from serving.vllm_engine.load import CacheSize, EngineLoad, LoadStats
+from serving.vllm_engine.options import (
+    check_movable,
+    computes_on_cpus,
+    server_options,
+    with_compression,
+    with_kv_events,
+)
+from serving.vllm_engine.proofs import take_proofs
+from serving.vllm_engine.surface import mend_surface
+
+
+class _Server:
+    """Stands in for the uvicorn server that vLLM's dead-engine handler asks to exit."""
+
+    should_exit = False
+
+
+class VllmHost:
+    """Owns one engine and its app. Build it inside a running event loop."""
+
+    def __init__(
+        self,
+        engine: BookedLLM,
+        app: ASGIApp,
+        stats: LoadStats,
+        kv_events: EventSockets | None = None,
+    ) -> None:
+        self.engine = engine
+        self.app = app
+        self._stats = stats
+        self._kv_events = kv_events
+
+    @classmethod
+    async def start(
+        cls,
+        model: str,
+        served_name: str,
+        engine_args: dict[str, Any],
+        server_args: dict[str, Any],
+        compression: CompressionConfig | None = None,
+        on_proof: Callable[[dict[str, Any]], None] = lambda proof: None,
+        *,
+        movable: bool = False,
+    ) -> "VllmHost":
+        """Starts the engine (about 25 s on CPU) and assembles the app.
+
+        Args:
+            on_proof: called with the compression proof of every request once its prompt is
+                complete. (Not with LoRA, whose statistics leave it no room.)
+            movable: whether compressed requests can leave it and come to it.
+
+        Raises:
+            ValueError: vLLM refuses the configuration.
+        """
+        settings = with_compression(engine_args, compression, movable)
+        settings, events = with_kv_events(settings)
+        args = AsyncEngineArgs(model=model, served_model_name=[served_name], **settings)
+        config = args.create_engine_config()
+        compressing = compression_config(config.additional_config) is not None
+        if compressing:
+            refuse_unsupported(config)
+        if movable:
+            check_movable(config, compressing)
+        stats = LoadStats(on_proof)
+        engine = (MovableLLM if movable else BookedLLM).from_vllm_config(
+            config,
+            stat_loggers=[RayPrometheusStatLogger, stats.logger],
+            enable_log_requests=args.enable_log_requests,
+        )
+        assert isinstance(engine, BookedLLM)
+        stats.sent = engine.sent
+        tasks = await engine.get_supported_tasks()
+        options = server_options(model, served_name, args, server_args)
+        # The front door asks for that key, too, and hands none on.
+        os.environ.pop(VLLM_VARIABLE, None)
+        app = build_app(options, tasks, engine.model_config)
+        await init_app_state(engine, app.state, options, tasks)
+        app.state.server = _Server()
+        mend_surface(app, HttpMetrics().note)
+        if not compressing:
+            return cls(engine, app, stats, events)
+        take_proofs(engine)
+        return cls(engine, ProofMiddleware(app), stats, events)
+
+    @property
+    def core(self) -> MovingCore:
+        """Where requests leave and come in, of an engine whose requests are movable."""
+        assert isinstance(self.engine.engine_core, MovingCore)
+        return self.engine.engine_core
+
+    @property
+    def max_running(self) -> int:
+        """Requests that its scheduler lets run at once."""
+        return self.engine.vllm_config.scheduler_config.max_num_seqs
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one KV block, all layers, on all tensor-parallel ranks."""
+        config = self.engine.vllm_config
+        model = config.model_config
+        assert isinstance(model.dtype, torch.dtype)
+        entry = model.get_total_num_kv_heads() * model.get_head_size() * model.dtype.itemsize
+        layers = model.get_num_layers(config.parallel_config)
+        return 2 * layers * entry * config.cache_config.block_size
+
+    @property
+    def dead(self) -> bool:
+        return self.engine.errored
+
+    async def check(self) -> None:
+        """Raises vLLM's EngineDeadError when the engine process is gone."""
+        await self.engine.check_health()
+
+    def load(self) -> EngineLoad:
+        cache = self.engine.vllm_config.cache_config
+        return self._stats.load(CacheSize((cache.num_gpu_blocks or 1) - 1, cache.block_size))
+
+    @property
+    def changed(self) -> asyncio.Event:
+        """Set when the load has changed; the reader clears it."""
+        return self._stats.changed
+
+    def cache_changes(self) -> AsyncGenerator[CacheChange, None] | None:
+        """What the prefix cache gains and loses from now on; None where KV events are off."""
+        return None if self._kv_events is None else cache_changes(self._kv_events)
+
+    def shutdown(self) -> None:
+        self.engine.shutdown()
+
+
+def set_up_cpu(threads: int, tensor_parallel_size: int) -> None:
+    """Prepares this process for CPU engines of `threads` threads; nothing with vLLM for GPUs.
+
+    What the operator has set in the environment stays.
+    """
+    if not computes_on_cpus():
+        return
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if tensor_parallel_size == 1:
+        # A single worker then runs inside the engine's process. In one of its own, vLLM's choice
+        # for binding threads, both processes spin on their queue and take a core each.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -1,0 +1,196 @@
+"""The KV memory and the requests of a running engine, from the scheduler's own statistics."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import SchedulerStats
+
+from adakv_worker.frontend.sent_requests import SentRequests
+from adakv_worker.stats import MemoryStats, last_received_of, proofs_of
+from kernels.blocks import blocks_for_tokens
+
+_RATE_WINDOW_S = 5.0
+
+
+class EngineLoad(NamedTuple):
+    """An engine's KV memory and its requests. Blocks exclude vLLM's null block.
+
+    told_at: when the scheduler reported it, by the monotonic clock.
+    """
+
+    block_size_tokens: int
+    blocks_total: int
+    blocks_free: int
+    blocks_evictable: int | None
+    blocks_compressed: int
+    blocks_uncompressed: int
+    blocks_reserved_growth: int
+    running: int
+    waiting: int
+    waiting_blocks: int | None
+    prefill_tokens_queued: int
+    decode_tokens_per_s: float
+    achieved_compression: float
+    preemptions: int
+    recomputed_tokens: int | None = None
+    decode_evictions: int | None = None
+    selection_failures: int | None = None
+    blocks_lent: int = 0
+    blocks_borrowed: int = 0
+    told_at: float = float("inf")
+
+
+class CacheSize(NamedTuple):
+    """The size of an engine's KV cache, without vLLM's null block."""
+
+    blocks: int
+    block_size_tokens: int
+
+
+def from_stock(
+    stats: SchedulerStats, cache: CacheSize, unanswered: list[int], preemptions: int = 0
+) -> EngineLoad:
+    """Return the load by what every scheduler reports.
+
+    Args:
+        unanswered: prompt lengths of the requests that the scheduler has and that have no output.
+    """
+    waiting = stats.num_waiting_reqs + stats.num_skipped_waiting_reqs
+    free = max(0, round((1 - stats.kv_cache_usage) * cache.blocks))
+    return EngineLoad(
+        block_size_tokens=cache.block_size_tokens,
+        blocks_total=cache.blocks,
+        blocks_free=free,
+        blocks_evictable=None,
+        blocks_compressed=0,
+        blocks_uncompressed=cache.blocks - free,
+        blocks_reserved_growth=0,
+        running=stats.num_running_reqs,
+        waiting=waiting,
+        waiting_blocks=_waiting_blocks(unanswered, waiting, cache.block_size_tokens),
+        prefill_tokens_queued=sum(unanswered),
+        decode_tokens_per_s=0.0,
+        achieved_compression=1.0,
+        preemptions=preemptions,
+    )
+
+
+def from_adakv(load: EngineLoad, memory: MemoryStats) -> EngineLoad:
+    """Return the load with what a scheduler that compresses reports besides."""
+    return load._replace(
+        blocks_evictable=min(memory.evictable_blocks, load.blocks_free),
+        blocks_compressed=memory.compressed_blocks,
+        blocks_uncompressed=max(0, load.blocks_total - load.blocks_free - memory.compressed_blocks),
+        blocks_reserved_growth=memory.growth_blocks,
+        waiting_blocks=memory.waiting_blocks,
+        prefill_tokens_queued=memory.queued_prefill_tokens,
+        achieved_compression=(
+            memory.kept_tokens / memory.original_tokens if memory.original_tokens else 1.0
+        ),
+        recomputed_tokens=memory.recomputed_tokens,
+    )
+
+
+def with_unseen(load: EngineLoad, prompts: list[int]) -> EngineLoad:
+    """Return the load with requests that no statistics cover yet, by their prompt lengths."""
+    blocks = [blocks_for_tokens(length, load.block_size_tokens) for length in prompts]
+    # An engine that was idle has begun the first of them.
+    begun = 1 if prompts and load.running + load.waiting == 0 else 0
+    taken = min(sum(blocks[:begun]), load.blocks_free)
+    free = load.blocks_free - taken
+    waiting_blocks = load.waiting_blocks
+    return load._replace(
+        blocks_free=free,
+        blocks_evictable=None
+        if load.blocks_evictable is None
+        else min(load.blocks_evictable, free),
+        blocks_uncompressed=load.blocks_uncompressed + taken,
+        running=load.running + begun,
+        waiting=load.waiting + len(prompts) - begun,
+        waiting_blocks=None if waiting_blocks is None else waiting_blocks + sum(blocks[begun:]),
+        prefill_tokens_queued=load.prefill_tokens_queued + sum(prompts),
+    )
+
+
+class LoadStats:
+    """Keeps the newest scheduler statistics; `logger` is the factory that vLLM calls."""
+
+    def __init__(self, on_proof: Callable[[dict[str, Any]], None]) -> None:
+        self._on_proof = on_proof
+        self.changed = asyncio.Event()
+        self.latest = SchedulerStats()
+        # Set once the engine is made, which takes `logger`.
+        self.sent = SentRequests()
+        self.preemptions = 0
+        self._decode_evictions = self._selection_failures = 0
+        self._told_at = float("-inf")
+        self._tokens: list[tuple[float, int]] = []
+
+    def logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
+        return _LoadLogger(self)
+
+    def note(self, scheduler_stats: SchedulerStats, generated_tokens: int) -> None:
+        now = time.monotonic()
+        self.latest = scheduler_stats
+        self.sent.receive(last_received_of(scheduler_stats))
+        self._told_at = now
+        for proof in proofs_of(scheduler_stats):
+            self._on_proof(proof)
+        if (memory := MemoryStats.of(scheduler_stats)) is not None:
+            self._decode_evictions += memory.decode_evictions
+            self._selection_failures += memory.selection_failures
+        self._tokens.append((now, generated_tokens))
+        while self._tokens and now - self._tokens[0][0] > _RATE_WINDOW_S:
+            self._tokens.pop(0)
+        self.changed.set()
+
+    def load(self, cache: CacheSize) -> EngineLoad:
+        """Return the load as of now: the newest statistics and what has been sent since."""
+        stats, sent, memory = self.latest, self.sent, MemoryStats.of(self.latest)
+        if memory is not None:
+            unseen = sent.unseen()
+        else:
+            # Stock vLLM names none, but takes them in this order.
+            known = stats.num_running_reqs + stats.num_waiting_reqs
+            unseen = sent.newest_but(known + stats.num_skipped_waiting_reqs)
+        seen = sent.prefill_tokens(sent.unanswered(but=unseen))
+        load = from_stock(stats, cache, seen, self.preemptions)
+        if memory is not None:
+            load = from_adakv(load, memory)._replace(
+                decode_evictions=self._decode_evictions,
+                selection_failures=self._selection_failures,
+            )
+        return with_unseen(load, sent.prefill_tokens(unseen))._replace(
+            decode_tokens_per_s=self._decode_tokens_per_s(), told_at=self._told_at
+        )
+
+    def _decode_tokens_per_s(self) -> float:
+        since = time.monotonic() - _RATE_WINDOW_S
+        return sum(count for at, count in self._tokens if at > since) / _RATE_WINDOW_S
+
+
+class _LoadLogger(StatLoggerBase):
+    def __init__(self, stats: LoadStats) -> None:
+        self._stats = stats
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
+        # Those of a request that is away come without the engine's own statistics.
+        self._stats.preemptions += iteration_stats.num_preempted_reqs if iteration_stats else 0
+        if scheduler_stats is not None:
+            generated = iteration_stats.num_generation_tokens if iteration_stats else 0
+            self._stats.note(scheduler_stats, generated)
+
+    def log_engine_initialized(self) -> None:
+        pass
+
+
+def _waiting_blocks(unanswered: list[int], waiting: int, block_size: int) -> int | None:
+    """Return the blocks of the waiting prompts; None where some of these are in prefill."""
+    if waiting == 0:
+        return 0
+    if len(unanswered) != waiting:
+        return None
+    return sum(blocks_for_tokens(length, block_size) for length in unanswered)

@@ -1,0 +1,117 @@
+"""Settings of vLLM: which there are, and an engine's with what compression and spill need."""
+
+import dataclasses
+import logging
+import tempfile
+from typing import Any
+
+from vllm.config.kv_events import KVEventsConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from adakv_worker.config import CompressionConfig
+from adakv_worker.frontend.kv_events import EventSockets
+from adakv_worker.plugin import engine_args as compression_engine_args
+
+logger = logging.getLogger("ray.serve")
+
+# Settings of the socket that vLLM would listen on, and of access, which the front door guards.
+_SOCKET_OPTIONS = {
+    "api_key", "api_server_count", "config", "data_parallel_multi_port_external_lb",
+    "data_parallel_supervisor_port", "disable_access_log_for_endpoints",
+    "disable_uvicorn_access_log", "dp_supervisor_probe_failure_threshold",
+    "dp_supervisor_probe_interval_s", "dp_supervisor_probe_timeout_s", "enable_ssl_refresh", "grpc",
+    "grpc_port", "h11_max_header_count", "h11_max_incomplete_event_size", "headless", "host",
+    "model_tag", "port", "root_path", "ssl_ca_certs", "ssl_cert_reqs", "ssl_certfile",
+    "ssl_ciphers", "ssl_keyfile", "uds", "uvicorn_log_level",
+}  # fmt: skip
+
+
+def computes_on_cpus() -> bool:
+    """Whether the vLLM that is installed is the one for CPUs, wherever this process runs."""
+    return current_platform.is_cpu()
+
+
+def engine_arg_names() -> set[str]:
+    return {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+
+
+def server_arg_names() -> set[str]:
+    """Options of `vllm serve` that shape its API: not the engine's, not its socket's."""
+    return set(vars(_default_options())) - engine_arg_names() - _SOCKET_OPTIONS
+
+
+def _default_options() -> Any:
+    return make_arg_parser(FlexibleArgumentParser()).parse_args([])
+
+
+def with_compression(
+    engine_args: dict[str, Any], compression: CompressionConfig | None, movable: bool
+) -> dict[str, Any]:
+    """The engine's arguments with those that compression needs; what the operator set stays."""
+    if compression is None or not compression.enabled:
+        return engine_args
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        logger.warning(
+            "compression is configured but NOT running: it has backends for CPUs and CUDA only"
+        )
+        return engine_args
+    asynchronous = engine_args.get("async_scheduling")
+    if asynchronous is None:
+        engine_args = {k: v for k, v in engine_args.items() if k != "async_scheduling"}
+        # Of a step that is on its way a request cannot leave.
+        asynchronous = False if movable else None
+    needed = compression_engine_args(
+        compression.model_dump(exclude_unset=True), asynchronous=asynchronous
+    )
+    additional = {**needed.pop("additional_config"), **engine_args.get("additional_config", {})}
+    return {**needed, **engine_args, "additional_config": additional}
+
+
+def with_kv_events(engine_args: dict[str, Any]) -> tuple[dict[str, Any], EventSockets | None]:
+    """Return the engine's arguments with its KV events typed, and where they are if they are on.
+
+    Without endpoints of the operator's these are sockets of this replica alone: a port can be
+    taken.
+    """
+    given = engine_args.get("kv_events_config")
+    if not isinstance(given, dict):
+        return engine_args, None
+    config = KVEventsConfig(**given)
+    engine_args = {**engine_args, "kv_events_config": config}
+    if not config.enable_kv_cache_events or config.publisher != "zmq":
+        return engine_args, None
+    folder = tempfile.mkdtemp(prefix="adakv-")
+    if "endpoint" not in given:
+        config.endpoint = f"ipc://{folder}/kv-events"
+    if config.replay_endpoint is None:
+        config.replay_endpoint = f"ipc://{folder}/kv-replay"
+    return engine_args, EventSockets(_local(config.endpoint), _local(config.replay_endpoint))
+
+
+def _local(endpoint: str) -> str:
+    # What the publisher binds to all interfaces is reached by this one.
+    return endpoint.replace("*", "127.0.0.1")
+
+
+def check_movable(config: Any, compressing: bool) -> None:
+    """Raises ValueError where requests cannot move, naming the setting."""
+    if not compressing:
+        raise ValueError("spill.enabled needs compression, and a backend that compresses")
+    if config.scheduler_config.async_scheduling:
+        raise ValueError("spill.enabled needs engine.async_scheduling: false")
+
+
+def server_options(
+    model: str, served_name: str, engine_args: AsyncEngineArgs, server_args: dict[str, Any]
+) -> Any:
+    """vLLM's server options at their defaults, with the engine's fields and ours laid over them."""
+    options = _default_options()
+    for name, value in {**vars(engine_args), **server_args}.items():
+        if hasattr(options, name):
+            setattr(options, name, value)
+    options.model, options.served_model_name = model, [served_name]
+    validate_parsed_serve_args(options)
+    return options

@@ -1,0 +1,60 @@
+"""Takes the proofs of compression out of an engine's outputs, for the HTTP answers they belong to.
+
+vLLM hands them through in `kv_transfer_params`, where most get lost: merged outputs keep the last
+one's, several choices share one, and an answer that is not streamed has that of its last step. So
+they are taken where the engine's outputs come in; vLLM then answers as without compression.
+"""
+
+from collections.abc import AsyncGenerator
+from typing import Any
+from weakref import WeakValueDictionary
+
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from serving.http.answer_proofs import KEY, AnswerProofs, Proof, current_answer
+
+
+def take_proofs(engine: AsyncLLM) -> None:
+    """Have the proofs of all requests noted in the answers that were current when they came."""
+    processor = engine.output_processor
+    generate, add_request = engine.generate, processor.add_request
+    process_outputs = processor.process_outputs
+    # An answer ends with its HTTP request, whatever becomes of the engine's.
+    answers: WeakValueDictionary[str, AnswerProofs] = WeakValueDictionary()
+
+    # Not a generator itself: handlers make their generators in the order of the prompts, and then
+    # wait for all of them at once.
+    def generating(
+        prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        if (answer := current_answer()) is not None:
+            answer.expect(request_id, sampling_params.n)
+        return generate(prompt, sampling_params, request_id, *args, **kwargs)
+
+    def adding(request: Any, *args: Any, **kwargs: Any) -> None:
+        if (answer := current_answer()) is not None:
+            answers[request.request_id] = answer
+        add_request(request, *args, **kwargs)
+
+    def processing(outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> Any:
+        for output in outputs:
+            proof = _taken(output)
+            answer = answers.get(output.request_id)
+            state = processor.request_states.get(output.request_id)
+            if proof is not None and answer is not None and state is not None:
+                answer.note(state.external_req_id, state.request_index, proof)
+        return process_outputs(outputs, *args, **kwargs)
+
+    engine.generate = generating  # type: ignore[method-assign]
+    processor.add_request = adding  # type: ignore[method-assign]
+    processor.process_outputs = processing  # type: ignore[method-assign, assignment]
+
+
+def _taken(output: EngineCoreOutput) -> Proof | None:
+    params = output.kv_transfer_params
+    if not params or KEY not in params:
+        return None
+    # The scheduler may hold the same dictionary.
+    output.kv_transfer_params = {key: params[key] for key in params if key != KEY} or None
+    return params[KEY]

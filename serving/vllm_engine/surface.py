@@ -1,0 +1,106 @@
+"""Mends vLLM's FastAPI app where its answers are not in their API's form."""
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from prometheus_fastapi_instrumentator.metrics import Info
+from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
+from starlette.convertors import Convertor, register_url_convertor
+from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.responses import Response
+
+from serving.http.held_start import HeldStart
+from serving.http.openai_error import error_body
+from serving.http.sse import compact_json, data_of
+
+Middleware = TypeVar("Middleware")
+Stream = AsyncGenerator[str, None]
+
+
+def mend_surface(app: FastAPI, on_answer: Callable[[Info], None]) -> None:
+    """Change an app that vLLM has built and initialized.
+
+    The middleware stack stays the one that vLLM has built: of a second one, the metrics would be
+    refused by Prometheus as duplicates and count nothing.
+
+    Args:
+        on_answer: called with each answer that vLLM's HTTP metrics count.
+    """
+    if app.middleware_stack is None:
+        app.middleware_stack = app.build_middleware_stack()
+    exceptions = _in_stack(app, ExceptionMiddleware)
+    exceptions.add_exception_handler(HTTPException, _http_error)
+    exceptions.app = HeldStart(exceptions.app)
+    metrics = _in_stack(app, PrometheusInstrumentatorMiddleware)
+    metrics.instrumentations = [*metrics.instrumentations, on_answer]
+    register_url_convertor("model_id", _ModelId())
+    app.add_api_route("/v1/models/{model_id:model_id}", _show_model, methods=["GET"])
+    if (messages := app.state.anthropic_serving_messages) is not None:
+        messages.message_stream_converter = _passing_errors(messages.message_stream_converter)
+
+
+def _in_stack(app: FastAPI, kind: type[Middleware]) -> Middleware:
+    layer: Any = app.middleware_stack
+    while not isinstance(layer, kind):
+        layer = layer.app
+    return layer
+
+
+async def _http_error(_: Any, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    body = error_body(
+        error.status_code, str(error.detail), type_=HTTPStatus(error.status_code).phrase
+    )
+    return Response(body, error.status_code, error.headers, media_type="application/json")
+
+
+class _ModelId(Convertor[str]):
+    """May have slashes in it. `/v1/models/` is left to the redirection to `/v1/models`."""
+
+    regex = ".+"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+async def _show_model(model_id: str, request: Request) -> Response:
+    models = await request.app.state.openai_serving_models.show_available_models()
+    for card in models.data:
+        if card.id == model_id:
+            return JSONResponse(card.model_dump())
+    body = error_body(
+        404, f"The model `{model_id}` does not exist.", type_="NotFoundError", param="model"
+    )
+    return Response(body, 404, media_type="application/json")
+
+
+def _passing_errors(convert: Callable[[Stream], Stream]) -> Callable[[Stream], Stream]:
+    """Wrap the conversion of a chat stream into Anthropic's, which takes errors for bad chunks."""
+
+    async def converted(chat: Stream) -> Stream:
+        errors: list[dict[str, Any]] = []
+        async with aclosing(chat), aclosing(convert(_until_error(chat, errors))) as events:
+            async for event in events:
+                yield event
+        for error in errors:
+            told = {"type": error["type"], "message": error["message"]}
+            data = compact_json({"type": "error", "error": told}).decode()
+            yield f"event: error\ndata: {data}\n\n"
+
+    return converted
+
+
+async def _until_error(chat: Stream, errors: list[dict[str, Any]]) -> Stream:
+    async for item in chat:
+        if item.startswith('data: {"error"'):
+            errors.append((data_of(item.encode()) or {})["error"])
+            return
+        yield item

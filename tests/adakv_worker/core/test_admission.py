@@ -1,0 +1,185 @@
+"""What running requests will still take, against a step-by-step count."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adakv_worker.core.admission import UNBOUNDED, Holds, Life, LifeTable, Lives, OutputLengths
+
+
+def _sure(tokens: int, to_come: int, most: int = UNBOUNDED) -> Life:
+    """A request of which it is known how long it goes on."""
+    return Life(tokens, most, answered=0, left=to_come, due=to_come, max_tokens=to_come)
+
+
+LENGTHS = OutputLengths(prior_tokens=100)
+LIVES = st.lists(st.builds(_sure, st.integers(1, 50), st.integers(0, 300)), max_size=12)
+BOUNDED = st.lists(
+    st.builds(_sure, st.integers(1, 50), st.integers(0, 300), st.integers(50, 200)), max_size=12
+)
+
+
+def _lives(lives: list[Life], lengths: OutputLengths) -> Lives:
+    table = LifeTable()
+    for index, life in enumerate(lives):
+        table.put(str(index), life, 0)
+    return table.lives(lengths, 0)
+
+
+def _held(lives: list[Life], step: int) -> int:
+    return sum(min(life.tokens + step, life.most_tokens) for life in lives if life.left >= step)
+
+
+@given(LIVES)
+def test_the_peak_is_the_most_that_they_ever_hold_together(lives: list[Life]) -> None:
+    held = [_held(lives, step) for step in range(301)]
+    assert _lives(lives, LENGTHS).peak_tokens() == max(held)
+
+
+@given(BOUNDED)
+def test_a_bounded_request_counts_with_no_more_than_its_bound(lives: list[Life]) -> None:
+    held = [_held(lives, step) for step in range(301)]
+    peak = _lives(lives, LENGTHS).peak_tokens()
+    assert max(held) <= peak <= sum(life.most_tokens for life in lives)
+
+
+@given(LIVES, st.builds(_sure, st.integers(1, 50), st.integers(0, 300)))
+def test_the_peak_with_another_counts_up_to_its_end(lives: list[Life], other: Life) -> None:
+    together = [_held([*lives, other], step) for step in range(other.left + 1)]
+    to_come = LENGTHS.one_to_come(other)
+    assert to_come == (other.left, 0)
+    assert _lives(lives, LENGTHS).peak_with(other, to_come) == max(together)
+
+
+@given(LIVES, st.integers(1, 300), st.integers(1, 60))
+def test_what_is_uncertain_adds_up_by_its_variance(
+    lives: list[Life], low: int, others: int
+) -> None:
+    lengths = OutputLengths(prior_tokens=low)
+    lengths.note(1 << 9, low + 100)
+    unsure = [life._replace(due=0, left=1000, max_tokens=1 << 9) for life in lives]
+    # Two lengths that have been seen, 100 apart, deviate by 50 from their mean.
+    mean, spread = low + 50, 50 * math.sqrt(len(lives))
+    exact = sum(life.tokens for life in lives) + len(lives) * mean
+    assert _lives(unsure, lengths).peak_tokens() == exact + math.ceil(spread)
+
+
+def _to_come(
+    lengths: OutputLengths, answered: int, left: int, due: int = 0, max_tokens: int = 1000
+) -> tuple[float, float]:
+    life = Life(0, UNBOUNDED, answered, left, due, max_tokens)
+    return tuple(round(value, 6) for value in lengths.one_to_come(life))
+
+
+def test_outputs_are_as_long_as_the_last_ones_that_were_longer() -> None:
+    lengths = OutputLengths(prior_tokens=100, remembered=3)
+    assert _to_come(lengths, 30, left=1000) == (70, 0)
+    assert _to_come(lengths, 0, left=60) == (60, 0)
+    for tokens in (10, 20, 60):
+        lengths.note(1000, tokens)
+    assert _to_come(lengths, 0, left=1000)[0] == 30
+    assert _to_come(lengths, 15, left=1000) == (25, 20)
+    # What the limit cuts is not uncertain any more.
+    assert _to_come(lengths, 15, left=5) == (5, 0)
+    # Nor can what is left of it bring more than that.
+    assert _to_come(lengths, 0, left=12) == (11.333333, 0.666667)
+    # One that has outlived all the others goes on for as long again.
+    assert _to_come(lengths, 80, left=1000) == (80, 0)
+
+
+def test_what_is_assumed_first_counts_among_the_lengths_that_were_seen() -> None:
+    lengths = OutputLengths(prior_tokens=512)
+    lengths.note(1000, 8)
+    assert _to_come(lengths, 0, left=1000)[0] == 260
+
+
+def test_requests_for_a_token_say_nothing_of_long_answers() -> None:
+    lengths = OutputLengths(prior_tokens=512)
+    for _ in range(100):
+        lengths.note(1, 1)
+        lengths.note(8, 8)
+    assert _to_come(lengths, 0, left=1000) == (512, 0)
+    assert _to_come(lengths, 0, left=8, max_tokens=8)[0] == 8
+    assert _to_come(lengths, 0, left=1000, max_tokens=1)[0] == 1
+
+
+def test_what_a_request_says_of_its_length_is_believed() -> None:
+    lengths = OutputLengths(prior_tokens=10)
+    certain = Life(0, UNBOUNDED, answered=0, left=700, due=700, max_tokens=700)
+    at_least = Life(0, UNBOUNDED, answered=0, left=700, due=300, max_tokens=700)
+    assert lengths.one_to_come(certain) == (700, 0)
+    assert lengths.one_to_come(at_least)[0] == 300
+
+
+def test_a_mixture_of_classes_is_what_each_says() -> None:
+    lengths = OutputLengths(prior_tokens=10)
+    lengths.note(100, 90)
+    short = Life(0, UNBOUNDED, 0, left=100, due=0, max_tokens=100)
+    long = Life(0, UNBOUNDED, 0, left=1000, due=0, max_tokens=1000)
+    # Both grow to the tenth step, and one on to the fiftieth, give or take forty.
+    assert _lives([short, long], lengths).peak_tokens() == 50 + 40
+
+
+@given(st.lists(st.integers(1, 600), max_size=80), st.data())
+def test_many_answers_are_expected_as_each_is(ended: list[int], data: st.DataObject) -> None:
+    lengths = OutputLengths(prior_tokens=100)
+    for tokens in ended:
+        lengths.note(data.draw(st.sampled_from([100, 1000])), tokens)
+    answers = st.builds(
+        Life, st.just(0), st.just(UNBOUNDED), st.integers(0, 500), st.integers(0, 500),
+        st.integers(0, 500), st.sampled_from([100, 1000]),
+    )  # fmt: skip
+    lives = data.draw(st.lists(answers, min_size=1, max_size=6))
+    columns = np.array([(*life[:-1], life.max_tokens.bit_length()) for life in lives], float).T
+    expected = np.array(lengths.to_come(*columns[2:]))
+    each = np.array([lengths.one_to_come(life) for life in lives]).T
+    np.testing.assert_allclose(expected, each, atol=1e-5)
+
+
+@given(st.data())
+def test_lives_go_on_by_themselves(data: st.DataObject) -> None:
+    table, known = LifeTable(), {}
+    lengths = OutputLengths(prior_tokens=10)
+    for step in range(data.draw(st.integers(1, 40))):
+        name = data.draw(st.sampled_from("abcdefghijklmnopqrstuvwxyz"))
+        if data.draw(st.booleans()):
+            life = _sure(data.draw(st.integers(1, 50)), data.draw(st.integers(0, 300)))
+            table.put(name, life, step)
+            known[name] = (life, step)
+        else:
+            table.drop(name)
+            known.pop(name, None)
+        now = [
+            life._replace(tokens=life.tokens + passed, left=life.left - passed,
+                          due=life.due - passed)
+            for life, since in known.values()
+            for passed in [min(step - since, life.left)]
+        ]  # fmt: skip
+        assert len(table) == len(known)
+        assert table.lives(lengths, step).peak_tokens() == _lives(now, lengths).peak_tokens()
+
+
+@pytest.mark.parametrize("own_steps", [1, 5, 100])
+def test_a_request_waits_no_longer_than_it_would_run(own_steps: int) -> None:
+    holds, waited = Holds(), 0
+    while True:
+        waits = holds.known("r")
+        if waits is None:
+            waits = holds.decide("r", fits=False, own_steps=own_steps)
+        if not waits:
+            break
+        waited += 1
+        holds.next_step()
+    assert waited == own_steps
+
+
+def test_a_decision_is_made_anew_when_something_has_ended() -> None:
+    holds = Holds()
+    assert holds.decide("r", fits=False, own_steps=100)
+    assert holds.known("r")
+    holds.changed("other")
+    assert holds.known("r") is None
+    assert not holds.decide("r", fits=True, own_steps=100)

@@ -1,0 +1,41 @@
+"""Files that stay mapped are what is on the path now, whatever was there before."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adakv_worker.worker.mapped_files import MappedFiles
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    uses=st.lists(
+        st.tuples(st.sampled_from("abcdefghijkl"), st.integers(1, 20_000), st.booleans()),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_who_reads_gets_what_was_written_last(
+    tmp_path_factory: pytest.TempPathFactory, uses: list[tuple[str, int, bool]]
+) -> None:
+    folder = tmp_path_factory.mktemp("mapped")
+    writer, reader = MappedFiles(), MappedFiles()
+    for number, (name, size, removed) in enumerate(uses):
+        path = folder / name
+        if removed:
+            path.unlink(missing_ok=True)
+        writer.write(path, size).fill_(number)
+        assert path.stat().st_size == size
+        content = reader.read(path)
+        assert len(content) == size
+        assert bool((content == number).all())
+
+
+def test_what_is_not_there_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        MappedFiles().read(tmp_path / "nothing")
+    (tmp_path / "empty").touch()
+    with pytest.raises(ValueError, match="empty"):
+        MappedFiles().read(tmp_path / "empty")

