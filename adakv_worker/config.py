@@ -5,8 +5,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from kernels.blocks import SINK_TOKENS
 from kernels.policies.presets import AUTO, DEFAULT_POLICY, PRESETS, PolicyChoice
-from kernels.policies.reselection import SINK_TOKENS
 
 CONFIG_KEY = "adakv"
 FULL = "full"

@@ -15,9 +15,8 @@ from adakv_worker.config import (
     check_policy_name,
     shown,
 )
-from kernels.blocks import DecodeBound, KeepLimit, kept_tokens
+from kernels.blocks import SINK_TOKENS, DecodeBound, KeepLimit, kept_tokens
 from kernels.policies.presets import PolicyChoice
-from kernels.policies.reselection import SINK_TOKENS
 
 
 class RequestBudget(BaseModel):

@@ -4,6 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+# First entries, which draw much attention whatever their text (StreamingLLM, 2309.17453):
+# evictions while decoding keep them.
+SINK_TOKENS = 4
+
 
 def blocks_for_tokens(num_tokens: int, block_size_tokens: int) -> int:
     """Number of KV blocks that hold `num_tokens` uncompressed tokens.

@@ -10,6 +10,7 @@ from adakv_worker.config import FULL
 from adakv_worker.core.admission import UNBOUNDED, Life
 from adakv_worker.options import RequestBudget
 from kernels.blocks import (
+    SINK_TOKENS,
     DecodeBound,
     blocks_for_tokens,
     compressed_blocks_bound,
@@ -17,7 +18,6 @@ from kernels.blocks import (
     most_entries,
 )
 from kernels.policies.presets import PolicyChoice
-from kernels.policies.reselection import SINK_TOKENS
 
 # Queries that an eviction looks at beyond the policy's window, at most: while they are collected
 # they take memory.

@@ -9,12 +9,13 @@ from torch import Tensor
 from adakv_worker.commands import Compress
 from adakv_worker.worker.contained import Contained
 from adakv_worker.worker.model_parts import LayerParts
+from kernels.blocks import SINK_TOKENS
 from kernels.paging.entries import PagedEntries
 from kernels.paging.paged_cache import PagedCache, compact
 from kernels.paging.pages import PageTables
 from kernels.policies.observation import Observation
 from kernels.policies.policy import Policy, Scored, stacked
-from kernels.policies.reselection import SINK_TOKENS, fitted, with_sinks
+from kernels.policies.reselection import fitted, with_sinks
 from kernels.transfer import sent
 
 # Scores held before their layers are copied: a few layers of a long prompt, all of a short one.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.blocks import SINK_TOKENS
 from kernels.policies.head_allocations.uniform import UniformHeads
 from kernels.policies.layer_budgets.uniform import UniformLayers
 from kernels.policies.observation import Observation
@@ -13,8 +14,6 @@ from kernels.policies.scorers.sink_recency import SinkRecencyScorer
 from kernels.policies.top import top_mask
 from kernels.transfer import sent
 
-# First tokens, which much attention goes to whatever they say (StreamingLLM, 2309.17453).
-SINK_TOKENS = 4
 # Above any score, and still a number when it is multiplied by a weight.
 _ALWAYS = 2 * LARGEST_SCORE
 

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.blocks import DecodeBound, entries_after, most_entries
+from kernels.blocks import SINK_TOKENS, DecodeBound, entries_after, most_entries
 from kernels.policies.policy import Scored
 from kernels.policies.presets import PRESETS, preset
-from kernels.policies.reselection import SINK_TOKENS, fitted, reallocate, with_sinks
+from kernels.policies.reselection import fitted, reallocate, with_sinks
 
 
 @given(st.integers(1, 60), st.integers(1, 40), st.integers(0, 60), st.integers(0, 300))
