@@ -1,5 +1,8 @@
 # make serve    set up .venv and serve CONFIG
-# make test     set up .venv and run the tests
+# make test       set up .venv and run the tests, but for the slow ones
+# make test-fast  those without an engine or a cluster
+# make test-rest  the slow ones
+# make test-all   all of them
 # make install  set up .venv alone
 # ACCELERATOR=cpu|gpu|auto chooses what is installed.
 CONFIG ?= configs/cluster.yaml
@@ -8,7 +11,7 @@ ACCELERATOR ?= auto
 PYTHON ?= python3
 export VENV ACCELERATOR PYTHON
 
-.PHONY: serve test install check
+.PHONY: serve test test-fast test-rest test-all install check
 
 serve: install
 	@echo "==> serve run $(CONFIG)"
@@ -16,10 +19,18 @@ serve: install
 
 test:
 	@scripts/install loadtest,dev
-	@echo "==> pytest: two files at a time, one thread each"
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --ignore tests/system $(PYTEST_ARGS)
-	@echo "==> pytest: the running application"
-	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/system
+	@scripts/test standard $(PYTEST_ARGS)
+
+test-fast:
+	@scripts/install loadtest,dev
+	@scripts/test fast $(PYTEST_ARGS)
+
+test-rest:
+	@scripts/install loadtest,dev
+	@scripts/test rest $(PYTEST_ARGS)
+
+test-all:
+	@$(MAKE) --keep-going --no-print-directory test test-rest
 
 check:
 	@scripts/install loadtest,dev

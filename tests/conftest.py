@@ -1,12 +1,32 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-# How long an example takes says more of the machine than of the code.
+# The duration of an example depends on the machine more than on the code.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+# No test may depend on a model hub, or wait for one.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+_HERE = Path(__file__).parent
+# Whatever uses one of these fixtures, or lies in one of these folders, starts an engine.
+_ENGINE_FIXTURES = {"in_process", "gqa_model"}
+_ENGINE_FOLDERS = {_HERE / "adakv_worker" / "engine", _HERE / "adakv_worker" / "gpu"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that start an engine or the running application, for `make test-fast`."""
+    for item in items:
+        if _HERE / "system" in item.path.parents:
+            item.add_marker("cluster")
+        elif _ENGINE_FIXTURES & set(getattr(item, "fixturenames", ())) or (
+            _ENGINE_FOLDERS & set(item.path.parents)
+        ):
+            item.add_marker("engine")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,10 @@ import torch
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs vLLM for CPUs")
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="needs vLLM for CPUs"),
+]
 
 
 def run(*tests: str, **variables: str) -> None:
@@ -28,12 +31,18 @@ def run(*tests: str, **variables: str) -> None:
 
 
 def test_engines_answer_right_on_the_gpus_path() -> None:
-    run(str(HERE / "gpu"))
+    run(str(HERE / "gpu"), "-m", "not slow")
 
 
+@pytest.mark.slow
+def test_all_engines_answer_right_on_the_gpus_path() -> None:
+    run(str(HERE / "gpu"), "-m", "slow")
+
+
+@pytest.mark.slow
 def test_a_request_moves_between_engines_on_model_runner_v2() -> None:
     run(
-        f"{HERE / 'test_moving_core.py'}::test_its_client_notices_nothing[seeded]",
+        f"{HERE / 'frontend' / 'test_moving.py'}::test_its_client_notices_nothing[seeded]",
         PYTHONPATH=f"{HERE / 'gpu' / 'startup'}:{ROOT}",
         VLLM_USE_V2_MODEL_RUNNER="1",
     )

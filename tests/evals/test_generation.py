@@ -2,12 +2,15 @@
 
 import random
 
+import pytest
+
 from evals.choice import Choice
 from evals.engine import ForcedEngine
 from evals.generation import run_generation
 from evals.tasks.source import Source
 
 
+@pytest.mark.slow
 def test_long_answers_are_held_against_the_whole_caches_own(embedded_engine: ForcedEngine) -> None:
     choices = [Choice("ada_snapkv", tokens=64, decode_tokens=tokens) for tokens in (64, 1500)]
     source = Source(embedded_engine.tokenizer, 2048, random.Random(1))

@@ -62,7 +62,7 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
 }
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles(name: str, architecture: int) -> None:
     kernel, constants, types = KERNELS[name]

@@ -29,6 +29,7 @@ def test_the_bound_is_of_stocks_prefills_and_of_both_ways_of_decoding() -> None:
     assert row["output_tokens_equal"]
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     figures = tmp_path / "figures.json"
     command = [

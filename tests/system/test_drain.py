@@ -10,6 +10,8 @@ import pytest
 from tests.system.deployment import Deployment, deployed, eventually, twins_config
 from tests.system.spilling import ask, ask_many, moves
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def twins() -> Iterator[Deployment]:

@@ -141,6 +141,7 @@ def _kill_a_replica_under_traffic(
     return outcomes
 
 
+@pytest.mark.slow
 def test_a_killed_replica_breaks_only_its_own_streams_and_says_so(
     deployment: Deployment, client: openai.OpenAI
 ) -> None:
@@ -156,6 +157,7 @@ def test_a_killed_replica_breaks_only_its_own_streams_and_says_so(
     assert "length" in outcomes
 
 
+@pytest.mark.slow
 def test_requests_without_a_first_byte_survive_a_killed_replica(
     deployment: Deployment, client: openai.OpenAI
 ) -> None:
@@ -169,6 +171,7 @@ def test_requests_without_a_first_byte_survive_a_killed_replica(
     assert set(_kill_a_replica_under_traffic(deployment, ask)) == {"length"}
 
 
+@pytest.mark.slow
 def test_a_killed_engine_process_is_replaced(deployment: Deployment, client: openai.OpenAI) -> None:
     before = set(deployment.occupancy())
     deployment.kill("VLLM::EngineCore")
@@ -207,6 +210,7 @@ def test_a_store_that_stalls_and_forgets_loses_no_request(
     assert set(outcomes) == {"length"}
 
 
+@pytest.mark.slow
 def test_a_second_serve_run_on_top_of_the_first(
     deployment: Deployment, client: openai.OpenAI
 ) -> None:

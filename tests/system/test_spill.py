@@ -15,6 +15,8 @@ from tests.system.deployment import (
 )
 from tests.system.spilling import ask, ask_many, lending, lent, outcomes, read_as_if_alone
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def spilling() -> Iterator[Deployment]:

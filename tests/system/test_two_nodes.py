@@ -9,6 +9,8 @@ from serving.spill.parcels import LenderName
 from tests.system.deployment import Deployment, TwoNodes, deployed, eventually, spill_config
 from tests.system.spilling import ask_many, lending, moves, read_as_if_alone
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[Deployment]:

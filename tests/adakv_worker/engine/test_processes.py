@@ -118,6 +118,7 @@ def test_two_ranks_answer_as_one(model: Path) -> None:
     _assert_as_stock(model, two.whole, ranks=2, compiled=False)
 
 
+@pytest.mark.slow
 def test_the_proof_spans_all_ranks(model: Path) -> None:
     compression = {"policy": "ada_snapkv", "budget_tokens": 64, "keep_ratio": 0.0}
     for proof in _proofs(_answers(model, 2, compression).compressed):
@@ -125,6 +126,7 @@ def test_the_proof_spans_all_ranks(model: Path) -> None:
         assert proof["kept_min"] < 64 < proof["kept_max"]
 
 
+@pytest.mark.slow
 def test_three_ranks_of_the_embedded_model() -> None:
     compression = {"policy": "ada_snapkv", "budget_tokens": 96, "keep_ratio": 0.0}
     for answer in _answers(embedded_model_path(), 3, compression).compressed:
@@ -134,6 +136,7 @@ def test_three_ranks_of_the_embedded_model() -> None:
         assert len(answer["tokens"]) == 40
 
 
+@pytest.mark.slow
 def test_a_compiled_model_answers_as_an_eager_one(model: Path) -> None:
     compression = {"policy": "ada_snapkv", "budget_tokens": 64, "keep_ratio": 0.0}
     eager = _answers(model, 1, compression)

@@ -53,8 +53,17 @@ _FAST = [
 ]
 
 
+_TRITON = Kind("Triton", use_v2=True, graphs=True)
+# What `make test` starts; the others are left to `make test-all`.
+_QUICK = {_TRITON, _FAST[-1]}
+
+
 def on(*kinds: Kind) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("engine", kinds, indirect=True, scope="module", ids=str)
+    cases = [
+        pytest.param(kind, marks=() if kind in _QUICK else pytest.mark.slow, id=str(kind))
+        for kind in kinds
+    ]
+    return pytest.mark.parametrize("engine", cases, indirect=True, scope="module")
 
 
 @contextmanager
@@ -89,14 +98,14 @@ def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[Engine]:
         yield engine
 
 
-@on(Kind("Triton", use_v2=True, graphs=True), *_FAST)
+@on(_TRITON, *_FAST)
 def test_pages_lie_as_on_the_gpu(engine: Engine) -> None:
     # A block of two layers, two heads, 16 entries of keys and values of 32 numbers.
     assert engine.runner.kv_caches[0].stride() == (2 * 2 * 16 * 64, 16 * 64, 64, 1)
     assert type(engine.runner.adakv.tables).__name__ == "DeviceTables"
 
 
-@on(Kind("Triton", use_v2=True, graphs=True), *_FAST)
+@on(_TRITON, *_FAST)
 def test_compressed_and_whole_caches_in_one_batch(engine: Engine, reference: Reference) -> None:
     # Prefills of several chunks, a prefix that is found, one that keeps everything.
     prompts = [prompt(90, seed=1), prompt(120, seed=2), prompt(20, seed=3), prompt(90, seed=1)]
@@ -121,6 +130,7 @@ def test_graphs_are_of_compressed_and_whole_caches(engine: Engine, reference: Re
     assert set(replayed) == {4, 2, 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in _FAST if kind.asynchronous], ids=str)
 def test_preempted_requests_come_back_right(model: Path, reference: Reference, kind: Kind) -> None:
     # 30 blocks of 16 KiB: four of these prompts compressed and grown do not fit together.

@@ -12,6 +12,7 @@ from tests.adakv_worker.gpu.test_backends import Kind, started
 
 
 @pytest.mark.parametrize("use_v2", [False, True], ids=["V1", "V2"])
+@pytest.mark.slow
 def test_a_preempted_continuation_ends_as_if_it_had_stayed(tmp_path: Path, use_v2: bool) -> None:
     model = make_tiny_model(tmp_path / "model", heads=4, kv_heads=2, layers=2)
     with started(model, Kind("Flash", use_v2)) as engine:

@@ -51,6 +51,7 @@ def answers(model: Path, ranks: int) -> list[dict[str, Any]]:
         llm.llm_engine.engine_core.shutdown()
 
 
+@pytest.mark.slow
 def test_two_ranks_answer_as_one(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path, heads=4, kv_heads=2, layers=2)
     one = answers(model, 1)
