@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import httpx
 
 from evals.policies import EVICTING_POLICIES, POLICIES
-from evals.report import report
+from evals.results.report import report
 from evals.samples import MODES
 from serving.models.embedded import EMBEDDED_MODEL_NAME
 
 if TYPE_CHECKING:
-    from evals.engine import ForcedEngine
-    from evals.http import HttpServer
-    from evals.scores import Row
+    from evals.answering.engine import ForcedEngine
+    from evals.answering.http import HttpServer
+    from evals.results.scores import Row
 
 # The engine in this process, where what it would have said can be heard.
 _ENVIRONMENT = {
@@ -110,7 +110,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     os.environ.update(_ENVIRONMENT)
-    from evals.run import Plan, read_rows, run
+    from evals.results.files import read_rows
+    from evals.run import Plan, run
     from evals.tasks import TASKS
 
     if unknown := set(args.tasks or ()) - TASKS.keys():
@@ -155,8 +156,8 @@ def _generation(args: argparse.Namespace) -> int:
     os.environ.update(_ENVIRONMENT)
     import random
 
+    from evals.answering.engine import ForcedEngine
     from evals.choice import Choice
-    from evals.engine import ForcedEngine
     from evals.generation import run_generation
     from evals.tasks.source import Source
     from serving.models.embedded import embedded_model_path
@@ -199,12 +200,12 @@ def _answering(
     if args.server:
         from transformers import AutoTokenizer
 
-        from evals.http import HttpServer
+        from evals.answering.http import HttpServer
 
         return HttpServer(args.server, AutoTokenizer.from_pretrained(model), args.api_key)
     from transformers import AutoConfig
 
-    from evals.engine import ForcedEngine
+    from evals.answering.engine import ForcedEngine
 
     if or_the_models:
         longest = AutoConfig.from_pretrained(model).max_position_embeddings
@@ -213,7 +214,7 @@ def _answering(
 
 
 def _write(parts: Iterable[list["Row"]], out: Path, earlier: Iterable["Row"] = ()) -> int:
-    from evals.run import read_rows, write_rows
+    from evals.results.files import read_rows, write_rows
 
     for done in write_rows(parts, out, earlier):
         full = done[0]
@@ -224,12 +225,12 @@ def _write(parts: Iterable[list["Row"]], out: Path, earlier: Iterable["Row"] = (
 
 
 def _report(args: argparse.Namespace) -> int:
-    from evals.run import read_rows
+    from evals.results.files import read_rows
 
     rows = [row for path in args.results for row in read_rows(path)]
     print(report(rows, args.baseline))
     if args.plot:
-        from evals.plots import draw
+        from evals.results.plots import draw
 
         draw(rows, args.plot)
     return 0
@@ -261,8 +262,8 @@ def _theory(args: argparse.Namespace) -> int:
 
 def _crosscheck(args: argparse.Namespace) -> int:
     os.environ.update(_ENVIRONMENT)
+    from evals.answering.engine import ForcedEngine
     from evals.crosscheck.compare import compare
-    from evals.engine import ForcedEngine
     from evals.tasks import samples
     from serving.models.embedded import embedded_model_path
 
@@ -287,9 +288,10 @@ def _crosscheck(args: argparse.Namespace) -> int:
 
 def _gate(args: argparse.Namespace) -> int:
     os.environ.update(_ENVIRONMENT)
-    from evals.engine import ForcedEngine
+    from evals.answering.engine import ForcedEngine
     from evals.gate import PLAN, RECORDED, moved, recordable
-    from evals.run import finished, read_rows, run, write_rows
+    from evals.results.files import finished, read_rows, write_rows
+    from evals.run import run
     from serving.models.embedded import embedded_model_path
 
     engine = ForcedEngine(embedded_model_path(), 2 * PLAN.document_tokens + 1024)

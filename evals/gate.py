@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from evals.policies import POLICIES
+from evals.results.scores import Row
 from evals.run import Plan
-from evals.scores import Row
 
 PLAN = Plan(
     tasks=("needles", "factbook", "continuation"),

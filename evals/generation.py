@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+from evals.answering import Answering
 from evals.choice import FULL, Choice
-from evals.run import Answering
+from evals.results.scores import Row, Score, row, score
 from evals.samples import Sample, Tokens, Turn, messages
-from evals.scores import Row, Score, row, score
 from evals.tasks.source import Source
 from loadtest.traffic import corpus
 

@@ -1,30 +1,14 @@
 """Runs tasks under policies and budgets in one engine, a results line for each."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
-from evals.choice import FULL, Choice, Outcome
+from evals.answering import Answering
+from evals.choice import FULL, Choice
 from evals.published import metrics
+from evals.results.scores import Row, Score, row, score
 from evals.samples import Mode, Sample, Tokens, tokenize
-from evals.scores import Row, Score, row, score
 from evals.tasks import samples
-
-
-class Answering(Protocol):
-    """Something that answers: what it is made to say, and what it says by itself."""
-
-    @property
-    def tokenizer(self) -> Any: ...
-
-    def outcomes(
-        self, sample: Sample, tokens: Tokens, choices: Iterable[Choice]
-    ) -> dict[Choice, Outcome]: ...
-
-    def answers(
-        self, prompt: list[int], begin: list[int], max_tokens: int, choices: Iterable[Choice]
-    ) -> dict[Choice, Outcome]: ...
 
 
 class Plan(NamedTuple):
@@ -154,44 +138,3 @@ def _score_free(
         choice: score(sample, tokens, outcome, metrics.rouge_l(texts[choice], whole))
         for choice, outcome in outcomes.items()
     }
-
-
-def finished(parts: Iterable[Sequence[Row]]) -> list[Row]:
-    """The last rows of each task and mode."""
-    last = {(rows[0].task, rows[0].mode): rows for rows in parts}
-    return [row for rows in last.values() for row in rows]
-
-
-def write_rows(
-    parts: Iterable[Sequence[Row]], path: Path, earlier: Iterable[Row] = ()
-) -> Iterator[Sequence[Row]]:
-    """Writes each part as it comes, so that a run that is cut short keeps what it has.
-
-    A part takes the place of the last one of the same task and mode.
-
-    Args:
-        earlier: rows that stay where no part takes their place.
-
-    Raises:
-        OSError: the file cannot be written; before anything is measured.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    last: dict[tuple[str, str], Sequence[Row]] = {}
-    for one in earlier:
-        last[one.task, one.mode] = [*last.get((one.task, one.mode), ()), one]
-    with path.open("a" if last else "w"):
-        part_path = path.with_name(f"{path.name}.part")
-    for rows in parts:
-        last[rows[0].task, rows[0].mode] = rows
-        every = finished(last.values())
-        part_path.write_text("".join(json.dumps(one.as_dict()) + "\n" for one in every))
-        part_path.replace(path)
-        yield rows
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Raises ValueError: the file holds something else. OSError: it is not there."""
-    try:
-        return [Row(**json.loads(line)) for line in path.read_text().splitlines()]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} holds no results: {error}") from error

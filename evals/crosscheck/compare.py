@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from evals.answering.engine import ForcedEngine
 from evals.choice import Choice
-from evals.engine import ForcedEngine
 from evals.samples import Sample, Tokens, tokenize
 from evals.theory import ObservingModel
 from kernels.policies.head_allocations.adaptive import AdaptiveHeads

@@ -3,11 +3,11 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
+from evals.answering import Answering
 from evals.choice import FULL, Choice, Outcome
 from evals.published.questions import Question
-from evals.run import Answering
+from evals.results.scores import Row, Score, row
 from evals.samples import Mode
-from evals.scores import Row, Score, row
 
 
 def run_published(

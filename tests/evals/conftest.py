@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from evals.engine import ForcedEngine
+from evals.answering.engine import ForcedEngine
 from serving.models.embedded import embedded_model_path
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from evals.answering.engine import ForcedEngine
 from evals.choice import FULL, Choice
-from evals.engine import ForcedEngine
 from evals.samples import Sample, Tokens
 from tests.adakv_worker.engines import prompt
 

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
-from evals.engine import ForcedEngine
+from evals.answering.engine import ForcedEngine
 from evals.gate import PLAN, RECORDED, moved
-from evals.run import finished, read_rows, run
+from evals.results.files import finished, read_rows
+from evals.run import run
 from serving.models.embedded import EMBEDDED_MODEL_NAME
 
 

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from evals.answering.engine import ForcedEngine
 from evals.choice import Choice
-from evals.engine import ForcedEngine
 from evals.generation import run_generation
 from evals.tasks.source import Source
 

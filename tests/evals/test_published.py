@@ -14,7 +14,7 @@ from evals.published.longbench import SETS, read_longbench
 from evals.published.questions import Question
 from evals.published.ruler import read_ruler
 from evals.published.run import run_published
-from evals.report import report
+from evals.results.report import report
 from serving.models.embedded import embedded_model_path
 
 

@@ -11,9 +11,10 @@ from transformers import AutoTokenizer
 
 from evals.choice import Choice, Outcome
 from evals.gate import RECORDED
-from evals.run import Plan, finished, read_rows, run, write_rows
+from evals.results.files import finished, read_rows, write_rows
+from evals.results.scores import Row
+from evals.run import Plan, run
 from evals.samples import Sample, Tokens
-from evals.scores import Row
 from serving.models.embedded import embedded_model_path
 
 

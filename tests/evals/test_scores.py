@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evals.choice import Choice, Outcome
-from evals.plots import draw
-from evals.report import report
+from evals.results.plots import draw
+from evals.results.report import report
+from evals.results.scores import Row, difference, interval, row, score
 from evals.samples import Sample, Tokens
-from evals.scores import Row, difference, interval, row, score
 
 TOKENS = Tokens([1, 2, 3], [8, 9], 0)
 

@@ -6,8 +6,8 @@ import httpx
 import pytest
 from transformers import AutoTokenizer
 
+from evals.answering.http import HttpServer
 from evals.choice import FULL, Choice
-from evals.http import HttpServer
 from evals.samples import tokenize
 from evals.tasks import samples
 from serving.models.embedded import embedded_model_path

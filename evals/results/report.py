@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from evals.choice import FULL
 from evals.policies import TWINS
-from evals.scores import Row, difference
+from evals.results.scores import Row, difference
 
 _MEASURES = ("exact", "agreement", "kl")
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evals.choice import FULL
-from evals.scores import Row
+from evals.results.scores import Row
 
 _MEASURES = {"agreement": "top-1 agreement with the whole cache", "exact": "exact answers"}
 

@@ -1,0 +1,1 @@
+"""Recorded results, and the code that scores, shows and stores them."""
