@@ -1,7 +1,7 @@
 """What watches a forward pass: queries kept for later, and compressions, layer by layer."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,17 +20,6 @@ from kernels.transfer import sent
 
 # Scores held before their layers are copied: a few layers of a long prompt, all of a short one.
 _HELD_BYTES = 4 << 20
-
-
-class Watcher(Protocol):
-    def see(self, layer: int, query: Tensor) -> None:
-        """Called by the backend once a layer has attended.
-
-        Args:
-            layer: its index in the cache.
-            query: [tokens, Hq, D] of the whole batch, after RoPE.
-        """
-        ...
 
 
 class Window(NamedTuple):

@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import ModelRunnerOutput
 
 from adakv_worker.attention.folding import FoldingBuilder, Pages, Step
+from adakv_worker.attention.watcher import Watcher
 from adakv_worker.commands import (
     ATTRIBUTE,
     NO_ANSWER,
@@ -24,7 +25,6 @@ from adakv_worker.commands import (
 )
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.core.manager import AdaKVSpec
-from adakv_worker.worker.compression import Watcher
 from adakv_worker.worker.mapped_files import MappedFiles
 from adakv_worker.worker.model_parts import LayerParts, layer_parts
 from adakv_worker.worker.moves import CacheKind, Moved, rank_file, read_state, write_state
