@@ -68,7 +68,7 @@ def _take_the_gpus_worker() -> None:
 
     from adakv_worker.attention import cpu as cpu_backend
     from adakv_worker.attention.gpu import AdaKVFlashBackend
-    from adakv_worker.worker.base import cpu_worker
+    from adakv_worker.worker import cpu_worker
     from adakv_worker.worker.gpu_runner import BlocksOutermost
     from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
     from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
