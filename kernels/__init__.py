@@ -2,7 +2,5 @@
 
 This package must import without torch: `router` uses its plain-Python block arithmetic. Its name
 is also that of a Hugging Face package which `transformers` probes for, so it stays free of eager
-imports and its version stays outside the range that `transformers` accepts.
+imports, and the distribution's version stays outside the range that `transformers` accepts.
 """
-
-__version__ = "0.1.0"
