@@ -1,40 +1,42 @@
-# make serve    set up .venv and serve CONFIG
-# make test       set up .venv and run the tests, but for the slow ones
-# make test-fast  those without an engine or a cluster
-# make test-rest  the slow ones
-# make test-all   all of them
-# make install  set up .venv alone
-# ACCELERATOR=cpu|gpu|auto chooses what is installed.
+# Variables: CONFIG (what `make serve` runs), ACCELERATOR=cpu|gpu|auto, PYTHON (creates the environment),
+# VENV (its folder), PYTEST_ARGS.
 CONFIG ?= configs/cluster.yaml
 VENV ?= .venv
 ACCELERATOR ?= auto
 PYTHON ?= python3
 export VENV ACCELERATOR PYTHON
 
-.PHONY: serve test test-fast test-rest test-all install check
+.PHONY: help serve install check test test-fast test-rest test-all drawings
 
-serve: install
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
+		awk -F '\t' '{ printf "make %-10s %s\n", $$1, $$2 }'
+
+serve: install  ## set up .venv and serve CONFIG (configs/cluster.yaml)
 	@echo "==> serve run $(CONFIG)"
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; set -a; . configs/ray.env; exec serve run $(CONFIG)
 
-test:
-	@scripts/install loadtest,dev
-	@scripts/test standard $(PYTEST_ARGS)
+install:  ## set up .venv for serving and load tests
+	@scripts/install loadtest
 
-test-fast:
-	@scripts/install loadtest,dev
-	@scripts/test fast $(PYTEST_ARGS)
-
-test-rest:
-	@scripts/install loadtest,dev
-	@scripts/test rest $(PYTEST_ARGS)
-
-test-all:
-	@$(MAKE) --keep-going --no-print-directory test test-rest
-
-check:
+check:  ## format, lint and type checks
 	@scripts/install loadtest,dev
 	@scripts/check
 
-install:
-	@scripts/install loadtest
+test:  ## the tests, without the slow ones
+	@scripts/install loadtest,dev
+	@scripts/test standard $(PYTEST_ARGS)
+
+test-fast:  ## the tests that start no engine and no cluster
+	@scripts/install loadtest,dev
+	@scripts/test fast $(PYTEST_ARGS)
+
+test-rest:  ## the slow tests
+	@scripts/install loadtest,dev
+	@scripts/test rest $(PYTEST_ARGS)
+
+test-all:  ## all tests
+	@$(MAKE) --keep-going --no-print-directory test test-rest
+
+drawings:  ## draw the SVG files of docs/drawings
+	@python3 scripts/drawings
