@@ -19,7 +19,8 @@ import yaml
 
 from loadtest.client.sse_client import timed_completion
 from loadtest.servers.occupancy import ReplicaLoad, occupancy_watch
-from loadtest.servers.processes import free_port, serve_run
+from loadtest.servers.ports import free_port
+from loadtest.servers.processes import serve_run
 
 _SAMPLE_S = 0.5
 _SENTENCE = "The harbour master wrote down the weather of the hour and every ship that passed. "

@@ -22,7 +22,8 @@ import yaml
 
 from loadtest.client.sse_client import timed_completion
 from loadtest.servers.occupancy import ReplicaLoad, occupancy_watch
-from loadtest.servers.processes import free_port, serve_run
+from loadtest.servers.ports import free_port
+from loadtest.servers.processes import serve_run
 
 ARMS = {"ours": "occupancy", "power_of_two": "power_of_two"}
 _SAMPLE_S = 0.2

@@ -30,7 +30,8 @@ from loadtest.client.records import percentile
 from loadtest.client.stream import StreamedAnswer
 from loadtest.engines.state_transfer import measure
 from loadtest.servers.occupancy import Look, occupancy_watch
-from loadtest.servers.processes import free_port, serve_run
+from loadtest.servers.ports import free_port
+from loadtest.servers.processes import serve_run
 from loadtest.servers.two_nodes import sent_bytes, two_nodes
 from loadtest.traffic.workloads import Session, Sizes, sessions
 

@@ -15,7 +15,8 @@ from loadtest.client.records import Record, read_records, summary
 from loadtest.comparison.config import CompareConfig, LoadConfig
 from loadtest.comparison.provenance import environment
 from loadtest.servers.occupancy import Look, occupancy_watch
-from loadtest.servers.processes import free_port, serve_run
+from loadtest.servers.ports import free_port
+from loadtest.servers.processes import serve_run
 
 _LOOK_EVERY_S = 0.5
 # Far from the seeds of the loads themselves, whose prompts are cached by then.

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -17,21 +16,11 @@ from typing import Any
 import httpx
 import yaml
 
+from loadtest.servers.ports import free_port
+
 BIN = Path(sys.executable).parent
 RAY_ENV = Path(__file__).parents[2] / "configs" / "ray.env"
 STOP_TIMEOUT_S = 90
-
-
-def free_port() -> int:
-    """A port that is free now, outside the range from which the kernel hands out ports itself."""
-    while True:
-        port = random.randrange(20000, 30000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
 
 
 @contextmanager

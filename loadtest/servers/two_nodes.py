@@ -12,7 +12,8 @@ from typing import NamedTuple
 import httpx
 from ray.cluster_utils import Cluster
 
-from loadtest.servers.processes import free_port, ray_environment, started, wait_until_listening
+from loadtest.servers.ports import free_port
+from loadtest.servers.processes import ray_environment, started, wait_until_listening
 
 
 class Nodes(NamedTuple):

