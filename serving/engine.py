@@ -20,7 +20,7 @@ from serving.compression_metrics import CompressionMetrics
 from serving.config import AppConfig
 from serving.http.asgi import Message, call_app
 from serving.http.encodable import unencodable_field
-from serving.http.front_door import ReplicaLost
+from serving.http.failures import ReplicaLost
 from serving.http.openai_error import error_messages
 from serving.models.embedded import EMBEDDED_MODEL_NAME, embedded_model_path
 from serving.occupancy_metrics import OccupancyMetrics

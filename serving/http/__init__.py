@@ -1,1 +1,1 @@
-"""The HTTP front door and what it puts around an ASGI app. No Ray, no vLLM."""
+"""The HTTP front door, and wrappers around an ASGI app. Free of Ray and vLLM."""

@@ -3,13 +3,14 @@
 import hashlib
 import os
 import secrets
+from collections.abc import Mapping
 
 _OPEN_PATHS = ("/health", "/version")
 VLLM_VARIABLE = "VLLM_API_KEY"
 
 
 def vllm_keys() -> tuple[str, ...]:
-    """Return the key in the variable of vLLM, whose users expect it to be asked for."""
+    """Return the key in vLLM's own variable, which works here too."""
     key = os.environ.get(VLLM_VARIABLE, "").strip()
     return (key,) if key else ()
 
@@ -20,12 +21,13 @@ class ApiKeys:
     def __init__(self, keys: tuple[str, ...]) -> None:
         self._digests = [_digest(key) for key in keys]
 
-    def allow(self, path: str, method: str, headers: dict[str, str]) -> bool:
+    def allow(self, path: str, method: str, headers: Mapping[str, str]) -> bool:
+        """Return whether a request with these headers (names in lower case) may pass."""
         if not self._digests or path in _OPEN_PATHS or method == "OPTIONS":
             return True
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = _digest(key)
-        # Every key is compared, so that the time taken reveals nothing.
+        # Compare every key, so that the time taken reveals nothing.
         matches = [secrets.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == "bearer" and any(matches)
 

@@ -1,7 +1,7 @@
 """ASGI over a handle call: one request in, batches of response messages out."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 Message = MutableMapping[str, Any]
@@ -10,9 +10,11 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-# Response messages that may wait for a slow reader before the app has to wait too.
+# Most response messages that wait for a slow reader; then the app waits too.
 _QUEUED_MESSAGES = 256
 _DISCONNECT_GRACE_S = 5.0
+# Internal message that wakes the reader when the app has ended.
+_END = "adakv.end"
 _PORTABLE_SCOPE_KEYS = (
     "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string",
     "root_path", "headers", "client", "server",
@@ -20,7 +22,7 @@ _PORTABLE_SCOPE_KEYS = (
 
 
 def portable_scope(scope: Scope) -> dict[str, Any]:
-    """The part of an HTTP scope that means something in another process."""
+    """Return the part of an HTTP scope that another process can use."""
     return {key: scope[key] for key in _PORTABLE_SCOPE_KEYS if key in scope}
 
 
@@ -35,10 +37,10 @@ async def run_lifespan(receive: Receive, send: Send) -> None:
             return
 
 
-async def call_app(app: ASGIApp, scope: Scope, body: bytes) -> AsyncIterator[list[Message]]:
-    """Runs one HTTP request against `app` and yields its response messages.
+async def call_app(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:
+    """Run one HTTP request against `app` and yield its response messages.
 
-    What has piled up since the last yield comes as one batch, consecutive body chunks joined.
+    Each batch holds the messages that arrived since the last yield, consecutive body chunks joined.
     Closing or cancelling the iterator is the client's disconnect: the app receives
     `http.disconnect`, and is cancelled if it has not ended within `_DISCONNECT_GRACE_S`. An
     exception of the app is raised here, after the messages that it sent before.
@@ -79,12 +81,9 @@ async def call_app(app: ASGIApp, scope: Scope, body: bytes) -> AsyncIterator[lis
             _end_after_disconnect(task, queue)
 
 
-_END = "adakv.end"
-
-
 def _end_after_disconnect(task: asyncio.Future[None], queue: asyncio.Queue[Message]) -> None:
-    # vLLM's non-streaming handlers abort their request on `http.disconnect`, but leave it running
-    # when they are cancelled: the message must come first.
+    # On `http.disconnect` vLLM's non-streaming handlers abort their request; when cancelled they
+    # leave it running. So the message comes first.
     while not queue.empty():
         queue.get_nowait()
     timer = asyncio.get_running_loop().call_later(_DISCONNECT_GRACE_S, task.cancel)
@@ -98,12 +97,12 @@ def _end_after_disconnect(task: asyncio.Future[None], queue: asyncio.Queue[Messa
 
 
 def _wake(queue: asyncio.Queue[Message]) -> None:
-    # A full queue needs no wake-up: its reader looks at the task again after draining it.
+    # A full queue needs no wake-up: its reader checks the task after draining it.
     if not queue.full():
         queue.put_nowait({"type": _END})
 
 
-def _joined(messages: Any) -> list[Message]:
+def _joined(messages: Iterable[Message]) -> list[Message]:
     joined: list[Message] = []
     for message in messages:
         last = joined[-1] if joined else None

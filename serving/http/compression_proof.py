@@ -1,21 +1,22 @@
-"""Puts the proof of compression into responses, as `kv_compression`. ASGI, without vLLM.
+"""ASGI middleware that adds the proof of compression to responses, as `kv_compression`.
 
-Whole answers have the summary at the top, and in each choice its own proof. Streams have a choice's
-own in the chunk that ends it, and the summary in the event that closes the answer: the chunk with
-the usage, `response.completed`, `message_delta`.
+A whole answer gets the summary at the top and a proof in each choice. A stream gets a choice's
+proof in the chunk that ends the choice, and the summary in the event that closes the answer: the
+chunk with the usage, `response.completed`, `message_delta`.
 """
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from serving.http.answer_proofs import KEY, AnswerProofs, answering
 from serving.http.asgi import ASGIApp, Message, Receive, Scope, Send
 from serving.http.sse import compact_json, data_of, split_events, with_data
 
-# The events of OpenAI's Responses that carry the whole answer.
+# Events of OpenAI's Responses API that carry the whole answer.
 _WHOLE_RESPONSE = ("response.completed", "response.incomplete", "response.failed")
-# One of these stands in every event that could take a proof. Text in an event is quoted, so that it
-# never looks like them. Parsing all events would cost more than the rest of the way.
+# Every event that takes a proof contains one of these. Generated text cannot imitate them, because
+# its quotes are escaped. Parsing every event would cost more than all other work here.
 _MARKS = (
     b'"finish_reason":"', b'"choices":[]', b'"type":"message_delta"',
     *(b'"type":"' + kind.encode() + b'"' for kind in _WHOLE_RESPONSE),
@@ -23,7 +24,7 @@ _MARKS = (
 
 
 class ProofMiddleware:
-    """An ASGI app around vLLM's."""
+    """An ASGI app around vLLM's, which adds proofs to the answers of POST requests."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -37,7 +38,7 @@ class ProofMiddleware:
 
 
 class _Response:
-    """Rewrites one response as it passes."""
+    """Rewrites the messages of one response."""
 
     def __init__(self, send: Send, proofs: AnswerProofs) -> None:
         self._send = send
@@ -48,14 +49,14 @@ class _Response:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             if _content_type(message).startswith(b"application/json"):
-                # Its length is known only when the proof is in.
+                # The content length is unknown until the proof is in.
                 self._start = message
             else:
                 await self._send(message)
         elif message["type"] != "http.response.body":
             await self._send(message)
         elif self._start is None:
-            await self._send({**message, "body": self._of_stream(message)})
+            await self._send({**message, "body": self._add_to_stream(message)})
         else:
             await self._collect(message)
 
@@ -74,16 +75,16 @@ class _Response:
         await self._send({**self._start, "headers": headers})
         await self._send({**message, "body": body})
 
-    def _of_stream(self, message: Message) -> bytes:
-        """Return the body's whole events so far; the beginning of the next one waits."""
+    def _add_to_stream(self, message: Message) -> bytes:
+        """Return the events that are complete, with proofs; keep the rest for later."""
         body = self._body + message.get("body", b"")
         if not message.get("more_body", False):
             events, self._body = [body], b""
         else:
             events, self._body = split_events(body)
-        return b"".join(self._of_event(event) for event in events)
+        return b"".join(self._add_to_event(event) for event in events)
 
-    def _of_event(self, event: bytes) -> bytes:
+    def _add_to_event(self, event: bytes) -> bytes:
         summary = self._proofs.summary() if any(mark in event for mark in _MARKS) else None
         if summary is None or (data := data_of(event)) is None:
             return event
@@ -94,7 +95,7 @@ class _Response:
             data[KEY] = summary
         else:
             ended = [choice for choice in data.get("choices", ()) if choice.get("finish_reason")]
-            _add_own(ended, self._proofs)
+            _add_to_choices(ended, self._proofs)
         return with_data(event, data)
 
 
@@ -102,15 +103,16 @@ def _with_proofs(body: bytes, summary: dict[str, Any], proofs: AnswerProofs) -> 
     answer = json.loads(body)
     if not isinstance(answer, dict):
         return body
-    _add_own(answer.get("choices", ()), proofs)
+    _add_to_choices(answer.get("choices", ()), proofs)
     return compact_json({**answer, KEY: summary})
 
 
-def _add_own(choices: Any, proofs: AnswerProofs) -> None:
+def _add_to_choices(choices: Iterable[dict[str, Any]], proofs: AnswerProofs) -> None:
     for choice in choices:
         if (proof := proofs.of_choice(choice["index"])) is not None:
             choice[KEY] = proof
 
 
 def _content_type(start: Message) -> bytes:
-    return dict(start.get("headers", ())).get(b"content-type", b"")
+    headers: dict[bytes, bytes] = dict(start.get("headers", ()))
+    return headers.get(b"content-type", b"")

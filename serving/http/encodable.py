@@ -1,13 +1,13 @@
-"""Requests with strings that UTF-8 cannot encode, found without reading the others twice."""
+"""Finds strings that UTF-8 cannot encode in request bodies, and parses only suspicious bodies."""
 
 import json
 import re
 
 from adakv_worker.frontend.encodable import unencodable
 
-# Surrogates written as such, which Python's decoder lets pass. No character is encoded like this.
+# Surrogates as raw bytes, which Python's JSON decoder accepts. No valid character has these bytes.
 _RAW = re.compile(rb"\xed[\xa0-\xbf]")
-# Each escape as a whole, so that an escaped backslash begins none; the group is half a pair.
+# Whole escapes, so that an escaped backslash starts none. The group matches half a pair.
 _ESCAPES = re.compile(
     rb"\\(?:"
     rb"u[dD][89aAbB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
@@ -18,18 +18,18 @@ _ESCAPES = re.compile(
 
 
 def unencodable_field(body: bytes) -> str | None:
-    """Return the path of a JSON body's first string that UTF-8 cannot encode, if there is one."""
+    """Return the path of the first string in a JSON body that UTF-8 cannot encode, or None."""
     if not _suspicious(body):
         return None
     try:
         return unencodable(json.loads(body))
     except (ValueError, RecursionError):
-        # It is not JSON, or no JSON that anything here reads.
+        # Not JSON, or nested too deeply for any reader here.
         return None
 
 
 def _suspicious(body: bytes) -> bool:
-    # JSON may be in UTF-16 or UTF-32, too, and only there are bytes of 0.
+    # Zero bytes mean UTF-16 or UTF-32, which JSON may use too.
     if b"\0" in body or (not body.isascii() and _RAW.search(body)):
         return True
     if b"\\ud" not in body and b"\\uD" not in body:

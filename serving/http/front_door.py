@@ -1,10 +1,12 @@
 """The HTTP front door: authentication, limits, errors and retries in front of any engine backend.
 
-Knows ASGI and OpenAI's error form, not Ray: the backend is a seam with three ways to fail.
+It speaks ASGI and OpenAI's error form. Ray stays behind the `Backend` protocol, whose failures are
+those of `serving.http.failures`.
 """
 
 import asyncio
 import logging
+import math
 import re
 import time
 import uuid
@@ -14,49 +16,38 @@ from typing import NamedTuple, Protocol
 
 from serving.http.api_keys import ApiKeys
 from serving.http.asgi import Message, Receive, Scope, Send, portable_scope, run_lifespan
+from serving.http.failures import BackendFailure, ReplicaLost
 from serving.http.openai_error import error_event, error_messages
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-# A replica's app would answer for itself alone, and without its engine.
+_REPLACED_HEADERS = (b"x-request-id", b"authorization")
+# A replica's own metrics would cover that replica alone, and not its engine.
 _NO_METRICS = (
     "the metrics of all replicas are not here but on every Ray node's Prometheus port "
     "(`ray start --metrics-export-port`)"
 )
 _ATTEMPTS = 2
+# Time for Serve to see that a replica is gone.
 _RETRY_PAUSE_S = 0.25
-# A replica that sent something this recently is known to answer, however long its queue is.
+# An answer this recent proves that a replica works, even if a ping would wait in a long queue.
 _RECENT_ANSWER_S = 5.0
 
 
-class Overloaded(Exception):
-    """The queue in front of the replicas is full."""
-
-    def __init__(self, retry_after_s: float | None) -> None:
-        super().__init__("too many requests are waiting for a replica")
-        self.retry_after_s = retry_after_s
-
-
-class NoReplica(Exception):
-    """No replica can take requests."""
-
-
-class ReplicaLost(Exception):
-    """The replica died while it worked on the request."""
-
-
 class Backend(Protocol):
-    """Where requests go. Its methods raise `Overloaded`, `NoReplica` or `ReplicaLost`."""
+    """Where requests go. Its methods raise `BackendFailure`."""
 
-    def stream(self, scope: dict, body: bytes) -> AsyncGenerator[list[Message], None]:
-        """Sends one request to a replica and yields its response; closing cancels the request."""
+    def stream(self, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:
+        """Send one request to a replica and yield its response; closing cancels the request."""
         ...
 
     async def ping(self) -> None:
-        """Returns when some replica has answered."""
+        """Return when some replica has answered."""
         ...
 
 
 class FrontDoorSettings(NamedTuple):
+    """Limits and keys of the front door."""
+
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 16 * 1024 * 1024
     retry_after_s: float = 1.0
@@ -77,11 +68,11 @@ class FrontDoor:
     def __init__(
         self, backend: Backend, settings: FrontDoorSettings, logger: logging.Logger
     ) -> None:
-        self._backend = backend
-        self._settings = settings
-        self._logger = logger
-        self._keys = ApiKeys(settings.api_keys)
-        self._last_answer_at = float("-inf")
+        self.backend = backend
+        self.settings = settings
+        self.logger = logger
+        self.keys = ApiKeys(settings.api_keys)
+        self._last_answer_at = -math.inf
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -91,12 +82,17 @@ class FrontDoor:
         else:
             await send({"type": "websocket.close", "code": 1003})
 
+    def note_answer(self) -> None:
+        """Record that a replica has just answered."""
+        self._last_answer_at = time.monotonic()
+
     async def healthy(self) -> bool:
+        """Return whether some replica answers, or has answered a moment ago."""
         if time.monotonic() - self._last_answer_at < _RECENT_ANSWER_S:
             return True
         try:
-            await asyncio.wait_for(self._backend.ping(), self._settings.health_timeout_s)
-        except (NoReplica, ReplicaLost, Overloaded, TimeoutError):
+            await asyncio.wait_for(self.backend.ping(), self.settings.health_timeout_s)
+        except (BackendFailure, TimeoutError):
             return False
         return True
 
@@ -113,7 +109,7 @@ class _Exchange:
         }
         given = self._headers.get("x-request-id", "")
         self._request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        # Serve's proxy sets the header on the way in and answers with it itself.
+        # Serve's proxy adds the header to answers of requests that came with one.
         self._echo_request_id = not given
         self._scope = portable_scope(scope)
         self._scope["headers"] = [
@@ -125,6 +121,7 @@ class _Exchange:
         self._complete = False
 
     async def run(self) -> None:
+        """Answer the request and log the outcome."""
         started = time.monotonic()
         outcome = "ok"
         try:
@@ -134,7 +131,7 @@ class _Exchange:
             if isinstance(reason, asyncio.CancelledError):
                 raise
         finally:
-            self._door._logger.info(
+            self._door.logger.info(
                 "request_id=%s method=%s path=%s status=%d duration_ms=%.0f outcome=%s",
                 self._request_id, self._scope["method"], self._scope["path"], self._status,
                 (time.monotonic() - started) * 1000, outcome,
@@ -142,51 +139,41 @@ class _Exchange:
 
     async def _respond(self) -> None:
         path, method = self._scope["path"], self._scope["method"]
-        if not self._door._keys.allow(path, method, self._headers):
-            await self._fail(
-                401,
-                "missing or wrong API key",
-                "AuthenticationError",
-                {"www-authenticate": "Bearer"},
-            )
-            return
-        if path == "/health" and method in ("GET", "HEAD"):
+        if not self._door.keys.allow(path, method, self._headers):
+            challenge = {"www-authenticate": "Bearer"}
+            await self._fail(401, "missing or wrong API key", "AuthenticationError", challenge)
+        elif path == "/health" and method in ("GET", "HEAD"):
             await self._health()
-            return
-        if path.startswith("/metrics"):
+        elif path.startswith("/metrics"):
             await self._fail(404, _NO_METRICS, "NotFoundError")
-            return
-        if (encoding := self._headers.get("content-encoding", "identity")) != "identity":
+        elif (encoding := self._headers.get("content-encoding", "identity")) != "identity":
             problem = f"request bodies in the encoding {encoding!r} are not understood: send plain"
             await self._fail(415, problem, "UnsupportedMediaType")
-            return
-        try:
-            body = await self._read_body()
-        except _BodyTooLarge:
-            limit = self._door._settings.max_body_bytes
-            await self._fail(
-                413, f"the request body is larger than {limit} bytes", "RequestTooLarge"
-            )
-            return
-        await self._forward_until_disconnect(body)
+        else:
+            try:
+                body = await self._read_body()
+            except _BodyTooLarge:
+                problem = (
+                    f"the request body is larger than {self._door.settings.max_body_bytes} bytes"
+                )
+                await self._fail(413, problem, "RequestTooLarge")
+            else:
+                await self._forward_until_disconnect(body)
 
     async def _health(self) -> None:
-        if await self._door.healthy():
-            await self._deliver(
-                [
-                    {
-                        "type": "http.response.start",
-                        "status": 200,
-                        "headers": [(b"content-length", b"0")],
-                    },
-                    {"type": "http.response.body", "body": b"", "more_body": False},
-                ]
-            )
-        else:
+        if not await self._door.healthy():
             await self._fail(503, "no replica can answer", "ServiceUnavailable")
+            return
+        headers = [(b"content-length", b"0")]
+        await self._deliver(
+            [
+                {"type": "http.response.start", "status": 200, "headers": headers},
+                {"type": "http.response.body", "body": b"", "more_body": False},
+            ]
+        )
 
     async def _read_body(self) -> bytes:
-        limit = self._door._settings.max_body_bytes
+        limit = self._door.settings.max_body_bytes
         length = self._headers.get("content-length", "")
         if length.isdigit() and int(length) > limit:
             raise _BodyTooLarge
@@ -226,34 +213,24 @@ class _Exchange:
             try:
                 await self._forward_once(body)
                 return
-            except Overloaded as error:
-                await self._fail(
-                    503, str(error), "ServiceUnavailable", self._retry_after(error.retry_after_s)
-                )
-                return
-            except NoReplica:
-                await self._broken("no replica is available", "ServiceUnavailable")
-                return
-            except ReplicaLost:
-                if self._status == 0 and attempt < _ATTEMPTS:
-                    # Serve needs a moment to see that the replica is gone.
-                    await asyncio.sleep(_RETRY_PAUSE_S)
-                    self._door._logger.warning(
-                        "request_id=%s retrying: replica lost", self._request_id
-                    )
-                    continue
-                await self._broken("the replica that worked on this request died", "ReplicaLost")
-                return
+            except BackendFailure as failure:
+                again = isinstance(failure, ReplicaLost) and attempt < _ATTEMPTS
+                if not again or self._status:
+                    retry_after = self._retry_after(failure.retry_after_s)
+                    await self._broken(503, failure.message, failure.error_type, retry_after)
+                    return
+                self._door.logger.warning("request_id=%s retrying: replica lost", self._request_id)
+                await asyncio.sleep(_RETRY_PAUSE_S)
             except Exception:
-                # Its text may tell about our insides: it goes into the log only.
-                self._door._logger.exception("request_id=%s failed", self._request_id)
-                await self._broken("internal error", "InternalServerError", status=500)
+                # Its text may reveal internals, so it goes only into the log.
+                self._door.logger.exception("request_id=%s failed", self._request_id)
+                await self._broken(500, "internal error", "InternalServerError")
                 return
 
     async def _forward_once(self, body: bytes) -> None:
-        async with aclosing(self._door._backend.stream(self._scope, body)) as batches:
+        async with aclosing(self._door.backend.stream(self._scope, body)) as batches:
             async for batch in batches:
-                self._door._last_answer_at = time.monotonic()
+                self._door.note_answer()
                 await self._deliver(batch)
 
     async def _deliver(self, messages: list[Message]) -> None:
@@ -266,7 +243,7 @@ class _Exchange:
             await self._send(message)
 
     def _response_headers(self, start: Message) -> list[tuple[bytes, bytes]]:
-        headers = [(name, value) for name, value in start.get("headers", ())]
+        headers = list(start.get("headers", ()))
         kind = dict(headers).get(b"content-type", b"")
         self._is_event_stream = kind.startswith(b"text/event-stream")
         if self._echo_request_id:
@@ -278,21 +255,19 @@ class _Exchange:
     ) -> None:
         await self._deliver(error_messages(status, text, type_=type_, headers=headers))
 
-    async def _broken(self, text: str, type_: str, status: int = 503) -> None:
-        """Ends what a replica cannot finish: by an error, inside the stream if that has begun."""
+    async def _broken(
+        self, status: int, text: str, type_: str, headers: dict[str, str] | None = None
+    ) -> None:
+        """End a request that failed: with an error, inside the stream if that has begun."""
         if self._status == 0:
-            headers = self._retry_after(None) if status == 503 else None
             await self._fail(status, text, type_, headers)
         elif self._is_event_stream:
             event = error_event(status, text, type_=type_)
             await self._send({"type": "http.response.body", "body": event, "more_body": False})
         else:
-            # Half a JSON body cannot be mended; closing the connection is the only honest end.
+            # Half a JSON body cannot be completed: only a closed connection shows the failure.
             raise ConnectionAbortedError(text)
 
     def _retry_after(self, given_s: float | None) -> dict[str, str]:
-        seconds = self._door._settings.retry_after_s if given_s is None else given_s
-        return {"retry-after": str(max(0, -int(-seconds // 1)))}
-
-
-_REPLACED_HEADERS = (b"x-request-id", b"authorization")
+        seconds = self._door.settings.retry_after_s if given_s is None else given_s
+        return {"retry-after": str(max(0, math.ceil(seconds)))}

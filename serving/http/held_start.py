@@ -1,9 +1,8 @@
-"""Holds the start of a stream until its first event, so that what is refused is no stream.
+"""ASGI middleware that holds the start of a stream until its first event.
 
-vLLM starts a streamed answer before the engine has looked at the request. What the engine then
-refuses would be an error inside of a 200. Held, it has the status that it has without streaming,
-and a request whose replica dies before its first token can be sent to another one. ASGI, without
-vLLM.
+vLLM starts a streamed answer before the engine checks the request, so that a refusal would be an
+error inside a 200. Holding the start gives it the status that it has without streaming, and lets
+the front door retry a request whose replica dies before the first token.
 """
 
 from http import HTTPStatus
@@ -12,13 +11,13 @@ from typing import Any
 from serving.http.asgi import ASGIApp, Message, Receive, Scope, Send
 from serving.http.sse import compact_json, data_of, split_events
 
-# Events of OpenAI's Responses that vLLM sends before it asks the engine.
+# Events of OpenAI's Responses API that vLLM sends before it calls the engine.
 _BEFORE_THE_ENGINE = ("response.created", "response.in_progress")
 _STATUS_BY_NAME = {status.phrase.replace(" ", ""): status.value for status in HTTPStatus}
 
 
 class HeldStart:
-    """An ASGI app around another; it belongs inside of what turns exceptions into responses."""
+    """An ASGI app around another. Place it inside the layer that turns exceptions to responses."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -31,14 +30,15 @@ class HeldStart:
         try:
             await self._app(scope, receive, response.send)
         except RuntimeError as error:
-            # As Starlette says that it is too late for the handler of the cause. It is not.
+            # Starlette reports that the response has started, too late for the cause's handler.
+            # But the start is still held here: the handler can answer.
             if response.held and isinstance(error.__cause__, Exception):
                 raise error.__cause__ from None
             raise
 
 
 class _Response:
-    """Passes one response on."""
+    """Passes on the messages of one response."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -62,7 +62,7 @@ class _Response:
 
     async def _hold(self, start: Message, message: Message) -> None:
         self._body += message.get("body", b"")
-        event = _first_of_engine(self._body)
+        event = _first_engine_event(self._body)
         if event is None and message.get("more_body", False):
             return
         self._start = None
@@ -87,12 +87,11 @@ class _Response:
 def _starts_events(message: Message) -> bool:
     if message["type"] != "http.response.start":
         return False
-    return (
-        dict(message.get("headers", ())).get(b"content-type", b"").startswith(b"text/event-stream")
-    )
+    headers: dict[bytes, bytes] = dict(message.get("headers", ()))
+    return headers.get(b"content-type", b"").startswith(b"text/event-stream")
 
 
-def _first_of_engine(stream: bytes) -> bytes | None:
+def _first_engine_event(stream: bytes) -> bytes | None:
     events, _ = split_events(stream)
     for event in events:
         if (data_of(event) or {}).get("type") not in _BEFORE_THE_ENGINE:
@@ -106,7 +105,7 @@ def _error_in(event: bytes | None) -> dict[str, Any] | None:
 
 
 def _status(error: dict[str, Any]) -> int:
-    """Return the status that the error carries, or that its type is named after."""
+    """Return the error's own status code, or the one that its type is named after."""
     code = error.get("code")
     if isinstance(code, int) and 400 <= code < 600:
         return code

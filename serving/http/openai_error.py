@@ -9,7 +9,7 @@ from serving.http.asgi import Message
 def error_body(
     status: int, message: str, *, type_: str | None = None, param: str | None = None
 ) -> bytes:
-    """The JSON body `{"error": {"message", "type", "param", "code"}}`."""
+    """Return the JSON body `{"error": {"message", "type", "param", "code"}}`."""
     error = {
         "message": message,
         "type": type_ or HTTPStatus(status).phrase.replace(" ", "") + "Error",
@@ -27,7 +27,7 @@ def error_messages(
     param: str | None = None,
     headers: dict[str, str] | None = None,
 ) -> list[Message]:
-    """A whole ASGI response that carries one error."""
+    """Return the ASGI messages of a response that is one error."""
     body = error_body(status, message, type_=type_, param=param)
     sent = {
         "content-type": "application/json",
@@ -42,5 +42,5 @@ def error_messages(
 
 
 def error_event(status: int, message: str, *, type_: str) -> bytes:
-    """A server-sent event that ends a broken stream."""
+    """Return the server-sent event that ends a broken stream."""
     return b"data: " + error_body(status, message, type_=type_) + b"\n\n"

@@ -1,4 +1,4 @@
-"""Server-sent events as vLLM writes them: one JSON object an event, on a `data:` line."""
+"""Server-sent events in vLLM's form: one JSON object an event, on one `data:` line."""
 
 import json
 from typing import Any
@@ -7,21 +7,22 @@ _DATA = b"data: "
 
 
 def split_events(stream: bytes) -> tuple[list[bytes], bytes]:
-    """Return the whole events at the beginning of `stream`, each with its end, and the rest."""
+    """Return the complete events of `stream`, each with its terminator, and the rest."""
     *events, rest = stream.split(b"\n\n")
     return [event + b"\n\n" for event in events], rest
 
 
 def data_of(event: bytes) -> dict[str, Any] | None:
-    """Return the event's JSON object, None if it has none."""
+    """Return the event's JSON object, or None without one."""
     for line in event.split(b"\n"):
         if line.startswith(_DATA + b"{"):
-            return json.loads(line.removeprefix(_DATA))
+            data: dict[str, Any] = json.loads(line.removeprefix(_DATA))
+            return data
     return None
 
 
 def with_data(event: bytes, data: dict[str, Any]) -> bytes:
-    """Return the event with another JSON object; its other lines stay."""
+    """Return the event with its JSON object replaced; other lines stay."""
     lines = [
         _DATA + compact_json(data) if line.startswith(_DATA) else line
         for line in event.split(b"\n")
@@ -30,4 +31,5 @@ def with_data(event: bytes, data: dict[str, Any]) -> bytes:
 
 
 def compact_json(value: Any) -> bytes:
+    """Return the value as JSON without spaces, in UTF-8."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

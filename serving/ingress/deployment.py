@@ -16,29 +16,31 @@ from starlette.middleware.cors import CORSMiddleware
 from router.ledger.redis_ledger import LedgerKeys
 from serving.config import AppConfig
 from serving.http.api_keys import vllm_keys
-from serving.http.asgi import ASGIApp, Message
-from serving.http.front_door import FrontDoor, FrontDoorSettings, NoReplica, Overloaded, ReplicaLost
+from serving.http.asgi import ASGIApp, Message, Scope
+from serving.http.failures import NoReplica, Overloaded, ReplicaLost
+from serving.http.front_door import FrontDoor, FrontDoorSettings
 from serving.ingress.footprints import FootprintPredictor, OutputCounter, footprint_predictor
-from serving.ingress.routing import start_routing
+from serving.ingress.occupancy_router import OccupancyRouter
+from serving.ingress.routing import configured_routing
 from serving.store import store_url
 
 logger = logging.getLogger("ray.serve")
 
 
 class HandleBackend:
-    """Calls the `Engine` deployment over gRPC and names its failures in the front door's terms."""
+    """Backend that calls the `Engine` deployment over gRPC and translates its failures."""
 
-    def __init__(self, engine: DeploymentHandle, predictor: FootprintPredictor | None) -> None:
+    def __init__(self, engine: DeploymentHandle[Any], predictor: FootprintPredictor | None) -> None:
         """
         Args:
-            predictor: None where replicas are not chosen by footprint.
+            predictor: None if footprints play no part in routing.
         """
         # By reference, every chunk of a stream would become a Ray object.
         self._stream: Any = engine.options(stream=True, _by_reference=False).asgi
         self._ping = engine.options(_by_reference=False).ping
         self._predictor = predictor
 
-    async def stream(self, scope: dict, body: bytes) -> AsyncGenerator[list[Message], None]:
+    async def stream(self, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:
         footprint = None
         if self._predictor is not None:
             footprint = await self._predictor.footprint(scope["path"], body)
@@ -64,9 +66,10 @@ class HandleBackend:
             raise _translated(error) from error
 
 
-def _batch(item: Any) -> list[Message]:
-    # Inside an HTTP request Serve hands gRPC results on as it received them, pickled.
-    return pickle.loads(item) if isinstance(item, bytes) else item
+def _batch(item: bytes | list[Message]) -> list[Message]:
+    # Inside an HTTP request Serve returns gRPC results still pickled.
+    messages: list[Message] = pickle.loads(item) if isinstance(item, bytes) else item
+    return messages
 
 
 def _translated(error: Exception) -> Exception:
@@ -74,17 +77,17 @@ def _translated(error: Exception) -> Exception:
         return Overloaded(error.retry_after_s)
     if isinstance(error, DeploymentUnavailableError):
         return NoReplica(str(error))
-    if isinstance(error, ReplicaLost) or _of_the_way(error):
+    if isinstance(error, ReplicaLost) or _raised_by_handle(error):
         return ReplicaLost(str(error))
-    # An exception of the replica's code, which another replica would raise again.
+    # The replica's code raised it, and another replica would raise it again.
     return error
 
 
-def _of_the_way(error: Exception) -> bool:
-    """Return whether the handle raises it by itself: dead actors, broken connections."""
+def _raised_by_handle(error: Exception) -> bool:
+    """Return whether the handle itself raised the error: dead actors, broken connections."""
     if isinstance(error, RayTaskError):
         return False
-    # A plain RuntimeError is the handle's, too, where a call fails before the replica accepts it.
+    # The handle raises a plain RuntimeError if a call fails before the replica accepts it.
     return type(error) is RuntimeError or isinstance(
         error, (RayError, RayServeException, grpc.RpcError, OSError)
     )
@@ -92,16 +95,18 @@ def _of_the_way(error: Exception) -> bool:
 
 @serve.ingress()
 class Ingress:
+    """The deployment that answers HTTP: a front door before the `Engine` replicas."""
+
     def __init__(
-        self, engine: DeploymentHandle, settings: FrontDoorSettings, config: AppConfig
+        self, engine: DeploymentHandle[Any], settings: FrontDoorSettings, config: AppConfig
     ) -> None:
         self._config = config
-        self._routing = start_routing(config)
+        self._routing = OccupancyRouter.routing = configured_routing(config)
         predictor = footprint_predictor(config) if self._routing is not None else None
         self._backend = HandleBackend(engine, predictor)
         self._settings = settings._replace(api_keys=(*settings.api_keys, *vllm_keys()))
         if not self._settings.api_keys:
-            logger.warning("no API keys are set: the API is open to all who reach its port")
+            logger.warning("no API keys are set: anyone who reaches the port can use the API")
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         if self._routing is not None:
@@ -112,7 +117,7 @@ class Ingress:
 
 
 def with_cors(app: ASGIApp, server: dict[str, Any]) -> ASGIApp:
-    """Return an app whose own answers, errors among them, allow the origins that vLLM's do."""
+    """Return an app whose own answers, errors included, allow the same origins as vLLM's app."""
     if not (origins := server.get("allowed_origins")):
         return app
     return CORSMiddleware(

@@ -10,13 +10,8 @@ import httpx
 import pytest
 
 from serving.http.asgi import Message
-from serving.http.front_door import (
-    FrontDoor,
-    FrontDoorSettings,
-    NoReplica,
-    Overloaded,
-    ReplicaLost,
-)
+from serving.http.failures import NoReplica, Overloaded, ReplicaLost
+from serving.http.front_door import FrontDoor, FrontDoorSettings
 
 SSE_START: Message = {
     "type": "http.response.start",

@@ -10,7 +10,8 @@ from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from serving.http.front_door import FrontDoor, FrontDoorSettings, NoReplica, Overloaded, ReplicaLost
+from serving.http.failures import NoReplica, Overloaded, ReplicaLost
+from serving.http.front_door import FrontDoor, FrontDoorSettings
 from serving.ingress.deployment import HandleBackend, with_cors
 
 
