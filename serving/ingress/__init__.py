@@ -1,1 +1,1 @@
-"""The ingress deployment: the front door on Ray Serve, and the request router."""
+"""The ingress deployment: the front door on Ray Serve, and its request router."""

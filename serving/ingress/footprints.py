@@ -1,4 +1,4 @@
-"""What a request will take of KV memory, told in the ingress: its prompt is tokenized there."""
+"""Predicts in the ingress how much KV memory a request takes, by tokenizing its prompt."""
 
 import asyncio
 import hashlib
@@ -20,20 +20,22 @@ logger = logging.getLogger("ray.serve")
 
 _PATHS = ("/v1/chat/completions", "/v1/completions")
 _REMEMBERED_PROMPTS = 512
-# Longer ones are guessed: tokenizing them would hold up the prompts behind them.
+# Longer texts are estimated: tokenizing them would delay the prompts behind them.
 _LONGEST_TEXT_BYTES = 1 << 20
 _BYTES_PER_TOKEN = 4
-# The first event of a chat names the role, the last says [DONE].
+# The first event of a chat has the role, the last is [DONE].
 _EVENTS_WITHOUT_TOKEN = 2
 
 
 class _Prompt(NamedTuple):
+    """A prompt's length and the prefix hashes of its full blocks."""
+
     tokens: int
     block_hashes: tuple[int, ...]
 
 
 class OutputCounter:
-    """Counts an answer's tokens as it passes: by its usage, or else by the events of its stream."""
+    """Counts the tokens of a passing answer: by its usage, else by its stream's events."""
 
     _USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
 
@@ -43,9 +45,11 @@ class OutputCounter:
 
     @property
     def tokens(self) -> int:
+        """Tokens counted so far."""
         return self._usage or max(0, self._events - _EVENTS_WITHOUT_TOKEN)
 
     def see(self, batch: list[Message]) -> None:
+        """Count the tokens of the next response messages."""
         for message in batch:
             if body := message.get("body", b""):
                 self._events += body.count(b"data: ")
@@ -65,8 +69,8 @@ class FootprintPredictor:
     ) -> None:
         """
         Args:
-            tokenizer: of transformers.
-            compression: None where it is off.
+            tokenizer: a tokenizer of transformers.
+            compression: None if compression is off.
         """
         self._tokenizer = tokenizer
         self._compression = compression
@@ -76,14 +80,14 @@ class FootprintPredictor:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     async def footprint(self, path: str, body: bytes) -> Footprint | None:
-        """None for what generates nothing, and for what the engine is going to refuse."""
+        """Return a request's footprint; None if it generates nothing or is malformed."""
         if path not in _PATHS:
             return None
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, self._predict, body)
 
     def note_output(self, tokens: int) -> None:
-        """An answer has ended after so many tokens."""
+        """Learn the length of an answer that has ended."""
         self._outputs.note(tokens)
 
     def _predict(self, body: bytes) -> Footprint | None:
@@ -102,7 +106,7 @@ class FootprintPredictor:
                 most_output_tokens=asked,
             )
         except Exception as error:
-            # Whatever is wrong with the request, the engine says it better.
+            # The engine refuses a malformed request with a better message.
             logger.debug("no footprint: %s", error)
             return None
 
@@ -133,6 +137,7 @@ class FootprintPredictor:
         return known
 
     def _token_ids(self, given: dict[str, Any]) -> list[int]:
+        ids: list[int]
         if "messages" in given:
             text = self._tokenizer.apply_chat_template(
                 given["messages"],
@@ -140,19 +145,20 @@ class FootprintPredictor:
                 add_generation_prompt=True,
                 tokenize=False,
             )
-            return self._tokenizer.encode(text, add_special_tokens=False)
-        prompt = given["prompt"]
-        if isinstance(prompt, str):
-            return self._tokenizer.encode(prompt)
-        if all(isinstance(item, int) for item in prompt):
-            return prompt
-        # Several prompts in one request run on one replica, side by side.
-        return [token for one in prompt for token in self._token_ids({"prompt": one})]
+            ids = self._tokenizer.encode(text, add_special_tokens=False)
+        elif isinstance(prompt := given["prompt"], str):
+            ids = self._tokenizer.encode(prompt)
+        elif all(isinstance(item, int) for item in prompt):
+            ids = prompt
+        else:
+            # Several prompts in one request run on one replica, side by side.
+            ids = [token for one in prompt for token in self._token_ids({"prompt": one})]
+        return ids
 
 
 def footprint_predictor(config: AppConfig) -> FootprintPredictor:
-    """With the tokenizer of the configured model."""
-    # Imported here: it is heavy, and only an ingress that predicts needs it.
+    """Return a predictor with the configured model's tokenizer."""
+    # A slow import, needed only in an ingress that predicts.
     from transformers import AutoTokenizer
 
     path, _ = model_path_and_name(config)

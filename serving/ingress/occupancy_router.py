@@ -1,7 +1,7 @@
-"""The request router that Ray Serve loads: occupancy first, power of two choices without it."""
+"""The request router that Ray Serve loads: by occupancy if known, else power of two choices."""
 
 import random
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -15,11 +15,15 @@ T = TypeVar("T")
 
 
 class OccupancyRouter(RequestRouter):
-    """Ranks replicas one by one by the predicted wait; never asks the store.
+    """Ranks replicas by the predicted wait, from the reports that the ingress follows.
 
-    Requests that carry no footprint, and all while no replica has reported, go by queue lengths to
-    one of two random replicas, as with Serve's own router.
+    Requests without a footprint, and all requests before the first report, go to one of two random
+    replicas by queue length, as with Serve's own router.
     """
+
+    # Set by the ingress of this process; None in a process without one. It is a class attribute
+    # because Serve creates the routers itself, by the name of the class.
+    routing: ClassVar[Routing | None] = None
 
     async def choose_replicas(
         self,
@@ -27,12 +31,12 @@ class OccupancyRouter(RequestRouter):
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         if lease := _last_argument(pending_request, Lease):
-            # A request that goes on at its lender, and nowhere else: any other replica says so at
-            # once, where Serve would look for one again and again.
+            # A moved request continues only at its lender. If that is gone, any other replica
+            # refuses at once; with no candidates Serve would retry for ever.
             wanted = LenderName.of(lease.lender).replica_id
             lender = [one for one in candidate_replicas if one.replica_id.unique_id == wanted]
             return [lender or candidate_replicas[:1]]
-        routing = Routing.current()
+        routing = self.routing
         if routing is not None and pending_request is not None and candidate_replicas:
             by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
             request_id = pending_request.metadata.internal_request_id
@@ -46,23 +50,23 @@ class OccupancyRouter(RequestRouter):
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: object
     ) -> None:
         footprint = _last_argument(pending_request, Footprint)
-        if footprint is not None and (routing := Routing.current()):
+        if footprint is not None and self.routing is not None:
             request_id = pending_request.metadata.internal_request_id
-            routing.sent(request_id, replica_id.unique_id, footprint)
+            self.routing.sent(request_id, replica_id.unique_id, footprint)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         before = {replica_id.unique_id for replica_id in self.curr_replicas}
         super().update_replicas(replicas)
         left = {replica.replica_id.unique_id for replica in replicas}
         tell_membership(before, left)
-        if routing := Routing.current():
-            routing.retain(left)
+        if self.routing is not None:
+            self.routing.retain(left)
 
 
 def _last_argument(pending_request: PendingRequest | None, kind: type[T]) -> T | None:
-    """What is sent along as the last argument of a request, if it is of that kind.
+    """Return the last argument of a request if it is of that kind.
 
-    The ingress sends footprints, a replica that spills sends leases.
+    The ingress appends footprints, a borrower appends leases.
     """
     last = pending_request.args[-1] if pending_request and pending_request.args else None
     return last if isinstance(last, kind) else None

@@ -1,4 +1,4 @@
-"""Routing state of an ingress process: what it knows of the replicas, and what it decides."""
+"""Routing in an ingress process: follows the occupancy reports and chooses replicas."""
 
 import asyncio
 import json
@@ -20,9 +20,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class Routing:
-    """One per ingress process; the request router that Ray creates there finds it by `current`."""
-
-    _current: "Routing | None" = None
+    """Chooser of replicas, with its metrics and its subscription to the ledger."""
 
     def __init__(self, speeds: Speeds, block_size_tokens: int, *, log_decisions: bool) -> None:
         self._chooser = Chooser(
@@ -36,15 +34,9 @@ class Routing:
             "adakv_routing_reports_dropped", "Occupancy reports that could not be read"
         )
         self._task: asyncio.Task[None] | None = None
-        Routing._current = self
-
-    @classmethod
-    def current(cls) -> "Routing | None":
-        """This process's; None where there is no ingress."""
-        return cls._current
 
     def listen(self, url: str, keys: LedgerKeys) -> None:
-        """Follows the ledger from now on, in the running event loop."""
+        """Start to follow the ledger, in the running event loop."""
         subscription = LedgerSubscription(
             url, keys, self._chooser.view, on_prefixes=self._chooser.learn
         )
@@ -53,7 +45,7 @@ class Routing:
     def choose(
         self, request_id: str, replica_ids: Sequence[str], footprint: Footprint | None
     ) -> Decision | None:
-        """None where there is nothing to decide by; counted all the same."""
+        """Rank the replicas for a request; None without a footprint or a report. Counts each."""
         if footprint is None:
             self._decisions.inc(tags={"reason": "no_footprint"})
             return None
@@ -65,15 +57,16 @@ class Routing:
         return decision
 
     def sent(self, request_id: str, replica_id: str, footprint: Footprint) -> None:
+        """Book a request on the replica that got it."""
         self._chooser.sent(request_id, replica_id, footprint, time.monotonic())
 
     def retain(self, replica_ids: Collection[str]) -> None:
-        """Forgets all replicas but these."""
+        """Forget all replicas but these."""
         self._chooser.retain(replica_ids)
 
 
-def start_routing(config: AppConfig) -> Routing | None:
-    """This process's routing as configured; None for Ray Serve's own."""
+def configured_routing(config: AppConfig) -> Routing | None:
+    """Return the configured routing; None for Ray Serve's own router."""
     routing = config.routing
     if routing.policy != "occupancy":
         return None
