@@ -1,0 +1,15 @@
+"""The commands of `python -m evals`, one a file."""
+
+from evals.commands import crosscheck, fetch, gate, generation, published, report, run, theory
+from evals.commands.command import Command
+
+COMMANDS: tuple[Command, ...] = (
+    run.COMMAND,
+    published.COMMAND,
+    generation.COMMAND,
+    report.COMMAND,
+    fetch.COMMAND,
+    theory.COMMAND,
+    crosscheck.COMMAND,
+    gate.COMMAND,
+)

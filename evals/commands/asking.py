@@ -1,0 +1,62 @@
+"""Options and checks of the commands that ask an engine or a server."""
+
+import argparse
+import os
+from collections.abc import Iterable
+from importlib.util import find_spec
+
+from evals.answering import Answering
+from evals.commands.command import add_kv_bytes_option, add_model_option, add_out_option
+from evals.policies import POLICIES
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_out_option(parser)
+    add_model_option(parser)
+    parser.add_argument(
+        "--server", help="base URL of an OpenAI-compatible server that has the model; text only"
+    )
+    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"))
+    parser.add_argument("--tasks", nargs="+", help="without it all")
+    parser.add_argument("--policies", nargs="+", default=POLICIES)
+    parser.add_argument("--budgets", nargs="*", type=int, default=(64, 128, 256, 512))
+    parser.add_argument("--ratios", nargs="*", type=float, default=())
+    add_kv_bytes_option(parser)
+
+
+def check(server: str | None, modes: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: the server cannot do a mode, or a package that scores answers is missing.
+    """
+    if server and "agnostic" in modes:
+        raise ValueError("a server compresses a question with its document: only mode aware")
+    if missing := [name for name in ("rapidfuzz", "rouge") if find_spec(name) is None]:
+        raise ValueError(f"no {' and no '.join(missing)}: pip install -e '.[evals]'")
+
+
+def answering(
+    args: argparse.Namespace, context_tokens: int, *, or_the_models: bool = False
+) -> Answering:
+    """Return the server of `--server`, or else an engine in this process.
+
+    Args:
+        or_the_models: cut `context_tokens` to the model's context.
+    """
+    from serving.models.embedded import embedded_model_path
+
+    model = args.model or embedded_model_path()
+    if args.server:
+        from transformers import AutoTokenizer
+
+        from evals.answering.http import HttpServer
+
+        return HttpServer(args.server, AutoTokenizer.from_pretrained(model), args.api_key)
+    from transformers import AutoConfig
+
+    from evals.answering.engine import ForcedEngine
+
+    if or_the_models:
+        longest = AutoConfig.from_pretrained(model).max_position_embeddings
+        context_tokens = min(context_tokens, longest)
+    return ForcedEngine(model, context_tokens, args.kv_bytes)
