@@ -13,9 +13,10 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from adakv_worker.config import check_policy_name
+from loadtest.comparison.bound import bound
 from loadtest.comparison.page import Page, Section, write_page
 from loadtest.comparison.plots import throughput
 from loadtest.comparison.provenance import environment
@@ -64,17 +65,9 @@ def _start(name: str, threads: int, reserved_bytes: int, log: IO[str]) -> Engine
     return EngineProcess(name, "loadtest.engines.offline_arm", settings, threads, log)
 
 
-class Bound(NamedTuple):
-    """What a budget could reach on a mix (docs/compression.md has the formula)."""
-
-    ratio: float
-    decode_gain: float
-
-
-def bound(stock: dict[str, Any], ours: dict[str, Any]) -> Bound:
+def _bound(stock: dict[str, Any], ours: dict[str, Any]) -> float:
     gain = ours["decode_tokens_per_s"] / stock["decode_tokens_per_s"]
-    prefill, decode = stock["prefill_s"], stock["decode_s"]
-    return Bound((prefill + decode) / (prefill + decode / gain), gain)
+    return bound(stock["prefill_s"] + stock["decode_s"], stock["prefill_s"], gain)
 
 
 def run_mix(arms: dict[str, EngineProcess], mix: str, repeat: int) -> dict[str, Any]:
@@ -104,7 +97,7 @@ def _summary(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     stock = summary.get("stock")
     names = [name for name in rounds if _budget(name) is not None]
     if stock is not None:
-        summary["bound"] = {name: round(bound(stock, summary[name]).ratio, 3) for name in names}
+        summary["bound"] = {name: round(_bound(stock, summary[name]), 3) for name in names}
         ratios = {
             name: _ratios(rounds[name], rounds["stock"]) for name in rounds if name != "stock"
         }

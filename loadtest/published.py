@@ -10,12 +10,14 @@ S_max, what stock would gain if decoding took no time, comes first. Published is
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from loadtest.comparison.bound import bound
 from loadtest.engines.dummy_models import SHAPES, write_shape
 from loadtest.engines.process import EngineProcess
 
@@ -94,13 +96,11 @@ def run_arm(arm: str, kv_bytes: int, setup: Setup, repeat: int, log: IO[str]) ->
 def compare(figures: dict[str, Any], stock: dict[str, Any]) -> dict[str, Any]:
     """The arm's figures with its ratio to stock, and the bound of that: see docs/compression.md."""
     gain = figures["decode_tokens_per_s"] / stock["decode_tokens_per_s"]
-    prefill = stock["prefill_s"]
-    decode = max(0.0, stock["elapsed_s"] - prefill)
+    limit = bound(stock["elapsed_s"], stock["prefill_s"], gain)
     ratio = figures["tokens_per_s"] / stock["tokens_per_s"]
-    bound = stock["elapsed_s"] / (prefill + decode / gain)
     equal = figures["output_tokens"] == stock["output_tokens"]
     return {
-        **figures, "ratio": ratio, "bound": bound, "share_of_bound": ratio / bound,
+        **figures, "ratio": ratio, "bound": limit, "share_of_bound": ratio / limit,
         "output_tokens_equal": equal,
     }  # fmt: skip
 
@@ -115,7 +115,7 @@ def run(
         f"tokens, {load.output_tokens} to generate", flush=True,
     )  # fmt: skip
     stock = run_arm("stock", kv_bytes, setup, repeat, log)
-    s_max = stock["elapsed_s"] / stock["prefill_s"]
+    s_max = bound(stock["elapsed_s"], stock["prefill_s"], math.inf)
     stock["s_max"] = s_max
     can = "can" if s_max > PUBLISHED else "cannot"
     print(

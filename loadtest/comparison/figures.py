@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from loadtest.client.records import Limits, summary
+from loadtest.comparison.bound import bound
 from loadtest.comparison.config import CompareConfig, LoadConfig
 from loadtest.comparison.runs import LoadRun, Runs, Unit, prefill_only, units
 from loadtest.servers.occupancy import Look
@@ -165,11 +166,7 @@ def _bound(
     prefill_s: float | None,
     load: LoadConfig,
 ) -> float | None:
-    """The ratio that a decode as fast as this arm's would give: T / (P + D / g).
-
-    T is the reference's time, P its prefills', D the rest, and g this arm's decode rate over the
-    reference's, each at its own peak batch.
-    """
+    """Return the bound from the reference's time and both decode rates, where all were measured."""
     mine, theirs = (
         [rate for run in some if (rate := run.get("decode_tokens_per_s"))]
         for some in (runs, reference)
@@ -177,6 +174,5 @@ def _bound(
     if not mine or not theirs or prefill_s is None or not load.has_bound:
         return None
     total = statistics.median(run["elapsed_s"] for run in reference)
-    prefill = min(prefill_s * load.sessions, total)
     gain = statistics.median(mine) / statistics.median(theirs)
-    return round(total / (prefill + (total - prefill) / gain), 4)
+    return round(bound(total, prefill_s * load.sessions, gain), 4)
