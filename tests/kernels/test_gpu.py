@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU itself")
 def test_the_kernels_agree_with_their_references() -> None:

@@ -10,9 +10,12 @@ from triton.compiler import ASTSource
 
 from kernels.gpu import compaction, tables, top, window_scores
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
-)
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
+    ),
+]
 
 # Types by parameter where they are not whole numbers of 32 bits.
 POINTERS = {

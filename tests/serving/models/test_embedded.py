@@ -7,6 +7,8 @@ import pytest
 
 from serving.models.embedded import embedded_model_path
 
+pytestmark = pytest.mark.heavy
+
 CONVERT = (
     "import sys, pathlib; from serving.models.embedded import embedded_model_path as p;"
     "print(p(pathlib.Path(sys.argv[1])))"

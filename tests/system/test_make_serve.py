@@ -1,0 +1,93 @@
+"""`make serve` as a newcomer runs it: its own Ray, no key; and a fleet that grows and shrinks."""
+
+import argparse
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import openai
+import psutil
+import pytest
+import yaml
+
+from loadtest.autoscaling import drive
+from loadtest.servers.ports import free_port
+from tests.system.deployment import MODEL, ROOT, eventually
+
+pytestmark = pytest.mark.slow
+
+
+class Served(NamedTuple):
+    base_url: str
+    store_url: str
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("make_serve")
+    http_port, store_port = free_port(), free_port()
+    config = yaml.safe_load((ROOT / "configs" / "autoscale.yaml").read_text())
+    config["http_options"]["port"] = http_port
+    application = config["applications"][0]
+    application["args"]["store"] = {"port": store_port}
+    application["deployments"][0]["autoscaling_config"] |= {
+        "max_replicas": 2, "downscale_delay_s": 5,
+    }  # fmt: skip
+    path, log = folder / "cluster.yaml", folder / "log"
+    path.write_text(yaml.safe_dump(config))
+    url = f"http://127.0.0.1:{http_port}"
+    process = _make_serve(path, log)
+    try:
+        eventually(lambda: _is_healthy(url, process), 300, f"`make serve`:\n{_end_of(log)}")
+        yield Served(url, f"redis://127.0.0.1:{store_port}")
+        family = [process, *process.children(recursive=True)]
+        # As Ctrl-C does: to the whole process group.
+        os.killpg(process.pid, signal.SIGINT)
+        _, left = psutil.wait_procs(family, timeout=60)
+        assert not left, f"still there a minute after Ctrl-C: {left}"
+    finally:
+        for one in [*process.children(recursive=True), process] if process.is_running() else []:
+            one.kill()
+
+
+def _make_serve(config: Path, log: Path) -> psutil.Popen:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with log.open("wb") as file:
+        return psutil.Popen(
+            ["make", "serve", f"CONFIG={config}"],
+            cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def _is_healthy(url: str, process: psutil.Popen) -> bool:
+    assert process.poll() is None, "it ended"
+    try:
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _end_of(log: Path) -> str:
+    return log.read_text(errors="replace")[-4000:]
+
+
+def test_it_answers_without_a_key(served: Served) -> None:
+    client = openai.OpenAI(base_url=f"{served.base_url}/v1", api_key="any", max_retries=0)
+    answer = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Hello"}], max_tokens=8
+    )
+    assert answer.choices[0].message.content
+
+
+def test_the_fleet_grows_under_load_and_shrinks_without(served: Served) -> None:
+    load = argparse.Namespace(clients=8, high_s=75, limit_s=400)
+    result: dict[str, Any] = asyncio.run(drive(served.base_url, served.store_url, "llm", load))
+    assert result["failed"] == []
+    assert result["most_replicas"] == 2
+    assert result["last_replicas"] == 1
