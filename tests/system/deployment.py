@@ -273,11 +273,12 @@ def deployed(
 
 
 def twins_config(http_port: int, store_port: int) -> dict[str, Any]:
-    """As `spill_config`, but two replicas that lend to each other."""
+    """As `spill_config`, but two replicas that lend to each other, behind two ingresses."""
     config = spill_config(http_port, store_port)
     args = config["applications"][0]["args"]
     del args["spill"]["lenders"]
     args["replica"]["count"] = 2
+    args["ingress"] = {"count": 2}
     config["applications"][0]["deployments"] = [{"name": "Engine", "num_replicas": 2}]
     return config
 

@@ -17,7 +17,8 @@ import yaml
 
 from loadtest.autoscaling import drive
 from loadtest.servers.ports import free_port
-from tests.system.deployment import MODEL, ROOT, eventually
+from serving.models.embedded import embedded_model_path
+from tests.system.deployment import ROOT, eventually
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +36,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     config["http_options"]["port"] = http_port
     application = config["applications"][0]
     application["args"]["store"] = {"port": store_port}
+    application["args"]["model"] = {"path": str(embedded_model_path()), "name": "mine"}
     application["deployments"][0]["autoscaling_config"] |= {
         "max_replicas": 2, "downscale_delay_s": 5,
     }  # fmt: skip
@@ -77,10 +79,11 @@ def _end_of(log: Path) -> str:
     return log.read_text(errors="replace")[-4000:]
 
 
-def test_it_answers_without_a_key(served: Served) -> None:
+def test_a_model_from_a_folder_answers_without_a_key(served: Served) -> None:
     client = openai.OpenAI(base_url=f"{served.base_url}/v1", api_key="any", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["mine"]
     answer = client.chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": "Hello"}], max_tokens=8
+        model="mine", messages=[{"role": "user", "content": "Hello"}], max_tokens=8
     )
     assert answer.choices[0].message.content
 
