@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -22,16 +22,18 @@ _START_TIMEOUT_S = 15.0
 
 logger = logging.getLogger("ray.serve")
 
+StartServer = Callable[[int, str], subprocess.Popen[bytes]]
+
 
 def store_url(config: StoreConfig) -> str:
-    """Returns the store's URL, starting the embedded Valkey first if none is configured.
+    """Return the store's URL; start the embedded Valkey first if none is configured.
 
     Raises:
         RuntimeError: the embedded store cannot start, for example because its port is taken.
     """
     if config.url is not None:
         return config.url.get_secret_value()
-    # Any number of replicas and redeploys may ask: the name makes them share one server.
+    # All replicas and redeploys share the server of this name.
     actor: Any = ray.remote(EmbeddedStore).options(
         name=f"store-{config.port}",
         namespace=ACTOR_NAMESPACE,
@@ -40,63 +42,14 @@ def store_url(config: StoreConfig) -> str:
         max_restarts=-1,
         num_cpus=0,
     ).remote(config.port)  # fmt: skip
-    return ray.get(actor.url.remote())
+    url: str = ray.get(actor.url.remote())
+    return url
 
 
-class EmbeddedStore:
-    """Runs Valkey on 127.0.0.1 and starts it again whenever it dies."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        # The kernel ends Valkey with the thread that started it, so one thread starts it for good.
-        self._supervisor = threading.Thread(target=self._supervise, name="valkey", daemon=True)
-        self._error: str | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._supervisor.start()
-        self._wait_until_ready()
-
-    def url(self) -> str:
-        return f"redis://127.0.0.1:{self._port}"
-
-    def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while time.monotonic() < deadline and self._error is None:
-            if self._answers():
-                return
-            self._supervisor.join(0.05)
-        raise RuntimeError(
-            f"the embedded store did not start on port {self._port}: {self._error or 'timed out'}; "
-            "set store.port or store.url"
-        )
-
-    def _answers(self) -> bool:
-        try:
-            info: Any = redis.Redis(port=self._port, socket_timeout=0.5).info("server")
-        except redis.RedisError:
-            return False
-        # Somebody else's server on this port is no store of ours.
-        return self._process is not None and info.get("process_id") == self._process.pid
-
-    def _supervise(self) -> None:
-        # Only for the path of the server's binary: its own start() would not tie the child to us.
-        binary = ValkeyServer(port=self._port)._binary_path
-        with tempfile.TemporaryDirectory(prefix="adakv-store-") as folder:
-            while True:
-                started = time.monotonic()
-                self._process = process = _start_valkey(binary, self._port, folder)
-                output, _ = process.communicate()
-                lived = time.monotonic() - started
-                lines = output.decode(errors="replace").strip().splitlines()
-                logger.warning(
-                    "embedded store ended: code=%d after_s=%.1f", process.returncode, lived
-                )
-                if lived < 1.0 and process.returncode > 0:
-                    self._error = lines[-1] if lines else f"exit code {process.returncode}"
-                    return
-                time.sleep(_RESTART_PAUSE_S)
-
-
-def _start_valkey(binary: Path, port: int, folder: str) -> subprocess.Popen[bytes]:
+def start_valkey(port: int, folder: str) -> subprocess.Popen[bytes]:
+    """Start a Valkey without persistence, which dies with the calling thread."""
+    # Only for the path of the binary: the package's own start() would not end Valkey with us.
+    binary = ValkeyServer(port=port)._binary_path
     return subprocess.Popen(
         [
             str(binary), "--port", str(port), "--bind", "127.0.0.1", "--dir", folder,
@@ -112,3 +65,73 @@ def _start_valkey(binary: Path, port: int, folder: str) -> subprocess.Popen[byte
 def _die_with_parent() -> None:
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class EmbeddedStore:
+    """Runs Valkey on 127.0.0.1 and restarts it whenever it dies."""
+
+    def __init__(self, port: int, start: StartServer = start_valkey) -> None:
+        """
+        Args:
+            start: starts a server for a port and a folder.
+
+        Raises:
+            RuntimeError: the first start fails.
+        """
+        self._port = port
+        self._start = start
+        # The kernel ends Valkey with the thread that started it, so all starts are in one.
+        self._supervisor = threading.Thread(target=self._supervise, name="valkey", daemon=True)
+        self._ready = False
+        self._error: str | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._supervisor.start()
+        self._wait_until_ready()
+
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self._port}"
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while time.monotonic() < deadline and self._error is None:
+            if self._answers():
+                self._ready = True
+                return
+            self._supervisor.join(0.05)
+        raise RuntimeError(
+            f"the embedded store did not start on port {self._port}: {self._error or 'timed out'}; "
+            "set store.port or store.url"
+        )
+
+    def _answers(self) -> bool:
+        try:
+            info: Any = redis.Redis(port=self._port, socket_timeout=0.5).info("server")
+        except redis.RedisError:
+            return False
+        # Another server may listen on this port.
+        return self._process is not None and info.get("process_id") == self._process.pid
+
+    def _supervise(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="adakv-store-") as folder:
+            while True:
+                try:
+                    problem = self._run_server(folder)
+                except Exception as error:
+                    logger.exception("cannot run the embedded store; trying again")
+                    problem = str(error)
+                if problem is not None and not self._ready:
+                    self._error = problem
+                    return
+                time.sleep(_RESTART_PAUSE_S)
+
+    def _run_server(self, folder: str) -> str | None:
+        """Run the server to its end; return the reason if it failed at its start."""
+        started = time.monotonic()
+        self._process = process = self._start(self._port, folder)
+        output, _ = process.communicate()
+        lived = time.monotonic() - started
+        logger.warning("embedded store ended: code=%d after_s=%.1f", process.returncode, lived)
+        if lived >= 1.0 or process.returncode <= 0:
+            return None
+        lines = output.decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"exit code {process.returncode}"

@@ -1,0 +1,72 @@
+"""The embedded store's server is started again after every failure but the first."""
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from loadtest.servers.ports import free_port
+from serving.store import EmbeddedStore, start_valkey
+
+
+class Starts:
+    """Starts Valkey, except on the tries that are to fail."""
+
+    def __init__(self) -> None:
+        self.tries = 0
+        self.failing: set[int] = set()
+        self.servers: list[subprocess.Popen[bytes]] = []
+        self.second = threading.Event()
+        self.over = False
+
+    def __call__(self, port: int, folder: str) -> subprocess.Popen[bytes]:
+        if self.over:
+            threading.Event().wait()
+        self.tries += 1
+        if self.tries in self.failing:
+            raise OSError("no memory for a process")
+        self.servers.append(start_valkey(port, folder))
+        if len(self.servers) == 2:
+            self.second.set()
+        return self.servers[-1]
+
+
+@pytest.fixture
+def starts() -> Iterator[Starts]:
+    starts = Starts()
+    yield starts
+    starts.over = True
+    for server in starts.servers:
+        server.kill()
+
+
+def _answers(url: str) -> bool:
+    retry = redis.retry.Retry(redis.backoff.ConstantBackoff(0.05), 200)
+    client = redis.Redis.from_url(url, retry=retry, retry_on_error=[redis.ConnectionError])
+    return bool(client.ping())
+
+
+def test_a_failed_restart_is_logged_and_tried_again(
+    starts: Starts, caplog: pytest.LogCaptureFixture
+) -> None:
+    starts.failing = {2, 3}
+    store = EmbeddedStore(free_port(), starts)
+    os.kill(starts.servers[0].pid, signal.SIGKILL)
+    assert starts.second.wait(60)
+    assert "no memory for a process" in caplog.text
+    assert _answers(store.url())
+
+
+@pytest.mark.parametrize("failing", [{1}, set()], ids=["cannot start", "port taken"])
+def test_a_failure_at_first_is_an_error_with_the_way_out(starts: Starts, failing: set[int]) -> None:
+    port, other = free_port(), Starts()
+    if not failing:
+        EmbeddedStore(port, starts)
+    other.failing = failing
+    with pytest.raises(RuntimeError, match=r"store\.port or store\.url"):
+        EmbeddedStore(port, other)
+    assert other.tries == 1
