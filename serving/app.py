@@ -12,8 +12,8 @@ from serving.engine import Engine
 from serving.http.front_door import FrontDoorSettings
 from serving.ingress.deployment import Ingress
 
-# The ingress only passes chunks on and never blocks: handing each one between Serve's three event
-# loops, in three threads, would cost more than the work itself.
+# The ingress forwards chunks and never blocks. Passing each chunk between Serve's three event loops
+# would cost more than the work itself.
 _ONE_LOOP = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -21,9 +21,9 @@ _ONE_LOOP = {
 
 
 def build(config: AppConfig) -> Application:
-    """Builds `Ingress -> Engine` from the YAML's `args`."""
+    """Build `Ingress -> Engine` from the YAML's `args`."""
     lenders = None
-    if (lending := config.of_lenders()) is not None:
+    if (lending := config.for_lenders()) is not None:
         lenders = serve.deployment(name="Lender", **engine_options(lending))(Engine).bind(lending)
     deployment = serve.deployment(name="Engine", **engine_options(config))
     engine = deployment(Engine).bind(config, lenders)
@@ -43,8 +43,12 @@ def build(config: AppConfig) -> Application:
     return ingress(Ingress).bind(engine, settings, config)
 
 
-def engine_options(config: AppConfig) -> dict[str, Any]:
-    """Serve options of the `Engine` deployment: scale, placement, queueing, health."""
+def engine_options(config: AppConfig, on_cpus: bool | None = None) -> dict[str, Any]:
+    """Return the Serve options of the `Engine` deployment: scale, placement, queue, health.
+
+    Args:
+        on_cpus: whether engines compute on CPUs; None asks the installed vLLM.
+    """
     replica = config.replica
     options: dict[str, Any] = {
         "num_replicas": replica.count,
@@ -63,28 +67,30 @@ def engine_options(config: AppConfig) -> dict[str, Any]:
             {"request_router_class": "serving.ingress.occupancy_router:OccupancyRouter"}
         )
     if replica.placement_group_bundles:
-        # vLLM's Ray executor puts one worker into each bundle; the replica rides in the first.
+        # vLLM's Ray executor puts one worker into each bundle; the replica shares the first.
         options["placement_group_bundles"] = replica.placement_group_bundles
         options["placement_group_strategy"] = replica.placement_group_strategy
-    elif gpus := _gpus(config):
+    elif gpus := _gpus(config, on_cpus):
         options["ray_actor_options"]["num_gpus"] = gpus
     return options
 
 
-def _gpus(config: AppConfig) -> float:
+def _gpus(config: AppConfig, on_cpus: bool | None) -> float:
     if config.replica.gpus is not None:
         return config.replica.gpus
-    from serving.vllm_engine.options import computes_on_cpus
+    if on_cpus is None:
+        from serving.vllm_engine.options import computes_on_cpus
 
-    # Not whether there is a GPU here: the node that builds the application may have none.
-    return 0 if computes_on_cpus() else config.tensor_parallel_size
+        # The build of vLLM decides: the node that builds the application may have no GPU.
+        on_cpus = computes_on_cpus()
+    return 0 if on_cpus else config.tensor_parallel_size
 
 
 def api_keys(config: AppConfig) -> tuple[str, ...]:
     """Return the keys that the configuration lists or names a variable for.
 
     Raises:
-        ValueError: it does, but there are none; without keys the API would be open to everyone.
+        ValueError: the configuration asks for keys, but there are none.
     """
     auth = config.auth
     listed = [key.get_secret_value() for key in auth.api_keys]

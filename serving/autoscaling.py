@@ -1,4 +1,4 @@
-"""The autoscaling policy that Ray Serve loads: `autoscaling_config.policy` of the Engine."""
+"""The autoscaling policy that Ray Serve loads, by `autoscaling_config.policy` of the Engine."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,13 +7,13 @@ from router.autoscaling import ReplicaDemand, ScalingTargets, desired_replicas
 
 
 class OccupancyPolicy:
-    """Scales by live compressed occupancy, from `record_autoscaling_stats` of the replicas.
-
-    policy_kwargs: the fields of `router.autoscaling.ScalingTargets`.
-    """
+    """Scales by live compressed occupancy, from `record_autoscaling_stats` of the replicas."""
 
     def __init__(self, **targets: Any) -> None:
         """
+        Args:
+            targets: Serve's `policy_kwargs`, the fields of `router.autoscaling.ScalingTargets`.
+
         Raises:
             pydantic.ValidationError: unknown or impossible targets.
         """
@@ -32,7 +32,7 @@ class OccupancyPolicy:
 
 
 def reported(metrics: Mapping[str, Mapping[Any, float]]) -> list[ReplicaDemand]:
-    """The replicas' reports, from Serve's values by metric and replica."""
+    """Return the replicas' reports, from Serve's values by metric and replica."""
     by_replica: dict[Any, dict[str, float]] = {}
     for name in ReplicaDemand.model_fields:
         for replica, value in metrics.get(name, {}).items():

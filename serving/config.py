@@ -10,12 +10,13 @@ from adakv_worker.config import CompressionConfig
 from router import DEFAULT_KEY_PREFIX, DEFAULT_STORE_PORT
 from router.score import Speeds
 
-# vLLM's own; of the second the largest, which it takes on large GPUs.
+# vLLM's defaults; for the second the larger one, which vLLM takes on large GPUs.
 _DEFAULT_BLOCK_SIZE_TOKENS = 16
 _DEFAULT_MAX_NUM_SEQS = 1024
 
 
 def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
+    """Return an error message that names the nearest known key."""
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.4)
     hint = f": did you mean '{near[0]}'?" if near else ""
     return f"unknown key '{key}' in {where}{hint}"
@@ -37,6 +38,8 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
+    """The model to serve."""
+
     path: str | None = Field(
         default=None,
         description="Local folder or hub id; None serves the embedded SmolLM2-135M-Instruct",
@@ -47,7 +50,9 @@ class ModelConfig(Section):
 
 
 class ReplicaConfig(Section):
-    count: int = Field(default=2, ge=1)
+    """Replicas of the engine: number, resources, queue, health."""
+
+    count: int = Field(default=2, ge=1, description="Number of engines")
     cpus: float = Field(default=1.0, ge=0.0, description="CPUs that Ray reserves for each replica")
     cpu_threads: int | None = Field(
         default=None, ge=1, description="Engine threads on CPU; None takes `cpus`, at least 1"
@@ -65,43 +70,67 @@ class ReplicaConfig(Section):
     max_ongoing_requests: int | None = Field(
         default=None,
         ge=1,
-        description="Inside an engine, running or waiting there; None takes twice max_num_seqs",
+        description="Requests inside one engine; None takes twice max_num_seqs",
     )
     max_queued_requests: int = Field(
         default=256, ge=-1, description="Requests waiting for a replica before 503; -1 has no limit"
     )
-    graceful_shutdown_timeout_s: float = Field(default=120.0, ge=0.0)
-    health_check_period_s: float = Field(default=2.0, gt=0.0)
+    graceful_shutdown_timeout_s: float = Field(
+        default=120.0, ge=0.0, description="Time for streams to end on redeploy"
+    )
+    health_check_period_s: float = Field(
+        default=2.0, gt=0.0, description="Longest time until a dead engine is replaced"
+    )
 
     @property
     def threads(self) -> int:
+        """Threads of an engine on CPUs."""
         return self.cpu_threads or max(1, int(self.cpus))
 
 
 class IngressConfig(Section):
-    count: int = Field(default=1, ge=1)
-    max_body_bytes: int = Field(default=16 * 1024 * 1024, ge=1)
-    max_ongoing_requests: int = Field(default=1000, ge=1)
+    """The front door: number of processes, and limits."""
+
+    count: int = Field(default=1, ge=1, description="Number of front doors")
+    max_body_bytes: int = Field(
+        default=16 * 1024 * 1024, ge=1, description="Size above which a body is refused by 413"
+    )
+    max_ongoing_requests: int = Field(
+        default=1000, ge=1, description="Requests inside one front door"
+    )
     retry_after_s: float = Field(default=1.0, ge=0.0, description="Retry-After of a 503")
-    health_timeout_s: float = Field(default=2.0, gt=0.0)
+    health_timeout_s: float = Field(
+        default=2.0, gt=0.0, description="Longest time that /health waits for a replica"
+    )
 
 
 class AuthConfig(Section):
-    api_keys: list[SecretStr] = Field(default_factory=list)
+    """API keys. With none, the API is open."""
+
+    api_keys: list[SecretStr] = Field(default_factory=list, description="Accepted API keys")
     api_keys_env: str = Field(
         default="ADAKV_API_KEYS", description="Environment variable with more keys, comma-separated"
     )
 
 
 class StoreConfig(Section):
+    """The store of the occupancy ledger."""
+
     url: SecretStr | None = Field(
         default=None, description="redis:// or rediss:// URL; None starts an embedded Valkey"
     )
     port: int = Field(
-        default=DEFAULT_STORE_PORT, ge=1, le=65535, description="Of the embedded Valkey"
+        default=DEFAULT_STORE_PORT, ge=1, le=65535, description="Port of the embedded Valkey"
     )
-    key_prefix: str = Field(default=DEFAULT_KEY_PREFIX, min_length=1, pattern=r"^[^\s:{}*?\[\]]+$")
-    report_interval_s: float = Field(default=0.5, gt=0.0, le=1.0)
+    key_prefix: str = Field(
+        default=DEFAULT_KEY_PREFIX,
+        min_length=1,
+        pattern=r"^[^\s:{}*?\[\]]+$",
+        description="Prefix of all keys in the store",
+    )
+    report_interval_s: float = Field(
+        default=0.5, gt=0.0, le=1.0, description="Longest time between two occupancy reports"
+    )
 
     @field_validator("url")
     @classmethod
@@ -117,57 +146,71 @@ class RoutingConfig(Section):
     policy: Literal["occupancy", "power_of_two"] = Field(
         default="occupancy", description="`power_of_two` is Ray Serve's own router"
     )
-    log_decisions: bool = Field(default=False, description="A structured line for each decision")
+    log_decisions: bool = Field(default=False, description="Write a log line for each choice")
     prior_output_tokens: int = Field(
-        default=256, ge=1, description="Expected of an answer before any has been seen"
+        default=256, ge=1, description="Expected length of an answer before any has ended"
     )
-    prefill_tokens_per_s: float = Field(default=Speeds().prefill_tokens_per_s, gt=0.0)
-    decode_step_s: float = Field(default=Speeds().decode_step_s, gt=0.0)
-    decode_step_s_per_request: float = Field(default=Speeds().decode_step_s_per_request, ge=0.0)
+    prefill_tokens_per_s: float = Field(
+        default=Speeds().prefill_tokens_per_s, gt=0.0, description="Prompt tokens per second"
+    )
+    decode_step_s: float = Field(
+        default=Speeds().decode_step_s, gt=0.0, description="Time of a decode step of one request"
+    )
+    decode_step_s_per_request: float = Field(
+        default=Speeds().decode_step_s_per_request,
+        ge=0.0,
+        description="Additional time of a decode step for each further request",
+    )
 
 
 class LenderConfig(Section):
-    """Replicas that get no requests of their own and only lend. All else is as of the others."""
+    """Replicas that get no requests of their own and only lend, otherwise like the others."""
 
-    count: int = Field(default=1, ge=1)
+    count: int = Field(default=1, ge=1, description="Number of lenders")
     kv_cache_memory_bytes: int | None = Field(
-        default=None, gt=0, description="None takes the others'"
+        default=None, gt=0, description="Cache size of a lender; None takes the other replicas'"
     )
 
 
 class SpillConfig(Section):
-    """Compressed requests that leave a replica without room for one that lends some."""
+    """Moves of compressed requests from a replica without room to a lender."""
 
-    enabled: bool = False
+    enabled: bool = Field(default=False, description="Whether requests move")
     lenders: LenderConfig | None = Field(
-        default=None, description="Beside the replicas, which lend to each other all the same"
+        default=None, description="Lenders beside the replicas, which also lend to each other"
     )
     lend_share: float = Field(
         default=0.5,
         gt=0.0,
         le=1.0,
-        description="Of the blocks that nobody is going to need; `lenders` lend all",
+        description="Share of its spare blocks that a replica lends; `lenders` lend all",
     )
-    folder: str = Field(default="/dev/shm", description="In memory, for caches that travel")
-    interval_s: float = Field(default=0.5, gt=0.0)
-    moves_per_request: int = Field(default=2, ge=1)
-    moves_at_once: int = Field(default=4, ge=1)
-    rest_s: float = Field(default=5.0, ge=0.0, description="Between two moves of a request")
+    folder: str = Field(default="/dev/shm", description="Folder in memory for moving caches")
+    interval_s: float = Field(default=0.5, gt=0.0, description="Time between two looks for moves")
+    moves_per_request: int = Field(default=2, ge=1, description="Most moves of one request")
+    moves_at_once: int = Field(default=4, ge=1, description="Most moves in progress")
+    rest_s: float = Field(
+        default=5.0, ge=0.0, description="Shortest time between two moves of a request"
+    )
     worth: float = Field(
-        default=2.0, gt=0.0, description="How many times as long a recompute must take as a move"
+        default=2.0, gt=0.0, description="Least ratio of recompute time to move time"
     )
-    spare_blocks: int = Field(default=4, ge=0, description="Of a lender's offer, left to itself")
+    spare_blocks: int = Field(
+        default=4, ge=0, description="Blocks of a lender's offer that a borrower leaves"
+    )
     expected_tokens: int = Field(
-        default=1024, ge=1, description="Most that an answer is expected to bring still"
+        default=1024, ge=1, description="Most tokens that an answer is expected to add"
     )
     first_output_s: float = Field(
-        default=20.0, gt=0.0, description="Within which a lender must have gone on"
+        default=20.0, gt=0.0, description="Time in which a lender must continue the request"
     )
     park_bytes: int = Field(
-        default=1 << 28, ge=0, description="Of the host's memory, for caches that wait for blocks"
+        default=1 << 28, ge=0, description="Host memory for caches that wait for blocks"
     )
-    parked_s: float = Field(default=300.0, gt=0.0, description="How long a cache may wait")
-    bytes_per_s: float = Field(default=5e8, gt=0.0, description="Until a move has been measured")
+    parked_s: float = Field(default=300.0, gt=0.0, description="Longest wait of a cache for blocks")
+    bytes_per_s: float = Field(
+        default=5e8, gt=0.0, description="Speed of a move before one has been measured"
+    )
 
 
 class AppConfig(Section):
@@ -175,14 +218,14 @@ class AppConfig(Section):
 
     model: ModelConfig = ModelConfig()
     engine: dict[str, Any] = Field(
-        default_factory=dict, description="Fields of vllm.AsyncEngineArgs, by their own names"
+        default_factory=dict, description="Fields of vllm.AsyncEngineArgs"
     )
     server: dict[str, Any] = Field(
         default_factory=dict,
         description="API options of `vllm serve`, such as tool_call_parser, with underscores",
     )
     compression: CompressionConfig | None = Field(
-        default=None, description="Compressed KV caches: see docs/compression.md; None is off"
+        default=None, description="KV compression, see docs/compression.md; None turns it off"
     )
     replica: ReplicaConfig = ReplicaConfig()
     ingress: IngressConfig = IngressConfig()
@@ -237,8 +280,8 @@ class AppConfig(Section):
             raise ValueError("spill.enabled needs routing.policy: occupancy")
         return self
 
-    def of_lenders(self) -> "AppConfig | None":
-        """The configuration of the replicas that only lend, if there are any."""
+    def for_lenders(self) -> "AppConfig | None":
+        """Return the configuration of the replicas that only lend; None without such replicas."""
         lenders = self.spill.lenders
         if lenders is None or not self.spill.enabled:
             return None
@@ -246,7 +289,6 @@ class AppConfig(Section):
         if lenders.kv_cache_memory_bytes is not None:
             engine["kv_cache_memory_bytes"] = lenders.kv_cache_memory_bytes
         replica = self.replica.model_copy(update={"count": lenders.count})
-        # They need nothing for themselves.
         spill = self.spill.model_copy(update={"lend_share": 1.0})
         return self.model_copy(update={"engine": engine, "replica": replica, "spill": spill})
 
@@ -256,7 +298,7 @@ class AppConfig(Section):
 
     @property
     def max_ongoing_requests(self) -> int:
-        """Of one replica."""
+        """Most requests inside one replica."""
         running = int(self.engine.get("max_num_seqs") or _DEFAULT_MAX_NUM_SEQS)
         return self.replica.max_ongoing_requests or 2 * running
 

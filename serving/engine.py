@@ -1,4 +1,4 @@
-"""The `Engine` deployment: one vLLM engine per replica, with vLLM's own OpenAI app in process."""
+"""The `Engine` deployment: each replica has a vLLM engine and vLLM's own OpenAI app."""
 
 import asyncio
 import contextlib
@@ -18,11 +18,11 @@ from router.ledger.redis_ledger import LedgerKeys, LedgerWriter
 from router.lending.leases import Lease
 from serving.compression_metrics import CompressionMetrics
 from serving.config import AppConfig
-from serving.http.asgi import Message, call_app
+from serving.http.asgi import Message, Scope, call_app
 from serving.http.encodable import unencodable_field
 from serving.http.failures import ReplicaLost
 from serving.http.openai_error import error_messages
-from serving.models.embedded import EMBEDDED_MODEL_NAME, embedded_model_path
+from serving.models.embedded import model_path_and_name
 from serving.occupancy_metrics import OccupancyMetrics
 from serving.reporter import OccupancyReporter, report_prefixes
 from serving.spill.parcels import Guest, LenderName
@@ -37,20 +37,22 @@ REPLICA_HEADER = b"x-replica-id"
 
 
 class Engine:
+    """One replica: answers HTTP requests, reports its load, lends and borrows memory."""
+
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: AppConfig, lenders: DeploymentHandle | None = None
+        self, config: AppConfig, lenders: DeploymentHandle[Any] | None = None
     ) -> None:
         """
         Args:
-            lenders: a deployment of this class, too, which gets no requests but by spilling.
+            lenders: another deployment of this class, which gets only moved requests.
         """
-        # Imported here: it is heavy.
+        # A slow import, needed only in a replica.
         from serving.vllm_engine import host as vllm_host
 
         vllm_host.set_up_cpu(config.replica.threads, config.tensor_parallel_size)
         context = serve.get_replica_context()
         self._signature = (REPLICA_HEADER, context.replica_id.unique_id.encode())
-        path, name = model_path_and_name(config)
+        path, name = model_path_and_name(config.model)
         started = time.monotonic()
         self._host = await vllm_host.VllmHost.start(
             path,
@@ -87,15 +89,15 @@ class Engine:
         )
 
     async def asgi(
-        self, scope: dict, body: bytes, footprint: Footprint | None = None
+        self, scope: Scope, body: bytes, footprint: Footprint | None = None
     ) -> AsyncIterator[list[Message]]:
-        """Answers one HTTP request; yields batches of ASGI response messages.
+        """Answer one HTTP request; yield batches of ASGI response messages.
 
         Args:
-            footprint: what the request router chose this replica by.
+            footprint: for the request router, which has chosen this replica by it.
 
         Raises:
-            ReplicaLost: the engine died before anything of the answer was sent.
+            ReplicaLost: the engine died before the answer began.
         """
         if (field := unencodable_field(body)) is not None:
             problem = f"{field or 'The request'} has {PROBLEM}."
@@ -112,42 +114,42 @@ class Engine:
             yield batch
 
     async def place(self, parcels: list[Any], lease: Lease) -> str:
-        """Takes the cache of a request from another node, which `lend` is going to be asked of.
+        """Store the cache of a request from another node, before `lend` continues the request.
 
         Args:
             parcels: references to uint8 arrays, one for each tensor-parallel rank.
 
         Returns:
-            The path of its files here, to be told to `lend`.
+            The path of its files here, for `lend`.
         """
-        assert self._spill is not None, "only replicas that offer get guests"
+        assert self._spill is not None, "only lenders get guests"
         return await self._spill.lender.place(lease, parcels)
 
     async def lend(self, guest: Guest, lease: Lease) -> "AsyncGenerator[Decoded, None]":
-        """Goes on with another replica's request; yields what is decoded of it.
+        """Continue another replica's request; yield its decoded outputs.
 
         Args:
-            lease: the guest's own, by which the request router has found this replica.
+            lease: the guest's lease, for the request router, which has found this replica by it.
 
         Raises:
-            LookupError: it is another one's; the lender is gone.
+            LookupError: the lease is another replica's, because its lender is gone.
         """
-        assert self._spill is not None, "only replicas that offer get guests"
+        assert self._spill is not None, "only lenders get guests"
         outputs = self._spill.lender.take_in(guest)
         async with contextlib.aclosing(outputs):
             async for batch in outputs:
                 yield batch
 
     async def is_there(self) -> bool:
-        """For a replica that wants a request router of its own deployment."""
+        """Answer a replica that calls its own deployment only to get a request router."""
         return True
 
     def _signed(self, start: Message) -> Message:
-        """The response's start, with the replica that answers named in a header."""
+        """Return the response's start with a header that names this replica."""
         return {**start, "headers": [*start.get("headers", ()), self._signature]}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `serving.autoscaling.OccupancyPolicy` decides by."""
+        """Return the load in the form that `serving.autoscaling.OccupancyPolicy` reads."""
         load = self._host.load()
         demand = ReplicaDemand(
             blocks_total=load.blocks_total,
@@ -174,10 +176,3 @@ class Engine:
             await reporter.stop()
         if host := getattr(self, "_host", None):
             host.shutdown()
-
-
-def model_path_and_name(config: AppConfig) -> tuple[str, str]:
-    if config.model.path is None:
-        return str(embedded_model_path()), config.model.name or EMBEDDED_MODEL_NAME
-    path = config.model.path
-    return path, config.model.name or path.rstrip("/").rsplit("/", 1)[-1]

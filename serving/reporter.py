@@ -1,4 +1,4 @@
-"""Publishes what a replica holds to the ledger: its occupancy and, where known, its prefixes."""
+"""Publishes a replica's occupancy and its cached prefixes to the ledger."""
 
 import asyncio
 import contextlib
@@ -14,17 +14,19 @@ from router.ledger.prefixes import PrefixChange
 from router.ledger.redis_ledger import LedgerKeys, LedgerWriter
 
 if TYPE_CHECKING:
-    # The ingress imports this module by way of the application, and has no use for all of vLLM.
+    # The ingress imports this module through the application and does not need vLLM.
     from adakv_worker.frontend.kv_events import CacheChange
     from serving.vllm_engine.load import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 
-# A reader gains nothing from more reports than this, and each costs the engine's host time.
+# Shorter gaps give readers nothing, and each report takes host time from the engine.
 _MIN_GAP_S = 0.1
 
 
 class LoadSource(Protocol):
+    """Where a reporter reads the load, and waits for its changes."""
+
     def load(self) -> "EngineLoad": ...
 
     @property
@@ -34,7 +36,7 @@ class LoadSource(Protocol):
 class OccupancyReporter:
     """Reports on change, and at least every interval, in one background task per replica.
 
-    A lost store costs a warning, never a request.
+    Without the store it logs a warning and serving continues.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class OccupancyReporter:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
-        """Withdraws the report, so that nobody routes here any more."""
+        """Withdraw the report, so that routers send no more requests here."""
         if self._task is not None:
             self._task.cancel()
         try:
@@ -85,18 +87,18 @@ class OccupancyReporter:
                 await self._wait_for_news()
                 failing = False
             except Exception:
-                # A replica without reports gets no requests.
+                # Without reports the replica would get no more requests.
                 if not failing:
                     logger.exception("cannot report the occupancy; trying again")
                 failing = True
                 await asyncio.sleep(self._interval_s)
 
     async def _wait_for_news(self) -> None:
-        """Returns when the load differs from the last report, or the interval is over."""
+        """Return when the load differs from the last report, or the interval is over."""
         loop = asyncio.get_running_loop()
         due = loop.time() + self._interval_s
         await asyncio.sleep(_MIN_GAP_S)
-        while _what_matters(self._source.load()) == self._reported and loop.time() < due:
+        while _without_rate(self._source.load()) == self._reported and loop.time() < due:
             self._source.changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._source.changed.wait(), due - loop.time())
@@ -118,7 +120,7 @@ class OccupancyReporter:
 
     def _occupancy(self) -> Occupancy:
         load = self._source.load()
-        self._reported = _what_matters(load)
+        self._reported = _without_rate(load)
         return Occupancy(
             replica_id=self._replica_id,
             model=self._model,
@@ -128,12 +130,14 @@ class OccupancyReporter:
         )
 
 
-def _what_matters(load: "EngineLoad") -> "EngineLoad":
-    """The load without its rate, which changes with every step and can wait for the interval."""
+def _without_rate(load: "EngineLoad") -> "EngineLoad":
+    """Return the load without its rate, which changes in every step and can wait."""
     return load._replace(decode_tokens_per_s=0.0)
 
 
 class PrefixWriter(Protocol):
+    """Where changes of the prefix cache are published."""
+
     async def publish_prefixes(self, change: PrefixChange) -> None: ...
 
     async def close(self) -> None: ...
@@ -145,19 +149,21 @@ async def report_prefixes(
     replica_id: str,
     retry_s: float = 1.0,
 ) -> None:
-    """Pass changes of the prefix cache on until cancelled.
+    """Publish changes of the prefix cache until cancelled.
 
-    Routers start over after what they missed: they would believe in blocks that were evicted
-    meanwhile.
+    After a gap the next change is marked as cleared. Otherwise routers would go on counting blocks
+    that were evicted in the gap.
 
     Args:
-        follow: starts to listen to the engine; None where there is nothing to listen to.
-        retry_s: after which to listen again when that has failed.
+        follow: starts to listen to the engine; returns None if the engine publishes no events.
+        retry_s: pause before listening again after a failure.
     """
     missed = False
     try:
-        while (changes := follow()) is not None:
+        while True:
             try:
+                if (changes := follow()) is None:
+                    return
                 async with contextlib.aclosing(changes):
                     async for change in changes:
                         cleared = change.cleared or missed
@@ -174,6 +180,7 @@ async def report_prefixes(
 
 
 async def _published(writer: PrefixWriter, change: PrefixChange) -> bool:
+    """Publish a change; return whether the store has taken it."""
     try:
         await writer.publish_prefixes(change)
     except (redis.RedisError, OSError):

@@ -19,7 +19,7 @@ _ESCAPES = re.compile(
 
 def unencodable_field(body: bytes) -> str | None:
     """Return the path of the first string in a JSON body that UTF-8 cannot encode, or None."""
-    if not _suspicious(body):
+    if not is_suspicious(body):
         return None
     try:
         return unencodable(json.loads(body))
@@ -28,7 +28,8 @@ def unencodable_field(body: bytes) -> str | None:
         return None
 
 
-def _suspicious(body: bytes) -> bool:
+def is_suspicious(body: bytes) -> bool:
+    """Return whether the body may have such a string, without parsing it."""
     # Zero bytes mean UTF-16 or UTF-32, which JSON may use too.
     if b"\0" in body or (not body.isascii() and _RAW.search(body)):
         return True

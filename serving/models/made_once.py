@@ -1,4 +1,4 @@
-"""Folders that are derived once for each user, and kept."""
+"""Folders that are made once for each user, and kept."""
 
 import fcntl
 import os
@@ -10,17 +10,17 @@ from pathlib import Path
 
 
 def cache_root() -> Path:
-    """Folder for what is derived once per user: `$ADAKV_CACHE`, else in `$XDG_CACHE_HOME`."""
+    """Return the folder for derived files: `$ADAKV_CACHE`, else one in `$XDG_CACHE_HOME`."""
     if root := os.environ.get("ADAKV_CACHE"):
         return Path(root)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adakv-serve"
 
 
 def made_once(target: Path, make: Callable[[Path], None]) -> Path:
-    """Returns the folder `target`; if it is not there, `make` fills it first.
+    """Return the folder `target`; call `make` to fill it first if it is missing.
 
-    Safe against concurrent callers (one makes it, the others wait) and against being killed: the
-    folder appears by one rename, and what a killed one left behind is removed by the next.
+    Concurrent callers are safe: one makes the folder, the others wait. So is a kill: the folder
+    appears by one rename, and the next caller removes the remains of a killed one.
     """
     if target.is_dir():
         return target

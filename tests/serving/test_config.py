@@ -1,3 +1,5 @@
+"""The configuration: what it refuses, and the options of Ray Serve that it turns into."""
+
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,13 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
         ({"replica": {"count": 0}}, "greater than or equal to 1"),
     ],
 )
-def test_a_wrong_config_is_refused_with_the_way_out(args: dict[str, Any], message: str) -> None:
+def test_a_wrong_configuration_is_refused_with_a_remedy(args: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError) as caught:
         AppConfig.model_validate(args)
     assert message in str(caught.value)
 
 
-def test_secrets_do_not_show_when_the_config_is_printed() -> None:
+def test_a_printed_configuration_hides_its_secrets() -> None:
     config = AppConfig.model_validate(
         {"auth": {"api_keys": ["hush"]}, "store": {"url": "redis://:hush@h"}}
     )
@@ -56,7 +58,7 @@ def test_keys_come_from_the_config_and_the_environment(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     "auth", [{"api_keys": [""]}, {"api_keys": [" "]}, {"api_keys_env": "PROD_KEYS"}]
 )
-def test_keys_that_are_asked_for_and_missing_are_an_error(
+def test_missing_keys_are_an_error_if_the_configuration_asks_for_some(
     auth: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variable in ("PROD_KEYS", "ADAKV_API_KEYS"):
@@ -66,7 +68,7 @@ def test_keys_that_are_asked_for_and_missing_are_an_error(
     assert api_keys(AppConfig()) == ()
 
 
-def test_vllms_own_variable_is_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_in_vllms_own_variable_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "xyzzy")
     keys = ApiKeys(vllm_keys())
     assert keys.allow("/v1/models", "GET", {"authorization": "Bearer xyzzy"})
@@ -75,18 +77,17 @@ def test_vllms_own_variable_is_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert vllm_keys() == ()
 
 
-def test_gpus_are_as_many_as_told() -> None:
+def test_configured_gpus_are_reserved() -> None:
     config = AppConfig.model_validate({"replica": {"gpus": 2, "cpus": 3}})
     assert engine_options(config)["ray_actor_options"] == {"num_cpus": 3, "num_gpus": 2}
 
 
 @pytest.mark.parametrize(("on_cpus", "gpus"), [(True, {}), (False, {"num_gpus": 2})])
 def test_gpus_follow_tensor_parallel_size_with_vllm_for_gpus(
-    monkeypatch: pytest.MonkeyPatch, on_cpus: bool, gpus: dict[str, int]
+    on_cpus: bool, gpus: dict[str, int]
 ) -> None:
-    monkeypatch.setattr("serving.vllm_engine.options.computes_on_cpus", lambda: on_cpus)
     config = AppConfig.model_validate({"engine": {"tensor_parallel_size": 2}})
-    assert engine_options(config)["ray_actor_options"] == {"num_cpus": 1, **gpus}
+    assert engine_options(config, on_cpus)["ray_actor_options"] == {"num_cpus": 1, **gpus}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_gpus_follow_tensor_parallel_size_with_vllm_for_gpus(
         ({}, 2048),
     ],
 )
-def test_an_engine_is_given_all_that_it_can_run_and_as_many_again(
+def test_a_replica_takes_twice_the_requests_that_its_engine_runs_at_once(
     args: dict[str, Any], most: int
 ) -> None:
     assert engine_options(AppConfig.model_validate(args))["max_ongoing_requests"] == most
