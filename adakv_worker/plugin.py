@@ -10,7 +10,8 @@ def register() -> None:
     from vllm.v1.kv_cache_interface import FullAttentionSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from adakv_worker.core.manager import AdaKVManager, AdaKVSpec
+    from adakv_worker.core.manager import AdaKVManager
+    from adakv_worker.spec import AdaKVSpec
 
     # vLLM fills its registry on first use, but only while it is empty.
     KVCacheSpecRegistry._ensure_registered()

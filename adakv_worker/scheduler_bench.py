@@ -37,9 +37,9 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from adakv_worker import plugin
-from adakv_worker.commands import ATTRIBUTE, Answer, Kept, commands_of
-from adakv_worker.core.manager import AdaKVSpec
 from adakv_worker.core.scheduler import AdaKVScheduler
+from adakv_worker.messages import Answer, Kept, attach_answer, commands_of
+from adakv_worker.spec import AdaKVSpec
 from kernels.blocks import blocks_for_tokens
 
 _BLOCK = 32
@@ -121,7 +121,7 @@ class Side:
         answer = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, tokens)
         kept = Kept(float(_BUDGET), _BUDGET // 2, 2 * _BUDGET)
         compressed = commands_of(output).compress
-        setattr(answer, ATTRIBUTE, Answer(dict.fromkeys(compressed, kept), []))
+        attach_answer(answer, Answer(dict.fromkeys(compressed, kept), []))
         self._returning = len(compressed) * blocks_for_tokens(_PROMPT_TOKENS, _BLOCK)
         return answer
 

@@ -5,6 +5,7 @@ from typing import Any
 from ray.serve.metrics import Counter, Histogram
 
 from adakv_worker.frontend import metric_names
+from adakv_worker.messages import Proof
 
 
 class CompressionMetrics:
@@ -19,13 +20,12 @@ class CompressionMetrics:
         self._share = Histogram(*metric_names.KEPT_SHARE, metric_names.SHARE_BUCKETS)
         self._blocks = Histogram(*metric_names.BLOCKS_AFTER, metric_names.BLOCK_BUCKETS)
 
-    def note(self, proof: dict[str, Any]) -> None:
-        tags = {"policy": proof["policy"], "skipped": proof["skipped"] or "no"}
+    def note(self, proof: Proof) -> None:
+        tags = {"policy": proof.policy, "skipped": proof.skipped or "no"}
         self._requests.inc(tags=tags)
-        if proof["skipped"] is None:
-            self._original.inc(proof["original_tokens"])
-            self._kept.inc(proof["kept_mean"])
-            # One that takes slabs to stay within its bound may free none.
-            self._freed.inc(max(0, proof["blocks_before"] - proof["blocks_after"]))
-            self._share.observe(proof["kept_mean"] / proof["original_tokens"])
-            self._blocks.observe(proof["blocks_after"])
+        if proof.compressed:
+            self._original.inc(proof.original_tokens)
+            self._kept.inc(proof.kept_mean)
+            self._freed.inc(proof.freed_blocks)
+            self._share.observe(proof.kept_share)
+            self._blocks.observe(proof.blocks_after)

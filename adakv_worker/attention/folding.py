@@ -23,8 +23,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from adakv_worker.attention.watcher import Watcher
 from adakv_worker.config import compression_config
-from adakv_worker.core.manager import AdaKVSpec
 from adakv_worker.refusals import require_classes
+from adakv_worker.spec import AdaKVSpec
 from kernels.paging.growth import GrownStep
 
 

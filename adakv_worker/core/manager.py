@@ -1,43 +1,21 @@
-"""KV-cache spec and manager: ordinary blocks until the prompt is complete, slabs afterwards."""
+"""KV-cache manager: ordinary blocks until the prompt is complete, slabs afterwards."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
-from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.request import Request
 
 from adakv_worker.core.admission import Holds, LifeTable, OutputLengths
 from adakv_worker.core.plan import Phase, Plan
-from adakv_worker.stats import MemoryStats
+from adakv_worker.messages import MemoryStats
 from kernels.blocks import blocks_for_tokens
 
 # Steps that a prefill may take without the others' growth getting in its way.
 _PREFILL_STEPS = 4
 # Length that outputs are assumed to have until some have ended.
 _PRIOR_OUTPUT_TOKENS = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaKVSpec(FullAttentionSpec):
-    """Full attention whose block-table rows also hold slabs, for the step that compresses.
-
-    unsupported: (preset, reason) of those that cannot score the model's layers. A worker finds them
-        in the loaded model, and the scheduler needs them.
-    """
-
-    unsupported: tuple[tuple[str, str], ...] = ()
-
-    @classmethod
-    def merge(cls, specs: list[Self]) -> Self:
-        return replace(super().merge(specs), unsupported=specs[0].unsupported)
-
-    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        # Slabs are fewer than the blocks they replace, or one more where all entries stay.
-        return 2 * super().max_num_blocks_per_req(vllm_config, max_len) + 1
 
 
 class AdaKVManager(FullAttentionManager):

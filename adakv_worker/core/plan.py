@@ -1,13 +1,12 @@
 """What the scheduler decides for one request, before any worker knows of it."""
 
 import enum
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from adakv_worker.commands import Kept
 from adakv_worker.config import FULL
 from adakv_worker.core.admission import UNBOUNDED, Life
+from adakv_worker.messages import Kept, Proof
 from adakv_worker.options import RequestBudget
 from kernels.blocks import (
     SINK_TOKENS,
@@ -185,24 +184,23 @@ class Plan:
         free = max(0, self.prompt_tokens - self.query_span)
         return free // self.block_size * self.block_size
 
-    def report(self, kept: Kept | None) -> dict[str, Any]:
-        """The proof that it ran (or why not), with what the worker kept."""
+    def proof(self, kept: Kept | None) -> Proof:
+        """Return the proof, with the entries that the worker kept; None if it kept all."""
         n = self.prompt_tokens
         mean, least, most = kept if kept is not None else (float(n), n, n)
-        return {
-            "policy": self.choice.preset,
-            "original_tokens": n,
-            "kept_mean": round(mean, 3),
-            "kept_min": least,
-            "kept_max": most,
-            "blocks_before": self.prompt_blocks,
-            "blocks_after": self.prompt_blocks if kept is None else self.slabs,
-            "skipped": self.skipped,
-            "fallback": self.fallback,
-            "decode_budget_tokens": self.bound.budget_tokens if self.bound else None,
-            "decode_interval_tokens": self.bound.interval_tokens if self.bound else None,
-            "decode_evictions": 0,
-        }
+        return Proof(
+            policy=self.choice.preset,
+            original_tokens=n,
+            kept_mean=round(mean, 3),
+            kept_min=least,
+            kept_max=most,
+            blocks_before=self.prompt_blocks,
+            blocks_after=self.prompt_blocks if kept is None else self.slabs,
+            skipped=self.skipped,
+            fallback=self.fallback,
+            decode_budget_tokens=self.bound.budget_tokens if self.bound else None,
+            decode_interval_tokens=self.bound.interval_tokens if self.bound else None,
+        )
 
 
 class Outputs(NamedTuple):
@@ -218,39 +216,20 @@ class Outputs(NamedTuple):
     max_tokens: int = 0
 
 
-def bound_of(report: Mapping[str, Any]) -> DecodeBound | None:
-    """How far the request of a `Plan.report` may grow."""
-    budget = report.get("decode_budget_tokens")
-    return None if budget is None else DecodeBound(budget, report["decode_interval_tokens"])
-
-
-def held_blocks(report: Mapping[str, Any], decoded: int, block_size: int) -> int:
-    """Blocks of a compressed request, `decoded` tokens after what a `Plan.report` tells of."""
-    entries = entries_after(round(report["kept_mean"]), decoded, bound_of(report))
-    return compressed_blocks_bound(entries, 0, block_size)
-
-
-def peak_blocks(report: Mapping[str, Any], decoded: int, more: int, block_size: int) -> int:
-    """Most blocks that it holds within the next `more` tokens."""
-    bound = bound_of(report)
-    entries = entries_after(round(report["kept_mean"]), decoded, bound)
-    return compressed_blocks_bound(most_entries(entries, more, bound), 0, block_size)
-
-
 def resumed_plan(
     budget: RequestBudget,
-    report: dict[str, Any],
+    proof: Proof,
     num_tokens: int,
     remaining_outputs: int,
     block_size: int,
     outputs: Outputs,
 ) -> Plan:
-    """Of a request that comes with its compressed cache, as `Plan.report` told of it.
+    """Of a request that comes with its compressed cache, as its proof says.
 
     Args:
         num_tokens: all its tokens, of which the last is not cached yet.
     """
-    prompt_tokens, keep = report["original_tokens"], round(report["kept_mean"])
+    prompt_tokens, keep = proof.original_tokens, proof.keep
     return Plan(
         budget.choice_for(keep, prompt_tokens),
         prompt_tokens,
@@ -263,7 +242,7 @@ def resumed_plan(
         least_outputs=num_tokens - prompt_tokens + outputs.least,
         max_tokens=outputs.max_tokens,
         # Where no policy says what to evict, nothing is.
-        bound=bound_of(report) if budget.choice.preset != FULL else None,
+        bound=proof.bound if budget.choice.preset != FULL else None,
         phase=Phase.COMPRESSED,
     )
 

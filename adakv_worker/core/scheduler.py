@@ -14,32 +14,36 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from adakv_worker.commands import (
-    ATTRIBUTE,
+from adakv_worker.config import CompressionConfig, compression_config
+from adakv_worker.core.checks import check_blocks
+from adakv_worker.core.manager import AdaKVManager
+from adakv_worker.core.plan import Outputs, Phase, Plan, make_plan, resumed_plan
+from adakv_worker.core.proofs import Proofs
+from adakv_worker.core.recomputes import Recomputes
+from adakv_worker.core.waiting_book import WaitingBook
+from adakv_worker.messages import (
     WITHOUT_QUERIES,
     Capture,
     Compress,
+    Continuation,
     Evict,
+    MemoryStats,
     StepCommands,
+    StepFigures,
     TakeUp,
     answer_of,
+    attach_commands,
     commands_of,
+    continuation_in,
 )
-from adakv_worker.config import CompressionConfig, compression_config
-from adakv_worker.continuation import Continuation, continuation_of, take_up
-from adakv_worker.core.checks import check_blocks
-from adakv_worker.core.manager import AdaKVManager, AdaKVSpec
-from adakv_worker.core.plan import Outputs, Phase, Plan, make_plan, resumed_plan
-from adakv_worker.core.recomputes import Recomputes
-from adakv_worker.core.reports import Reports
-from adakv_worker.core.waiting_book import WaitingBook
 from adakv_worker.options import budget_of
 from adakv_worker.refusals import (
     refuse_unsupported,
     refuse_unsupported_policy,
     require_classes,
 )
-from adakv_worker.stats import MemoryStats, attach_last_received, attach_proofs
+from adakv_worker.spec import AdaKVSpec
+from adakv_worker.statistics_carrier import attach_figures
 
 # Below vLLM's own logger, so that its settings show it.
 logger = init_logger("vllm.adakv")
@@ -57,7 +61,7 @@ class AdaKVSchedulerMixin(Scheduler):
         super().__init__(*args, **kwargs)
         config = compression_config(self.vllm_config.additional_config)
         self._adakv = config or CompressionConfig(enabled=False)
-        self._reports = Reports()
+        self._proofs = Proofs()
         # Requests that go on here; without their states once they have begun.
         self._to_take_up: dict[str, Continuation] = {}
         self._recomputes = Recomputes()
@@ -98,12 +102,12 @@ class AdaKVSchedulerMixin(Scheduler):
         )  # fmt: skip
 
     def add_request(self, request: Request) -> None:
-        continuation = continuation_of(request)
+        continuation = continuation_in(request.sampling_params)
         if continuation is not None and self._manager is not None:
-            take_up(request, continuation)
+            _take_up(request, continuation)
             self._to_take_up[request.request_id] = continuation
-            if continuation.state is not None and continuation.report is not None:
-                self._reports.put(request.request_id, continuation.report)
+            if continuation.state is not None and continuation.proof is not None:
+                self._proofs.put(request.request_id, continuation.proof)
             if continuation.state is None:
                 self._recomputes.lose(request.request_id, request.num_tokens - 1)
         is_new = request.request_id not in self.requests
@@ -112,7 +116,7 @@ class AdaKVSchedulerMixin(Scheduler):
         if is_new and self._manager is not None:
             self._enqueue(request)
             if request.sampling_params is not None and request.sampling_params.stop:
-                self._reports.always_attach(request.request_id)
+                self._proofs.always_attach(request.request_id)
 
     def _enqueue(self, request: Request) -> None:
         """A request waits, for the first time or once more."""
@@ -152,10 +156,10 @@ class AdaKVSchedulerMixin(Scheduler):
         remaining_outputs = request.max_tokens - request.num_output_tokens
         continuation = self._to_take_up.get(request.request_id)
         if continuation is not None and continuation.state is not None:
-            assert continuation.report is not None
+            assert continuation.proof is not None
             return resumed_plan(
                 budget,
-                continuation.report,
+                continuation.proof,
                 request.num_tokens,
                 remaining_outputs,
                 self.block_size,
@@ -174,12 +178,12 @@ class AdaKVSchedulerMixin(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         output = super().schedule(*args, **kwargs)
         if self._manager is not None:
-            setattr(output, ATTRIBUTE, self._commands(output, self._manager))
+            attach_commands(output, self._commands(output, self._manager))
             for request_id, hit_tokens in _begun(output):
                 self._recomputes.begin(request_id, hit_tokens)
                 self._queue.remove(request_id)
             for request_id in self._manager.take_decided():
-                self._reports.note_whole(request_id, self._manager.plans.get(request_id))
+                self._proofs.note_whole(request_id, self._manager.plans.get(request_id))
         return output
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -230,9 +234,9 @@ class AdaKVSchedulerMixin(Scheduler):
     ) -> dict[int, EngineCoreOutputs]:
         if self._manager is not None:
             evicted = commands_of(scheduler_output).evict
-            self._reports.note_step(self._manager.plans, evicted, answer_of(model_runner_output))
+            self._proofs.note_step(self._manager.plans, evicted, answer_of(model_runner_output))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        self._reports.attach(outputs)
+        self._proofs.attach(outputs)
         if self._adakv.check_invariants and self._manager is not None:
             check_blocks(self._manager)
             self._check_queue()
@@ -240,11 +244,10 @@ class AdaKVSchedulerMixin(Scheduler):
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
-        counts, proofs = self._reports.take_counts(), self._reports.take_new()
+        counts, proofs = self._proofs.take_counts(), self._proofs.take_new()
         if stats is not None and self._manager is not None:
-            self._memory_stats(self._manager)._replace(**counts).attach(stats)
-            attach_proofs(stats, proofs)
-            attach_last_received(stats, self._last_received)
+            memory = self._memory_stats(self._manager)._replace(**counts)
+            attach_figures(stats, StepFigures(memory, proofs, self._last_received))
         return stats
 
     def _memory_stats(self, manager: AdaKVManager) -> MemoryStats:
@@ -284,7 +287,7 @@ class AdaKVSchedulerMixin(Scheduler):
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         finished = super().finish_requests(*args, **kwargs)
         for request in finished:
-            self._reports.forget(request.request_id)
+            self._proofs.forget(request.request_id)
             self._to_take_up.pop(request.request_id, None)
         return finished
 
@@ -305,6 +308,15 @@ def _command_eviction(
         )
     elif (tokens := plan.next_eviction) is not None and plan.num_tokens > tokens - span:
         commands.capture[request_id] = Capture(tokens, span)
+
+
+def _take_up(request: Request, continuation: Continuation) -> None:
+    """Split a new request's tokens into prompt and answer. Workers still get all as its prompt."""
+    prompt = continuation.prompt_tokens
+    request._output_token_ids.extend(request._all_token_ids[prompt:])
+    request.num_prompt_tokens = prompt
+    # vLLM's statistics of prefills cannot count one that begins after its prompt.
+    request.prefill_stats = None
 
 
 def _ended_by_itself(request: Request) -> bool:

@@ -11,7 +11,8 @@ from vllm.v1.metrics.stats import SchedulerStats
 from adakv_worker.config import compression_config
 from adakv_worker.frontend import metric_names
 from adakv_worker.frontend import validator as request_options
-from adakv_worker.stats import MemoryStats, proofs_of
+from adakv_worker.messages import Proof
+from adakv_worker.statistics_carrier import figures_of
 
 _LABELS = ("model_name", "engine")
 
@@ -54,28 +55,25 @@ class CompressionLogger(StatLoggerBase):
         self._labels = (str(model), str(engine_index))
 
     def record(self, scheduler_stats: SchedulerStats | None, *args: Any, **kwargs: Any) -> None:
-        if scheduler_stats is not None and self._metrics is not None:
-            for proof in proofs_of(scheduler_stats):
+        if scheduler_stats is None or self._metrics is None:
+            return
+        if (figures := figures_of(scheduler_stats)) is not None:
+            for proof in figures.proofs:
                 self._note(self._metrics, proof)
-            if (memory := MemoryStats.of(scheduler_stats)) is not None:
-                evictions = self._metrics.decode_evictions.labels(*self._labels)
-                evictions.inc(memory.decode_evictions)
-                failures = self._metrics.selection_failures.labels(*self._labels)
-                failures.inc(memory.selection_failures)
+            evictions = self._metrics.decode_evictions.labels(*self._labels)
+            evictions.inc(figures.memory.decode_evictions)
+            failures = self._metrics.selection_failures.labels(*self._labels)
+            failures.inc(figures.memory.selection_failures)
 
-    def _note(self, metrics: _Metrics, proof: dict[str, Any]) -> None:
+    def _note(self, metrics: _Metrics, proof: Proof) -> None:
         labels = self._labels
-        metrics.requests.labels(*labels, proof["policy"], proof["skipped"] or "no").inc()
-        if proof["skipped"] is None:
-            metrics.original_tokens.labels(*labels).inc(proof["original_tokens"])
-            metrics.kept_tokens.labels(*labels).inc(proof["kept_mean"])
-            # One that takes slabs to stay within its bound may free none.
-            freed = max(0, proof["blocks_before"] - proof["blocks_after"])
-            metrics.freed_blocks.labels(*labels).inc(freed)
-            metrics.kept_share.labels(*labels).observe(
-                proof["kept_mean"] / proof["original_tokens"]
-            )
-            metrics.blocks_after.labels(*labels).observe(proof["blocks_after"])
+        metrics.requests.labels(*labels, proof.policy, proof.skipped or "no").inc()
+        if proof.compressed:
+            metrics.original_tokens.labels(*labels).inc(proof.original_tokens)
+            metrics.kept_tokens.labels(*labels).inc(proof.kept_mean)
+            metrics.freed_blocks.labels(*labels).inc(proof.freed_blocks)
+            metrics.kept_share.labels(*labels).observe(proof.kept_share)
+            metrics.blocks_after.labels(*labels).observe(proof.blocks_after)
 
     def log_engine_initialized(self) -> None:
         pass

@@ -3,13 +3,13 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
-from adakv_worker.continuation import Continuation
+from adakv_worker.messages import Continuation, Proof
 
 
 class Departure(NamedTuple):
@@ -17,16 +17,16 @@ class Departure(NamedTuple):
 
     request: as it came at first.
     tokens: all it has by now; the cache holds those but the last.
-    report: its proof of compression.
+    proof: its proof of compression.
     """
 
     request: EngineCoreRequest
     tokens: list[int]
-    report: dict[str, Any]
+    proof: Proof
 
     @property
     def policy(self) -> str:
-        return self.report["policy"]
+        return self.proof.policy
 
 
 class Movable(NamedTuple):
@@ -38,7 +38,7 @@ class Movable(NamedTuple):
     request_id: str
     tokens: int
     tokens_left: int
-    report: dict[str, Any]
+    proof: Proof
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Own:
     request: EngineCoreRequest
     name: str
     answer: list[int] = field(default_factory=list)
-    report: dict[str, Any] | None = None
+    proof: Proof | None = None
     finished: bool = False
     away: bool = False
     held: list[EngineCoreOutput] | None = None

@@ -19,15 +19,13 @@ from vllm.v1.engine import (
     FinishReason,
 )
 
-from adakv_worker.continuation import Continuation
 from adakv_worker.frontend.movable_requests import Departure, Movable, Own, continued
 from adakv_worker.frontend.sent_requests import BookedCore, BookedLLM
-from adakv_worker.worker.packed_state import StateRefused
+from adakv_worker.messages import Continuation, StateRefused, proof_in
 
 # What an engine has decoded of one request in a step.
 Decoded = list[EngineCoreOutput]
 
-_REPORT_KEY = "kv_compression"
 # An engine's own ends, which are not a request's: a client that leaves never hears of one.
 _LET_GO = (FinishReason.ABORT, FinishReason.ERROR)
 
@@ -113,10 +111,10 @@ class MovingCore:
                 request_id,
                 len(own.tokens),
                 own.tokens_left,
-                own.report,
+                own.proof,
             )
             for request_id, own in self._own.items()
-            if own.report is not None and own.can_leave
+            if own.proof is not None and own.can_leave
         ]
 
     async def leave(self, request_id: str, path: str) -> Departure | None:
@@ -130,11 +128,11 @@ class MovingCore:
         is: here, if its cache could not be written.
         """
         own = self._own.get(request_id)
-        if own is None or own.report is None or not own.can_leave:
+        if own is None or own.proof is None or not own.can_leave:
             return None
         own.held, own.wanted, own.settled = [], None, asyncio.Event()
         try:
-            tokens = await self._export(own, path, own.report["policy"])
+            tokens = await self._export(own, path, own.proof.policy)
             if tokens is not None:
                 own.wanted = len(tokens) - len(own.request.prompt_token_ids or ())
                 self._hand_on(self._counting(own))
@@ -151,7 +149,7 @@ class MovingCore:
         own.away, own.held = True, None
         del self._here[own.name]
         await self._core.abort_requests_async([own.name])
-        return Departure(own.request, tokens, own.report)
+        return Departure(own.request, tokens, own.proof)
 
     def deliver(self, request_id: str, outputs: Iterable[EngineCoreOutput]) -> bool:
         """Hands on what another engine has decoded of a request that is away.
@@ -177,7 +175,7 @@ class MovingCore:
         own = self._own.get(request_id)
         if own is None or not own.away:
             return
-        own.away, own.report = False, None
+        own.away, own.proof = False, None
         own.name = f"{request_id}-{next(self._numbers)}"
         self._here[own.name] = own
         continuation = Continuation(len(own.request.prompt_token_ids or ()))
@@ -214,7 +212,7 @@ class MovingCore:
             if self._over.is_set():
                 raise ConnectionError("the engine core has ended")
             prompt = len(departure.request.prompt_token_ids or ())
-            continuation = Continuation(prompt, name, departure.report)
+            continuation = Continuation(prompt, name, departure.proof)
             request = continued(departure.request, name, departure.tokens, continuation)
             await self._core.add_request_async(request)
             finished = False
@@ -312,8 +310,8 @@ class MovingCore:
 
     def _note(self, own: Own, output: EngineCoreOutput) -> EngineCoreOutput:
         own.answer += output.new_token_ids
-        if output.kv_transfer_params and (report := output.kv_transfer_params.get(_REPORT_KEY)):
-            own.report = report if report.get("skipped") is None else None
+        if (proof := proof_in(output.kv_transfer_params)) is not None:
+            own.proof = proof if proof.compressed else None
         if output.finished:
             self._end(own)
         if output.request_id == own.request.request_id:

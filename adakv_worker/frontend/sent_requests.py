@@ -8,8 +8,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from adakv_worker.continuation import continuation_in
 from adakv_worker.frontend.sampling_limits import check_for
+from adakv_worker.messages import continuation_in
 
 
 class SentRequests:

@@ -16,8 +16,8 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as ForModelRunnerV1
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ForModelRunnerV2
 
 from adakv_worker.config import CompressionConfig
-from adakv_worker.continuation import KEY as CONTINUATION_KEY
 from adakv_worker.frontend.encodable import PROBLEM, unencodable
+from adakv_worker.messages import CONTINUATION_KEY
 from adakv_worker.options import RequestOptions
 
 _config: CompressionConfig | None = None

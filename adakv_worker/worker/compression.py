@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adakv_worker.commands import Compress
+from adakv_worker.messages import Compress
 from adakv_worker.worker.contained import Contained
 from adakv_worker.worker.model_parts import LayerParts
 from kernels.blocks import SINK_TOKENS

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from adakv_worker.commands import Evict
+from adakv_worker.messages import Evict
 from adakv_worker.worker.compression import window_queries
 from adakv_worker.worker.contained import Contained
 from adakv_worker.worker.model_parts import LayerParts

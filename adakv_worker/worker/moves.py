@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adakv_worker.messages import StateRefused
 from adakv_worker.worker.mapped_files import MappedFiles
 from adakv_worker.worker.packed_state import (
     DIGEST_BYTES,
     PackedState,
     StateHeader,
-    StateRefused,
     hash_tokens,
     pack,
     unpack,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adakv_worker.messages import StateRefused
 from adakv_worker.worker.compression import Window
 from adakv_worker.worker.requests import CompressedState
 
@@ -61,10 +62,6 @@ class PackedState(NamedTuple):
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
-
-
-class StateRefused(ValueError):
-    """A state that must not be restored here: it is of something else, or damaged."""
 
 
 def hash_tokens(token_ids: Sequence[int]) -> str:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
-from adakv_worker import commands
-from adakv_worker.commands import WITHOUT_QUERIES, Answer, Compress, Evict, Kept
+from adakv_worker import messages
+from adakv_worker.messages import WITHOUT_QUERIES, Answer, Compress, Evict, Kept
 from adakv_worker.worker.compression import Capture, Compression, Window
 from adakv_worker.worker.eviction import Eviction
 from adakv_worker.worker.model_parts import LayerParts
@@ -93,7 +93,7 @@ class CompressionState:
     def capture(
         self,
         request_id: str,
-        command: commands.Capture,
+        command: messages.Capture,
         start: int,
         first_token: int,
         num_tokens: int,

@@ -7,7 +7,7 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from adakv_worker.commands import TakeUp, commands_of
+from adakv_worker.messages import TakeUp, commands_of
 from adakv_worker.worker.step import AdaKVRunner, Row
 
 

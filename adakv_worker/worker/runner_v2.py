@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from adakv_worker.commands import commands_of
+from adakv_worker.messages import commands_of
 from adakv_worker.worker.step import AdaKVRunner, Row
 
 

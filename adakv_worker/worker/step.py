@@ -14,21 +14,21 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from adakv_worker.attention.folding import FoldingBuilder, Pages, Step
 from adakv_worker.attention.watcher import Watcher
-from adakv_worker.commands import (
-    ATTRIBUTE,
+from adakv_worker.config import CompressionConfig, compression_config
+from adakv_worker.messages import (
     NO_ANSWER,
     Answer,
     Compress,
     Kept,
+    StateRefused,
     StepCommands,
+    attach_answer,
     commands_of,
 )
-from adakv_worker.config import CompressionConfig, compression_config
-from adakv_worker.core.manager import AdaKVSpec
+from adakv_worker.spec import AdaKVSpec
 from adakv_worker.worker.mapped_files import MappedFiles
 from adakv_worker.worker.model_parts import LayerParts, layer_parts
 from adakv_worker.worker.moves import CacheKind, Moved, rank_file, read_state, write_state
-from adakv_worker.worker.packed_state import StateRefused
 from adakv_worker.worker.requests import CompressionState
 from adakv_worker.worker.supported_policies import unsupported_presets
 from adakv_worker.worker.warm_up import warm_up
@@ -314,7 +314,7 @@ class AdaKVRunner:
         if not self._adakv_answer.is_empty:
             answer, self._adakv_answer = self._adakv_answer, NO_ANSWER
             if isinstance(output, ModelRunnerOutput):
-                setattr(output, ATTRIBUTE, answer)
+                attach_answer(output, answer)
             elif output is not None:
                 _attach_later(output, answer)
         return output
@@ -326,7 +326,7 @@ def _attach_later(output: Any, answer: Answer) -> None:
 
     def with_answer() -> ModelRunnerOutput:
         result = get_output()
-        setattr(result, ATTRIBUTE, answer)
+        attach_answer(result, answer)
         return result
 
     output.get_output = with_answer

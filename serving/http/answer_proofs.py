@@ -5,11 +5,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-KEY = "kv_compression"
+from adakv_worker.messages import Proof
+
 # Stands in a summary where the choices differ in something that has no mean.
 MIXED = "mixed"
-
-Proof = dict[str, Any]
 
 
 class AnswerProofs:
@@ -30,29 +29,30 @@ class AnswerProofs:
         """Keep a proof of one of the prompt's choices; it replaces an earlier one."""
         self._proofs[request_id, choice] = proof
 
-    def of_choice(self, index: int) -> Proof | None:
-        """Return the proof of the answer's choice `index`, None if there is none yet."""
+    def of_choice(self, index: int) -> dict[str, Any] | None:
+        """Return the JSON of a choice's proof, None if there is none yet."""
         for request_id, choices in self._choices.items():
             if index < choices:
-                return self._proofs.get((request_id, index))
+                proof = self._proofs.get((request_id, index))
+                return None if proof is None else proof.as_json()
             index -= choices
         return None
 
-    def summary(self) -> Proof | None:
-        """Return one proof for all choices together, None if there is none yet."""
+    def summary(self) -> dict[str, Any] | None:
+        """Return the JSON of one proof for all choices together, None if there is none yet."""
         return summary([*self._proofs.values()])
 
 
-def summary(proofs: list[Proof]) -> Proof | None:
-    """Summarize proofs under the same keys; a single one is its own summary.
+def summary(proofs: list[Proof]) -> dict[str, Any] | None:
+    """Summarize proofs as JSON under the same keys; a single one is its own summary.
 
     What all agree in stays. Other numbers become their mean, so that the ratios between them hold,
     but `..._min` the least and `..._max` the greatest. Anything else becomes `MIXED`.
     """
     if not proofs:
         return None
-    keys = dict.fromkeys(key for proof in proofs for key in proof)
-    return {key: _merged(key, [proof.get(key) for proof in proofs]) for key in keys}
+    first, *others = [proof.as_json() for proof in proofs]
+    return {key: _merged(key, [first[key], *(o[key] for o in others)]) for key in first}
 
 
 def _merged(key: str, values: list[Any]) -> Any:

@@ -9,7 +9,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from serving.http.answer_proofs import KEY, AnswerProofs, answering
+from adakv_worker.messages import PROOF_KEY
+from serving.http.answer_proofs import AnswerProofs, answering
 from serving.http.asgi import ASGIApp, Message, Receive, Scope, Send
 from serving.http.sse import compact_json, data_of, split_events, with_data
 
@@ -90,9 +91,9 @@ class _Response:
             return event
         kind = data.get("type")
         if kind in _WHOLE_RESPONSE:
-            data["response"][KEY] = summary
+            data["response"][PROOF_KEY] = summary
         elif kind == "message_delta" or (data.get("choices") == [] and data.get("usage")):
-            data[KEY] = summary
+            data[PROOF_KEY] = summary
         else:
             ended = [choice for choice in data.get("choices", ()) if choice.get("finish_reason")]
             _add_to_choices(ended, self._proofs)
@@ -104,13 +105,13 @@ def _with_proofs(body: bytes, summary: dict[str, Any], proofs: AnswerProofs) -> 
     if not isinstance(answer, dict):
         return body
     _add_to_choices(answer.get("choices", ()), proofs)
-    return compact_json({**answer, KEY: summary})
+    return compact_json({**answer, PROOF_KEY: summary})
 
 
 def _add_to_choices(choices: Iterable[dict[str, Any]], proofs: AnswerProofs) -> None:
     for choice in choices:
         if (proof := proofs.of_choice(choice["index"])) is not None:
-            choice[KEY] = proof
+            choice[PROOF_KEY] = proof
 
 
 def _content_type(start: Message) -> bytes:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import redis
 
-from adakv_worker.core.plan import held_blocks, peak_blocks
 from router.lending.leases import Lease
 from router.lending.redis_leases import LEASE_TTL_S, LendingLedger
 from router.lending.spill_plan import Candidate, Move, Peer, SpillLimits, plan_spill
@@ -255,15 +254,15 @@ class Borrower:
         ]
 
     def _candidate(self, movable: "Movable", load: "EngineLoad") -> Candidate:
-        report, size = movable.report, load.block_size_tokens
-        decoded = movable.tokens - report["original_tokens"]
+        proof, size = movable.proof, load.block_size_tokens
+        decoded = movable.tokens - proof.original_tokens
         left = min(movable.tokens_left, self._settings.expected_tokens)
         past = self._past.get(movable.request_id)
-        blocks = held_blocks(report, decoded, size)
+        blocks = proof.held_blocks(decoded, size)
         return Candidate(
             movable.request_id,
             blocks=blocks,
-            peak_blocks=peak_blocks(report, decoded, left, size),
+            peak_blocks=proof.peak_blocks(decoded, left, size),
             state_bytes=blocks * self._block_bytes,
             tokens=movable.tokens,
             tokens_left=left,

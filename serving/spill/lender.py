@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 
-from adakv_worker.core.plan import held_blocks
+from adakv_worker.messages import Proof
 from router.lending.leases import Lease, Offer
 from router.lending.redis_leases import OFFER_TTL_S, LendingLedger
 from serving.spill.parcels import Guest, StateFiles, place_parcels
@@ -33,7 +33,7 @@ class _Held:
     """
 
     lease: Lease
-    report: dict[str, Any]
+    proof: Proof
     decoded: int | None = None
 
     @property
@@ -44,7 +44,7 @@ class _Held:
         """What it has leased and does not hold yet."""
         if self.decoded is None:
             return self.leased_blocks
-        held = held_blocks(self.report, self.decoded, block_size)
+        held = self.proof.held_blocks(self.decoded, block_size)
         return max(0, self.leased_blocks - held)
 
 
@@ -142,9 +142,9 @@ class Lender:
         """
         departure, path, lease = guest
         self._check_own(lease)
-        report = departure.report
-        held = self._guests[lease.lease_id] = _Held(lease, report)
-        decoded = len(departure.tokens) - report["original_tokens"]
+        proof = departure.proof
+        held = self._guests[lease.lease_id] = _Held(lease, proof)
+        decoded = len(departure.tokens) - proof.original_tokens
         try:
             with self._arrived.pop(lease.lease_id, contextlib.nullcontext()):
                 outputs = self._core.take_in(departure, path)

@@ -18,6 +18,7 @@ from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.frontend.kv_events import CacheChange, EventSockets, cache_changes
 from adakv_worker.frontend.moving import MovableLLM, MovingCore
 from adakv_worker.frontend.sent_requests import BookedLLM
+from adakv_worker.messages import Proof
 from adakv_worker.refusals import refuse_unsupported
 from serving.http.api_keys import VLLM_VARIABLE
 from serving.http.asgi import ASGIApp
@@ -64,7 +65,7 @@ class VllmHost:
         engine_args: dict[str, Any],
         server_args: dict[str, Any],
         compression: CompressionConfig | None = None,
-        on_proof: Callable[[dict[str, Any]], None] = lambda proof: None,
+        on_proof: Callable[[Proof], None] = lambda proof: None,
         *,
         movable: bool = False,
     ) -> "VllmHost":

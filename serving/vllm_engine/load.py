@@ -9,7 +9,8 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
 from adakv_worker.frontend.sent_requests import SentRequests
-from adakv_worker.stats import MemoryStats, last_received_of, proofs_of
+from adakv_worker.messages import MemoryStats, Proof, StepFigures
+from adakv_worker.statistics_carrier import figures_of
 from kernels.blocks import blocks_for_tokens
 
 _RATE_WINDOW_S = 5.0
@@ -118,10 +119,11 @@ def with_unseen(load: EngineLoad, prompts: list[int]) -> EngineLoad:
 class LoadStats:
     """Keeps the newest scheduler statistics; `logger` is the factory that vLLM calls."""
 
-    def __init__(self, on_proof: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, on_proof: Callable[[Proof], None]) -> None:
         self._on_proof = on_proof
         self.changed = asyncio.Event()
         self.latest = SchedulerStats()
+        self._figures: StepFigures | None = None
         # Set once the engine is made, which takes `logger`.
         self.sent = SentRequests()
         self.preemptions = 0
@@ -135,13 +137,14 @@ class LoadStats:
     def note(self, scheduler_stats: SchedulerStats, generated_tokens: int) -> None:
         now = time.monotonic()
         self.latest = scheduler_stats
-        self.sent.receive(last_received_of(scheduler_stats))
+        self._figures = figures = figures_of(scheduler_stats)
         self._told_at = now
-        for proof in proofs_of(scheduler_stats):
-            self._on_proof(proof)
-        if (memory := MemoryStats.of(scheduler_stats)) is not None:
-            self._decode_evictions += memory.decode_evictions
-            self._selection_failures += memory.selection_failures
+        if figures is not None:
+            self.sent.receive(figures.last_received)
+            for proof in figures.proofs:
+                self._on_proof(proof)
+            self._decode_evictions += figures.memory.decode_evictions
+            self._selection_failures += figures.memory.selection_failures
         self._tokens.append((now, generated_tokens))
         while self._tokens and now - self._tokens[0][0] > _RATE_WINDOW_S:
             self._tokens.pop(0)
@@ -149,8 +152,8 @@ class LoadStats:
 
     def load(self, cache: CacheSize) -> EngineLoad:
         """Return the load as of now: the newest statistics and what has been sent since."""
-        stats, sent, memory = self.latest, self.sent, MemoryStats.of(self.latest)
-        if memory is not None:
+        stats, sent, figures = self.latest, self.sent, self._figures
+        if figures is not None:
             unseen = sent.unseen()
         else:
             # Stock vLLM names none, but takes them in this order.
@@ -158,8 +161,8 @@ class LoadStats:
             unseen = sent.newest_but(known + stats.num_skipped_waiting_reqs)
         seen = sent.prefill_tokens(sent.unanswered(but=unseen))
         load = from_stock(stats, cache, seen, self.preemptions)
-        if memory is not None:
-            load = from_adakv(load, memory)._replace(
+        if figures is not None:
+            load = from_adakv(load, figures.memory)._replace(
                 decode_evictions=self._decode_evictions,
                 selection_failures=self._selection_failures,
             )

@@ -12,7 +12,8 @@ from weakref import WeakValueDictionary
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from serving.http.answer_proofs import KEY, AnswerProofs, Proof, current_answer
+from adakv_worker.messages import PROOF_KEY, Proof, proof_in
+from serving.http.answer_proofs import AnswerProofs, current_answer
 
 
 def take_proofs(engine: AsyncLLM) -> None:
@@ -52,9 +53,7 @@ def take_proofs(engine: AsyncLLM) -> None:
 
 
 def _taken(output: EngineCoreOutput) -> Proof | None:
-    params = output.kv_transfer_params
-    if not params or KEY not in params:
-        return None
-    # The scheduler may hold the same dictionary.
-    output.kv_transfer_params = {key: params[key] for key in params if key != KEY} or None
-    return params[KEY]
+    proof = proof_in(output.kv_transfer_params)
+    if proof is not None and (params := output.kv_transfer_params):
+        output.kv_transfer_params = {k: params[k] for k in params if k != PROOF_KEY} or None
+    return proof

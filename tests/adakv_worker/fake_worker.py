@@ -6,13 +6,20 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from adakv_worker.commands import ATTRIBUTE, Answer, Kept, commands_of
-from adakv_worker.continuation import Continuation
 from adakv_worker.core.checks import check_blocks
 from adakv_worker.core.plan import Phase
 from adakv_worker.core.scheduler import AdaKVAsyncScheduler, AdaKVScheduler, AdaKVSchedulerMixin
-from adakv_worker.stats import MemoryStats
+from adakv_worker.messages import (
+    Answer,
+    Continuation,
+    Kept,
+    MemoryStats,
+    attach_answer,
+    commands_of,
+)
+from adakv_worker.statistics_carrier import figures_of
 from tests.adakv_worker.engines import Engine, prompt
+from tests.adakv_worker.proofs import make_proof
 
 _STOP = 8
 
@@ -54,11 +61,9 @@ class Fake:
 
     def arrive(self, length: int, answered: int, max_tokens: int, with_state: bool) -> str:
         """A request that began elsewhere: `answered` tokens of `max_tokens` are there."""
-        report = {
-            "policy": "ada_snapkv", "original_tokens": length, "kept_mean": 64.0, "skipped": None,
-        }  # fmt: skip
+        proof = make_proof(original_tokens=length, kept_mean=64.0)
         state = f"state-{self.count}" if with_state else None
-        continuation = Continuation(length, state, report if with_state else None)
+        continuation = Continuation(length, state, proof if with_state else None)
         self.add(length + answered, max_tokens, 0, continuation.as_extra_args())
         return f"r{self.count - 1}"
 
@@ -146,7 +151,7 @@ class Fake:
             prompt_token_id_logprobs_dict={}, sampling_masks=None,
         )  # fmt: skip
         kept = dict.fromkeys(commands.compress, Kept(64.0, 1, 99))
-        setattr(answer, ATTRIBUTE, Answer(kept, []))
+        attach_answer(answer, Answer(kept, []))
         self._unanswered.append((output, answer))
         if len(self._unanswered) > self._in_flight:
             self.scheduler.update_from_output(*self._unanswered.pop(0))
@@ -182,9 +187,9 @@ class Fake:
         """Return the statistics of the last step."""
         stats = self.scheduler.make_stats()
         assert stats is not None
-        memory = MemoryStats.of(stats)
-        assert memory is not None
-        return memory
+        figures = figures_of(stats)
+        assert figures is not None
+        return figures.memory
 
     def count_preemptions(self) -> list[str]:
         """Return a list that gets the name of each request that is preempted from now on."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from vllm.exceptions import VLLMValidationError
 
-from adakv_worker.continuation import KEY as CONTINUATION
+from adakv_worker.messages import CONTINUATION_KEY
 from adakv_worker.options import RequestOptions
 from kernels.policies.presets import PRESETS
 from tests.adakv_worker.engines import Engine, prompt
@@ -23,8 +23,8 @@ from tests.adakv_worker.tiny_models import MODELS, TinyModel, add_tokenizer
 
 FIELDS = [
     *(f"adakv_{name}" for name in RequestOptions.model_fields if name != "policy"),
-    "adakv_", "adakv_budget", "adakv_polcy", "adakv_\ud83d", "ADAKV_POLICY", "adakv", CONTINUATION,
-    "mine",
+    "adakv_", "adakv_budget", "adakv_polcy", "adakv_\ud83d", "ADAKV_POLICY", "adakv",
+    CONTINUATION_KEY, "mine",
 ]  # fmt: skip
 POLICIES = [*PRESETS, "auto", "full", "no-such-policy"]
 VALUES: dict[str, Any] = {
@@ -35,7 +35,7 @@ VALUES: dict[str, Any] = {
     "empty text": "", "no entries": [], "entries": [1, "a", None], "no fields": {},
     "nested": {"a": [{"b": {"c": [float("nan")]}}]}, "unicode": "Ünï\u202e\U0001f600\x00",
     "half a pair": "\ud83d", "long": "x" * 1_000_000, "many": [0] * 10_000,
-    "continuation": {"prompt_tokens": 3, "state": "none", "report": {}},
+    "continuation": {"prompt_tokens": 3, "state": "none", "proof": {}},
 }  # fmt: skip
 BESIDE: list[dict[str, Any]] = [
     {},
@@ -182,7 +182,9 @@ def _add(engine: Engine, name: str, request: Hostile, checked: bool) -> None:
         name, tokens, params, supported_tasks=core.get_supported_tasks(), priority=priority
     )
     # What moves requests trusts that only a front end says so: admission refuses it elsewhere.
-    extra = {field: value for field, value in request.extra_args.items() if field != CONTINUATION}
+    extra = {
+        field: value for field, value in request.extra_args.items() if field != CONTINUATION_KEY
+    }
     validated.sampling_params.extra_args = extra
     core.add_request(validated.request_id, validated, validated.sampling_params)
 

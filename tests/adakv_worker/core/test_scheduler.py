@@ -12,7 +12,8 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from adakv_worker.core.admission import UNBOUNDED, Life
 from adakv_worker.core.plan import Phase
-from adakv_worker.stats import MemoryStats
+from adakv_worker.messages import MemoryStats
+from adakv_worker.statistics_carrier import figures_of
 from tests.adakv_worker.engines import Engine
 from tests.adakv_worker.fake_worker import Fake
 
@@ -158,7 +159,7 @@ def test_a_bounded_request_never_holds_more_than_its_bound(
     held = []
     while fake.scheduler.has_unfinished_requests():
         held.append(before - free())
-        evictions = fake.scheduler._reports.get("r0")["decode_evictions"]
+        evictions = fake.scheduler._proofs.get("r0").decode_evictions
         fake.step()
     # 110 entries for each head, and as many as fit a page but one, in blocks of 32.
     assert max(held) == (110 + 31 + 31) // 32
@@ -195,8 +196,9 @@ def test_the_statistics_tell_of_compressed_memory(small: Engine) -> None:
     stats = fake.scheduler.make_stats()
     assert stats is not None
     # As they cross to the front end.
-    told = MemoryStats.of(MsgpackDecoder(SchedulerStats).decode(MsgpackEncoder().encode(stats)))
-    assert told is not None
+    figures = figures_of(MsgpackDecoder(SchedulerStats).decode(MsgpackEncoder().encode(stats)))
+    assert figures is not None
+    told = figures.memory
     assert told.compressed_blocks == sum(len(fake.manager.req_to_blocks[r]) for r in compressed)
     assert told.kept_tokens == 200 * len(compressed)
     assert told.original_tokens == 600 * len(compressed)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from adakv_worker.stats import MemoryStats
+from adakv_worker.statistics_carrier import figures_of
 from kernels.policies.presets import PRESETS
 from tests.adakv_worker.engine.test_eviction import BOUND, Traced, run
 from tests.adakv_worker.engines import (
@@ -36,9 +36,9 @@ class Counted:
 
     def _counted(self, *args: Any, **kwargs: Any) -> Any:
         stats = self._make_stats(*args, **kwargs)
-        memory = MemoryStats.of(stats)
-        assert memory is not None
-        self.failures += memory.selection_failures
+        figures = figures_of(stats)
+        assert figures is not None
+        self.failures += figures.memory.selection_failures
         return stats
 
 

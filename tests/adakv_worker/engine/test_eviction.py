@@ -105,7 +105,7 @@ def test_a_preempted_request_goes_on_within_its_bound(engine: Engine) -> None:
     for _ in range(120):
         core.step()
     (request,) = engine.scheduler.running
-    evicted = engine.scheduler._reports.get(request.request_id)["decode_evictions"]
+    evicted = engine.scheduler._proofs.get(request.request_id).decode_evictions
     left = 200 - request.num_output_tokens
     engine.scheduler.running.remove(request)
     engine.scheduler._preempt_request(request, 0.0)

@@ -10,7 +10,8 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from adakv_worker.config import CompressionConfig
 from adakv_worker.frontend.validator import RequestOptionsValidator, bound_by
-from adakv_worker.stats import MemoryStats
+from adakv_worker.messages import MemoryStats
+from adakv_worker.statistics_carrier import figures_of
 from tests.adakv_worker.async_engines import Side
 from tests.adakv_worker.engines import Engine, assert_equals_reference, prompt
 from tests.adakv_worker.hostile import Outcome, any_number, each_pair, send, start
@@ -83,9 +84,9 @@ def _beam_params(width: int, tokens: int) -> Any:
 def _check_idle(engine: Engine) -> None:
     engine.flush()
     engine.assert_nothing_leaked()
-    memory = MemoryStats.of(engine.scheduler.make_stats())
-    assert memory is not None
-    assert memory._replace(evictable_blocks=0, recomputed_tokens=0) == MemoryStats()
+    figures = figures_of(engine.scheduler.make_stats())
+    assert figures is not None
+    assert figures.memory._replace(evictable_blocks=0, recomputed_tokens=0) == MemoryStats()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 from vllm.exceptions import VLLMValidationError
 
-from adakv_worker.continuation import Continuation
+from adakv_worker.messages import Continuation, Proof, proof_in
 from tests.adakv_worker.engines import Engine, prompt
 
 WAYS_TO_SAMPLE: dict[str, dict[str, Any]] = {
@@ -26,7 +26,7 @@ class Answer(NamedTuple):
     tokens: list[int]
     logprobs: list[dict[int, float]]
     finish_reason: str | None
-    proof: dict[str, Any] | None
+    proof: Proof | None
 
 
 class Left(NamedTuple):
@@ -60,7 +60,7 @@ def run(engine: Engine, name: str, until: int | None = None) -> Answer:
 def _answer(output: Any) -> Answer:
     (completion,) = output.outputs
     logprobs = [{t: e.logprob for t, e in step.items()} for step in completion.logprobs or []]
-    proof = (output.kv_transfer_params or {}).get("kv_compression")
+    proof = proof_in(output.kv_transfer_params)
     return Answer(list(completion.token_ids), logprobs, completion.finish_reason, proof)
 
 
@@ -132,7 +132,7 @@ def test_it_goes_on_evicting_as_if_it_had_stayed(engine: Engine, after: int, pat
     assert [*left.answer.tokens, *arrived.tokens] == staying.tokens
     assert arrived.proof == staying.proof
     assert staying.proof is not None
-    assert staying.proof["decode_evictions"] == 119 // 32
+    assert staying.proof.decode_evictions == 119 // 32
 
 
 @pytest.mark.parametrize("way", WAYS_TO_SAMPLE)
@@ -179,7 +179,7 @@ def test_without_its_cache_it_equals_a_new_request_with_all_its_tokens(
     assert anew.tokens == fresh.tokens
     assert anew.finish_reason == "length"
     assert anew.proof is not None
-    assert anew.proof["original_tokens"] == 510
+    assert anew.proof.original_tokens == 510
 
 
 def test_what_is_not_its_own_or_damaged_is_refused(engine: Engine, path: str) -> None:
@@ -206,7 +206,7 @@ def test_what_is_not_its_own_or_damaged_is_refused(engine: Engine, path: str) ->
 
 
 def test_no_request_can_say_itself_that_it_goes_on(engine: Engine) -> None:
-    params = engine.params(extra_args=Continuation(3, "made-up", {}).as_extra_args())
+    params = engine.params(extra_args=Continuation(3, "made-up").as_extra_args())
     with pytest.raises(VLLMValidationError, match="not for requests to say"):
         engine.llm.llm_engine.add_request("forged", {"prompt_token_ids": [5, 6, 7]}, params)
 

@@ -10,8 +10,10 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 
 from adakv_worker.frontend.moving import Departure, MovingCore
 from adakv_worker.frontend.sent_requests import BookedCore, SentRequests
+from adakv_worker.messages import with_proof
+from tests.adakv_worker.proofs import make_proof
 
-REPORT = {"kv_compression": {"policy": "snapkv", "skipped": None}}
+PROOF = make_proof(policy="snapkv")
 
 
 class Core:
@@ -62,7 +64,7 @@ class Front:
         await self.moving.get_output_async()
 
     def decodes(self, name: str) -> None:
-        output = EngineCoreOutput(name, [7], kv_transfer_params=REPORT)
+        output = EngineCoreOutput(name, [7], kv_transfer_params=with_proof(PROOF))
         self.core.outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
 
     def dies(self) -> None:
@@ -110,7 +112,7 @@ async def test_a_guest_of_a_lost_core_is_told(staged: bool, way: str) -> None:
     front = Front()
     await front.asks()
     front.core.answer = [None] if staged else None
-    departure = Departure(request("guest"), [5, 6, 7], REPORT["kv_compression"])
+    departure = Departure(request("guest"), [5, 6, 7], PROOF)
     outputs = front.moving.take_in(departure, "/nowhere")
     first = asyncio.ensure_future(anext(outputs))
     await front.core.called.wait()
@@ -129,7 +131,7 @@ async def test_a_lost_core_takes_no_guests() -> None:
     front.dies()
     with pytest.raises(RuntimeError, match="dead"):
         await front.moving.get_output_async()
-    departure = Departure(request("guest"), [5, 6, 7], REPORT["kv_compression"])
+    departure = Departure(request("guest"), [5, 6, 7], PROOF)
     with pytest.raises(ConnectionError):
         await soon(anext(front.moving.take_in(departure, "/nowhere")))
 

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from adakv_worker.frontend.moving import Departure
-from adakv_worker.worker.packed_state import StateRefused
+from adakv_worker.messages import StateRefused
 from tests.adakv_worker.async_engines import Client, Side, idle, inside, undisturbed
 from tests.adakv_worker.engines import make_tiny_model
 
@@ -167,7 +167,7 @@ async def test_only_what_is_compressed_and_can_move_is_offered(
     (movable,) = here.core.movable()
     assert movable.request_id == inside(here, long)
     assert movable.tokens + movable.tokens_left == 360
-    assert movable.report["original_tokens"] == 300
+    assert movable.proof.original_tokens == 300
     for client in (short, prompted):
         assert await here.core.leave(inside(here, client), str(tmp_path / "state")) is None
     assert await here.core.leave("nobody", str(tmp_path / "state")) is None

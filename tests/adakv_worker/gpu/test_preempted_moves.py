@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from adakv_worker.continuation import Continuation
+from adakv_worker.messages import Continuation
 from tests.adakv_worker.engine.test_moves import add_continued, run
 from tests.adakv_worker.engines import make_tiny_model, prompt
 from tests.adakv_worker.gpu.test_backends import Kind, started

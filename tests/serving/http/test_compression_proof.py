@@ -11,9 +11,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from serving.http.answer_proofs import current_answer
 from serving.http.compression_proof import ProofMiddleware
+from tests.adakv_worker.proofs import make_proof
 
-PROOFS = [{"policy": "ada_snapkv", "kept_mean": 10.0 * (1 + index)} for index in range(2)]
-SUMMARY = {"policy": "ada_snapkv", "kept_mean": 15.0}
+NOTED = [make_proof(kept_mean=10.0 * (1 + index)) for index in range(2)]
+PROOFS = [proof.as_json() for proof in NOTED]
+SUMMARY = make_proof(kept_mean=15.0).as_json()
 EVENTS = {
     "chat": [
         {"choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}]},
@@ -38,7 +40,7 @@ def _note(choices: int) -> None:
     if (answer := current_answer()) is not None and choices:
         answer.expect("prompt", choices)
         for choice in reversed(range(choices)):
-            answer.note("prompt", choice, PROOFS[choice])
+            answer.note("prompt", choice, NOTED[choice])
 
 
 def _written(events: Iterable[dict[str, Any]]) -> bytes:

@@ -3,7 +3,8 @@
 import pytest
 from vllm.v1.metrics.stats import SchedulerStats
 
-from adakv_worker.stats import MemoryStats, attach_last_received
+from adakv_worker.messages import MemoryStats, StepFigures
+from adakv_worker.statistics_carrier import attach_figures
 from serving.vllm_engine.load import (
     CacheSize,
     EngineLoad,
@@ -30,8 +31,7 @@ def report(
     """A step ends, whose statistics are these; those of a scheduler that compresses if `memory`."""
     stats = SchedulerStats(**counts)  # type: ignore[arg-type]
     if memory is not None:
-        memory.attach(stats)
-        attach_last_received(stats, last_received)
+        attach_figures(stats, StepFigures(memory, [], last_received))
     engine.note(stats, 0)
 
 

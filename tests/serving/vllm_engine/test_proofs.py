@@ -4,8 +4,10 @@ from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
+from adakv_worker.messages import with_proof
 from serving.http.answer_proofs import AnswerProofs, answering
 from serving.vllm_engine.proofs import take_proofs
+from tests.adakv_worker.proofs import make_proof
 
 
 class FakeEngine:
@@ -36,7 +38,7 @@ class FakeEngine:
 
 
 def proof(evictions: int) -> dict[str, Any]:
-    return {"kv_compression": {"decode_evictions": evictions}}
+    return with_proof(make_proof(decode_evictions=evictions))
 
 
 async def start(engine: Any, *requests: tuple[str, int]) -> None:

@@ -1,0 +1,116 @@
+"""The proofs of a scheduler's requests, attached to outputs when they have changed."""
+
+from collections.abc import Collection, Mapping
+
+import msgspec
+from vllm.v1.engine import EngineCoreOutputs
+
+from adakv_worker.core.plan import Plan
+from adakv_worker.messages import Answer, Proof, with_proof
+
+
+class Proofs:
+    """The newest proof of each request.
+
+    First proofs and counts pile up until they are taken, once a step.
+    """
+
+    def __init__(self) -> None:
+        self._proofs: dict[str, Proof] = {}
+        # Requests whose proof goes with their next output, and those where it goes with each.
+        self._changed: set[str] = set()
+        self._always: set[str] = set()
+        # First proofs of requests, until they are taken.
+        self._new: list[Proof] = []
+        self._counts = {"decode_evictions": 0, "selection_failures": 0}
+
+    def __len__(self) -> int:
+        return len(self._proofs)
+
+    def get(self, request_id: str) -> Proof | None:
+        return self._proofs.get(request_id)
+
+    def always_attach(self, request_id: str) -> None:
+        """Attach a request's proof to each of its outputs: any may be its last.
+
+        The front end finds stop strings, after the fact.
+        """
+        self._always.add(request_id)
+
+    def put(self, request_id: str, proof: Proof) -> None:
+        """Note a proof that has changed, or that comes from another engine."""
+        self._proofs[request_id] = proof
+        self._changed.add(request_id)
+
+    def note_whole(self, request_id: str, plan: Plan | None) -> None:
+        """Note that a request will not be compressed, at first or after a preemption."""
+        before = self._proofs.get(request_id)
+        if plan is None or (before is not None and before.skipped == plan.skipped):
+            return
+        self._note(request_id, plan.proof(None))
+
+    def note_step(
+        self, plans: Mapping[str, Plan], evicted: Collection[str], answer: Answer
+    ) -> None:
+        """Note the results of a step.
+
+        Args:
+            evicted: requests that were commanded to evict.
+            answer: the workers' answer; proofs have the entries that they really kept.
+        """
+        for request_id in evicted:
+            if proof := self._proofs.get(request_id):
+                self._change(request_id, proof, decode_evictions=proof.decode_evictions + 1)
+                self._counts["decode_evictions"] += 1
+        for request_id in answer.failed:
+            self._counts["selection_failures"] += 1
+            if plan := plans.get(request_id):
+                plan.fallback = f"policy '{plan.choice.preset}' failed"
+                if proof := self._proofs.get(request_id):
+                    self._change(request_id, proof, fallback=plan.fallback)
+        for request_id, entries in answer.kept.items():
+            if plan := plans.get(request_id):
+                self._note(request_id, plan.proof(entries))
+
+    def _change(self, request_id: str, proof: Proof, **changes: str | int) -> None:
+        self.put(request_id, msgspec.structs.replace(proof, **changes))
+
+    def _note(self, request_id: str, proof: Proof) -> None:
+        before = self._proofs.get(request_id)
+        if before is None:
+            self._new.append(proof)
+            self.put(request_id, proof)
+        else:
+            self._change(request_id, proof, decode_evictions=before.decode_evictions)
+
+    def attach(self, outputs: Mapping[int, EngineCoreOutputs]) -> None:
+        """Attach proofs to a request's last output, and to the next one after a change."""
+        if not self._proofs and not self._always:
+            return
+        due = self._changed | self._always
+        for batch in outputs.values():
+            for output in batch.outputs:
+                ends = output.finish_reason is not None
+                if not ends and output.request_id not in due:
+                    continue
+                if proof := self._proofs.get(output.request_id):
+                    output.kv_transfer_params = with_proof(proof)
+                    self._changed.discard(output.request_id)
+                if ends:
+                    self.forget(output.request_id)
+
+    def forget(self, request_id: str) -> None:
+        """Drop a request that has ended."""
+        self._proofs.pop(request_id, None)
+        self._changed.discard(request_id)
+        self._always.discard(request_id)
+
+    def take_new(self) -> list[Proof]:
+        """Return the first proofs of requests since the last call."""
+        new, self._new = self._new, []
+        return new
+
+    def take_counts(self) -> dict[str, int]:
+        """Return the counts since the last call, by their names in `MemoryStats`."""
+        counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
+        return counts

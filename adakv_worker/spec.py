@@ -1,0 +1,26 @@
+"""KV-cache spec of compressed layers, which vLLM's core and workers both read."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaKVSpec(FullAttentionSpec):
+    """Full attention whose block-table rows also hold slabs, in the step that compresses.
+
+    unsupported: (preset, reason) for each preset that cannot score the model's layers. A worker
+        finds them in the loaded model, and the scheduler needs them.
+    """
+
+    unsupported: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        return replace(super().merge(specs), unsupported=specs[0].unsupported)
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        # Slabs are fewer than the blocks they replace, or one more where all entries stay.
+        return 2 * super().max_num_blocks_per_req(vllm_config, max_len) + 1
