@@ -140,7 +140,7 @@ class Engine:
         if hasattr(self.runner, "adakv"):
             check_blocks(self.manager)
             assert not self.manager.plans
-            assert not self.scheduler._reports
+            assert not self.scheduler._proofs
             assert not self.scheduler._to_take_up
             assert not self.runner._adakv_staged
             assert not self.runner.adakv._rows

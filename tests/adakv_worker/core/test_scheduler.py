@@ -67,7 +67,7 @@ def test_random_lives_lose_no_block(small: Engine, in_flight: int, actions: list
     fake.finish()
     assert fake.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == total
     assert not fake.manager.plans
-    assert not fake.scheduler._reports
+    assert not fake.scheduler._proofs
     assert not fake.scheduler._to_take_up
 
 
