@@ -1,10 +1,17 @@
 """The real scheduler with a worker that keeps no cache but answers every step."""
 
+import random
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
 
 from adakv_worker.core.checks import check_blocks
 from adakv_worker.core.plan import Phase
@@ -18,10 +25,25 @@ from adakv_worker.messages import (
     commands_of,
 )
 from adakv_worker.statistics_carrier import figures_of
-from tests.adakv_worker.engines import Engine, prompt
 from tests.adakv_worker.proofs import make_proof
 
 _STOP = 8
+
+
+class CoreConfig(NamedTuple):
+    """Settings of an engine core."""
+
+    vllm: VllmConfig
+    cache: KVCacheConfig
+
+    @property
+    def block_size(self) -> int:
+        return self.vllm.cache_config.block_size
+
+
+def _prompt(length: int, seed: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(9, 320) for _ in range(length)]
 
 
 class Fake:
@@ -33,9 +55,8 @@ class Fake:
     """
 
     def __init__(
-        self, engine: Engine, in_flight: int, scheduler: type[Scheduler] | None = None
+        self, core: CoreConfig, in_flight: int, scheduler: type[Scheduler] | None = None
     ) -> None:
-        real = engine.scheduler
         if scheduler is None:
             scheduler = AdaKVAsyncScheduler if in_flight else AdaKVScheduler
         self._in_flight = in_flight
@@ -45,16 +66,17 @@ class Fake:
         self.ends: dict[str, int] = {}
         self._stops_after: dict[str, int] = {}
         self.scheduler: Any = scheduler(
-            vllm_config=real.vllm_config,
-            kv_cache_config=real.kv_cache_config,
-            structured_output_manager=real.structured_output_manager,
-            block_size=real.block_size,
-            hash_block_size=real.hash_block_size,
+            vllm_config=core.vllm,
+            kv_cache_config=core.cache,
+            structured_output_manager=StructuredOutputManager(core.vllm),
+            block_size=core.block_size,
+            hash_block_size=core.block_size,
             log_stats=True,
         )
         (self.manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
-        self._params = engine.params
-        self._hasher = engine.llm.llm_engine.engine_core.engine_core.request_block_hasher
+        hash_function = get_hash_fn_by_name(core.vllm.cache_config.prefix_caching_hash_algo)
+        init_none_hash(hash_function)
+        self._hasher = get_request_block_hasher(core.block_size, hash_function)
         self.count = 0
         # Position of the first token of the chunks whose queries were kept, by request.
         self._captured: dict[str, int] = {}
@@ -79,16 +101,15 @@ class Fake:
 
         Unless `stops_after` is given, it says so itself (`ignore_eos`).
         """
-        params = self._params(max_tokens=max_tokens, logprobs=None, extra_args=options)
-        if stops_after is not None:
-            params = self._params(
-                max_tokens=max_tokens, logprobs=None, extra_args=options, ignore_eos=False,
-                stop_token_ids=[_STOP],
-            )  # fmt: skip
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, extra_args=options)
+        if stops_after is None:
+            params.ignore_eos = True
+        else:
+            params.stop_token_ids = [_STOP]
             self._stops_after[f"r{self.count}"] = stops_after
         request = Request(
             request_id=f"r{self.count}",
-            prompt_token_ids=prompt(length, seed),
+            prompt_token_ids=_prompt(length, seed),
             sampling_params=params,
             pooling_params=None,
             block_hasher=self._hasher,

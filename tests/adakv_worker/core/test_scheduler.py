@@ -1,6 +1,5 @@
 """Random lives of many requests in the real scheduler, with a worker that only answers."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,20 +13,7 @@ from adakv_worker.core.admission import UNBOUNDED, Life
 from adakv_worker.core.plan import Phase
 from adakv_worker.messages import MemoryStats
 from adakv_worker.statistics_carrier import figures_of
-from tests.adakv_worker.engines import Engine
-from tests.adakv_worker.fake_worker import Fake
-
-
-@pytest.fixture(scope="module")
-def small(in_process: None, gqa_model: Any) -> Iterator[Engine]:
-    """Only its configuration is used: 48 blocks, little for what the tests ask of it."""
-    engine = Engine(
-        gqa_model, {"budget_tokens": 64, "keep_ratio": 0.0},
-        kv_cache_memory_bytes=48 * 32 * 2 * 4 * 2 * 32 * 4, max_model_len=1024, max_num_seqs=6,
-    )  # fmt: skip
-    yield engine
-    engine.close()
-
+from tests.adakv_worker.fake_worker import CoreConfig, Fake
 
 OPTIONS = st.sampled_from(
     [
@@ -59,7 +45,7 @@ ACTIONS = st.lists(
 @pytest.mark.parametrize("in_flight", [0, 1], ids=["synchronous", "asynchronous"])
 @settings(max_examples=60, deadline=None)
 @given(actions=ACTIONS)
-def test_random_lives_lose_no_block(small: Engine, in_flight: int, actions: list[Any]) -> None:
+def test_random_lives_lose_no_block(small: CoreConfig, in_flight: int, actions: list[Any]) -> None:
     fake = Fake(small, in_flight)
     total = fake.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     for name, *values in actions:
@@ -73,7 +59,7 @@ def test_random_lives_lose_no_block(small: Engine, in_flight: int, actions: list
 
 @pytest.mark.parametrize("in_flight", [0, 1], ids=["synchronous", "asynchronous"])
 def test_outputs_longer_than_the_ones_before_are_preempted_and_end(
-    small: Engine, in_flight: int
+    small: CoreConfig, in_flight: int
 ) -> None:
     fake = Fake(small, in_flight)
     preempted = fake.count_preemptions()
@@ -88,7 +74,7 @@ def test_outputs_longer_than_the_ones_before_are_preempted_and_end(
     assert 0 < fake.memory_stats().recomputed_tokens < len(preempted) * 900
 
 
-def test_outputs_as_long_as_the_ones_before_are_not_preempted(small: Engine) -> None:
+def test_outputs_as_long_as_the_ones_before_are_not_preempted(small: CoreConfig) -> None:
     fake = Fake(small, in_flight=0)
     preempted = fake.count_preemptions()
     for seed in range(6):
@@ -100,7 +86,7 @@ def test_outputs_as_long_as_the_ones_before_are_not_preempted(small: Engine) -> 
 
 @pytest.mark.parametrize("in_flight", [0, 1], ids=["synchronous", "asynchronous"])
 def test_a_request_that_comes_with_its_cache_takes_only_slabs(
-    small: Engine, in_flight: int
+    small: CoreConfig, in_flight: int
 ) -> None:
     fake = Fake(small, in_flight)
     free = fake.scheduler.kv_cache_manager.block_pool.get_num_free_blocks
@@ -118,7 +104,7 @@ def test_a_request_that_comes_with_its_cache_takes_only_slabs(
     assert free() == before
 
 
-def test_a_request_that_comes_without_its_cache_computes_all_its_tokens(small: Engine) -> None:
+def test_a_request_that_comes_without_its_cache_computes_all_its_tokens(small: CoreConfig) -> None:
     fake = Fake(small, in_flight=0)
     name = fake.arrive(600, 10, 12, with_state=False)
     # More than one step's tokens.
@@ -131,7 +117,7 @@ def test_a_request_that_comes_without_its_cache_computes_all_its_tokens(small: E
     fake.finish()
 
 
-def test_what_comes_with_its_cache_waits_for_room(small: Engine) -> None:
+def test_what_comes_with_its_cache_waits_for_room(small: CoreConfig) -> None:
     fake = Fake(small, in_flight=0)
     fake.add(1000, 24, 1, {"adakv_policy": "full"})
     fake.step()
@@ -145,7 +131,7 @@ def test_what_comes_with_its_cache_waits_for_room(small: Engine) -> None:
 @pytest.mark.parametrize("in_flight", [0, 1], ids=["synchronous", "asynchronous"])
 @pytest.mark.parametrize("length", [3, 60, 600])
 def test_a_bounded_request_never_holds_more_than_its_bound(
-    small: Engine, in_flight: int, length: int
+    small: CoreConfig, in_flight: int, length: int
 ) -> None:
     fake = Fake(small, in_flight)
     free = fake.scheduler.kv_cache_manager.block_pool.get_num_free_blocks
@@ -169,7 +155,7 @@ def test_a_bounded_request_never_holds_more_than_its_bound(
     assert free() == before
 
 
-def test_bounded_requests_are_admitted_by_their_bounds(small: Engine) -> None:
+def test_bounded_requests_are_admitted_by_their_bounds(small: CoreConfig) -> None:
     fake = Fake(small, in_flight=0)
     preempted = fake.count_preemptions()
     for seed in range(6):
@@ -184,7 +170,7 @@ def test_bounded_requests_are_admitted_by_their_bounds(small: Engine) -> None:
     assert not preempted
 
 
-def test_the_statistics_tell_of_compressed_memory(small: Engine) -> None:
+def test_the_statistics_tell_of_compressed_memory(small: CoreConfig) -> None:
     fake = Fake(small, in_flight=0)
     for seed in range(4):
         fake.add(600, 40, seed, {"adakv_budget_tokens": 200} if seed else {"adakv_policy": "full"})
@@ -212,7 +198,7 @@ def test_the_statistics_tell_of_compressed_memory(small: Engine) -> None:
     assert fake.memory_stats()._replace(evictable_blocks=0) == MemoryStats()
 
 
-def test_a_short_request_starts_where_the_others_overflow_only_later(small: Engine) -> None:
+def test_a_short_request_starts_where_the_others_overflow_only_later(small: CoreConfig) -> None:
     full = {"adakv_policy": "full"}
     started = {}
     for scheduler in (Scheduler, None):
@@ -253,7 +239,7 @@ MOST_TIMES = 2.0
 @settings(max_examples=80, deadline=None)
 @given(traffic=TRAFFIC)
 def test_no_request_waits_for_much_longer_than_under_stock_vllm(
-    small: Engine, traffic: list[Traffic]
+    small: CoreConfig, traffic: list[Traffic]
 ) -> None:
     fakes = [Fake(small, 0, scheduler) for scheduler in (Scheduler, None)]
     arrived: dict[str, int] = {}
@@ -271,7 +257,7 @@ def test_no_request_waits_for_much_longer_than_under_stock_vllm(
 
 
 def test_a_prompt_that_has_room_starts_whole_where_its_slabs_have_none_for_long(
-    small: Engine,
+    small: CoreConfig,
 ) -> None:
     fake = Fake(small, 0)
     fake.add(700, 300, 0, {"adakv_policy": "full"})
@@ -284,7 +270,7 @@ def test_a_prompt_that_has_room_starts_whole_where_its_slabs_have_none_for_long(
     fake.finish()
 
 
-def test_lengths_are_learnt_from_answers_that_ended_by_themselves(small: Engine) -> None:
+def test_lengths_are_learnt_from_answers_that_ended_by_themselves(small: CoreConfig) -> None:
     fake = Fake(small, 0)
     for seed in range(70):
         fake.add(40, 1, seed, {})
