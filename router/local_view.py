@@ -1,7 +1,7 @@
-"""What one router knows of all replicas: their last reports and its own bookings since. No I/O."""
+"""The state of all replicas as one router sees it: their last reports, and its own bookings."""
 
 import logging
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from typing import NamedTuple
 
 from pydantic import ValidationError
@@ -13,14 +13,16 @@ from router.score import ReplicaView, Speeds
 
 logger = logging.getLogger(__name__)
 
-# A report may have been made before a request that was sent shortly before it came.
+# A report may be older than a request that was sent shortly before the report arrived.
 _BOOKING_GRACE_S = 0.25
-# A request that no report has shown by then was refused, or has ended.
+# By then a report shows the request, or the replica has refused or ended it.
 _BOOKING_LIFE_S = 2.0
 _QUARANTINE_S = 30.0
-# What an engine computes in one step at most; only at its end does it tell of any progress.
+# A replica that has been silent for so long is forgotten. Live ones report every second.
+_SILENCE_S = 60.0
+# The most tokens an engine computes in one step; it reports progress only at the step's end.
 _STEP_TOKENS = 2048
-# Share of a backlog that counts for as long as the replica has not told of its end.
+# Share of a backlog that counts until the replica reports the backlog's end.
 _DOUBT = 0.75
 
 
@@ -37,6 +39,7 @@ class _Replica:
     )  # fmt: skip
 
     def __init__(self, report: Occupancy, now_s: float) -> None:
+        # By request, in the order of booking.
         self.bookings: dict[Hashable, _Booking] = {}
         self.epoch, self.prefill_tokens = report.epoch, 0
         self.update(report, now_s)
@@ -50,7 +53,7 @@ class _Replica:
         waiting = report.waiting_blocks or 0
         self.room_blocks = report.blocks_free - report.blocks_reserved_growth - waiting
         self.running, self.waiting = report.running, report.waiting
-        # Fewer tokens: a step has ended. More: they wait for the one that runs.
+        # With fewer tokens than before a step has ended; with more the same step still runs.
         same_step = 0 < self.prefill_tokens <= report.prefill_tokens_queued
         if not (same_life and same_step):
             self.prefill_since_s = now_s
@@ -58,27 +61,30 @@ class _Replica:
         self.drop_bookings(now_s - _BOOKING_GRACE_S)
 
     def prefill_left(self, now_s: float, tokens_per_s: float) -> int:
-        """Prompt tokens still to be computed, with what the running step has probably done."""
+        """Estimate the prompt tokens still to be computed, while a step runs."""
         if self.room_blocks < 0:
-            # Something waits for memory, and perhaps nothing is being prefilled.
+            # Requests wait for memory, so perhaps no prefill runs.
             return self.prefill_tokens
         done = min(_STEP_TOKENS, int((now_s - self.prefill_since_s) * tokens_per_s))
-        # A guess: a replica that may be about to be idle is not as good as one that is.
+        # A replica that is idle by a guess is worse than one that reports so.
         return max(int(_DOUBT * self.prefill_tokens), self.prefill_tokens - done)
 
     def drop_bookings(self, before_s: float) -> None:
-        if self.bookings:
-            self.bookings = {
-                request_id: booking
-                for request_id, booking in self.bookings.items()
-                if booking.at_s > before_s
-            }
+        while self.bookings:
+            request_id, booking = next(iter(self.bookings.items()))
+            if booking.at_s > before_s:
+                break
+            del self.bookings[request_id]
+
+    def bookings_after(self, at_s: float) -> Iterator[_Booking]:
+        return (booking for booking in self.bookings.values() if booking.at_s > at_s)
 
 
 class LocalView:
-    """The live table of one router. Times are the caller's monotonic clock, in seconds.
+    """Live table of one router. Times are seconds of the caller's monotonic clock.
 
-    dropped: malformed reports so far. quarantined: how often a replica was caught lying.
+    dropped: malformed reports so far.
+    quarantined: how often a replica was put into quarantine.
     """
 
     def __init__(
@@ -88,23 +94,26 @@ class LocalView:
     ) -> None:
         """
         Args:
-            ttl_s: how long a report is good for.
-            prefill_tokens_per_s: of one replica, for progress between two reports.
+            ttl_s: how long a report counts.
+            prefill_tokens_per_s: speed of one replica, for its progress between two reports.
         """
         self._ttl_s = ttl_s
+        self._silence_s = max(_SILENCE_S, ttl_s)
         self._prefill_tokens_per_s = prefill_tokens_per_s
+        # By replica: the one that has been silent for longest comes first.
         self._replicas: dict[str, _Replica] = {}
+        # End of the quarantine by replica.
         self._quarantine: dict[str, float] = {}
-        # Where each request is booked and since when, the longest ago first.
+        # Replica and time of each booking, the oldest first.
         self._booked: dict[Hashable, tuple[str, float]] = {}
         self.dropped = 0
         self.quarantined = 0
 
     def receive(self, payload: bytes | str, now_s: float) -> str | None:
-        """Takes a report; returns the replica's id, or None if it was dropped.
+        """Take a report; return the replica's id, or None if the report was dropped.
 
-        A report that contradicts itself (negative or more than all) puts its replica into
-        quarantine: its reports count for nothing for a while.
+        A report that contradicts itself (a negative count, more free blocks than blocks) puts its
+        replica into quarantine, during which its reports are ignored.
         """
         try:
             report = Occupancy.parse(payload)
@@ -119,14 +128,21 @@ class LocalView:
         return report.replica_id
 
     def accept(self, report: Occupancy, now_s: float) -> None:
-        """Takes a report that has been parsed. An older one than the last changes nothing."""
-        if self._quarantine.get(report.replica_id, now_s) > now_s:
+        """Take a parsed report, unless it is older than the replica's last one."""
+        replica_id = report.replica_id
+        if self._quarantine.get(replica_id, now_s) > now_s:
             return
-        known = self._replicas.get(report.replica_id)
+        known = self._replicas.get(replica_id)
         if known is None:
-            self._replicas[report.replica_id] = _Replica(report, now_s)
+            known = _Replica(report, now_s)
         elif (report.epoch, report.sequence) > (known.epoch, known.sequence):
             known.update(report, now_s)
+            del self._replicas[replica_id]
+        else:
+            return
+        self._replicas[replica_id] = known
+        while (silent := next(iter(self._replicas.items())))[1].seen_at_s < now_s - self._silence_s:
+            del self._replicas[silent[0]]
 
     def withdraw(self, replica_id: str) -> None:
         self._replicas.pop(replica_id, None)
@@ -134,34 +150,32 @@ class LocalView:
     def book(
         self, request_id: Hashable, replica_id: str, footprint: Footprint, now_s: float
     ) -> None:
-        """Counts a request as there, and nowhere else, until the replica's own reports do."""
+        """Count a request on this replica alone, until the replica's own reports show it."""
         self.unbook(request_id)
-        self._forget_bookings(now_s - _BOOKING_LIFE_S)
+        before_s = now_s - _BOOKING_LIFE_S
+        while self._booked and next(iter(self._booked.values()))[1] <= before_s:
+            del self._booked[next(iter(self._booked))]
         if known := self._replicas.get(replica_id):
+            known.drop_bookings(before_s)
             known.bookings[request_id] = _Booking(
                 now_s, footprint.peak_blocks, footprint.prompt_tokens
             )
             self._booked[request_id] = replica_id, now_s
 
     def unbook(self, request_id: Hashable) -> None:
-        """The request counts nowhere any more, but where a report shows it."""
+        """Stop to count a request; reports that show it remain."""
         replica_id, _ = self._booked.pop(request_id, ("", 0.0))
         if known := self._replicas.get(replica_id):
             known.bookings.pop(request_id, None)
 
-    def _forget_bookings(self, before_s: float) -> None:
-        while self._booked and next(iter(self._booked.values()))[1] <= before_s:
-            del self._booked[next(iter(self._booked))]
-
     def views(self, replica_ids: Iterable[str], now_s: float) -> list[ReplicaView]:
-        """Those of the replicas whose reports are fresh."""
+        """Return the views of those replicas whose reports are fresh."""
         views = []
         for replica_id in replica_ids:
             known = self._replicas.get(replica_id)
             if known is None or now_s - known.seen_at_s > self._ttl_s:
                 continue
-            known.drop_bookings(now_s - _BOOKING_LIFE_S)
-            bookings = known.bookings.values()
+            bookings = list(known.bookings_after(now_s - _BOOKING_LIFE_S))
             views.append(
                 ReplicaView(
                     replica_id,
@@ -177,26 +191,43 @@ class LocalView:
         return views
 
     def blocks_total(self, replica_id: str) -> int:
-        """All blocks of the replica; 0 if it has never reported."""
+        """Return all blocks of the replica, 0 without a report of it."""
         known = self._replicas.get(replica_id)
         return 0 if known is None else known.blocks_total
 
     @property
     def replica_ids(self) -> list[str]:
-        """Replicas that have reported, lately or not."""
+        """Replicas with a report, fresh or stale."""
         return list(self._replicas)
 
     def _suspect(self, payload: bytes | str, error: ValidationError, now_s: float) -> None:
         replica_id = Occupancy.claimed_replica_id(payload)
-        # A field that is missing or of the wrong type is a fault, not a lie.
-        lies = {"greater_than_equal", "greater_than", "value_error"}
-        if replica_id is None or not any(detail["type"] in lies for detail in error.errors()):
+        # A missing field or one of the wrong type is another version's, not a contradiction.
+        contradictions = {"greater_than_equal", "greater_than", "value_error"}
+        kinds = {detail["type"] for detail in error.errors()}
+        if replica_id is None or not kinds & contradictions:
             return
-        if self._quarantine.get(replica_id, now_s) <= now_s:
+        for over in [each for each, end_s in self._quarantine.items() if end_s <= now_s]:
+            del self._quarantine[over]
+        if replica_id not in self._quarantine:
             self.quarantined += 1
             text = error.errors()[0]["msg"]
             logger.warning(
-                "replica %s reports nonsense (%s), ignored for a while", replica_id, text
-            )
+                "replica %s reports nonsense (%s), ignored for %d s",
+                replica_id, text, _QUARANTINE_S,
+            )  # fmt: skip
         self._quarantine[replica_id] = now_s + _QUARANTINE_S
         self.withdraw(replica_id)
+
+
+def check_local_view(view: LocalView) -> None:
+    """Assert that each request is booked once, and that old entries are gone."""
+    for replica_id, known in view._replicas.items():
+        for request_id in known.bookings:
+            elsewhere = view._booked.get(request_id, (replica_id, 0.0))[0]
+            assert elsewhere == replica_id, f"{request_id} is booked at {elsewhere}, too"
+    times = [at_s for _, at_s in view._booked.values()]
+    assert times == sorted(times), "bookings are out of order"
+    assert not times or times[0] > times[-1] - _BOOKING_LIFE_S, "an ended booking is remembered"
+    seen = [known.seen_at_s for known in view._replicas.values()]
+    assert not seen or min(seen) >= max(seen) - view._silence_s, "a silent replica is remembered"

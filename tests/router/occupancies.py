@@ -1,3 +1,5 @@
+"""Occupancy reports for the tests."""
+
 from typing import Any
 
 from router.ledger.occupancy import Occupancy
@@ -16,3 +18,8 @@ def occupancy(replica_id: str = "r1", **changes: Any) -> Occupancy:
         "waiting": 1,
     }
     return Occupancy.model_validate({**fields, **changes})
+
+
+def idle(replica_id: str, **changes: Any) -> Occupancy:
+    """Return the report of a replica without requests."""
+    return occupancy(replica_id, **{"blocks_free": 100, "running": 0, "waiting": 0, **changes})

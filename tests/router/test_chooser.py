@@ -1,20 +1,16 @@
 """Decisions, through the chooser: reports in, a ranking out."""
 
 import random
-from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from router.affinity import PrefixAffinity, check_affinity
 from router.chooser import Chooser, Decision
 from router.footprint import Footprint
 from router.ledger.occupancy import Occupancy
 from router.ledger.prefixes import PrefixChange
 from router.local_view import LocalView
-from tests.router.occupancies import occupancy
+from tests.router.occupancies import idle
 
 SMALL = Footprint(5, 5, 100, 50)
 
@@ -36,13 +32,6 @@ def decided(
     decision = chooser.choose(request_id, ids, footprint, now_s)
     assert decision is not None
     return decision
-
-
-def idle(replica_id: str, **changes: Any) -> Occupancy:
-    fields: dict[str, Any] = {
-        "blocks_free": 100, "running": 0, "waiting": 0, "waiting_blocks": 0,
-    }  # fmt: skip
-    return occupancy(replica_id, **{**fields, **changes})
 
 
 def test_every_replica_has_a_rank_of_its_own() -> None:
@@ -190,108 +179,6 @@ def test_in_a_large_fleet_the_holder_of_the_prefix_is_among_the_ranked() -> None
     fleet.view.accept(idle("r777", sequence=2), 1.0)
     decision = decided(fleet, *ids, footprint=Footprint(60, 60, 1600, 50, history), now_s=1.0)
     assert decision.replica_ids[0] == "r777"
-
-
-class TestReports:
-    @pytest.mark.parametrize("payload", [b"", b"{", b"[]", b'{"schema_major": 1}', b"\xff"])
-    def test_malformed_ones_are_dropped_and_counted(self, payload: bytes) -> None:
-        view = LocalView()
-        assert view.receive(payload, 0.0) is None
-        assert view.dropped == 1
-        assert view.quarantined == 0
-
-    def test_another_major_version_is_refused(self) -> None:
-        view = LocalView()
-        report = occupancy().model_copy(update={"schema_major": 2})
-        assert view.receive(report.model_dump_json(), 0.0) is None
-        assert view.dropped == 1
-
-    @pytest.mark.parametrize("lie", [{"blocks_free": 101}, {"blocks_free": -1}, {"running": -3}])
-    def test_a_replica_that_lies_is_quarantined_for_a_while(
-        self, lie: dict, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        view = LocalView()
-        honest = occupancy("r1", sequence=5).model_dump_json()
-        assert view.receive(honest, 0.0) == "r1"
-        for sequence in (6, 7):
-            lying = occupancy("r1", sequence=sequence).model_copy(update=lie)
-            view.receive(lying.model_dump_json(), 1.0)
-        assert view.quarantined == 1
-        assert len(caplog.records) == 1
-        view.receive(occupancy("r1", sequence=8).model_dump_json(), 2.0)
-        assert view.views(["r1"], 2.0) == []
-        view.receive(occupancy("r1", sequence=9).model_dump_json(), 60.0)
-        assert len(view.views(["r1"], 60.0)) == 1
-
-    def test_the_step_that_runs_is_taken_to_make_progress(self) -> None:
-        view = LocalView(ttl_s=60, prefill_tokens_per_s=500)
-
-        def left(now_s: float, **report: Any) -> int:
-            if report:
-                view.accept(idle("r1", **report), now_s)
-            return view.views(["r1"], now_s)[0].prefill_tokens
-
-        assert left(0.0, sequence=1, prefill_tokens_queued=1600) == 1600
-        assert left(0.5) == 1350
-        # Nobody has told that it has ended.
-        assert left(9.0) == 1200
-        # What has come meanwhile waits for the step's end.
-        assert left(9.0, sequence=2, prefill_tokens_queued=9600) == 9600 - 2048
-        assert left(30.0) == 9600 - 2048
-        assert left(30.0, sequence=3, prefill_tokens_queued=8000) == 8000
-        # Of what waits for memory nobody knows whether it is being computed.
-        assert left(31.0, sequence=4, prefill_tokens_queued=8000, waiting_blocks=200) == 8000
-
-    def test_an_older_report_changes_nothing(self) -> None:
-        view = LocalView()
-        view.accept(occupancy(sequence=2, running=5), 0.0)
-        view.accept(occupancy(sequence=1, running=9), 0.1)
-        assert view.views(["r1"], 0.1)[0].running == 5
-        # A replica that was started anew counts from one again.
-        view.accept(occupancy(epoch=2, sequence=1, running=0), 0.2)
-        assert view.views(["r1"], 0.2)[0].running == 0
-
-
-class AffinityMachine(RuleBasedStateMachine):
-    def __init__(self) -> None:
-        super().__init__()
-        self.affinity = PrefixAffinity()
-
-    @rule(
-        replica=st.sampled_from("abc"),
-        hashes=st.lists(st.integers(0, 9), unique=True, max_size=8),
-        capacity=st.integers(0, 6),
-    )
-    def note(self, replica: str, hashes: list[int], capacity: int) -> None:
-        self.affinity.note(replica, hashes, capacity)
-        if len(hashes) <= capacity:
-            assert self.affinity.cached_blocks(replica, hashes) == len(hashes)
-
-    @rule(
-        replica=st.sampled_from("abc"),
-        hashes=st.lists(st.integers(0, 9), unique=True, min_size=1, max_size=8),
-    )
-    def discard(self, replica: str, hashes: list[int]) -> None:
-        self.affinity.discard(replica, hashes)
-        assert self.affinity.cached_blocks(replica, hashes) == 0
-
-    @rule(replica=st.sampled_from("abc"))
-    def forget(self, replica: str) -> None:
-        self.affinity.forget(replica)
-        assert self.affinity.cached_blocks(replica, list(range(10))) == 0
-
-    @rule(hashes=st.lists(st.integers(0, 9), unique=True, max_size=8))
-    def holders(self, hashes: list[int]) -> None:
-        longest = max((self.affinity.cached_blocks(r, hashes) for r in "abc"), default=0)
-        if longest == len(hashes) > 0:
-            assert self.affinity.holders(hashes)
-
-    @invariant()
-    def consistent(self) -> None:
-        check_affinity(self.affinity)
-
-
-TestAffinity = AffinityMachine.TestCase
 
 
 @given(
