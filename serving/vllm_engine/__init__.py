@@ -1,1 +1,1 @@
-"""vLLM inside a replica: the only files of `serving` that import vLLM's entry points."""
+"""vLLM inside a replica: the only files of `serving` that import vLLM."""

@@ -1,7 +1,4 @@
-"""vLLM inside a replica: an `AsyncLLM` and vLLM's own FastAPI app around it.
-
-With the other `vllm_*.py` it is all that uses vLLM here.
-"""
+"""vLLM inside a replica: an `AsyncLLM` and vLLM's own FastAPI app around it."""
 
 import asyncio
 import os
@@ -37,13 +34,13 @@ from serving.vllm_engine.surface import mend_surface
 
 
 class _Server:
-    """Stands in for the uvicorn server that vLLM's dead-engine handler asks to exit."""
+    """Stand-in for the uvicorn server that vLLM's dead-engine handler stops."""
 
     should_exit = False
 
 
 class VllmHost:
-    """Owns one engine and its app. Build it inside a running event loop."""
+    """One engine and its app. Build it inside a running event loop."""
 
     def __init__(
         self,
@@ -69,12 +66,12 @@ class VllmHost:
         *,
         movable: bool = False,
     ) -> "VllmHost":
-        """Starts the engine (about 25 s on CPU) and assembles the app.
+        """Start the engine (about 25 s on CPU) and assemble the app.
 
         Args:
-            on_proof: called with the compression proof of every request once its prompt is
-                complete. (Not with LoRA, whose statistics leave it no room.)
-            movable: whether compressed requests can leave it and come to it.
+            on_proof: called with the proof of every request once its prompt is complete. (Not with
+                LoRA, which uses the same field of the statistics.)
+            movable: whether compressed requests can leave and enter the engine.
 
         Raises:
             ValueError: vLLM refuses the configuration.
@@ -98,7 +95,7 @@ class VllmHost:
         stats.sent = engine.sent
         tasks = await engine.get_supported_tasks()
         options = server_options(model, served_name, args, server_args)
-        # The front door asks for that key, too, and hands none on.
+        # The front door checks this key and removes it from requests, so the app must not ask.
         os.environ.pop(VLLM_VARIABLE, None)
         app = build_app(options, tasks, engine.model_config)
         await init_app_state(engine, app.state, options, tasks)
@@ -111,18 +108,18 @@ class VllmHost:
 
     @property
     def core(self) -> MovingCore:
-        """Where requests leave and come in, of an engine whose requests are movable."""
+        """The part of an engine with movable requests through which they leave and enter."""
         assert isinstance(self.engine.engine_core, MovingCore)
         return self.engine.engine_core
 
     @property
     def max_running(self) -> int:
-        """Requests that its scheduler lets run at once."""
+        """Most requests that the scheduler runs at once."""
         return self.engine.vllm_config.scheduler_config.max_num_seqs
 
     @property
     def block_bytes(self) -> int:
-        """Of one KV block, all layers, on all tensor-parallel ranks."""
+        """Bytes of one KV block: all layers, on all tensor-parallel ranks."""
         config = self.engine.vllm_config
         model = config.model_config
         assert isinstance(model.dtype, torch.dtype)
@@ -132,23 +129,25 @@ class VllmHost:
 
     @property
     def dead(self) -> bool:
+        """Whether the engine process is gone."""
         return self.engine.errored
 
     async def check(self) -> None:
-        """Raises vLLM's EngineDeadError when the engine process is gone."""
+        """Raise vLLM's EngineDeadError if the engine process is gone."""
         await self.engine.check_health()
 
     def load(self) -> EngineLoad:
+        """Return the engine's present load."""
         cache = self.engine.vllm_config.cache_config
         return self._stats.load(CacheSize((cache.num_gpu_blocks or 1) - 1, cache.block_size))
 
     @property
     def changed(self) -> asyncio.Event:
-        """Set when the load has changed; the reader clears it."""
+        """Event of a changed load; the reader clears it."""
         return self._stats.changed
 
     def cache_changes(self) -> AsyncGenerator[CacheChange, None] | None:
-        """What the prefix cache gains and loses from now on; None where KV events are off."""
+        """Follow the changes of the prefix cache; None if KV events are off."""
         return None if self._kv_events is None else cache_changes(self._kv_events)
 
     def shutdown(self) -> None:
@@ -156,15 +155,15 @@ class VllmHost:
 
 
 def set_up_cpu(threads: int, tensor_parallel_size: int) -> None:
-    """Prepares this process for CPU engines of `threads` threads; nothing with vLLM for GPUs.
+    """Set this process up for CPU engines of `threads` threads; do nothing with vLLM for GPUs.
 
-    What the operator has set in the environment stays.
+    Variables that the operator has set keep their values.
     """
     if not computes_on_cpus():
         return
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if tensor_parallel_size == 1:
-        # A single worker then runs inside the engine's process. In one of its own, vLLM's choice
-        # for binding threads, both processes spin on their queue and take a core each.
+        # Run a single worker inside the engine's process. vLLM would give it a process of its own
+        # to bind threads, and both would spin on their queue and take a core each.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

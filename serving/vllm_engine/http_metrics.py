@@ -1,4 +1,4 @@
-"""vLLM's HTTP metrics of a replica on Ray's Prometheus endpoint, beside those of its engine."""
+"""vLLM's HTTP metrics of a replica, on Ray's Prometheus endpoint."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ class HttpMetrics:
     """Counts responses by route, method and status, under vLLM's names."""
 
     def __init__(self) -> None:
-        labels: Any = ("method", "handler", "status")  # Annotated as one name, takes any.
+        labels: Any = ("method", "handler", "status")  # Ray annotates a tuple of one.
         self._requests = Counter("http_requests", "HTTP requests that were answered", labels)
         self._seconds = Histogram(
             "http_request_duration_seconds", "From an HTTP request to the end of its answer",
@@ -20,6 +20,7 @@ class HttpMetrics:
         )  # fmt: skip
 
     def note(self, answered: Info) -> None:
+        """Count one answer."""
         tags = {"method": answered.method, "handler": answered.modified_handler}
         self._seconds.observe(answered.modified_duration, tags=tags)
         self._requests.inc(tags={**tags, "status": answered.modified_status})

@@ -1,4 +1,4 @@
-"""The KV memory and the requests of a running engine, from the scheduler's own statistics."""
+"""The KV memory and the requests of a running engine, from the scheduler's statistics."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ _RATE_WINDOW_S = 5.0
 class EngineLoad(NamedTuple):
     """An engine's KV memory and its requests. Blocks exclude vLLM's null block.
 
-    told_at: when the scheduler reported it, by the monotonic clock.
+    told_at: time of the scheduler's report, by the monotonic clock.
     """
 
     block_size_tokens: int
@@ -54,10 +54,10 @@ class CacheSize(NamedTuple):
 def from_stock(
     stats: SchedulerStats, cache: CacheSize, unanswered: list[int], preemptions: int = 0
 ) -> EngineLoad:
-    """Return the load by what every scheduler reports.
+    """Return the load from the statistics of any scheduler.
 
     Args:
-        unanswered: prompt lengths of the requests that the scheduler has and that have no output.
+        unanswered: prompt lengths of the requests in the scheduler that have no output yet.
     """
     waiting = stats.num_waiting_reqs + stats.num_skipped_waiting_reqs
     free = max(0, round((1 - stats.kv_cache_usage) * cache.blocks))
@@ -80,7 +80,7 @@ def from_stock(
 
 
 def from_adakv(load: EngineLoad, memory: MemoryStats) -> EngineLoad:
-    """Return the load with what a scheduler that compresses reports besides."""
+    """Return the load with the additional figures of a scheduler that compresses."""
     return load._replace(
         blocks_evictable=min(memory.evictable_blocks, load.blocks_free),
         blocks_compressed=memory.compressed_blocks,
@@ -96,9 +96,9 @@ def from_adakv(load: EngineLoad, memory: MemoryStats) -> EngineLoad:
 
 
 def with_unseen(load: EngineLoad, prompts: list[int]) -> EngineLoad:
-    """Return the load with requests that no statistics cover yet, by their prompt lengths."""
+    """Return the load with the requests, by prompt length, that no statistics cover yet."""
     blocks = [blocks_for_tokens(length, load.block_size_tokens) for length in prompts]
-    # An engine that was idle has begun the first of them.
+    # An idle engine has begun the first of them.
     begun = 1 if prompts and load.running + load.waiting == 0 else 0
     taken = min(sum(blocks[:begun]), load.blocks_free)
     free = load.blocks_free - taken
@@ -117,14 +117,14 @@ def with_unseen(load: EngineLoad, prompts: list[int]) -> EngineLoad:
 
 
 class LoadStats:
-    """Keeps the newest scheduler statistics; `logger` is the factory that vLLM calls."""
+    """The newest scheduler statistics. vLLM calls `logger` as the factory of its stat logger."""
 
     def __init__(self, on_proof: Callable[[Proof], None]) -> None:
         self._on_proof = on_proof
         self.changed = asyncio.Event()
         self.latest = SchedulerStats()
         self._figures: StepFigures | None = None
-        # Set once the engine is made, which takes `logger`.
+        # Replaced by the engine's own once the engine is made, which needs `logger` first.
         self.sent = SentRequests()
         self.preemptions = 0
         self._decode_evictions = self._selection_failures = 0
@@ -132,9 +132,11 @@ class LoadStats:
         self._tokens: list[tuple[float, int]] = []
 
     def logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
+        """Return a stat logger that feeds this object."""
         return _LoadLogger(self)
 
     def note(self, scheduler_stats: SchedulerStats, generated_tokens: int) -> None:
+        """Take over the statistics of a step."""
         now = time.monotonic()
         self.latest = scheduler_stats
         self._figures = figures = figures_of(scheduler_stats)
@@ -151,12 +153,12 @@ class LoadStats:
         self.changed.set()
 
     def load(self, cache: CacheSize) -> EngineLoad:
-        """Return the load as of now: the newest statistics and what has been sent since."""
+        """Return the present load: the newest statistics and the requests sent since."""
         stats, sent, figures = self.latest, self.sent, self._figures
         if figures is not None:
             unseen = sent.unseen()
         else:
-            # Stock vLLM names none, but takes them in this order.
+            # Stock statistics count requests without names; the scheduler takes them in order.
             known = stats.num_running_reqs + stats.num_waiting_reqs
             unseen = sent.newest_but(known + stats.num_skipped_waiting_reqs)
         seen = sent.prefill_tokens(sent.unanswered(but=unseen))
@@ -180,7 +182,7 @@ class _LoadLogger(StatLoggerBase):
         self._stats = stats
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **kwargs: Any) -> None:
-        # Those of a request that is away come without the engine's own statistics.
+        # Outputs of a request that is away arrive without scheduler statistics.
         self._stats.preemptions += iteration_stats.num_preempted_reqs if iteration_stats else 0
         if scheduler_stats is not None:
             generated = iteration_stats.num_generation_tokens if iteration_stats else 0
@@ -191,7 +193,7 @@ class _LoadLogger(StatLoggerBase):
 
 
 def _waiting_blocks(unanswered: list[int], waiting: int, block_size: int) -> int | None:
-    """Return the blocks of the waiting prompts; None where some of these are in prefill."""
+    """Return the blocks of the waiting prompts; None if some unanswered ones are in prefill."""
     if waiting == 0:
         return 0
     if len(unanswered) != waiting:

@@ -1,4 +1,4 @@
-"""Settings of vLLM: which there are, and an engine's with what compression and spill need."""
+"""vLLM's settings: their names, and those that compression and spill add to an engine's."""
 
 import dataclasses
 import logging
@@ -17,7 +17,7 @@ from adakv_worker.plugin import engine_args as compression_engine_args
 
 logger = logging.getLogger("ray.serve")
 
-# Settings of the socket that vLLM would listen on, and of access, which the front door guards.
+# Settings of vLLM's own socket and of access to it. The front door has both jobs here.
 _SOCKET_OPTIONS = {
     "api_key", "api_server_count", "config", "data_parallel_multi_port_external_lb",
     "data_parallel_supervisor_port", "disable_access_log_for_endpoints",
@@ -30,27 +30,29 @@ _SOCKET_OPTIONS = {
 
 
 def computes_on_cpus() -> bool:
-    """Whether the vLLM that is installed is the one for CPUs, wherever this process runs."""
+    """Return whether the installed vLLM is the one for CPUs, with or without a GPU here."""
     return current_platform.is_cpu()
 
 
 def engine_arg_names() -> set[str]:
+    """Return the fields of `AsyncEngineArgs`."""
     return {field.name for field in dataclasses.fields(AsyncEngineArgs)}
 
 
 def server_arg_names() -> set[str]:
-    """Options of `vllm serve` that shape its API: not the engine's, not its socket's."""
+    """Return the options of `vllm serve` that shape its API: not the engine's or the socket's."""
     return set(vars(_default_options())) - engine_arg_names() - _SOCKET_OPTIONS
 
 
 def _default_options() -> Any:
-    return make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    parser: Any = FlexibleArgumentParser
+    return make_arg_parser(parser()).parse_args([])
 
 
 def with_compression(
     engine_args: dict[str, Any], compression: CompressionConfig | None, movable: bool
 ) -> dict[str, Any]:
-    """The engine's arguments with those that compression needs; what the operator set stays."""
+    """Return the engine's arguments with those that compression needs, the operator's first."""
     if compression is None or not compression.enabled:
         return engine_args
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
@@ -61,7 +63,7 @@ def with_compression(
     asynchronous = engine_args.get("async_scheduling")
     if asynchronous is None:
         engine_args = {k: v for k, v in engine_args.items() if k != "async_scheduling"}
-        # Of a step that is on its way a request cannot leave.
+        # A request cannot leave while an asynchronous step computes it.
         asynchronous = False if movable else None
     needed = compression_engine_args(
         compression.model_dump(exclude_unset=True), asynchronous=asynchronous
@@ -71,10 +73,9 @@ def with_compression(
 
 
 def with_kv_events(engine_args: dict[str, Any]) -> tuple[dict[str, Any], EventSockets | None]:
-    """Return the engine's arguments with its KV events typed, and where they are if they are on.
+    """Return the engine's arguments with KV events typed, and the sockets of the events, if on.
 
-    Without endpoints of the operator's these are sockets of this replica alone: a port can be
-    taken.
+    Unless the operator names endpoints, they are Unix sockets of this replica: ports can be taken.
     """
     given = engine_args.get("kv_events_config")
     if not isinstance(given, dict):
@@ -92,12 +93,12 @@ def with_kv_events(engine_args: dict[str, Any]) -> tuple[dict[str, Any], EventSo
 
 
 def _local(endpoint: str) -> str:
-    # What the publisher binds to all interfaces is reached by this one.
+    # The publisher may bind to all interfaces; a reader needs an address.
     return endpoint.replace("*", "127.0.0.1")
 
 
 def check_movable(config: Any, compressing: bool) -> None:
-    """Raises ValueError where requests cannot move, naming the setting."""
+    """Raise ValueError, with the setting's name, if the engine's requests cannot move."""
     if not compressing:
         raise ValueError("spill.enabled needs compression, and a backend that compresses")
     if config.scheduler_config.async_scheduling:
@@ -107,7 +108,7 @@ def check_movable(config: Any, compressing: bool) -> None:
 def server_options(
     model: str, served_name: str, engine_args: AsyncEngineArgs, server_args: dict[str, Any]
 ) -> Any:
-    """vLLM's server options at their defaults, with the engine's fields and ours laid over them."""
+    """Return vLLM's default server options, overlaid by the engine's fields and the operator's."""
     options = _default_options()
     for name, value in {**vars(engine_args), **server_args}.items():
         if hasattr(options, name):

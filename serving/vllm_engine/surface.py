@@ -1,4 +1,4 @@
-"""Mends vLLM's FastAPI app where its answers are not in their API's form."""
+"""Corrections to vLLM's FastAPI app, where its answers deviate from the API's form."""
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -25,8 +25,8 @@ Stream = AsyncGenerator[str, None]
 def mend_surface(app: FastAPI, on_answer: Callable[[Info], None]) -> None:
     """Change an app that vLLM has built and initialized.
 
-    The middleware stack stays the one that vLLM has built: of a second one, the metrics would be
-    refused by Prometheus as duplicates and count nothing.
+    The middleware stack stays vLLM's: Prometheus would refuse the metrics of a second one as
+    duplicates, and they would count nothing.
 
     Args:
         on_answer: called with each answer that vLLM's HTTP metrics count.
@@ -60,7 +60,7 @@ async def _http_error(_: Any, error: Exception) -> Response:
 
 
 class _ModelId(Convertor[str]):
-    """May have slashes in it. `/v1/models/` is left to the redirection to `/v1/models`."""
+    """A model's name, which may contain slashes. `/v1/models/` still redirects to `/v1/models`."""
 
     regex = ".+"
 
@@ -83,7 +83,7 @@ async def _show_model(model_id: str, request: Request) -> Response:
 
 
 def _passing_errors(convert: Callable[[Stream], Stream]) -> Callable[[Stream], Stream]:
-    """Wrap the conversion of a chat stream into Anthropic's, which takes errors for bad chunks."""
+    """Wrap the conversion of a chat stream to Anthropic's form, which fails on error events."""
 
     async def converted(chat: Stream) -> Stream:
         errors: list[dict[str, Any]] = []
@@ -91,8 +91,8 @@ def _passing_errors(convert: Callable[[Stream], Stream]) -> Callable[[Stream], S
             async for event in events:
                 yield event
         for error in errors:
-            told = {"type": error["type"], "message": error["message"]}
-            data = compact_json({"type": "error", "error": told}).decode()
+            body = {"type": error["type"], "message": error["message"]}
+            data = compact_json({"type": "error", "error": body}).decode()
             yield f"event: error\ndata: {data}\n\n"
 
     return converted
