@@ -16,14 +16,13 @@ from router.autoscaling import ReplicaDemand
 from router.footprint import Footprint
 from router.ledger.redis_ledger import LedgerKeys, LedgerWriter
 from router.lending.leases import Lease
-from serving.compression_metrics import CompressionMetrics
 from serving.config import AppConfig
 from serving.http.asgi import Message, Scope, call_app
 from serving.http.encodable import unencodable_field
 from serving.http.failures import ReplicaLost
 from serving.http.openai_error import error_messages
+from serving.metrics import CompressionMetrics, OccupancyMetrics
 from serving.models.embedded import model_path_and_name
-from serving.occupancy_metrics import OccupancyMetrics
 from serving.reporter import OccupancyReporter, report_prefixes
 from serving.spill.parcels import Guest, LenderName
 from serving.spill.replica import ReplicaSpill

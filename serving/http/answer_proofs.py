@@ -1,4 +1,4 @@
-"""The proofs of compression of one HTTP answer: each choice's own, and their summary."""
+"""The proofs of one HTTP answer: one for each choice, and their summary."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,14 +7,14 @@ from typing import Any
 
 from adakv_worker.messages import Proof
 
-# Stands in a summary where the choices differ in something that has no mean.
+# Value in a summary if the choices differ and have no mean.
 MIXED = "mixed"
 
 
 class AnswerProofs:
-    """Collects the proofs of one HTTP answer, the latest of each choice.
+    """The latest proof of each choice of one HTTP answer.
 
-    The choices of several prompts are numbered on, as in OpenAI's `choices`.
+    Choices are numbered across prompts, as in OpenAI's `choices`.
     """
 
     def __init__(self) -> None:
@@ -22,15 +22,15 @@ class AnswerProofs:
         self._proofs: dict[tuple[str, int], Proof] = {}
 
     def expect(self, request_id: str, choices: int) -> None:
-        """Register the next prompt, which the engine names `request_id`."""
+        """Register the next prompt by its id in the engine."""
         self._choices[request_id] = choices
 
     def note(self, request_id: str, choice: int, proof: Proof) -> None:
-        """Keep a proof of one of the prompt's choices; it replaces an earlier one."""
+        """Keep the proof of one of the prompt's choices in place of an earlier one."""
         self._proofs[request_id, choice] = proof
 
     def of_choice(self, index: int) -> dict[str, Any] | None:
-        """Return the JSON of a choice's proof, None if there is none yet."""
+        """Return the JSON of a choice's proof, or None without one."""
         for request_id, choices in self._choices.items():
             if index < choices:
                 proof = self._proofs.get((request_id, index))
@@ -39,15 +39,15 @@ class AnswerProofs:
         return None
 
     def summary(self) -> dict[str, Any] | None:
-        """Return the JSON of one proof for all choices together, None if there is none yet."""
+        """Return the JSON of one proof for all choices together, or None without any."""
         return summary([*self._proofs.values()])
 
 
 def summary(proofs: list[Proof]) -> dict[str, Any] | None:
-    """Summarize proofs as JSON under the same keys; a single one is its own summary.
+    """Summarize proofs as JSON with the same keys; a single proof is its own summary.
 
-    What all agree in stays. Other numbers become their mean, so that the ratios between them hold,
-    but `..._min` the least and `..._max` the greatest. Anything else becomes `MIXED`.
+    Equal values stay. Other numbers become their mean, which keeps the ratios between them, except
+    that `..._min` becomes the least and `..._max` the greatest. Anything else becomes `MIXED`.
     """
     if not proofs:
         return None
@@ -74,13 +74,13 @@ _current: ContextVar[AnswerProofs | None] = ContextVar("adakv_answer_proofs", de
 
 
 def current_answer() -> AnswerProofs | None:
-    """Return the answer that this task works on, None outside of one."""
+    """Return the answer that this task works on, or None."""
     return _current.get()
 
 
 @contextmanager
 def answering() -> Iterator[AnswerProofs]:
-    """Make a new answer the current one, for this task and those that it starts."""
+    """Make a new answer the current one of this task and of the tasks that it starts."""
     proofs = AnswerProofs()
     token = _current.set(proofs)
     try:

@@ -38,7 +38,7 @@ class ReplicaSpill:
         url: str,
         keys: LedgerKeys,
         name: LenderName,
-        lenders: DeploymentHandle | None,
+        lenders: DeploymentHandle[Any] | None,
     ) -> None:
         """
         Args:
@@ -142,11 +142,11 @@ def _settings(config: AppConfig) -> SpillSettings:
     )
 
 
-def _put(path: str) -> list[ray.ObjectRef]:
+def _put(path: str) -> list[ray.ObjectRef[Any]]:
     return [ray.put(parcel) for parcel in open_parcels(Path(path))]
 
 
-def _sender(name: LenderName, application: str, lenders: DeploymentHandle | None) -> Send:
+def _sender(name: LenderName, application: str, lenders: DeploymentHandle[Any] | None) -> Send:
     """Calls lenders as Serve's deployments call each other; the lease tells the router whom."""
     handles: dict[str, Any] = {}
 

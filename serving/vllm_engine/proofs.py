@@ -1,8 +1,8 @@
-"""Takes the proofs of compression out of an engine's outputs, for the HTTP answers they belong to.
+"""Takes the proofs out of an engine's outputs and gives them to the HTTP answers.
 
-vLLM hands them through in `kv_transfer_params`, where most get lost: merged outputs keep the last
-one's, several choices share one, and an answer that is not streamed has that of its last step. So
-they are taken where the engine's outputs come in; vLLM then answers as without compression.
+They arrive in `kv_transfer_params`, where vLLM would lose most of them: merged outputs keep the
+last one, several choices share one, and a whole answer gets the one of its last step. So they are
+taken out before vLLM reads the outputs; its answers are then the same as without compression.
 """
 
 from collections.abc import AsyncGenerator
@@ -17,15 +17,15 @@ from serving.http.answer_proofs import AnswerProofs, current_answer
 
 
 def take_proofs(engine: AsyncLLM) -> None:
-    """Have the proofs of all requests noted in the answers that were current when they came."""
+    """Make the engine note each request's proofs in the answer that was current at its start."""
     processor = engine.output_processor
     generate, add_request = engine.generate, processor.add_request
     process_outputs = processor.process_outputs
-    # An answer ends with its HTTP request, whatever becomes of the engine's.
+    # Weak references, because an answer ends with its HTTP request even if the engine's goes on.
     answers: WeakValueDictionary[str, AnswerProofs] = WeakValueDictionary()
 
-    # Not a generator itself: handlers make their generators in the order of the prompts, and then
-    # wait for all of them at once.
+    # Not a generator function, so that `expect` runs at the call: handlers call it in the order of
+    # the prompts, but start the generators in any order.
     def generating(
         prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:

@@ -1,0 +1,86 @@
+"""A replica's metrics on Ray's Prometheus endpoint: compressed prompts, and KV memory."""
+
+from typing import Any
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+from adakv_worker.frontend import metric_names
+from adakv_worker.messages import Proof
+from router.ledger.occupancy import Occupancy
+
+
+class CompressionMetrics:
+    """Counts completed prompts by policy and by the reason why they were not compressed."""
+
+    def __init__(self) -> None:
+        labels: Any = ("policy", "skipped")  # Ray annotates a tuple of one.
+        self._requests = Counter(*metric_names.REQUESTS, labels)
+        self._original = Counter(*metric_names.ORIGINAL_TOKENS)
+        self._kept = Counter(*metric_names.KEPT_TOKENS)
+        self._freed = Counter(*metric_names.FREED_BLOCKS)
+        self._share = Histogram(*metric_names.KEPT_SHARE, metric_names.SHARE_BUCKETS)
+        self._blocks = Histogram(*metric_names.BLOCKS_AFTER, metric_names.BLOCK_BUCKETS)
+
+    def note(self, proof: Proof) -> None:
+        """Count one prompt."""
+        self._requests.inc(tags={"policy": proof.policy, "skipped": proof.skipped or "no"})
+        if proof.compressed:
+            self._original.inc(proof.original_tokens)
+            self._kept.inc(proof.kept_mean)
+            self._freed.inc(proof.freed_blocks)
+            self._share.observe(proof.kept_share)
+            self._blocks.observe(proof.blocks_after)
+
+
+class OccupancyMetrics:
+    """Gauges and counters of the KV memory, from the occupancy reports."""
+
+    def __init__(self) -> None:
+        self._blocks = Gauge(
+            "adakv_blocks",
+            "KV blocks: free, held by compressed and by uncompressed requests, reserved for "
+            "growth, lent to and borrowed from other replicas",
+            ("state",),
+        )
+        self._waiting_blocks = Gauge(
+            "adakv_waiting_blocks", "KV blocks that the waiting requests need to start"
+        )
+        self._prefill_tokens = Gauge(
+            "adakv_prefill_tokens_queued", "Prompt tokens that are not computed yet"
+        )
+        self._recomputed = _Total(
+            "adakv_recomputed_tokens",
+            "Tokens computed again, after a preemption or a cache lost in a move",
+        )
+        self._evictions = _Total(*metric_names.DECODE_EVICTIONS)
+        self._failures = _Total(*metric_names.SELECTION_FAILURES)
+
+    def note(self, occupancy: Occupancy) -> None:
+        """Show one report."""
+        for state, blocks in (
+            ("free", occupancy.blocks_free),
+            ("compressed", occupancy.blocks_compressed),
+            ("uncompressed", occupancy.blocks_uncompressed),
+            ("reserved_growth", occupancy.blocks_reserved_growth),
+            ("lent", occupancy.blocks_lent),
+            ("borrowed", occupancy.blocks_borrowed),
+        ):
+            self._blocks.set(blocks, tags={"state": state})
+        self._waiting_blocks.set(occupancy.waiting_blocks or 0)
+        self._prefill_tokens.set(occupancy.prefill_tokens_queued)
+        self._recomputed.raise_to(occupancy.recomputed_tokens)
+        self._evictions.raise_to(occupancy.decode_evictions)
+        self._failures.raise_to(occupancy.selection_failures)
+
+
+class _Total:
+    """A counter that is set to totals; None leaves it unchanged."""
+
+    def __init__(self, name: str, description: str) -> None:
+        self._counter = Counter(name, description)
+        self._total = 0
+
+    def raise_to(self, total: int | None) -> None:
+        if total is not None and total > self._total:
+            self._counter.inc(total - self._total)
+            self._total = total
