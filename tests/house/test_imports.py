@@ -64,7 +64,8 @@ ROOMS = {
     ),
     "loadtest.client": May("", "httpx"),
     "loadtest.comparison": May(
-        "loadtest.client loadtest.servers loadtest.traffic", "jinja2 matplotlib psutil pydantic yaml"
+        "loadtest.client loadtest.servers loadtest.traffic",
+        "jinja2 matplotlib psutil pydantic yaml",
     ),
     "loadtest.engines": May(
         "adakv_worker adakv_worker.worker kernels.paging serving.models serving.spill",
@@ -90,9 +91,7 @@ ROOMS = {
         " serving.models",
         "httpx",
     ),
-    "evals.crosscheck": May(
-        "evals evals.answering kernels.policies", "kvpress torch transformers"
-    ),
+    "evals.crosscheck": May("evals evals.answering kernels.policies", "kvpress torch transformers"),
     "evals.published": May("evals evals.answering evals.results", "rapidfuzz rouge"),
     "evals.results": May("evals", "matplotlib numpy"),
     "evals.tasks": May("evals loadtest.traffic"),

@@ -1,0 +1,59 @@
+"""What the documents name exists: files, links, commands."""
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.house.sources import ROOT, modules, tree
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+_FOLDERS = "adakv_worker|configs|docs|evals|examples|kernels|loadtest|router|scripts|serving|tests"
+_PATH = re.compile(rf"`((?:{_FOLDERS})/[\w./-]*)`")
+_LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)")
+_COMMAND = re.compile(r"python3? -m ((?:adakv_worker|evals|kernels|loadtest|router|serving)[\w.]*)")
+
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+
+
+@each_document
+def test_files_that_a_document_names_exist(path: Path) -> None:
+    named = set(_PATH.findall(path.read_text()))
+    assert not sorted(name for name in named if not (ROOT / name).exists())
+
+
+@each_document
+def test_links_lead_somewhere(path: Path) -> None:
+    for target, anchor in _LINK.findall(path.read_text()):
+        linked = (path.parent / target) if target else path
+        assert linked.exists(), target
+        assert not anchor or anchor in _anchors(linked), f"{target}#{anchor}"
+
+
+@each_document
+def test_commands_in_a_document_exist(path: Path) -> None:
+    for name in _COMMAND.findall(path.read_text()):
+        assert name in modules() or f"{name}.__main__" in modules(), name
+
+
+def test_installed_commands_and_plug_ins_exist() -> None:
+    for place in _entry_points():
+        module, _, attribute = place.partition(":")
+        defined = {getattr(node, "name", None) for node in ast.walk(tree(modules()[module]))}
+        assert attribute in defined, place
+
+
+def _entry_points() -> Iterator[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    yield from project["scripts"].values()
+    for group in project["entry-points"].values():
+        yield from group.values()
+
+
+def _anchors(path: Path) -> set[str]:
+    """Return the anchors that a forge makes of a document's headings."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", text.lower()).strip().replace(" ", "-") for text in headings}
