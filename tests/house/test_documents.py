@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,3 +59,7 @@ def _anchors(path: Path) -> set[str]:
     """Return the anchors that a forge makes of a document's headings."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", text.lower()).strip().replace(" ", "-") for text in headings}
+
+
+def test_drawings_match_their_texts() -> None:
+    subprocess.run([sys.executable, "scripts/drawings", "--check"], cwd=ROOT, check=True)
