@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loadtest.client.stream import StreamedAnswer
+
 
 @dataclass
 class Record:
@@ -34,8 +36,21 @@ class Record:
     kv_compression: dict[str, Any] | None = None
     error: str | None = None
 
+    def take(self, answer: StreamedAnswer, e2e_s: float) -> None:
+        """Copy times, counts and the proof from an answer that has ended after `e2e_s`."""
+        self.e2e_s = _rounded(e2e_s)
+        self.ttft_s = None if answer.ttft_s is None else _rounded(answer.ttft_s)
+        self.tpot_s = None if answer.tpot_s is None else _rounded(answer.tpot_s)
+        self.itl_s = list(map(_rounded, answer.itl_s))
+        self.prompt_tokens, self.output_tokens = answer.prompt_tokens, answer.output_tokens
+        self.cached_tokens, self.kv_compression = answer.cached_tokens, answer.proof
+
     def line(self) -> str:
         return json.dumps(asdict(self))
+
+
+def _rounded(seconds: float) -> float:
+    return round(seconds, 5)
 
 
 def read_records(path: Path) -> list[Record]:

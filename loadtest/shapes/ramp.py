@@ -1,25 +1,11 @@
 """A ramp of users: `locust -f loadtest/locustfile.py,loadtest/shapes/ramp.py --ramp 1:32:300`."""
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 from locust import LoadTestShape, events
 
-
-class Plan(NamedTuple):
-    first: float
-    last: float
-    seconds: float
-
-
-def _plan(text: str) -> Plan:
-    try:
-        plan = Plan(*map(float, text.split(":")))
-    except (ValueError, TypeError):
-        raise ValueError("expected users at first:users at last:seconds") from None
-    if min(plan) <= 0:
-        raise ValueError("users and seconds must be positive")
-    return plan
+from loadtest.traffic import user_counts
 
 
 @events.init_command_line_parser.add_listener
@@ -31,17 +17,17 @@ def _add_options(parser: Any) -> None:
 @events.init.add_listener
 def _check(environment: Any, **_: Any) -> None:
     try:
-        _plan(environment.parsed_options.ramp)
+        user_counts.Ramp.parse(environment.parsed_options.ramp)
     except ValueError as error:
         print(f"loadtest: --ramp: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 class Ramp(LoadTestShape):
+    """From the first number of users to the last in a straight line."""
+
     def tick(self) -> tuple[int, float] | None:
         runner: Any = self.runner
-        plan = _plan(runner.environment.parsed_options.ramp)
-        progress = self.get_run_time() / plan.seconds
-        if progress >= 1:
-            return None
-        return round(plan.first + (plan.last - plan.first) * progress), 100.0
+        ramp = user_counts.Ramp.parse(runner.environment.parsed_options.ramp)
+        users = ramp.users(self.get_run_time())
+        return None if users is None else (users, 100.0)

@@ -1,25 +1,11 @@
 """Steps of users: `locust -f loadtest/locustfile.py,loadtest/shapes/steps.py --steps 2,4,8:60`."""
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 from locust import LoadTestShape, events
 
-
-class Plan(NamedTuple):
-    users: list[int]
-    seconds: float
-
-
-def _plan(text: str) -> Plan:
-    try:
-        users, seconds = text.split(":")
-        plan = Plan([int(count) for count in users.split(",")], float(seconds))
-    except ValueError:
-        raise ValueError("expected users,users,…:seconds of each") from None
-    if min(*plan.users, plan.seconds) <= 0:
-        raise ValueError("users and seconds must be positive")
-    return plan
+from loadtest.traffic import user_counts
 
 
 @events.init_command_line_parser.add_listener
@@ -31,15 +17,17 @@ def _add_options(parser: Any) -> None:
 @events.init.add_listener
 def _check(environment: Any, **_: Any) -> None:
     try:
-        _plan(environment.parsed_options.steps)
+        user_counts.Steps.parse(environment.parsed_options.steps)
     except ValueError as error:
         print(f"loadtest: --steps: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 class Steps(LoadTestShape):
+    """One number of users after another, each for the same time."""
+
     def tick(self) -> tuple[int, float] | None:
         runner: Any = self.runner
-        plan = _plan(runner.environment.parsed_options.steps)
-        step = int(self.get_run_time() / plan.seconds)
-        return (plan.users[step], 100.0) if step < len(plan.users) else None
+        steps = user_counts.Steps.parse(runner.environment.parsed_options.steps)
+        users = steps.users(self.get_run_time())
+        return None if users is None else (users, 100.0)

@@ -1,7 +1,9 @@
 """Streams read line by line, and what records add up to."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -54,6 +56,24 @@ def test_a_summary_counts_what_was_done_and_what_was_not(tmp_path: Path) -> None
     assert figures["failures"] == {"HTTP 503: full": 1}
     assert (figures["ttft_p50_s"], figures["ttft_p95_s"]) == (0.5, 3.0)
     assert figures["goodput_requests_per_s"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "good"),
+    [
+        ({}, 1),
+        ({"ttft_s": 1.5}, 0),
+        ({"ttft_s": None}, 0),
+        ({"tpot_s": 0.3}, 0),
+        ({"error": "the stream was cut"}, 0),
+    ],
+)
+def test_goodput_is_of_requests_that_succeed_within_every_limit(
+    changes: dict[str, Any], good: int
+) -> None:
+    record = replace(Record("a", 0, at_s=0.0, ttft_s=1.0, tpot_s=0.2, e2e_s=2.0), **changes)
+    figures = summary([record], Limits(ttft_s=1.0, tpot_s=0.2))
+    assert (figures["good_share"], figures["goodput_requests_per_s"]) == (good, good / 2)
 
 
 def test_of_nothing_there_are_no_percentiles() -> None:

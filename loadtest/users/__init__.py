@@ -1,0 +1,1 @@
+"""Locust users, their options and the load that they share."""
