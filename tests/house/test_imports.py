@@ -73,10 +73,11 @@ ROOMS = {
         "torch vllm",
     ),
     "loadtest.servers": May("", "httpx yaml"),
-    "loadtest.shapes": May("", "locust"),
+    "loadtest.shapes": May("loadtest.traffic", "locust"),
     "loadtest.traffic": May("loadtest.client", "pydantic"),
     "loadtest.users": May(
-        "loadtest.client loadtest.traffic", "gevent geventhttpclient locust transformers"
+        "loadtest.client loadtest.traffic serving.models",
+        "gevent geventhttpclient locust transformers",
     ),
     # Answer quality.
     "evals": May(
