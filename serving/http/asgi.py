@@ -12,7 +12,6 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # Most response messages that wait for a slow reader; then the app waits too.
 _QUEUED_MESSAGES = 256
-_DISCONNECT_GRACE_S = 5.0
 # Internal message that wakes the reader when the app has ended.
 _END = "adakv.end"
 _PORTABLE_SCOPE_KEYS = (
@@ -37,13 +36,15 @@ async def run_lifespan(receive: Receive, send: Send) -> None:
             return
 
 
-async def call_app(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:
+async def call_app(
+    app: ASGIApp, scope: Scope, body: bytes, grace_s: float = 5.0
+) -> AsyncGenerator[list[Message], None]:
     """Run one HTTP request against `app` and yield its response messages.
 
     Each batch holds the messages that arrived since the last yield, consecutive body chunks joined.
     Closing or cancelling the iterator is the client's disconnect: the app receives
-    `http.disconnect`, and is cancelled if it has not ended within `_DISCONNECT_GRACE_S`. An
-    exception of the app is raised here, after the messages that it sent before.
+    `http.disconnect`, and is cancelled if it has not ended within `grace_s`. An exception of the
+    app is raised here, after the messages that it sent before.
     """
     queue: asyncio.Queue[Message] = asyncio.Queue(_QUEUED_MESSAGES)
     disconnected = asyncio.Event()
@@ -78,15 +79,17 @@ async def call_app(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[li
     finally:
         disconnected.set()
         if not task.done():
-            _end_after_disconnect(task, queue)
+            _end_after_disconnect(task, queue, grace_s)
 
 
-def _end_after_disconnect(task: asyncio.Future[None], queue: asyncio.Queue[Message]) -> None:
+def _end_after_disconnect(
+    task: asyncio.Future[None], queue: asyncio.Queue[Message], grace_s: float
+) -> None:
     # On `http.disconnect` vLLM's non-streaming handlers abort their request; when cancelled they
     # leave it running. So the message comes first.
     while not queue.empty():
         queue.get_nowait()
-    timer = asyncio.get_running_loop().call_later(_DISCONNECT_GRACE_S, task.cancel)
+    timer = asyncio.get_running_loop().call_later(grace_s, task.cancel)
 
     def settle(done: asyncio.Future[None]) -> None:
         timer.cancel()

@@ -10,7 +10,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import NamedTuple, Protocol
 
@@ -66,12 +66,17 @@ class FrontDoor:
     """An ASGI app. One instance serves all requests of an ingress replica."""
 
     def __init__(
-        self, backend: Backend, settings: FrontDoorSettings, logger: logging.Logger
+        self,
+        backend: Backend,
+        settings: FrontDoorSettings,
+        logger: logging.Logger,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.backend = backend
         self.settings = settings
         self.logger = logger
         self.keys = ApiKeys(settings.api_keys)
+        self._clock = clock
         self._last_answer_at = -math.inf
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,11 +89,11 @@ class FrontDoor:
 
     def note_answer(self) -> None:
         """Record that a replica has just answered."""
-        self._last_answer_at = time.monotonic()
+        self._last_answer_at = self._clock()
 
     async def healthy(self) -> bool:
         """Return whether some replica answers, or has answered a moment ago."""
-        if time.monotonic() - self._last_answer_at < _RECENT_ANSWER_S:
+        if self._clock() - self._last_answer_at < _RECENT_ANSWER_S:
             return True
         try:
             await asyncio.wait_for(self.backend.ping(), self.settings.health_timeout_s)

@@ -19,7 +19,6 @@ from serving.models.embedded import model_path_and_name
 logger = logging.getLogger("ray.serve")
 
 _PATHS = ("/v1/chat/completions", "/v1/completions")
-_REMEMBERED_PROMPTS = 512
 # Longer texts are estimated: tokenizing them would delay the prompts behind them.
 _LONGEST_TEXT_BYTES = 1 << 20
 _BYTES_PER_TOKEN = 4
@@ -66,16 +65,19 @@ class FootprintPredictor:
         compression: CompressionConfig | None,
         block_size_tokens: int,
         outputs: OutputLengths,
+        remembered_prompts: int = 512,
     ) -> None:
         """
         Args:
             tokenizer: a tokenizer of transformers.
             compression: None if compression is off.
+            remembered_prompts: number of recent prompts that are not tokenized again.
         """
         self._tokenizer = tokenizer
         self._compression = compression
         self._block_size_tokens = block_size_tokens
         self._outputs = outputs
+        self._remembered_prompts = remembered_prompts
         self._prompts: OrderedDict[bytes, _Prompt] = OrderedDict()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
@@ -131,7 +133,7 @@ class FootprintPredictor:
             ids = self._token_ids(given)
             known = _Prompt(len(ids), prefix_hashes(ids, self._block_size_tokens))
             self._prompts[key] = known
-            if len(self._prompts) > _REMEMBERED_PROMPTS:
+            if len(self._prompts) > self._remembered_prompts:
                 self._prompts.popitem(last=False)
         self._prompts.move_to_end(key)
         return known

@@ -1,0 +1,69 @@
+"""Exactly the configured keys open the front door."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.http.api_keys import ApiKeys
+
+KEY = "Sk-Right0-c4fe"
+KEYS = ApiKeys((KEY, "other"))
+
+
+def _opens(key: str, path: str = "/v1/models", method: str = "GET") -> bool:
+    return KEYS.allow(path, method, {"authorization": f"Bearer {key}"})
+
+
+@pytest.mark.parametrize(
+    "near_miss",
+    [
+        KEY.lower(), KEY.upper(), KEY.swapcase(), KEY[:5], KEY[:-1], KEY[1:], KEY + "x", KEY + " ",
+        " " + KEY, KEY[:5] + "x" * 9, "x" + KEY[1:], KEY[::-1], KEY.replace("0", "O"),
+        f"{KEY},other", "",
+    ],
+)  # fmt: skip
+def test_a_near_miss_is_refused(near_miss: str) -> None:
+    assert _opens(KEY)
+    assert not _opens(near_miss)
+
+
+def test_keys_are_compared_by_more_than_a_part_of_a_digest() -> None:
+    # Two thousand keys share every single byte of a digest with the right ones several times.
+    assert not any(_opens(f"key-{number}") for number in range(2000))
+
+
+@given(key=st.text())
+def test_any_other_text_is_refused(key: str) -> None:
+    assert _opens(key) == (key in (KEY, "other"))
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_the_scheme_is_compared_without_case(scheme: str) -> None:
+    assert KEYS.allow("/v1/models", "GET", {"authorization": f"{scheme} {KEY}"})
+
+
+@pytest.mark.parametrize("header", [KEY, f"Basic {KEY}", f"Token {KEY}", f"Bearer:{KEY}", "Bearer"])
+def test_another_scheme_is_refused(header: str) -> None:
+    assert not KEYS.allow("/v1/models", "GET", {"authorization": header})
+
+
+@pytest.mark.parametrize("path", ["/health", "/version"])
+def test_health_and_version_need_no_key(path: str) -> None:
+    assert _opens("", path)
+
+
+@pytest.mark.parametrize(
+    "path", ["/health/", "/healthz", "/version2", "/", "/docs", "/openapi.json", "/v1/health"]
+)
+def test_paths_like_the_open_ones_need_a_key(path: str) -> None:
+    assert not _opens("", path)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "options"])
+def test_only_a_preflight_needs_no_key(method: str) -> None:
+    assert not _opens("", method=method)
+    assert _opens("", method="OPTIONS")
+
+
+def test_without_keys_everything_is_open() -> None:
+    assert ApiKeys(()).allow("/v1/models", "POST", {})
