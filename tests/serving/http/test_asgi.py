@@ -1,10 +1,12 @@
+"""One request against an ASGI app, as batches of messages."""
+
 import asyncio
 from contextlib import aclosing
 from typing import Any
 
 import pytest
 
-from serving.http.asgi import Receive, Scope, Send, call_app
+from serving.http.asgi import Message, Receive, Scope, Send, call_app, portable_scope, run_lifespan
 
 SCOPE: dict[str, Any] = {"type": "http", "method": "POST", "path": "/", "headers": []}
 
@@ -59,6 +61,7 @@ async def test_any_number_of_messages_arrives_in_order() -> None:
 
 async def test_closing_early_is_a_disconnect_before_it_is_a_cancellation() -> None:
     seen: list[str] = []
+    ended = asyncio.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
@@ -68,11 +71,13 @@ async def test_closing_early_is_a_disconnect_before_it_is_a_cancellation() -> No
         except asyncio.CancelledError:
             seen.append("cancelled")
             raise
+        finally:
+            ended.set()
 
     async with aclosing(call_app(app, SCOPE, b"")) as batches:
         await anext(batches)
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    async with asyncio.timeout(60):
+        await ended.wait()
     assert seen == ["http.disconnect"]
 
 
@@ -85,3 +90,89 @@ async def test_an_exception_of_the_app_reaches_the_caller() -> None:
     assert [message["type"] for message in await anext(batches)] == ["http.response.start"]
     with pytest.raises(RuntimeError, match="broken"):
         await anext(batches)
+
+
+async def test_an_app_that_ignores_the_disconnect_is_cancelled() -> None:
+    cancelled = asyncio.Event()
+
+    async def deaf(scope: Scope, receive: Receive, send: Send) -> None:
+        await _start(send)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    async with aclosing(call_app(deaf, SCOPE, b"", grace_s=0)) as batches:
+        await anext(batches)
+    async with asyncio.timeout(60):
+        await cancelled.wait()
+
+
+async def test_an_app_waits_for_a_slow_reader() -> None:
+    sent: list[int] = []
+
+    async def eager(scope: Scope, receive: Receive, send: Send) -> None:
+        await _start(send)
+        for number in range(10_000):
+            await _body(send, b"x", True)
+            sent.append(number)
+        await _body(send, b"", False)
+
+    async with aclosing(call_app(eager, SCOPE, b"")) as batches:
+        await anext(batches)
+        assert len(sent) < 1000
+        async for _ in batches:
+            pass
+    assert len(sent) == 10_000
+
+
+async def test_an_app_that_goes_on_sending_after_the_disconnect_is_not_blocked() -> None:
+    ended = asyncio.Event()
+
+    async def talkative(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await _start(send)
+        await receive()
+        for _ in range(1000):
+            await _body(send, b"x", True)
+        ended.set()
+
+    async with aclosing(call_app(talkative, SCOPE, b"")) as batches:
+        await anext(batches)
+    async with asyncio.timeout(60):
+        await ended.wait()
+
+
+async def test_an_app_without_a_response_yields_nothing() -> None:
+    async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+
+    assert [batch async for batch in call_app(silent, SCOPE, b"")] == []
+
+
+def test_a_portable_scope_has_the_request_and_nothing_of_the_server() -> None:
+    request = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET",
+        "scheme": "http", "path": "/a", "raw_path": b"/a", "query_string": b"b=c",
+        "root_path": "/r", "headers": [(b"d", b"e")], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
+    }  # fmt: skip
+    scope = {**request, "app": object(), "state": {}, "extensions": {}}
+    assert portable_scope(scope) == request
+    assert portable_scope({"type": "http"}) == {"type": "http"}
+
+
+async def test_start_and_end_of_the_server_are_confirmed() -> None:
+    incoming = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return next(incoming)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await run_lifespan(receive, send)
+    assert [message["type"] for message in sent] == [
+        "lifespan.startup.complete",
+        "lifespan.shutdown.complete",
+    ]

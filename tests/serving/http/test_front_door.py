@@ -1,4 +1,4 @@
-"""The front door against a scripted backend: every way in which a replica can fail."""
+"""The front door before a scripted backend, which fails in every way a replica can."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serving.http.asgi import Message
+from serving.http.asgi import Message, Scope
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
 from serving.http.front_door import FrontDoor, FrontDoorSettings
 
@@ -25,16 +25,19 @@ def chunk(data: bytes, more: bool = True) -> Message:
     return {"type": "http.response.body", "body": data, "more_body": more}
 
 
-class ScriptedBackend:
-    """Plays one script per attempt: batches to yield and exceptions to raise."""
+WHOLE: list[Message] = [JSON_START, chunk(b"{}", more=False)]
 
-    def __init__(self, *scripts: list[Any], ping: Exception | None = None) -> None:
+
+class ScriptedBackend:
+    """Plays one script per attempt: batches to yield, exceptions to raise, events to await."""
+
+    def __init__(self, *scripts: list[Any], ping: Exception | asyncio.Event | None = None) -> None:
         self.scripts = list(scripts)
-        self.ping_error = ping
-        self.calls: list[tuple[dict, bytes]] = []
+        self.ping_result = ping
+        self.calls: list[tuple[Scope, bytes]] = []
         self.closed = asyncio.Event()
 
-    async def stream(self, scope: dict, body: bytes) -> AsyncGenerator[list[Message], None]:
+    async def stream(self, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:
         self.calls.append((scope, body))
         try:
             for step in self.scripts[len(self.calls) - 1]:
@@ -48,12 +51,27 @@ class ScriptedBackend:
             self.closed.set()
 
     async def ping(self) -> None:
-        if self.ping_error:
-            raise self.ping_error
+        if isinstance(self.ping_result, asyncio.Event):
+            await self.ping_result.wait()
+        elif self.ping_result is not None:
+            raise self.ping_result
 
 
-def client(backend: ScriptedBackend, **settings: Any) -> httpx.AsyncClient:
-    door = FrontDoor(backend, FrontDoorSettings(**settings), logging.getLogger("test"))
+class Clock:
+    """Time that a test sets."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def client(
+    backend: ScriptedBackend, clock: Clock | None = None, **settings: Any
+) -> httpx.AsyncClient:
+    door = FrontDoor(
+        backend, FrontDoorSettings(**settings), logging.getLogger("test"), clock or Clock()
+    )
     transport = httpx.ASGITransport(app=door)
     return httpx.AsyncClient(transport=transport, base_url="http://door")
 
@@ -66,7 +84,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 
 async def test_a_response_passes_through_with_its_request_id() -> None:
-    backend = ScriptedBackend([[JSON_START, chunk(b"{}", more=False)]])
+    backend = ScriptedBackend([WHOLE])
     response = await client(backend).post("/v1/completions", content=b"in")
     assert (response.status_code, response.content) == (200, b"{}")
     scope, body = backend.calls[0]
@@ -76,7 +94,7 @@ async def test_a_response_passes_through_with_its_request_id() -> None:
 
 @pytest.mark.parametrize("given", ["", "has space", "x" * 200, 'quote"'])
 async def test_an_unusable_request_id_never_reaches_the_engine(given: str) -> None:
-    backend = ScriptedBackend([[JSON_START, chunk(b"{}", more=False)]])
+    backend = ScriptedBackend([WHOLE])
     await client(backend).post("/v1/completions", headers={"x-request-id": given})
     seen = dict(backend.calls[0][0]["headers"])[b"x-request-id"].decode()
     assert seen != given
@@ -94,17 +112,82 @@ async def test_a_missing_or_wrong_key_is_401(authorization: str | None) -> None:
 
 
 async def test_any_of_the_keys_opens_and_is_not_handed_on() -> None:
-    backend = ScriptedBackend([[JSON_START, chunk(b"{}", more=False)]])
+    backend = ScriptedBackend([WHOLE])
     headers = {"authorization": "Bearer two"}
     response = await client(backend, api_keys=("one", "two")).get("/v1/models", headers=headers)
     assert response.status_code == 200
     assert b"authorization" not in dict(backend.calls[0][0]["headers"])
 
 
-async def test_health_needs_no_key_and_tells_whether_a_replica_answers() -> None:
-    assert (await client(ScriptedBackend(), api_keys=("k",)).get("/health")).status_code == 200
-    sick = ScriptedBackend(ping=NoReplica())
-    assert (await client(sick).get("/health")).status_code == 503
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_health_is_200_without_a_key_if_a_replica_answers(method: str) -> None:
+    response = await client(ScriptedBackend(), api_keys=("k",)).request(method, "/health")
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["content-length"] == "0"
+
+
+@pytest.mark.parametrize("failure", [NoReplica(), ReplicaLost(), Overloaded(None)])
+async def test_health_is_503_if_no_replica_answers(failure: Exception) -> None:
+    response = await client(ScriptedBackend(ping=failure)).get("/health")
+    assert response.status_code == 503
+    assert error_of(response)["type"] == "ServiceUnavailable"
+
+
+async def test_health_is_503_if_a_replica_takes_too_long() -> None:
+    silent = ScriptedBackend(ping=asyncio.Event())
+    async with asyncio.timeout(60):
+        response = await client(silent, health_timeout_s=0.01).get("/health")
+    assert response.status_code == 503
+
+
+async def test_an_answer_proves_health_for_five_seconds() -> None:
+    clock = Clock()
+    backend = ScriptedBackend([WHOLE], ping=ReplicaLost())
+    door = client(backend, clock)
+    assert (await door.get("/health")).status_code == 503
+    await door.post("/v1/completions")
+    clock.now += 4.9
+    assert (await door.get("/health")).status_code == 200
+    clock.now += 0.2
+    assert (await door.get("/health")).status_code == 503
+
+
+@pytest.mark.parametrize("method", ["POST", "DELETE"])
+async def test_other_methods_on_health_go_to_a_replica(method: str) -> None:
+    backend = ScriptedBackend([WHOLE])
+    await client(backend).request(method, "/health")
+    assert backend.calls[0][0]["method"] == method
+
+
+async def test_a_replica_gets_the_whole_request() -> None:
+    backend = ScriptedBackend([WHOLE])
+    headers = {"x-custom": "kept", "content-encoding": "identity"}
+    await client(backend).put("/v1/a%2Fb?limit=3&after=x", content=b"in", headers=headers)
+    scope, body = backend.calls[0]
+    assert (scope["method"], scope["path"], body) == ("PUT", "/v1/a/b", b"in")
+    assert scope["query_string"] == b"limit=3&after=x"
+    assert scope["raw_path"] == b"/v1/a%2Fb"
+    assert dict(scope["headers"])[b"x-custom"] == b"kept"
+
+
+async def test_a_websocket_is_closed_as_unsupported() -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    door = FrontDoor(ScriptedBackend(), FrontDoorSettings(), logging.getLogger("test"))
+    await door({"type": "websocket"}, asyncio.Queue[Message]().get, send)
+    assert sent == [{"type": "websocket.close", "code": 1003}]
+
+
+async def test_a_given_request_id_is_used_and_left_to_serve_to_echo() -> None:
+    backend = ScriptedBackend([WHOLE])
+    given = "A.b_c:d-" + "9" * 120
+    response = await client(backend).post("/v1/completions", headers={"x-request-id": given})
+    sent = [value for name, value in backend.calls[0][0]["headers"] if name == b"x-request-id"]
+    assert sent == [given.encode()]
+    assert "x-request-id" not in response.headers
 
 
 async def test_a_compressed_body_is_415_and_says_why() -> None:
@@ -139,22 +222,38 @@ async def test_a_body_over_the_limit_is_413_and_not_forwarded(chunked: bool) -> 
     assert backend.calls == []
 
 
-async def test_a_full_queue_is_503_with_retry_after() -> None:
-    response = await client(ScriptedBackend([Overloaded(2.5)])).post("/v1/completions")
-    assert response.status_code == 503
-    assert response.headers["retry-after"] == "3"
-    error_of(response)
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_of_exactly_the_limit_passes(chunked: bool) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(4):
+            yield b"x" * 4
+
+    backend = ScriptedBackend([WHOLE])
+    content = pieces() if chunked else b"x" * 16
+    response = await client(backend, max_body_bytes=16).post("/v1/completions", content=content)
+    assert (response.status_code, backend.calls[0][1]) == (200, b"x" * 16)
 
 
-async def test_no_replica_is_503() -> None:
-    response = await client(ScriptedBackend([NoReplica()])).post("/v1/completions")
+@pytest.mark.parametrize(
+    ("failure", "retry_after"),
+    [
+        (Overloaded(2.5), "3"), (Overloaded(0.0), "0"), (Overloaded(-1.0), "0"),
+        (Overloaded(None), "7"), (NoReplica("none"), "7"),
+    ],
+)  # fmt: skip
+async def test_a_full_queue_and_no_replica_are_503_at_once(
+    failure: Exception, retry_after: str
+) -> None:
+    backend = ScriptedBackend([failure])
+    response = await client(backend, retry_after_s=6.5).post("/v1/completions")
     assert response.status_code == 503
-    assert "retry-after" in response.headers
-    error_of(response)
+    assert response.headers["retry-after"] == retry_after
+    assert error_of(response)["type"] == "ServiceUnavailable"
+    assert len(backend.calls) == 1
 
 
 async def test_a_replica_lost_before_the_first_byte_is_retried_once() -> None:
-    backend = ScriptedBackend([ReplicaLost()], [[JSON_START, chunk(b"{}", more=False)]])
+    backend = ScriptedBackend([ReplicaLost()], [WHOLE])
     assert (await client(backend).post("/v1/completions", content=b"same")).status_code == 200
     assert [body for _, body in backend.calls] == [b"same", b"same"]
 
@@ -164,42 +263,112 @@ async def test_a_second_loss_is_503() -> None:
     response = await client(backend).post("/v1/completions")
     assert response.status_code == 503
     assert error_of(response)["type"] == "ReplicaLost"
+    assert response.headers["retry-after"] == "1"
+    assert len(backend.calls) == 2
 
 
-async def test_an_unforeseen_failure_is_500_and_tells_nothing_about_our_insides() -> None:
-    response = await client(ScriptedBackend([KeyError("secret")])).post("/v1/completions")
-    assert response.status_code == 500
-    assert "secret" not in error_of(response)["message"]
-
-
-async def test_a_replica_lost_in_mid_stream_ends_the_stream_with_an_error_event() -> None:
-    backend = ScriptedBackend([[SSE_START, chunk(b"data: 1\n\n")], ReplicaLost()])
+async def test_an_unforeseen_failure_is_500_without_its_text(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backend = ScriptedBackend([KeyError("secret")])
     response = await client(backend).post("/v1/completions")
-    first, last = response.text.strip().split("\n\n")
-    assert first == "data: 1"
-    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "ReplicaLost"
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    assert "secret" in caplog.text
+    assert "retry-after" not in response.headers
     assert len(backend.calls) == 1
 
 
-async def test_half_a_json_body_is_never_passed_off_as_whole() -> None:
+@pytest.mark.parametrize(
+    ("failure", "type_", "code"),
+    [
+        (ReplicaLost(), "ReplicaLost", 503), (Overloaded(1.0), "ServiceUnavailable", 503),
+        (KeyError("secret"), "InternalServerError", 500),
+    ],
+)  # fmt: skip
+async def test_a_failure_in_mid_stream_ends_the_stream_with_an_error_event(
+    failure: Exception, type_: str, code: int
+) -> None:
+    backend = ScriptedBackend([[SSE_START, chunk(b"data: 1\n\n")], failure])
+    response = await client(backend).post("/v1/completions")
+    first, last = response.text.strip().split("\n\n")
+    assert first == "data: 1"
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["type"], error["code"], error["param"]) == (type_, code, None)
+    assert "secret" not in error["message"]
+    assert len(backend.calls) == 1
+
+
+async def test_a_failure_in_a_json_body_aborts_the_connection() -> None:
     backend = ScriptedBackend([[JSON_START, chunk(b'{"a":')], ReplicaLost()])
     with pytest.raises(ConnectionAbortedError):
         await client(backend).post("/v1/completions")
 
 
-async def test_a_client_that_goes_away_closes_the_backend_stream() -> None:
+class Connection:
+    """One request whose client the test controls."""
+
+    def __init__(self, backend: ScriptedBackend) -> None:
+        self._door = FrontDoor(backend, FrontDoorSettings(), logging.getLogger("test"))
+        self._incoming: asyncio.Queue[Message] = asyncio.Queue()
+        self.sent: list[Message] = []
+        self.started = asyncio.Event()
+
+    def start(self, **message: Any) -> asyncio.Task[None]:
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        self._incoming.put_nowait({"type": "http.request", "body": b"", **message})
+        return asyncio.create_task(self._door(scope, self._incoming.get, self._send))
+
+    def leave(self) -> None:
+        self._incoming.put_nowait({"type": "http.disconnect"})
+
+    async def _send(self, message: Message) -> None:
+        self.sent.append(message)
+        self.started.set()
+
+
+async def test_a_client_that_leaves_closes_the_backend_stream(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
     backend = ScriptedBackend([[SSE_START], asyncio.Event()])
-    door = FrontDoor(backend, FrontDoorSettings(), logging.getLogger("test"))
-    started = asyncio.Event()
-    incoming: asyncio.Queue[Message] = asyncio.Queue()
-
-    async def send(message: Message) -> None:
-        started.set()
-
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-    exchange = asyncio.create_task(door(scope, incoming.get, send))
-    incoming.put_nowait({"type": "http.request", "body": b"", "more_body": False})
-    await started.wait()
-    incoming.put_nowait({"type": "http.disconnect"})
-    await exchange
+    connection = Connection(backend)
+    exchange = connection.start()
+    await connection.started.wait()
+    connection.leave()
+    async with asyncio.timeout(60):
+        await exchange
     assert backend.closed.is_set()
+    assert "status=200" in caplog.text
+    assert "outcome=client disconnected" in caplog.text
+
+
+async def test_a_client_that_leaves_before_its_body_is_complete_starts_nothing() -> None:
+    backend = ScriptedBackend()
+    connection = Connection(backend)
+    connection.leave()
+    exchange = connection.start(more_body=True)
+    async with asyncio.timeout(60):
+        await exchange
+    assert (backend.calls, connection.sent) == ([], [])
+
+
+async def test_a_cancelled_request_cancels_the_backend_stream() -> None:
+    backend = ScriptedBackend([[SSE_START], asyncio.Event()])
+    connection = Connection(backend)
+    exchange = connection.start()
+    await connection.started.wait()
+    exchange.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await exchange
+    assert backend.closed.is_set()
+
+
+async def test_each_request_is_logged_with_its_outcome(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    response = await client(ScriptedBackend([WHOLE])).post("/v1/completions")
+    (line,) = [one.message for one in caplog.records if one.name == "test"]
+    assert line.startswith(
+        f"request_id={response.headers['x-request-id']} method=POST path=/v1/completions status=200"
+    )
+    assert line.endswith("outcome=ok")
