@@ -20,12 +20,10 @@ logger = logging.getLogger("ray.serve")
 
 
 class Routing:
-    """Chooser of replicas, with its metrics and its subscription to the ledger."""
+    """A chooser of replicas with metrics, a log, and a subscription to the ledger."""
 
-    def __init__(self, speeds: Speeds, block_size_tokens: int, *, log_decisions: bool) -> None:
-        self._chooser = Chooser(
-            LocalView(prefill_tokens_per_s=speeds.prefill_tokens_per_s), speeds, block_size_tokens
-        )
+    def __init__(self, chooser: Chooser, *, log_decisions: bool) -> None:
+        self._chooser = chooser
         self._log_decisions = log_decisions
         self._decisions = metrics.Counter(
             "adakv_routing_decisions", "Routed requests by the reason of the choice", ("reason",)
@@ -73,4 +71,6 @@ def configured_routing(config: AppConfig) -> Routing | None:
     speeds = Speeds(
         routing.prefill_tokens_per_s, routing.decode_step_s, routing.decode_step_s_per_request
     )
-    return Routing(speeds, config.block_size_tokens, log_decisions=routing.log_decisions)
+    view = LocalView(prefill_tokens_per_s=speeds.prefill_tokens_per_s)
+    chooser = Chooser(view, speeds, config.block_size_tokens)
+    return Routing(chooser, log_decisions=routing.log_decisions)

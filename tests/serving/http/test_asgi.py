@@ -154,7 +154,8 @@ def test_a_portable_scope_has_the_request_and_nothing_of_the_server() -> None:
     request = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET",
         "scheme": "http", "path": "/a", "raw_path": b"/a", "query_string": b"b=c",
-        "root_path": "/r", "headers": [(b"d", b"e")], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
+        "root_path": "/r", "headers": [(b"d", b"e")], "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 2),
     }  # fmt: skip
     scope = {**request, "app": object(), "state": {}, "extensions": {}}
     assert portable_scope(scope) == request
