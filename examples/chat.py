@@ -1,7 +1,6 @@
 """Ask a running server (`make serve`) about a long text, with a budget for this request.
 
-    pip install openai
-    python examples/chat.py [URL]
+Usage: python examples/chat.py [URL], after `pip install openai`.
 """
 
 import sys

@@ -1,8 +1,7 @@
 """Ask about a long text offline, with the whole KV cache and with a compressed one.
 
-    python examples/offline.py [MODEL]
-
-MODEL is a local folder or a hub id; without it the embedded SmolLM2-135M-Instruct answers.
+Usage: python examples/offline.py [MODEL], a local folder or a hub id. Without it the embedded
+SmolLM2-135M-Instruct answers.
 """
 
 import sys
