@@ -3,11 +3,11 @@
 from collections import Counter
 
 from adakv_worker.core.manager import AdaKVManager
-from adakv_worker.core.plan import Phase
+from adakv_worker.core.request import CompressedRequest, Phase
 
 
 def check_blocks(manager: AdaKVManager) -> None:
-    """Asserts that every block is owned as often as it is counted and that none is lost."""
+    """Assert that every block is owned as often as it is counted and that none is lost."""
     pool = manager.block_pool
     owners = Counter(
         block.block_id
@@ -22,36 +22,42 @@ def check_blocks(manager: AdaKVManager) -> None:
     # The null block is neither free nor used.
     assert pool.get_num_free_blocks() + used == pool.num_gpu_blocks - 1, "blocks are lost"
     check_sums(manager)
-    for request_id, plan in manager.plans.items():
-        # One that came with its cache may still wait for slabs.
-        if plan.phase is not Phase.PREFILL and manager.req_to_blocks.get(request_id):
+    for request_id, request in manager.requests.items():
+        assert (request.phase is Phase.WHOLE) == (not request.plan.active)
+        # One that arrives with its cache may still wait for slabs.
+        if request.phase in (Phase.RESERVED, Phase.COMPRESSED) and manager.req_to_blocks.get(
+            request_id
+        ):
             _check_slabs(manager, request_id)
 
 
 def check_sums(manager: AdaKVManager) -> None:
-    """Asserts that what is counted as requests come and go is what there is."""
-    held = {name: plan for name, plan in manager.plans.items() if manager.req_to_blocks.get(name)}
-    compressed = {n: p for n, p in held.items() if p.phase is Phase.COMPRESSED}
-    prefilling = {n: p for n, p in held.items() if p.active and p.phase is Phase.PREFILL}
+    """Assert that the running counts equal a recount."""
+    held = {n: r for n, r in manager.requests.items() if manager.req_to_blocks.get(n)}
+    compressed = _of_phase(held, Phase.COMPRESSED)
     assert manager.compressed == compressed
-    assert manager.bounded == {n: p for n, p in compressed.items() if p.bound is not None}
-    assert manager.prefilling == prefilling
+    assert manager.bounded == {n: r for n, r in compressed.items() if r.plan.bound is not None}
+    assert manager.prefilling == _of_phase(held, Phase.PREFILL)
     stats = manager.memory_stats()
     assert stats.compressed_blocks == sum(len(manager.req_to_blocks[n]) for n in compressed)
-    assert stats.kept_tokens == sum(plan.keep for plan in compressed.values())
-    assert stats.original_tokens == sum(plan.prompt_tokens for plan in compressed.values())
-    assert manager.most_blocks == sum(plan.most_blocks for plan in held.values())
-    for name, plan in compressed.items():
+    assert stats.kept_tokens == sum(r.plan.keep for r in compressed.values())
+    assert stats.original_tokens == sum(r.plan.prompt_tokens for r in compressed.values())
+    assert manager.admission.most_blocks == sum(r.plan.most_blocks for r in held.values())
+    for name, request in compressed.items():
         blocks = len(manager.req_to_blocks[name])
         # An eviction's blocks are freed when the next step starts.
-        assert plan.blocks_at(min(plan.num_tokens, plan.room_tokens)) <= blocks, f"{name}: no room"
+        needed = request.plan.blocks_at(min(request.num_tokens, request.room_tokens))
+        assert needed <= blocks, f"{name}: no room"
+
+
+def _of_phase(requests: dict[str, CompressedRequest], phase: Phase) -> dict[str, CompressedRequest]:
+    return {name: request for name, request in requests.items() if request.phase is phase}
 
 
 def _check_slabs(manager: AdaKVManager, request_id: str) -> None:
-    plan = manager.plans[request_id]
-    blocks = manager.req_to_blocks[request_id]
-    slabs = blocks[plan.prompt_blocks :] if plan.phase is Phase.RESERVED else blocks
-    assert len(slabs) >= plan.slabs, f"{request_id} holds too few slabs"
-    for block in slabs:
-        assert block.ref_cnt == 1, f"slab {block.block_id} is shared"
-        assert block.block_hash is None, f"slab {block.block_id} can be found as a prefix"
+    slabs = manager.slabs_of(request_id)
+    assert len(slabs) >= manager.requests[request_id].plan.slabs, f"{request_id}: too few slabs"
+    for block_id in slabs:
+        block = manager.block_pool.blocks[block_id]
+        assert block.ref_cnt == 1, f"slab {block_id} is shared"
+        assert block.block_hash is None, f"slab {block_id} can be found as a prefix"

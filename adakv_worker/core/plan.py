@@ -1,11 +1,9 @@
-"""What the scheduler decides for one request, before any worker knows of it."""
+"""What compression would do to one request, as arithmetic on its token counts."""
 
-import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from adakv_worker.config import FULL
-from adakv_worker.core.admission import UNBOUNDED, Life
 from adakv_worker.messages import Kept, Proof
 from adakv_worker.options import RequestBudget
 from kernels.blocks import (
@@ -18,36 +16,59 @@ from kernels.blocks import (
 )
 from kernels.policies.presets import PolicyChoice
 
-# Queries that an eviction looks at beyond the policy's window, at most: while they are collected
-# they take memory.
+# Most queries that an eviction looks at beyond the policy's window: collecting them takes memory.
 _EVICTION_SPAN = 64
+# Stands for no bound, and stays exact in sums of thousands.
+UNBOUNDED = 1 << 40
 
 
-class Phase(enum.Enum):
-    """PREFILL: ordinary blocks. RESERVED: blocks and slabs, for one step. COMPRESSED: slabs."""
+class Life(NamedTuple):
+    """How a request that holds blocks, or will, fills them from now to its end.
 
-    PREFILL = enum.auto()
-    RESERVED = enum.auto()
-    COMPRESSED = enum.auto()
+    tokens: tokens that fill its blocks now.
+    most_tokens: tokens that it never exceeds; `UNBOUNDED` if it grows to its end.
+    answered: tokens of its answer so far.
+    left: most tokens that may still come.
+    due: least tokens that will still come, whatever the answer is.
+    max_tokens: its own limit, by which `OutputLengths` groups requests.
+    """
+
+    tokens: int
+    most_tokens: int
+    answered: int
+    left: int
+    due: int
+    max_tokens: int
 
 
-@dataclass
+class Outputs(NamedTuple):
+    """Known facts about a request's answer.
+
+    answered: tokens so far.
+    least: least tokens still to come, whatever the answer is.
+    max_tokens: most tokens in all.
+    """
+
+    answered: int = 0
+    least: int = 0
+    max_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class Plan:
     """The compression of one request at the end of its (next) prefill.
 
-    prompt_tokens: tokens cached when it compresses; after a preemption outputs are among them.
+    prompt_tokens: tokens cached when it is compressed; after a preemption outputs are among them.
     keep: mean entries per (layer, KV head) that stay.
-    slabs: blocks that hold them.
-    max_outputs: tokens that it may generate from then on.
-    num_tokens: tokens that it has blocks for.
-    answered_before: tokens of its answer among the prompt's.
-    least_outputs: that it will generate from then on, whatever the answer says.
-    max_tokens: what it asked for.
-    room_tokens: tokens that its blocks suffice for, while it is compressed and does not evict.
-    skipped: why it will not compress, or None.
+    query_span: number of the prompt's last tokens whose queries the policy looks at.
+    max_outputs: most tokens that it may generate from then on.
+    answered_before: tokens of its answer among `prompt_tokens`.
+    least_outputs: least tokens that it will generate from then on, whatever the answer is.
+    max_tokens: its own limit.
+    skipped: why it will not be compressed, or None.
     fallback: why it is not compressed as it asked for, or None.
-    bound: how far it may grow while it decodes. One that could outgrow it gets slabs where there is
-        room, with all its entries where they are within the budget.
+    bound: how far it may grow while it decodes. A request that could outgrow its bound takes slabs
+        where there is room, even if all its entries are within the budget.
     """
 
     choice: PolicyChoice
@@ -56,114 +77,52 @@ class Plan:
     query_span: int
     block_size: int
     max_outputs: int
-    num_tokens: int = 0
     answered_before: int = 0
     least_outputs: int = 0
     max_tokens: int = 0
-    room_tokens: int = 0
     skipped: str | None = None
     fallback: str | None = None
     bound: DecodeBound | None = None
-    phase: Phase = Phase.PREFILL
-    # Set when the last chunk is sized up, final when its blocks are taken.
-    skip_if_taken_now: str | None = None
+
+    @property
+    def active(self) -> bool:
+        return self.skipped is None
 
     @property
     def slabs(self) -> int:
-        return compressed_blocks_bound(self.keep, 0, self.block_size)
+        """Slabs for the kept entries."""
+        return self._blocks_of(self.keep)
 
     @property
     def prompt_blocks(self) -> int:
         return blocks_for_tokens(self.prompt_tokens, self.block_size)
 
     @property
-    def start_tokens(self) -> int:
-        """The request's tokens when it starts."""
-        return self.num_tokens if self.phase is Phase.COMPRESSED else self.prompt_tokens
-
-    @property
-    def blocks_to_start(self) -> int:
-        """Blocks that its prefill takes at its end, or its cache that came with it."""
-        if self.phase is Phase.COMPRESSED:
-            return self.blocks_at(self.num_tokens)
-        return self.prompt_blocks + (self.slabs if self.active else 0)
-
-    @property
-    def generated(self) -> int:
-        return max(0, self.num_tokens - self.prompt_tokens)
-
-    def life(self) -> Life:
-        """Return what admissions need: see there."""
-        generated = max(0, self.num_tokens - self.prompt_tokens)
-        # Its last block is half full on average, and no other's.
-        half = self.block_size // 2
-        tokens, most = max(self.num_tokens, self.prompt_tokens) + half, UNBOUNDED
-        if self.skipped is None:
-            # A page that is only partly filled is its head's all the same.
-            partly = self.block_size - 1 + half
-            tokens = entries_after(self.keep, generated, self.bound) + partly
-            if self.bound is not None and self.keep + self.max_outputs > self.bound.most_tokens:
-                most = self.bound.most_tokens + partly
-        left = max(0, self.max_outputs - generated)
-        due = max(0, self.least_outputs - generated)
-        return Life(
-            tokens, most, self.answered_before + generated, left, min(left, due), self.max_tokens
-        )
-
-    @property
     def most_blocks(self) -> int:
         """Most blocks that it could come to hold, beside those of its prompt."""
-        if self.skipped is not None:
+        if not self.active:
             return blocks_for_tokens(self.prompt_tokens + self.max_outputs, self.block_size)
-        most = most_entries(self.keep, self.max_outputs, self.bound)
-        return compressed_blocks_bound(most, 0, self.block_size)
-
-    def has_room(self, blocks: int) -> None:
-        """Note how many tokens so many blocks hold of the compressed request."""
-        entries = blocks * self.block_size - self.block_size + 1
-        self.room_tokens = self.num_tokens + entries - self._entries_at(self.num_tokens)
+        return self._blocks_of(most_entries(self.keep, self.max_outputs, self.bound))
 
     @property
     def outgrows_bound(self) -> bool:
-        """Whether it could come to hold more than it may, if it kept its whole prompt."""
+        """Whether it could exceed its bound if it kept its whole prompt."""
         whole = self.prompt_tokens + self.max_outputs
         return self.bound is not None and whole > self.bound.most_tokens
 
     @property
-    def active(self) -> bool:
-        return self.skipped is None
-
-    def blocks_at(self, num_tokens: int) -> int:
-        """Blocks that surely hold the compressed request at `num_tokens` tokens."""
-        return compressed_blocks_bound(self._entries_at(num_tokens), 0, self.block_size)
-
-    def grows_within(self, tokens: int) -> bool:
-        """Whether the compressed request needs another block for the next tokens."""
-        entries = self._entries_at(self.num_tokens)
-        most = most_entries(entries, tokens, self.bound)
-        now, then = (compressed_blocks_bound(e, 0, self.block_size) for e in (entries, most))
-        return then > now
-
-    def _entries_at(self, num_tokens: int) -> int:
-        decoded = max(0, num_tokens - self.prompt_tokens)
-        return entries_after(self.keep, decoded, self.bound)
+    def longest_hit(self) -> int:
+        """Most tokens to take from the prefix cache, so that all needed queries are computed."""
+        free = max(0, self.prompt_tokens - self.query_span)
+        return free // self.block_size * self.block_size
 
     @property
-    def evicts(self) -> bool:
-        """Whether the step that it now has blocks for ends with an eviction."""
-        return self.bound is not None and self.bound.evicts(self.keep, self.generated)
-
-    @property
-    def next_eviction(self) -> int | None:
-        """Tokens that will be cached when it next evicts, after this step; None if it will not."""
-        if self.bound is None:
-            return None
-        tokens = self.num_tokens + self.bound.until_next(self.keep, self.generated)
-        return tokens if tokens < self.prompt_tokens + self.max_outputs else None
+    def sink_tokens(self) -> int:
+        return SINK_TOKENS if self.bound is not None else 0
 
     @property
     def eviction_span(self) -> int:
-        """Queries of decoded tokens that an eviction looks at."""
+        """Number of decoded tokens whose queries an eviction looks at."""
         if self.bound is None:
             return 0
         scorer = self.choice.build().scorer
@@ -173,16 +132,49 @@ class Plan:
     @property
     def slabs_after_eviction(self) -> int:
         assert self.bound is not None
-        return compressed_blocks_bound(self.bound.budget_tokens, 0, self.block_size)
+        return self._blocks_of(self.bound.budget_tokens)
 
-    @property
-    def sink_tokens(self) -> int:
-        return SINK_TOKENS if self.bound is not None else 0
+    def blocks_at(self, num_tokens: int) -> int:
+        """Return the blocks that surely hold the compressed request at `num_tokens` tokens."""
+        return self._blocks_of(self._entries_at(num_tokens))
 
-    def longest_hit(self) -> int:
-        """Most tokens that may come from the prefix cache, so that all queries needed are seen."""
-        free = max(0, self.prompt_tokens - self.query_span)
-        return free // self.block_size * self.block_size
+    def room_in(self, blocks: int, num_tokens: int) -> int:
+        """Return the number of tokens up to which so many blocks hold it, with no eviction."""
+        entries = blocks * self.block_size - self.block_size + 1
+        return num_tokens + entries - self._entries_at(num_tokens)
+
+    def grows_within(self, num_tokens: int, more: int) -> bool:
+        """Return whether the compressed request needs another block for the next `more` tokens."""
+        entries = self._entries_at(num_tokens)
+        most = most_entries(entries, more, self.bound)
+        return self._blocks_of(most) > self._blocks_of(entries)
+
+    def evicts_at(self, num_tokens: int) -> bool:
+        """Return whether the step that caches the last of `num_tokens` tokens ends by evicting."""
+        return self.bound is not None and self.bound.evicts(self.keep, self._decoded(num_tokens))
+
+    def next_eviction(self, num_tokens: int) -> int | None:
+        """Return the number of tokens at the eviction after `num_tokens`; None if there is none."""
+        if self.bound is None:
+            return None
+        tokens = num_tokens + self.bound.until_next(self.keep, self._decoded(num_tokens))
+        return tokens if tokens < self.prompt_tokens + self.max_outputs else None
+
+    def life_at(self, num_tokens: int) -> Life:
+        """Return how the request fills blocks from `num_tokens` tokens to its end."""
+        decoded = self._decoded(num_tokens)
+        # Only its last block is half full, on average.
+        half = self.block_size // 2
+        tokens, most = max(num_tokens, self.prompt_tokens) + half, UNBOUNDED
+        if self.active:
+            # A page that is only partly filled still belongs to its head alone.
+            partly = self.block_size - 1 + half
+            tokens = entries_after(self.keep, decoded, self.bound) + partly
+            if self.bound is not None and self.keep + self.max_outputs > self.bound.most_tokens:
+                most = self.bound.most_tokens + partly
+        left = max(0, self.max_outputs - decoded)
+        due = min(left, max(0, self.least_outputs - decoded))
+        return Life(tokens, most, self.answered_before + decoded, left, due, self.max_tokens)
 
     def proof(self, kept: Kept | None) -> Proof:
         """Return the proof, with the entries that the worker kept; None if it kept all."""
@@ -202,57 +194,14 @@ class Plan:
             decode_interval_tokens=self.bound.interval_tokens if self.bound else None,
         )
 
+    def _decoded(self, num_tokens: int) -> int:
+        return max(0, num_tokens - self.prompt_tokens)
 
-class Outputs(NamedTuple):
-    """What a request says of its answer.
+    def _entries_at(self, num_tokens: int) -> int:
+        return entries_after(self.keep, self._decoded(num_tokens), self.bound)
 
-    answered: tokens of it that are there.
-    least: that will come from now on, whatever the answer says.
-    max_tokens: most that it asked for in all.
-    """
-
-    answered: int = 0
-    least: int = 0
-    max_tokens: int = 0
-
-
-def resumed_plan(
-    budget: RequestBudget,
-    proof: Proof,
-    num_tokens: int,
-    remaining_outputs: int,
-    block_size: int,
-    outputs: Outputs,
-) -> Plan:
-    """Of a request that comes with its compressed cache, as its proof says.
-
-    Args:
-        num_tokens: all its tokens, of which the last is not cached yet.
-    """
-    prompt_tokens, keep = proof.original_tokens, proof.keep
-    return Plan(
-        budget.choice_for(keep, prompt_tokens),
-        prompt_tokens,
-        keep,
-        0,
-        block_size,
-        num_tokens - prompt_tokens + remaining_outputs,
-        num_tokens=num_tokens,
-        answered_before=outputs.answered - (num_tokens - prompt_tokens),
-        least_outputs=num_tokens - prompt_tokens + outputs.least,
-        max_tokens=outputs.max_tokens,
-        # Where no policy says what to evict, nothing is.
-        bound=proof.bound if budget.choice.preset != FULL else None,
-        phase=Phase.COMPRESSED,
-    )
-
-
-def query_span(choice: PolicyChoice) -> int:
-    """Of a prompt's last tokens, whose queries are wanted."""
-    if choice.preset == FULL:
-        return 0
-    scorer = choice.build().scorer
-    return max(scorer.query_span_tokens, scorer.window_tokens)
+    def _blocks_of(self, entries: int) -> int:
+        return compressed_blocks_bound(entries, 0, self.block_size)
 
 
 def make_plan(
@@ -265,18 +214,19 @@ def make_plan(
     outputs: Outputs | None = None,
     resumable: bool = False,
 ) -> Plan:
-    """Decides by arithmetic alone; whether the prompt is shared is seen when it is complete.
+    """Return the plan of a request that is about to compute its prompt.
+
+    Whether the prompt shares blocks with others is decided later, when it is complete.
 
     Args:
         num_tokens: tokens to prefill.
-        remaining_outputs: tokens that it may still generate.
+        remaining_outputs: most tokens that it may still generate.
         pool_blocks: all blocks of the pool.
-        outputs: what else there is to say of its answer.
         resumable: whether more of its prompt may come after its answer (streaming input).
     """
     keep = budget.keep_of(num_tokens)
     choice = budget.choice_for(keep, num_tokens)
-    # Nothing is chosen where all stay.
+    # Nothing is chosen where all entries stay.
     span = query_span(choice) if keep < num_tokens else 0
     answered, least, max_tokens = outputs or Outputs(max_tokens=remaining_outputs)
     plan = Plan(
@@ -284,16 +234,60 @@ def make_plan(
         answered_before=answered, least_outputs=least, max_tokens=max_tokens,
         bound=budget.decode, fallback=budget.fallback or budget.why_less(num_tokens),
     )  # fmt: skip
+    return replace(plan, skipped=_why_whole(plan, pool_blocks, resumable))
+
+
+def resumed_plan(
+    budget: RequestBudget,
+    proof: Proof,
+    num_tokens: int,
+    remaining_outputs: int,
+    block_size: int,
+    outputs: Outputs,
+) -> Plan:
+    """Return the plan of a request that arrives with its compressed cache.
+
+    Args:
+        proof: what compression did to it in the other engine.
+        num_tokens: all its tokens; the last one is not cached yet.
+    """
+    prompt_tokens, keep = proof.original_tokens, proof.keep
+    decoded = num_tokens - prompt_tokens
+    return Plan(
+        budget.choice_for(keep, prompt_tokens),
+        prompt_tokens,
+        keep,
+        0,
+        block_size,
+        decoded + remaining_outputs,
+        answered_before=outputs.answered - decoded,
+        least_outputs=decoded + outputs.least,
+        max_tokens=outputs.max_tokens,
+        # Without a policy to choose entries, none can be evicted.
+        bound=proof.bound if budget.choice.preset != FULL else None,
+    )
+
+
+def query_span(choice: PolicyChoice) -> int:
+    """Return the number of a prompt's last tokens whose queries a policy looks at."""
     if choice.preset == FULL:
-        plan.skipped = "full_requested"
-    elif resumable:
-        plan.skipped = "resumable"
-    elif keep >= num_tokens and not plan.outgrows_bound:
-        plan.skipped = "within_budget"
-    elif remaining_outputs <= 1:
-        plan.skipped = "no_decode"
-    elif plan.slabs >= plan.prompt_blocks and not plan.outgrows_bound:
-        plan.skipped = "frees_nothing"
-    elif plan.prompt_blocks + plan.slabs > pool_blocks:
-        plan.skipped = "no_room"
-    return plan
+        return 0
+    scorer = choice.build().scorer
+    return max(scorer.query_span_tokens, scorer.window_tokens)
+
+
+def _why_whole(plan: Plan, pool_blocks: int, resumable: bool) -> str | None:
+    """Return why a request is not compressed, or None."""
+    if plan.choice.preset == FULL:
+        return "full_requested"
+    if resumable:
+        return "resumable"
+    if plan.keep >= plan.prompt_tokens and not plan.outgrows_bound:
+        return "within_budget"
+    if plan.max_outputs <= 1:
+        return "no_decode"
+    if plan.slabs >= plan.prompt_blocks and not plan.outgrows_bound:
+        return "frees_nothing"
+    if plan.prompt_blocks + plan.slabs > pool_blocks:
+        return "no_room"
+    return None

@@ -6,6 +6,7 @@ import msgspec
 from vllm.v1.engine import EngineCoreOutputs
 
 from adakv_worker.core.plan import Plan
+from adakv_worker.core.request import CompressedRequest
 from adakv_worker.messages import Answer, Proof, with_proof
 
 
@@ -42,15 +43,17 @@ class Proofs:
         self._proofs[request_id] = proof
         self._changed.add(request_id)
 
-    def note_whole(self, request_id: str, plan: Plan | None) -> None:
+    def note_whole(self, request_id: str, plan: Plan) -> None:
         """Note that a request will not be compressed, at first or after a preemption."""
         before = self._proofs.get(request_id)
-        if plan is None or (before is not None and before.skipped == plan.skipped):
-            return
-        self._note(request_id, plan.proof(None))
+        if before is None or before.skipped != plan.skipped:
+            self._note(request_id, plan.proof(None))
 
     def note_step(
-        self, plans: Mapping[str, Plan], evicted: Collection[str], answer: Answer
+        self,
+        requests: Mapping[str, CompressedRequest],
+        evicted: Collection[str],
+        answer: Answer,
     ) -> None:
         """Note the results of a step.
 
@@ -64,15 +67,13 @@ class Proofs:
                 self._counts["decode_evictions"] += 1
         for request_id in answer.failed:
             self._counts["selection_failures"] += 1
-            if plan := plans.get(request_id):
-                plan.fallback = f"policy '{plan.choice.preset}' failed"
-                if proof := self._proofs.get(request_id):
-                    self._change(request_id, proof, fallback=plan.fallback)
+            if (request := requests.get(request_id)) and (proof := self._proofs.get(request_id)):
+                self._change(request_id, proof, fallback=request.plan.fallback)
         for request_id, entries in answer.kept.items():
-            if plan := plans.get(request_id):
-                self._note(request_id, plan.proof(entries))
+            if request := requests.get(request_id):
+                self._note(request_id, request.plan.proof(entries))
 
-    def _change(self, request_id: str, proof: Proof, **changes: str | int) -> None:
+    def _change(self, request_id: str, proof: Proof, **changes: str | int | None) -> None:
         self.put(request_id, msgspec.structs.replace(proof, **changes))
 
     def _note(self, request_id: str, proof: Proof) -> None:

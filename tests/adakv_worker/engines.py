@@ -139,7 +139,7 @@ class Engine:
         assert self.free_blocks == pool.num_gpu_blocks - 1
         if hasattr(self.runner, "adakv"):
             check_blocks(self.manager)
-            assert not self.manager.plans
+            assert not self.manager.requests
             assert not self.scheduler._proofs
             assert not self.scheduler._to_take_up
             assert not self.runner._adakv_staged

@@ -14,7 +14,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from adakv_worker.core.checks import check_blocks
-from adakv_worker.core.plan import Phase
+from adakv_worker.core.request import Phase
 from adakv_worker.core.scheduler import AdaKVAsyncScheduler, AdaKVScheduler, AdaKVSchedulerMixin
 from adakv_worker.messages import (
     Answer,
@@ -199,10 +199,10 @@ class Fake:
 
     def _check_running(self) -> None:
         for request in self.scheduler.running:
-            plan = self.manager.plans[request.request_id]
-            if plan.phase is Phase.COMPRESSED:
+            known = self.manager.requests[request.request_id]
+            if known.phase is Phase.COMPRESSED:
                 held = len(self.manager.req_to_blocks[request.request_id])
-                assert held >= plan.blocks_at(request.num_computed_tokens)
+                assert held >= known.plan.blocks_at(request.num_computed_tokens)
 
     def memory_stats(self) -> MemoryStats:
         """Return the statistics of the last step."""

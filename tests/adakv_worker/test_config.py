@@ -148,7 +148,7 @@ def test_a_plan_is_made_by_arithmetic_alone() -> None:
     plan = make_plan(budget, 1500, 100, 32, 200)
     assert (plan.skipped, plan.prompt_blocks, plan.slabs) == (None, 47, 5)
     assert plan.blocks_at(1500 + 33) == 6
-    assert plan.longest_hit() == (1500 - 32) // 32 * 32
+    assert plan.longest_hit == (1500 - 32) // 32 * 32
     assert make_plan(budget, 1500, 100, 32, 51).skipped == "no_room"
     assert make_plan(budget, 1500, 1, 32, 200).skipped == "no_decode"
     assert make_plan(budget, 140, 100, 32, 200).skipped == "frees_nothing"

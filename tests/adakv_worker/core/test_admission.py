@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adakv_worker.core.admission import UNBOUNDED, Holds, Life, LifeTable, Lives, OutputLengths
+from adakv_worker.core.admission import Holds
+from adakv_worker.core.lives import LifeTable, Lives
+from adakv_worker.core.output_lengths import OutputLengths
+from adakv_worker.core.plan import UNBOUNDED, Life
 
 
 def _sure(tokens: int, to_come: int, most: int = UNBOUNDED) -> Life:

@@ -9,8 +9,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from adakv_worker.core.admission import UNBOUNDED, Life
-from adakv_worker.core.plan import Phase
+from adakv_worker.core.plan import UNBOUNDED, Life
+from adakv_worker.core.request import Phase
 from adakv_worker.messages import MemoryStats
 from adakv_worker.statistics_carrier import figures_of
 from tests.adakv_worker.fake_worker import CoreConfig, Fake
@@ -52,7 +52,7 @@ def test_random_lives_lose_no_block(small: CoreConfig, in_flight: int, actions: 
         getattr(fake, name)(*values)
     fake.finish()
     assert fake.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == total
-    assert not fake.manager.plans
+    assert not fake.manager.requests
     assert not fake.scheduler._proofs
     assert not fake.scheduler._to_take_up
 
@@ -93,7 +93,7 @@ def test_a_request_that_comes_with_its_cache_takes_only_slabs(
     before = free()
     name = fake.arrive(600, 10, 12, with_state=True)
     fake.step()
-    plan = fake.manager.plans[name]
+    plan = fake.manager.requests[name].plan
     # 64 entries a head and ten new ones: not the 20 blocks of its tokens.
     assert before - free() == plan.blocks_at(610) <= 4
     request = fake.scheduler.requests[name]
@@ -111,7 +111,7 @@ def test_a_request_that_comes_without_its_cache_computes_all_its_tokens(small: C
     fake.step()
     fake.step()
     assert fake.scheduler.requests[name].num_computed_tokens == 610
-    assert fake.manager.plans[name].phase is Phase.RESERVED
+    assert fake.manager.requests[name].phase is Phase.RESERVED
     # All but the last, which nobody has computed before.
     assert fake.memory_stats().recomputed_tokens == 609
     fake.finish()
@@ -177,8 +177,8 @@ def test_the_statistics_tell_of_compressed_memory(small: CoreConfig) -> None:
     compressed: list[str] = []
     while len(compressed) < 1:
         fake.step()
-        plans = fake.manager.plans.items()
-        compressed = [name for name, plan in plans if plan.phase is Phase.COMPRESSED]
+        requests = fake.manager.requests.items()
+        compressed = [name for name, request in requests if request.phase is Phase.COMPRESSED]
     stats = fake.scheduler.make_stats()
     assert stats is not None
     # As they cross to the front end.
@@ -191,7 +191,7 @@ def test_the_statistics_tell_of_compressed_memory(small: CoreConfig) -> None:
     # A prompt of 600 takes 19 blocks, and 8 slabs where it compresses.
     waiting = [request.request_id for request in fake.scheduler.waiting]
     assert told.waiting_blocks == 27 * len(waiting)
-    assert fake.manager.growth_blocks() > 0
+    assert fake.manager.admission.growth_blocks() > 0
     # The compressed prompts' full blocks.
     assert fake.manager.evictable_blocks() == 18 * len(compressed)
     fake.finish()
@@ -277,11 +277,11 @@ def test_lengths_are_learnt_from_answers_that_ended_by_themselves(small: CoreCon
         fake.add(40, 300, seed, {}, stops_after=20)
     fake.finish()
     life = Life(0, UNBOUNDED, answered=0, left=300, due=0, max_tokens=300)
-    assert fake.manager.output_lengths.one_to_come(life) == (20, 0)
+    assert fake.manager.admission.output_lengths.one_to_come(life) == (20, 0)
     for seed in range(70):
         fake.add(40, 300, seed, {}, stops_after=200)
         fake.step()
         fake.abort(0)
     fake.finish()
     # A client that leaves says nothing of how long answers are.
-    assert fake.manager.output_lengths.one_to_come(life) == (20, 0)
+    assert fake.manager.admission.output_lengths.one_to_come(life) == (20, 0)

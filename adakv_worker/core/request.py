@@ -1,0 +1,111 @@
+"""One request of the engine core: its plan, and how far compression has come."""
+
+import enum
+from dataclasses import dataclass, replace
+
+from adakv_worker.core.plan import Life, Plan
+
+
+class Phase(enum.Enum):
+    """What a request's blocks are.
+
+    PREFILL: ordinary blocks; it is compressed when its prompt is complete.
+    RESERVED: its prompt's blocks, followed by its slabs, for one step.
+    COMPRESSED: slabs.
+    WHOLE: ordinary blocks to its end.
+    """
+
+    PREFILL = enum.auto()
+    RESERVED = enum.auto()
+    COMPRESSED = enum.auto()
+    WHOLE = enum.auto()
+
+
+@dataclass(slots=True)
+class CompressedRequest:
+    """The plan of one request, and its state. Only `AdaKVManager` calls what changes it.
+
+    num_tokens: tokens that it has blocks for.
+    room_tokens: tokens that its slabs hold while it does not evict; 0 before it has any.
+    """
+
+    plan: Plan
+    phase: Phase
+    num_tokens: int = 0
+    room_tokens: int = 0
+
+    @classmethod
+    def planned(cls, plan: Plan) -> "CompressedRequest":
+        """Return a request that is about to compute its prompt."""
+        return cls(plan, Phase.PREFILL if plan.active else Phase.WHOLE)
+
+    @classmethod
+    def arriving(cls, plan: Plan, num_tokens: int) -> "CompressedRequest":
+        """Return a request that arrives with its compressed cache and so many tokens."""
+        return cls(plan, Phase.COMPRESSED, num_tokens)
+
+    @property
+    def start_tokens(self) -> int:
+        """Its tokens when it starts."""
+        compressed = self.phase is Phase.COMPRESSED
+        return self.num_tokens if compressed else self.plan.prompt_tokens
+
+    @property
+    def blocks_to_start(self) -> int:
+        """Blocks that it holds at the end of its prefill, or that its arriving cache takes."""
+        if self.phase is Phase.COMPRESSED:
+            return self.plan.blocks_at(self.num_tokens)
+        return self.plan.prompt_blocks + (self.plan.slabs if self.plan.active else 0)
+
+    @property
+    def evicts(self) -> bool:
+        """Whether the step that it has blocks for ends with an eviction."""
+        return self.plan.evicts_at(self.num_tokens)
+
+    @property
+    def next_eviction(self) -> int | None:
+        """Its tokens at the eviction after this step; None if there is none."""
+        return self.plan.next_eviction(self.num_tokens)
+
+    @property
+    def life(self) -> Life:
+        return self.plan.life_at(self.num_tokens)
+
+    def may_grow_within(self, more: int) -> bool:
+        """Return whether it may need another block for its next `more` tokens."""
+        if self.num_tokens + more <= self.room_tokens:
+            return False
+        return self.plan.bound is None or self.plan.grows_within(self.num_tokens, more)
+
+    def grow(self, num_tokens: int) -> None:
+        """Note that it gets blocks for so many tokens."""
+        assert num_tokens >= self.num_tokens, "a request has lost tokens"
+        self.num_tokens = num_tokens
+
+    def stay_whole(self, reason: str) -> None:
+        """Give up compressing it: PREFILL becomes WHOLE."""
+        self._leave(Phase.PREFILL, Phase.WHOLE)
+        self.plan = replace(self.plan, skipped=reason)
+
+    def reserve(self) -> None:
+        """Note its slabs beside its complete prompt: PREFILL becomes RESERVED."""
+        assert self.num_tokens >= self.plan.prompt_tokens, "the prompt is not complete"
+        self._leave(Phase.PREFILL, Phase.RESERVED)
+
+    def compress(self, slabs: int) -> None:
+        """Note that only its slabs are left: RESERVED becomes COMPRESSED."""
+        self._leave(Phase.RESERVED, Phase.COMPRESSED)
+        self.hold(slabs)
+
+    def hold(self, slabs: int) -> None:
+        """Note the number of slabs that it holds after growing or evicting."""
+        assert self.phase is Phase.COMPRESSED, f"a request holds slabs while {self.phase.name}"
+        self.room_tokens = self.plan.room_in(slabs, self.num_tokens)
+
+    def fall_back(self) -> None:
+        """Note that its policy raised an error, and another one chose its entries."""
+        self.plan = replace(self.plan, fallback=f"policy '{self.plan.choice.preset}' failed")
+
+    def _leave(self, phase: Phase, to: Phase) -> None:
+        assert self.phase is phase, f"a request became {to.name} while {self.phase.name}"
+        self.phase = to
