@@ -1,6 +1,6 @@
-"""What cannot work with compressed caches is refused at start-up, by the name of its setting."""
+"""Refuses at start-up, by the name of a setting, what cannot work with compressed caches."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm import envs
@@ -13,63 +13,73 @@ from adakv_worker.config import CompressionConfig
 from kernels.policies.presets import PRESETS
 
 
-def refuse_unsupported(config: VllmConfig) -> None:
-    """Raises ValueError that names the first setting which compression cannot honour."""
-    parallel, cache = config.parallel_config, config.cache_config
-    model = config.model_config
-    refusals = {
-        "speculative_config (one token a step)": config.speculative_config is not None,
-        "pipeline_parallel_size > 1 (pages are shared by all layers)": (
-            parallel.pipeline_parallel_size > 1
-        ),
-        "decode_context_parallel_size > 1": parallel.decode_context_parallel_size > 1,
-        "prefill_context_parallel_size > 1": parallel.prefill_context_parallel_size > 1,
-        "kv_transfer_config (KV connectors)": config.kv_transfer_config is not None,
-        "kv_cache_dtype (a quantized cache cannot be scored yet)": is_quantized_kv_cache(
-            cache.cache_dtype
-        ),
-        "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
-        "a model with multi-head latent attention": model.use_mla,
-        "a model with sliding-window attention": model.get_sliding_window() is not None,
-        "a hybrid or attention-free model": model.is_hybrid or model.is_attention_free,
-        "an encoder-decoder model": model.is_encoder_decoder,
-        "enable_dbo (micro-batches)": parallel.enable_dbo,
-        "CUDA graphs that write to the KV cache (VLLM_USE_BREAKABLE_CUDAGRAPH, which "
-        "VLLM_BATCH_INVARIANT may turn on; splitting_ops; use_inductor_graph_partition)": (
-            _graphs_hold_cache_writes(config)
-        ),
-    }
-    for setting, present in refusals.items():
-        if present:
-            raise ValueError(f"adakv: compression does not work with {setting}")
-    hash_unit = getattr(cache, "prefix_match_unit", None)
-    if hash_unit is not None and hash_unit != cache.block_size:
-        raise ValueError(
-            "adakv: compression does not work with prefix_match_unit other than block_size"
-        )
-
-
 def _graphs_hold_cache_writes(config: VllmConfig) -> bool:
-    """Whether piecewise graphs would go on writing where a request lay before it was compressed."""
+    """Return whether piecewise graphs would write to where a request was before compression."""
     compilation = config.compilation_config
     mode = compilation.cudagraph_mode
     if mode is None or not mode.has_piecewise_cudagraphs():
         return False
     left_out = (
         compilation.splitting_ops_contain_kv_cache_update()
-        # vLLM asks for that of multi-head latent attention as well.
+        # vLLM's own check also requires the operation of multi-head latent attention.
         or "vllm::unified_kv_cache_update" in (compilation.splitting_ops or ())
     )
     return envs.VLLM_USE_BREAKABLE_CUDAGRAPH or not left_out
+
+
+def _matches_partial_blocks(config: VllmConfig) -> bool:
+    unit = config.cache_config.prefix_match_unit
+    return unit is not None and unit != config.cache_config.block_size
+
+
+# What is refused, by its name in the error.
+REFUSED: dict[str, Callable[[VllmConfig], bool]] = {
+    "speculative_config (one token a step)": lambda c: c.speculative_config is not None,
+    "pipeline_parallel_size > 1 (pages are shared by all layers)": (
+        lambda c: c.parallel_config.pipeline_parallel_size > 1
+    ),
+    "decode_context_parallel_size > 1": (
+        lambda c: c.parallel_config.decode_context_parallel_size > 1
+    ),
+    "prefill_context_parallel_size > 1": (
+        lambda c: c.parallel_config.prefill_context_parallel_size > 1
+    ),
+    "kv_transfer_config (KV connectors)": lambda c: c.kv_transfer_config is not None,
+    "kv_cache_dtype (a quantized cache cannot be scored yet)": (
+        lambda c: is_quantized_kv_cache(c.cache_config.cache_dtype)
+    ),
+    "kv_sharing_fast_prefill": lambda c: c.cache_config.kv_sharing_fast_prefill,
+    "a model with multi-head latent attention": lambda c: c.model_config.use_mla,
+    "a model with sliding-window attention": (
+        lambda c: c.model_config.get_sliding_window() is not None
+    ),
+    "a hybrid or attention-free model": (
+        lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free
+    ),
+    "an encoder-decoder model": lambda c: c.model_config.is_encoder_decoder,
+    "enable_dbo (micro-batches)": lambda c: c.parallel_config.enable_dbo,
+    "CUDA graphs that write to the KV cache (VLLM_USE_BREAKABLE_CUDAGRAPH, which "
+    "VLLM_BATCH_INVARIANT may turn on; splitting_ops; use_inductor_graph_partition)": (
+        _graphs_hold_cache_writes
+    ),
+    "prefix_match_unit other than block_size": _matches_partial_blocks,
+}
+
+
+def refuse_unsupported(config: VllmConfig) -> None:
+    """Raise ValueError for the first setting that does not work with compression."""
+    for setting, is_set in REFUSED.items():
+        if is_set(config):
+            raise ValueError(f"adakv: compression does not work with {setting}")
 
 
 def refuse_unsupported_policy(config: CompressionConfig, unsupported: Mapping[str, str]) -> None:
     """Raise ValueError if the configured policy does not work with the model.
 
     Args:
-        unsupported: presets that do not, with the reason.
+        unsupported: presets that do not work, with the reason.
     """
-    # `auto` takes one that does.
+    # `auto` takes one that works.
     if (reason := unsupported.get(config.policy)) is not None:
         known = ", ".join(sorted(PRESETS.keys() - unsupported.keys()))
         raise ValueError(
@@ -79,9 +89,9 @@ def refuse_unsupported_policy(config: CompressionConfig, unsupported: Mapping[st
 
 
 def require_classes(config: VllmConfig) -> None:
-    """Raises ValueError if the settings are there but the classes that act on them are not.
+    """Raise ValueError if the settings turn compression on but vLLM's classes would run.
 
-    Configured and yet not run would be the worst of all outcomes.
+    Such an engine would start and compress nothing.
     """
     scheduler = config.scheduler_config
     for setting, cls in (
@@ -103,4 +113,5 @@ def require_classes(config: VllmConfig) -> None:
 
 
 def _resolved(cls: Any) -> Any:
+    """Return a class that may be given by its dotted name."""
     return resolve_obj_by_qualname(cls) if isinstance(cls, str) else cls
