@@ -1,0 +1,144 @@
+"""The request router that Ray Serve creates, with a chooser that the ingress has set."""
+
+import json
+import logging
+import pickle
+import random
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import cloudpickle
+import pytest
+from ray.serve._private.common import (
+    DeploymentHandleSource,
+    DeploymentID,
+    ReplicaID,
+    RequestMetadata,
+)
+from ray.serve.request_router import PendingRequest
+
+from router.chooser import Chooser
+from router.footprint import Footprint
+from router.lending.leases import Lease
+from router.local_view import LocalView
+from serving.config import AppConfig
+from serving.ingress.occupancy_router import OccupancyRouter
+from serving.ingress.routing import Routing, configured_routing
+from serving.spill.parcels import LenderName
+from tests.router.occupancies import occupancy
+
+FOOTPRINT = Footprint(10, 10, 300, 20, (1, 2, 3))
+ENGINE = DeploymentID("Engine", "llm")
+
+
+class Replica:
+    """As much of Serve's running replica as a router looks at."""
+
+    def __init__(self, name: str) -> None:
+        self.replica_id = ReplicaID(name, ENGINE)
+        self.max_ongoing_requests = 8
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace()
+
+
+ONE, TWO, THREE = replicas = [Replica(name) for name in ("one", "two", "three")]
+
+
+class Router(OccupancyRouter):
+    """A router of its own process, as far as `routing` goes."""
+
+
+@pytest.fixture
+def view() -> LocalView:
+    """The replicas' reports: `two` has the least to do, `one` the most."""
+    view = LocalView(ttl_s=600)
+    for name, queued in (("one", 9000), ("two", 0), ("three", 3000)):
+        report = occupancy(name, waiting=0, prefill_tokens_queued=queued)
+        view.accept(report, time.monotonic())
+    return view
+
+
+@pytest.fixture
+def router(view: LocalView) -> Iterator[OccupancyRouter]:
+    Router.routing = Routing(Chooser(view, rng=random.Random(0)), log_decisions=True)
+    yield Router(ENGINE, DeploymentHandleSource.REPLICA)
+    Router.routing = None
+
+
+def pending(*args: Any) -> PendingRequest:
+    metadata = RequestMetadata(request_id="r", internal_request_id=f"{id(args)}")
+    return PendingRequest(args=list(args), kwargs={}, metadata=metadata)
+
+
+async def ranks(router: OccupancyRouter, request: PendingRequest | None) -> list[list[str]]:
+    chosen = await router.choose_replicas(replicas, request)  # type: ignore[arg-type]
+    return [[replica.replica_id.unique_id for replica in rank] for rank in chosen]
+
+
+async def test_a_request_with_a_footprint_tries_replicas_from_the_best_to_the_worst(
+    router: OccupancyRouter, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert await ranks(router, pending({}, b"", FOOTPRINT)) == [["two"], ["three"], ["one"]]
+    (line,) = [one.message for one in caplog.records if one.message.startswith("routing ")]
+    assert json.loads(line.removeprefix("routing "))["replica"] == "two"
+
+
+async def test_other_requests_go_to_one_of_two_random_replicas(router: OccupancyRouter) -> None:
+    for request in (pending({}, b"", None), pending(), None):
+        (two,) = await ranks(router, request)
+        assert len(set(two)) == 2
+    Router.routing = None
+    (two,) = await ranks(router, pending({}, b"", FOOTPRINT))
+    assert len(set(two)) == 2
+
+
+async def test_before_the_first_report_all_go_to_one_of_two_random_replicas() -> None:
+    Router.routing = Routing(Chooser(LocalView()), log_decisions=False)
+    try:
+        (two,) = await ranks(
+            Router(ENGINE, DeploymentHandleSource.REPLICA), pending({}, b"", FOOTPRINT)
+        )
+    finally:
+        Router.routing = None
+    assert len(set(two)) == 2
+
+
+async def test_a_moved_request_goes_to_its_lender_alone(router: OccupancyRouter) -> None:
+    name = LenderName("Engine", "three", "node")
+    lease = Lease("id", str(name), "borrower", "blocks", 5)
+    assert await ranks(router, pending("guest", lease)) == [["three"]]
+    gone = lease._replace(lender=str(name._replace(replica_id="gone")))
+    # Any other replica refuses it. Without candidates Serve would look for ever.
+    assert await ranks(router, pending("guest", gone)) == [["one"]]
+
+
+async def test_a_request_that_has_been_routed_is_booked_where_it_went(
+    router: OccupancyRouter, view: LocalView
+) -> None:
+    request = pending({}, b"", FOOTPRINT)
+    router.on_request_routed(request, ONE.replica_id, None)
+    router.on_request_routed(pending({}, b"", None), TWO.replica_id, None)
+    views = view.views(["one", "two"], time.monotonic())
+    booked = {one.replica_id: one.waiting for one in views}
+    assert booked == {"one": 1, "two": 0}
+
+
+async def test_replicas_that_are_gone_are_forgotten(
+    router: OccupancyRouter, view: LocalView
+) -> None:
+    router.update_replicas([ONE, THREE])  # type: ignore[list-item]
+    assert set(view.replica_ids) == {"one", "three"}
+
+
+def test_serve_loads_the_very_class_that_the_ingress_sets_the_routing_of() -> None:
+    assert pickle.loads(cloudpickle.dumps(OccupancyRouter)) is OccupancyRouter
+
+
+def test_routing_is_configured_or_left_to_serve() -> None:
+    assert configured_routing(AppConfig()) is not None
+    stock = AppConfig.model_validate({"routing": {"policy": "power_of_two"}})
+    assert configured_routing(stock) is None
