@@ -1,7 +1,9 @@
-"""The backend on a Serve handle: what its failures are in the front door's terms."""
+"""The backend on a Serve handle: its calls, and the translation of its failures."""
 
 import logging
-from collections.abc import AsyncIterator
+import pickle
+from collections.abc import AsyncIterator, Generator
+from contextlib import aclosing
 from typing import Any
 
 import httpx
@@ -10,24 +12,122 @@ from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from router.footprint import Footprint
+from serving.http.asgi import Message
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
 from serving.http.front_door import FrontDoor, FrontDoorSettings
 from serving.ingress.deployment import HandleBackend, with_cors
 
 
-class FailingHandle:
-    """As much of a `DeploymentHandle` as the backend uses; its calls fail with `error`."""
+class Answer:
+    """What a call of a handle returns: items to iterate over, then perhaps an error."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, items: list[Any], error: Exception | None) -> None:
+        self._items = items
         self._error = error
-        self.asgi = self.ping = self
+        self.cancelled = False
 
-    def options(self, **_: Any) -> "FailingHandle":
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        for item in self._items:
+            yield item
+        if self._error is not None:
+            raise self._error
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+        if self._error is not None:
+            raise self._error
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Handle:
+    """As much of a `DeploymentHandle` as the backend uses."""
+
+    def __init__(self, *items: Any, error: Exception | None = None) -> None:
+        self.answer = Answer(list(items), error)
+        self.asgi = self.ping = self
+        self.called_with: tuple[Any, ...] = ()
+
+    def options(self, **_: Any) -> "Handle":
         return self
 
-    async def remote(self, *_: Any) -> AsyncIterator[Any]:
-        raise self._error
-        yield
+    def remote(self, *args: Any) -> Answer:
+        self.called_with = args
+        return self.answer
+
+
+class Predictor:
+    """Predicts the same for all requests, and keeps the output lengths that it learns."""
+
+    FOOTPRINT = Footprint(3, 2, 50, 20, ())
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, bytes]] = []
+        self.learnt: list[int] = []
+
+    async def footprint(self, path: str, body: bytes) -> Footprint:
+        self.asked.append((path, body))
+        return self.FOOTPRINT
+
+    def note_output(self, tokens: int) -> None:
+        self.learnt.append(tokens)
+
+
+START: Message = {"type": "http.response.start", "status": 200, "headers": []}
+USAGE: Message = {"type": "http.response.body", "body": b'{"usage": {"completion_tokens": 17}}'}
+
+
+def backend_of(handle: Any, predictor: Any = None) -> HandleBackend:
+    return HandleBackend(handle, predictor)
+
+
+async def test_batches_arrive_pickled_or_not() -> None:
+    backend = backend_of(Handle([START], pickle.dumps([USAGE])))
+    assert [batch async for batch in backend.stream({"path": "/"}, b"")] == [[START], [USAGE]]
+
+
+async def test_a_footprint_goes_along_and_the_output_length_is_learnt() -> None:
+    handle, predictor = Handle([START], [USAGE]), Predictor()
+    backend = backend_of(handle, predictor)
+    async for _ in backend.stream({"path": "/v1/completions"}, b"body"):
+        assert predictor.learnt == []
+    assert predictor.asked == [("/v1/completions", b"body")]
+    assert handle.called_with == ({"path": "/v1/completions"}, b"body", Predictor.FOOTPRINT)
+    assert predictor.learnt == [17]
+    assert not handle.answer.cancelled
+
+
+async def test_without_a_predictor_no_footprint_goes_along() -> None:
+    handle = Handle([START])
+    async for _ in backend_of(handle).stream({"path": "/"}, b""):
+        pass
+    assert handle.called_with == ({"path": "/"}, b"", None)
+
+
+async def test_an_answer_that_is_closed_early_is_cancelled_and_teaches_nothing() -> None:
+    handle, predictor = Handle([START], [USAGE], [USAGE]), Predictor()
+    async with aclosing(backend_of(handle, predictor).stream({"path": "/"}, b"")) as batches:
+        await anext(batches)
+        await anext(batches)
+    assert handle.answer.cancelled
+    assert predictor.learnt == []
+
+
+@pytest.mark.parametrize(
+    ("error", "translated"),
+    [(None, None), (ReplicaLost(), ReplicaLost), (ConnectionResetError(), ReplicaLost)],
+)
+async def test_a_ping_fails_as_a_stream_does(
+    error: Exception | None, translated: type[Exception] | None
+) -> None:
+    backend = backend_of(Handle(error=error))
+    if translated is None:
+        await backend.ping()
+    else:
+        with pytest.raises(translated):
+            await backend.ping()
 
 
 def task_error(cause: Exception) -> Exception:
@@ -35,7 +135,7 @@ def task_error(cause: Exception) -> Exception:
 
 
 async def raised_by_a_stream(error: Exception) -> Exception:
-    backend: Any = HandleBackend(FailingHandle(error), None)  # type: ignore[arg-type]
+    backend = backend_of(Handle(error=error))
     with pytest.raises(Exception) as raised:  # noqa: PT011
         await anext(backend.stream({"path": "/"}, b""))
     return raised.value
@@ -52,13 +152,13 @@ async def raised_by_a_stream(error: Exception) -> Exception:
         (task_error(ReplicaLost("its engine died")), ReplicaLost),
     ],
 )
-async def test_losses_are_told_from_overload(error: Exception, translated: type) -> None:
+async def test_failures_are_translated_by_their_kind(error: Exception, translated: type) -> None:
     assert type(await raised_by_a_stream(error)) is translated
 
 
 @pytest.mark.parametrize("error", [RecursionError("too deep"), KeyError("a"), ValueError("b")])
 @pytest.mark.parametrize("wrap", [lambda error: error, task_error])
-async def test_a_fault_in_a_replica_is_no_loss_of_it(error: Exception, wrap: Any) -> None:
+async def test_a_fault_in_a_replicas_code_is_not_its_loss(error: Exception, wrap: Any) -> None:
     raised = await raised_by_a_stream(wrap(error))
     assert isinstance(raised, type(error))
     assert not isinstance(raised, ReplicaLost)
@@ -70,16 +170,33 @@ async def test_a_missing_deployment_is_no_replica() -> None:
 
 
 @pytest.mark.parametrize(
-    ("server", "allowed"), [({"allowed_origins": ["http://ui.example"]}, True), ({}, False)]
+    ("server", "allowed"),
+    [
+        ({"allowed_origins": ["http://ui.example"]}, {"access-control-allow-origin"}),
+        (
+            {"allowed_origins": ["http://ui.example"], "allow_credentials": True},
+            {"access-control-allow-origin", "access-control-allow-credentials"},
+        ),
+        ({"allowed_origins": ["http://other.example"]}, set()),
+        ({}, set()),
+    ],
 )
-async def test_the_doors_own_errors_allow_the_origins_that_answers_do(
-    server: dict[str, Any], allowed: bool
+async def test_the_front_doors_own_errors_allow_the_configured_origins(
+    server: dict[str, Any], allowed: set[str]
 ) -> None:
-    backend: Any = HandleBackend(FailingHandle(ValueError()), None)  # type: ignore[arg-type]
+    backend = backend_of(Handle(error=ValueError()))
     door = FrontDoor(backend, FrontDoorSettings(max_body_bytes=1), logging.getLogger("test"))
     transport = httpx.ASGITransport(with_cors(door, server))
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
         headers = {"origin": "http://ui.example"}
         response = await client.post("/v1/completions", content=b"long", headers=headers)
     assert response.status_code == 413
-    assert ("access-control-allow-origin" in response.headers) is allowed
+    given = {name for name in response.headers if name.startswith("access-control-allow-")}
+    assert given - {"access-control-allow-methods"} == allowed
+
+
+async def test_an_overload_keeps_its_time_to_wait() -> None:
+    full = BackPressureError(num_queued_requests=1, max_queued_requests=1, retry_after_s=4.0)
+    overloaded = await raised_by_a_stream(full)
+    assert isinstance(overloaded, Overloaded)
+    assert overloaded.retry_after_s == 4.0
