@@ -66,7 +66,9 @@ class ReplicaConfig(Section):
         default=None,
         description="One bundle per worker when a replica spans nodes (executor `ray`)",
     )
-    placement_group_strategy: str = "PACK"
+    placement_group_strategy: str = Field(
+        default="PACK", description="Ray's placement strategy of the bundles"
+    )
     max_ongoing_requests: int | None = Field(
         default=None,
         ge=1,

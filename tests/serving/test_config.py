@@ -1,16 +1,25 @@
 """The configuration: what it refuses, and the options of Ray Serve that it turns into."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from serving.app import api_keys, engine_options
-from serving.config import AppConfig
+from serving.config import AppConfig, ModelConfig
 from serving.http.api_keys import ApiKeys, vllm_keys
+from serving.models.embedded import (
+    EMBEDDED_MODEL_NAME,
+    embedded_model_path,
+    model_path_and_name,
+)
 
+DOCS = "\n".join(page.read_text() for page in (Path(__file__).parents[2] / "docs").glob("*.md"))
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
@@ -41,6 +50,77 @@ def test_a_wrong_configuration_is_refused_with_a_remedy(args: dict[str, Any], me
     with pytest.raises(ValidationError) as caught:
         AppConfig.model_validate(args)
     assert message in str(caught.value)
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in section.model_fields.items():
+        kinds = get_args(field.annotation) or (field.annotation,)
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if inner:
+            yield from _keys(inner[0], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+@pytest.mark.parametrize(
+    ("key", "field"), [pytest.param(*pair, id=pair[0]) for pair in _keys(AppConfig)]
+)
+def test_every_key_is_described_and_in_the_docs(key: str, field: FieldInfo) -> None:
+    *_, name = key.split(".")
+    assert re.search(rf"\b{name}\b", DOCS)
+    assert field.description or key.startswith("compression.")
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"path": "/models/llama"}, ("/models/llama", "llama")),
+        ({"path": "org/llama/"}, ("org/llama/", "llama")),
+        ({"path": "/models/llama", "name": "mine"}, ("/models/llama", "mine")),
+    ],
+)
+def test_a_model_is_named_after_its_path(model: dict[str, str], expected: tuple[str, str]) -> None:
+    config = AppConfig.model_validate({"model": model})
+    assert model_path_and_name(config.model) == expected
+
+
+def test_the_embedded_model_is_served_without_a_path() -> None:
+    path, name = model_path_and_name(AppConfig().model)
+    assert (path, name) == (str(embedded_model_path()), EMBEDDED_MODEL_NAME)
+    assert model_path_and_name(ModelConfig(name="mine")) == (path, "mine")
+
+
+@pytest.mark.parametrize(
+    "spill",
+    [
+        {"spill": {"enabled": True}},
+        {"spill": {"enabled": True}, "compression": {"enabled": False}},
+        {
+            "spill": {"enabled": True}, "compression": {}, "routing": {"policy": "power_of_two"},
+        },
+    ],
+)  # fmt: skip
+def test_spilling_without_its_conditions_is_refused(spill: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"spill\.enabled needs"):
+        AppConfig.model_validate(spill)
+
+
+def test_lenders_are_like_the_other_replicas_but_lend_all() -> None:
+    args: dict[str, Any] = {
+        "compression": {}, "engine": {"max_num_seqs": 4, "kv_cache_memory_bytes": 100},
+        "replica": {"count": 3, "cpus": 2},
+        "spill": {"enabled": True, "lend_share": 0.25, "lenders": {"count": 2}},
+    }  # fmt: skip
+    lending = AppConfig.model_validate(args).for_lenders()
+    assert lending is not None
+    assert (lending.replica.count, lending.replica.cpus, lending.spill.lend_share) == (2, 2, 1.0)
+    assert lending.engine == args["engine"]
+    args["spill"]["lenders"]["kv_cache_memory_bytes"] = 900
+    larger = AppConfig.model_validate(args).for_lenders()
+    assert larger is not None
+    assert larger.engine == {"max_num_seqs": 4, "kv_cache_memory_bytes": 900}
+    args["spill"]["enabled"] = False
+    assert AppConfig.model_validate(args).for_lenders() is None
 
 
 def test_a_printed_configuration_hides_its_secrets() -> None:
