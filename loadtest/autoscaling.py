@@ -1,7 +1,7 @@
 """`python -m loadtest.autoscaling`: a real fleet under a load that comes and goes.
 
-Many clients for a while, then a single one until the fleet is small again: a line for each change,
-replicas against occupancy, and every request that failed.
+Many clients for a while, then a single one until the fleet is small again. Prints a line for each
+change, with replicas and occupancy, and every request that failed.
 """
 
 import argparse
@@ -18,20 +18,62 @@ import httpx
 import yaml
 
 from loadtest.client.sse_client import timed_completion
-from loadtest.servers.occupancy import ReplicaLoad, occupancy_watch
+from loadtest.servers.occupancy import OccupancyWatch, ReplicaLoad, occupancy_watch
 from loadtest.servers.ports import free_port
 from loadtest.servers.processes import serve_run
+from loadtest.traffic.corpus import SENTENCE
 
 _SAMPLE_S = 0.5
-_SENTENCE = "The harbour master wrote down the weather of the hour and every ship that passed. "
+
+
+class Phases(NamedTuple):
+    """clients: all together for `high_s` seconds, then one. limit_s: the end in any case."""
+
+    clients: int
+    high_s: float
+    limit_s: float
+
+    def is_high(self, elapsed_s: float) -> bool:
+        """Return whether all clients ask."""
+        return elapsed_s <= self.high_s
+
+    def is_over(self, elapsed_s: float, replicas: int | None) -> bool:
+        """Return whether the last client stops: the fleet is small again, or time is up."""
+        if elapsed_s > self.limit_s:
+            return True
+        return not self.is_high(elapsed_s) and replicas == 1
 
 
 class Sample(NamedTuple):
+    """The fleet at one moment."""
+
     at_s: float
     replicas: int
     occupancy: float
     running: int
     waiting: int
+
+    @classmethod
+    def of(cls, loads: list[ReplicaLoad], at_s: float) -> "Sample":
+        """Add up the replicas; reserved growth counts as held."""
+        total = sum(load["blocks_total"] for load in loads)
+        held = sum(
+            load["blocks_total"] - load["blocks_free"] + load["blocks_reserved_growth"]
+            for load in loads
+        )
+        return cls(
+            round(at_s, 1),
+            len(loads),
+            round(held / max(total, 1), 3),
+            sum(load["running"] for load in loads),
+            sum(load["waiting"] for load in loads),
+        )
+
+    def differs_from(self, before: "Sample | None") -> bool:
+        """Return whether a line is due: other replicas or other running requests."""
+        if before is None:
+            return True
+        return (self.replicas, self.running) != (before.replicas, before.running)
 
     def line(self) -> str:
         return (
@@ -41,74 +83,58 @@ class Sample(NamedTuple):
 
 
 class Clients:
-    """Clients that ask again and again; `failed` says why a request did not end well."""
+    """Clients that ask again and again. failed: why requests did not end well."""
 
-    def __init__(self, client: httpx.AsyncClient, model: str) -> None:
+    def __init__(self, client: httpx.AsyncClient, model: str, retry_after_s: float = 1) -> None:
         self._client, self._model = client, model
+        self._retry_after_s = retry_after_s
         self.done = 0
         self.failed: list[str] = []
 
     async def ask_until(self, over: Callable[[], bool], name: str) -> None:
+        """Ask one question after the other until `over` returns true."""
         number = 0
         while not over():
             number += 1
-            prompt = f"{name}, page {number}. " + _SENTENCE * 80
+            prompt = f"{name}, page {number}. " + SENTENCE * 80
             try:
                 await timed_completion(self._client, self._model, prompt, 200)
                 self.done += 1
             except (httpx.HTTPError, RuntimeError) as error:
                 self.failed.append(repr(error))
-                await asyncio.sleep(1)
-
-
-def sample(loads: list[ReplicaLoad], at_s: float) -> Sample:
-    total = sum(load["blocks_total"] for load in loads)
-    held = sum(
-        load["blocks_total"] - load["blocks_free"] + load["blocks_reserved_growth"]
-        for load in loads
-    )
-    return Sample(
-        round(at_s, 1),
-        len(loads),
-        round(held / max(total, 1), 3),
-        sum(load["running"] for load in loads),
-        sum(load["waiting"] for load in loads),
-    )
+                await asyncio.sleep(self._retry_after_s)
 
 
 async def drive(
-    base_url: str, store_url: str, application: str, args: argparse.Namespace
+    client: httpx.AsyncClient, watch: OccupancyWatch, phases: Phases, sample_s: float = _SAMPLE_S
 ) -> dict[str, Any]:
+    """Run both phases; return counts and the timeline."""
     started = time.monotonic()
     samples: list[Sample] = []
 
-    def high_load_over() -> bool:
-        return time.monotonic() - started > args.high_s
+    def elapsed_s() -> float:
+        return time.monotonic() - started
 
-    def all_over() -> bool:
-        if time.monotonic() - started > args.limit_s:
-            return True
-        return high_load_over() and bool(samples) and samples[-1].replicas == 1
+    def is_low() -> bool:
+        return not phases.is_high(elapsed_s())
 
-    async with (
-        httpx.AsyncClient(base_url=base_url, timeout=600) as client,
-        occupancy_watch(store_url, application, _SAMPLE_S) as watch,
-    ):
-        (card,) = (await client.get("/v1/models")).json()["data"]
-        load = Clients(client, card["id"])
-        clients = [
-            asyncio.create_task(load.ask_until(high_load_over, f"Volume {number}"))
-            for number in range(args.clients - 1)
-        ]
-        clients.append(asyncio.create_task(load.ask_until(all_over, "The last volume")))
-        while not all(task.done() for task in clients):
-            await asyncio.sleep(_SAMPLE_S)
-            now = sample(watch.latest, time.monotonic() - started)
-            before = samples[-1] if samples else None
-            if before is None or now.replicas != before.replicas or now.running != before.running:
-                print(now.line(), flush=True)
-            samples.append(now)
-        await asyncio.gather(*clients)
+    def is_over() -> bool:
+        return phases.is_over(elapsed_s(), samples[-1].replicas if samples else None)
+
+    (card,) = (await client.get("/v1/models")).json()["data"]
+    load = Clients(client, card["id"])
+    tasks = [
+        asyncio.create_task(load.ask_until(is_low, f"Volume {number}"))
+        for number in range(phases.clients - 1)
+    ]
+    tasks.append(asyncio.create_task(load.ask_until(is_over, "The last volume")))
+    while not all(task.done() for task in tasks):
+        await asyncio.sleep(sample_s)
+        now = Sample.of(watch.latest, elapsed_s())
+        if now.differs_from(samples[-1] if samples else None):
+            print(now.line(), flush=True)
+        samples.append(now)
+    await asyncio.gather(*tasks)
     return {
         "requests": load.done,
         "failed": load.failed,
@@ -116,6 +142,27 @@ async def drive(
         "last_replicas": samples[-1].replicas,
         "timeline": [each._asdict() for each in samples],
     }
+
+
+async def _drive_at(
+    base_url: str, store_url: str, application: str, phases: Phases
+) -> dict[str, Any]:
+    async with (
+        httpx.AsyncClient(base_url=base_url, timeout=600) as client,
+        occupancy_watch(store_url, application, _SAMPLE_S) as watch,
+    ):
+        return await drive(client, watch, phases)
+
+
+def run(config: dict[str, Any], phases: Phases) -> dict[str, Any]:
+    """Start the deployment and drive it."""
+    (application,) = config["applications"]
+    port = free_port()
+    log_path = Path(tempfile.mkdtemp(prefix="adakv-autoscaling-")) / "log"
+    print(f"starting one replica, log in {log_path}", flush=True)
+    with serve_run(config, log_path, port) as base_url:
+        store_url = f"redis://127.0.0.1:{port}"
+        return asyncio.run(_drive_at(base_url, store_url, application["name"], phases))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,14 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--high-s", type=float, default=120, help="seconds with all clients")
     parser.add_argument("--limit-s", type=float, default=480, help="seconds altogether")
     args = parser.parse_args(argv)
-    config = yaml.safe_load(args.config.read_text())
-    (application,) = config["applications"]
-    port = free_port()
-    log_path = Path(tempfile.mkdtemp(prefix="adakv-autoscaling-")) / "log"
-    print(f"starting one replica, log in {log_path}", flush=True)
-    with serve_run(config, log_path, port) as base_url:
-        store_url = f"redis://127.0.0.1:{port}"
-        result = asyncio.run(drive(base_url, store_url, application["name"], args))
+    phases = Phases(args.clients, args.high_s, args.limit_s)
+    result = run(yaml.safe_load(args.config.read_text()), phases)
     print(
         f"{result['requests']} requests, {len(result['failed'])} failed; "
         f"{result['most_replicas']} replicas at most, {result['last_replicas']} at the end"

@@ -16,8 +16,9 @@ import yaml
 from pydantic import ValidationError
 
 from loadtest.comparison.config import CompareConfig
+from loadtest.comparison.order import Unit
 from loadtest.comparison.report import write_report
-from loadtest.comparison.runs import Runs, Unit, units
+from loadtest.comparison.runs import Runs, units
 
 _FROZEN = "config.yaml"
 

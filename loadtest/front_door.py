@@ -11,6 +11,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +20,10 @@ import httpx
 import yaml
 
 from loadtest.client.sse_client import timed_completion
+from loadtest.comparison.order import interleaved
 from loadtest.servers.processes import serve_run, vllm_serve
 
+OURS, PLAIN = "ours", "plain"
 THREADS = 1
 STORY = (
     "The harbour master of a small northern town kept a journal of every ship that passed the "
@@ -32,24 +36,25 @@ class Round(NamedTuple):
     ttft_p50_s: float
 
 
-async def run_round(
-    client: httpx.AsyncClient,
-    model: str,
-    streams: int,
-    requests: int,
-    output_tokens: int,
-    seed: int,
-) -> Round:
-    """Sends `requests` requests, `streams` at a time."""
-    prompts = iter([f"Entry {seed}.{number}. {STORY}" for number in range(requests)])
+class Streams(NamedTuple):
+    """What a round sends: `requests` requests, `at_once` at a time."""
+
+    at_once: int
+    requests: int
+    output_tokens: int
+
+
+async def run_round(client: httpx.AsyncClient, model: str, streams: Streams, seed: int) -> Round:
+    """Send the prompts of a seed."""
+    prompts = iter([f"Entry {seed}.{number}. {STORY}" for number in range(streams.requests)])
     timings = []
 
-    async def worker() -> None:
+    async def stream() -> None:
         for prompt in prompts:
-            timings.append(await timed_completion(client, model, prompt, output_tokens))
+            timings.append(await timed_completion(client, model, prompt, streams.output_tokens))
 
     started = time.perf_counter()
-    await asyncio.gather(*(worker() for _ in range(streams)))
+    await asyncio.gather(*(stream() for _ in range(streams.at_once)))
     elapsed = time.perf_counter() - started
     return Round(
         sum(timing.output_tokens for timing in timings) / elapsed,
@@ -58,73 +63,81 @@ async def run_round(
 
 
 async def compare(
-    urls: dict[str, str], model: str, streams: list[int], repeat: int, output_tokens: int
+    clients: Mapping[str, httpx.AsyncClient], model: str, streams: Streams, repeat: int
 ) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    clients = {arm: httpx.AsyncClient(base_url=url, timeout=300) for arm, url in urls.items()}
-    for count in streams:
-        requests = max(3, 2 * count)
-        for client in clients.values():
-            await run_round(client, model, count, requests, output_tokens, seed=-1)
-        rounds: dict[str, list[Round]] = {arm: [] for arm in urls}
-        for turn in range(repeat):
-            # The order flips each time, so that drift of the machine falls on both.
-            for arm in list(urls) if turn % 2 == 0 else reversed(urls):
-                done = await run_round(
-                    clients[arm], model, count, requests, output_tokens, seed=turn
-                )
-                rounds[arm].append(done)
-                print(
-                    f"{count} streams, round {turn + 1}/{repeat}, {arm:5}: "
-                    f"{done.tokens_per_s:6.1f} tokens/s, TTFT p50 {done.ttft_p50_s * 1000:.0f} ms",
-                    flush=True,
-                )
-        result[str(count)] = _summary(rounds)
+    """Return the figures of both arms after a warm-up and `repeat` rounds each."""
     for client in clients.values():
-        await client.aclose()
-    return result
+        await run_round(client, model, streams, seed=-1)
+    rounds: dict[str, list[Round]] = {arm: [] for arm in clients}
+    for turn, arm in interleaved(clients, repeat):
+        done = await run_round(clients[arm], model, streams, seed=turn)
+        rounds[arm].append(done)
+        print(
+            f"{streams.at_once} streams, round {turn + 1}/{repeat}, {arm:5}: "
+            f"{done.tokens_per_s:6.1f} tokens/s, TTFT p50 {done.ttft_p50_s * 1000:.0f} ms",
+            flush=True,
+        )
+    return summary(rounds)
 
 
-def _summary(rounds: dict[str, list[Round]]) -> dict[str, Any]:
-    summary: dict[str, Any] = {}
+def summary(rounds: Mapping[str, list[Round]]) -> dict[str, Any]:
+    """Return the medians of both arms, and the ratios of rounds with the same prompts."""
+    figures: dict[str, Any] = {}
     for arm, done in rounds.items():
-        rates = [round_.tokens_per_s for round_ in done]
-        summary[f"{arm}_tokens_per_s"] = round(statistics.median(rates), 2)
-        summary[f"{arm}_tokens_per_s_range"] = [round(min(rates), 2), round(max(rates), 2)]
-        ttft = statistics.median(round_.ttft_p50_s for round_ in done)
-        summary[f"{arm}_ttft_p50_s"] = round(ttft, 4)
-    pairs = zip(rounds["ours"], rounds["plain"], strict=True)
+        rates = [one.tokens_per_s for one in done]
+        figures[f"{arm}_tokens_per_s"] = round(statistics.median(rates), 2)
+        figures[f"{arm}_tokens_per_s_range"] = [round(min(rates), 2), round(max(rates), 2)]
+        ttft = statistics.median(one.ttft_p50_s for one in done)
+        figures[f"{arm}_ttft_p50_s"] = round(ttft, 4)
+    pairs = zip(rounds[OURS], rounds[PLAIN], strict=True)
     ratios = [ours.tokens_per_s / plain.tokens_per_s for ours, plain in pairs]
-    summary["ratio"] = round(statistics.median(ratios), 4)
-    summary["ratio_range"] = [round(min(ratios), 4), round(max(ratios), 4)]
-    return summary
+    figures["ratio"] = round(statistics.median(ratios), 4)
+    figures["ratio_range"] = [round(min(ratios), 4), round(max(ratios), 4)]
+    return figures
 
 
-def _one_replica(path: Path) -> dict[str, Any]:
-    config = yaml.safe_load(path.read_text())
-    args = config["applications"][0]["args"]
-    # The same engine on both sides: only the doors differ.
-    args["compression"] = {"enabled": False}
-    args["replica"] = {**args.get("replica", {}), "count": 1, "cpus": 1, "cpu_threads": THREADS}
-    return config
+def one_replica(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the deployment with the engine that plain vLLM runs too: only the doors differ."""
+    (application,) = config["applications"]
+    args = application["args"]
+    replica = {**args.get("replica", {}), "count": 1, "cpus": 1, "cpu_threads": THREADS}
+    args = {**args, "compression": {"enabled": False}, "replica": replica}
+    return {**config, "applications": [{**application, "args": args}]}
 
 
 def _model_of(base_url: str) -> tuple[str, str]:
-    """The served name and the model's path, as the running server tells them."""
+    """Return the served name and the model's path, as the running server lists them."""
     (card,) = httpx.get(f"{base_url}/v1/models", timeout=60).json()["data"]
     return card["id"], card["root"]
 
 
-def run(config_path: Path, streams: list[int], repeat: int, output_tokens: int) -> dict[str, Any]:
-    config = _one_replica(config_path)
+async def _compare_all(
+    urls: Mapping[str, str], model: str, counts: list[int], repeat: int, output_tokens: int
+) -> dict[str, Any]:
+    async with AsyncExitStack() as stack:
+        clients = {
+            arm: await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=300))
+            for arm, url in urls.items()
+        }
+        return {
+            str(count): await compare(
+                clients, model, Streams(count, max(3, 2 * count), output_tokens), repeat
+            )
+            for count in counts
+        }
+
+
+def run(config_path: Path, counts: list[int], repeat: int, output_tokens: int) -> dict[str, Any]:
+    """Start both servers and compare them at each number of streams."""
+    config = one_replica(yaml.safe_load(config_path.read_text()))
     engine = config["applications"][0]["args"]["engine"]
     logs = Path(tempfile.mkdtemp(prefix="adakv-front-door-"))
     print(f"starting both servers, logs in {logs}", flush=True)
     with serve_run(config, logs / "ours.log") as ours:
         name, path = _model_of(ours)
         with vllm_serve(path, name, engine, THREADS, logs / "plain.log") as plain:
-            urls = {"ours": ours, "plain": plain}
-            return asyncio.run(compare(urls, name, streams, repeat, output_tokens))
+            urls = {OURS: ours, PLAIN: plain}
+            return asyncio.run(_compare_all(urls, name, counts, repeat, output_tokens))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,18 +1,18 @@
 """`python -m loadtest.routing`: routing by occupancy against Ray Serve's own router, live.
 
 Two clusters of two real replicas run side by side and take turns with the same requests: a few long
-prompts among many short ones, at the same moments. While they run, the ledger tells whether
-requests waited at one replica while the other had room for them.
+prompts among many short ones, at the same moments. The ledger shows meanwhile whether requests
+waited at one replica while the other had room for them.
 """
 
 import argparse
 import asyncio
 import json
-import math
 import random
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,21 +20,36 @@ from typing import Any, NamedTuple
 import httpx
 import yaml
 
+from loadtest.client.records import percentile
 from loadtest.client.sse_client import timed_completion
-from loadtest.servers.occupancy import ReplicaLoad, occupancy_watch
+from loadtest.comparison.order import interleaved
+from loadtest.servers.occupancy import Look, OccupancyWatch, ReplicaLoad, occupancy_watch
 from loadtest.servers.ports import free_port
 from loadtest.servers.processes import serve_run
+from loadtest.traffic.corpus import SENTENCE
 
-ARMS = {"ours": "occupancy", "power_of_two": "power_of_two"}
+OURS, THEIRS = "ours", "power_of_two"
+ARMS = {OURS: "occupancy", THEIRS: "power_of_two"}
 _SAMPLE_S = 0.2
-_SENTENCE = "The harbour master wrote down the weather of the hour and every ship that passed. "
-# About 1,600 and 90 tokens.
+# Sentences: about 1,600 and 90 tokens.
 _LONG, _SHORT = 100, 5
+_WARM_UP = 4
 
 
-class Store(NamedTuple):
+class Cluster(NamedTuple):
+    """Where a running arm answers and reports."""
+
     url: str
+    store_url: str
     application: str
+
+
+class Mix(NamedTuple):
+    """The requests of one round."""
+
+    requests: int
+    rate_per_s: float
+    long_share: float
 
 
 class Planned(NamedTuple):
@@ -52,50 +67,49 @@ class Round(NamedTuple):
     elapsed_s: float
 
 
-def plan(requests: int, rate_per_s: float, long_share: float, seed: int) -> list[Planned]:
-    """Seeded arrivals; every prompt differs from its first word, so that nothing is cached."""
+def plan(mix: Mix, seed: int) -> list[Planned]:
+    """Return the same arrivals for a seed; no prompt begins like another, so nothing is cached."""
     rng = random.Random(seed)
     at = 0.0
     planned = []
-    for number in range(requests):
-        at += rng.expovariate(rate_per_s)
-        sentences = _LONG if rng.random() < long_share else _SHORT
-        prompt = f"{seed}-{number}-{rng.random()}: " + _SENTENCE * sentences
+    for number in range(mix.requests):
+        at += rng.expovariate(mix.rate_per_s)
+        sentences = _LONG if rng.random() < mix.long_share else _SHORT
+        prompt = f"{seed}-{number}-{rng.random()}: " + SENTENCE * sentences
         planned.append(Planned(at, prompt, rng.randrange(32, 96)))
     return planned
 
 
-async def run_round(base_url: str, store: Store, planned: list[Planned]) -> Round:
+async def run_round(
+    client: httpx.AsyncClient, watch: OccupancyWatch, planned: list[Planned]
+) -> Round:
+    """Send every request at its time; `watch` looks meanwhile."""
     loop = asyncio.get_running_loop()
-    async with (
-        httpx.AsyncClient(base_url=base_url, timeout=600) as client,
-        occupancy_watch(store.url, store.application, _SAMPLE_S) as watch,
-    ):
-        (card,) = (await client.get("/v1/models")).json()["data"]
-        started = loop.time()
+    (card,) = (await client.get("/v1/models")).json()["data"]
+    started = loop.time()
 
-        async def one(request: Planned) -> float:
-            await asyncio.sleep(max(0.0, started + request.at_s - loop.time()))
-            timing = await timed_completion(
-                client, card["id"], request.prompt, request.output_tokens
-            )
-            return timing.ttft_s
+    async def one(request: Planned) -> float:
+        await asyncio.sleep(max(0.0, started + request.at_s - loop.time()))
+        timing = await timed_completion(client, card["id"], request.prompt, request.output_tokens)
+        return timing.ttft_s
 
-        ttfts = sorted(await asyncio.gather(*(one(request) for request in planned)))
-        elapsed = loop.time() - started
-    samples = [
-        avoidable for look in watch.looks if (avoidable := _avoidable(look.loads)) is not None
-    ]
+    ttfts = await asyncio.gather(*(one(request) for request in planned))
+    return round_figures(ttfts, watch.looks, loop.time() - started)
+
+
+def round_figures(ttfts: list[float], looks: Iterable[Look], elapsed_s: float) -> Round:
+    """Return the figures of a round with at least one request."""
+    samples = [found for look in looks if (found := avoidable(look.loads)) is not None]
     return Round(
         statistics.median(ttfts),
-        ttfts[math.ceil(0.99 * len(ttfts)) - 1],
+        percentile(ttfts, 0.99) or 0.0,
         sum(samples) / max(len(samples), 1),
-        elapsed,
+        elapsed_s,
     )
 
 
-def _avoidable(loads: list[ReplicaLoad]) -> bool | None:
-    """Had another replica room for what waits somewhere? None if nothing waits."""
+def avoidable(loads: list[ReplicaLoad]) -> bool | None:
+    """Return whether another replica has room for a waiting request; None if nothing waits."""
     queued = [load for load in loads if load["waiting"] > 0]
     if not queued:
         return None
@@ -110,43 +124,54 @@ def _avoidable(loads: list[ReplicaLoad]) -> bool | None:
     )
 
 
-async def compare(
-    urls: dict[str, str], stores: dict[str, Store], args: argparse.Namespace
-) -> dict[str, list[Round]]:
-    rounds: dict[str, list[Round]] = {arm: [] for arm in urls}
-    for turn in range(-1, args.pairs):
-        planned = plan(args.requests if turn >= 0 else 4, args.rate, args.long_share, turn)
-        # The order flips each time, so that drift of the machine falls on both.
-        for arm in list(urls) if turn % 2 == 0 else reversed(urls):
-            done = await run_round(urls[arm], stores[arm], planned)
-            if turn < 0:
-                continue
-            rounds[arm].append(done)
-            print(
-                f"pair {turn + 1}/{args.pairs}, {arm:12}: TTFT p50 {done.ttft_p50_s:.2f} s, "
-                f"p99 {done.ttft_p99_s:.2f} s; queued while the other had room "
-                f"{done.queued_while_room:.0%}; {done.elapsed_s:.0f} s",
-                flush=True,
-            )
+async def _run_round_on(cluster: Cluster, planned: list[Planned]) -> Round:
+    async with (
+        httpx.AsyncClient(base_url=cluster.url, timeout=600) as client,
+        occupancy_watch(cluster.store_url, cluster.application, _SAMPLE_S) as watch,
+    ):
+        return await run_round(client, watch, planned)
+
+
+async def compare(clusters: Mapping[str, Cluster], mix: Mix, pairs: int) -> dict[str, list[Round]]:
+    """Return `pairs` rounds of each arm after a warm-up."""
+    rounds: dict[str, list[Round]] = {arm: [] for arm in clusters}
+    for cluster in clusters.values():
+        await _run_round_on(cluster, plan(mix._replace(requests=_WARM_UP), -1))
+    for turn, arm in interleaved(clusters, pairs):
+        done = await _run_round_on(clusters[arm], plan(mix, turn))
+        rounds[arm].append(done)
+        print(
+            f"pair {turn + 1}/{pairs}, {arm:12}: TTFT p50 {done.ttft_p50_s:.2f} s, "
+            f"p99 {done.ttft_p99_s:.2f} s; queued while the other had room "
+            f"{done.queued_while_room:.0%}; {done.elapsed_s:.0f} s",
+            flush=True,
+        )
     return rounds
 
 
-def run(args: argparse.Namespace) -> dict[str, list[Round]]:
+def deployment(config: dict[str, Any], policy: str) -> dict[str, Any]:
+    """Return the configuration with another routing policy."""
+    (application,) = config["applications"]
+    args = {**application["args"], "routing": {"policy": policy}}
+    return {**config, "applications": [{**application, "args": args}]}
+
+
+def run(config: dict[str, Any], mix: Mix, pairs: int) -> dict[str, list[Round]]:
+    """Start a cluster for each arm and compare them."""
     logs = Path(tempfile.mkdtemp(prefix="adakv-routing-"))
     print(f"starting both clusters, logs in {logs}", flush=True)
-    urls, stores = {}, {}
+    clusters = {}
     with ExitStack() as stack:
         for arm, policy in ARMS.items():
-            config = yaml.safe_load(args.config.read_text())
-            (application,) = config["applications"]
-            application["args"]["routing"] = {"policy": policy}
-            port = free_port()
-            urls[arm] = stack.enter_context(serve_run(config, logs / f"{arm}.log", port))
-            stores[arm] = Store(f"redis://127.0.0.1:{port}", application["name"])
-        return asyncio.run(compare(urls, stores, args))
+            mine, port = deployment(config, policy), free_port()
+            url = stack.enter_context(serve_run(mine, logs / f"{arm}.log", port))
+            name = mine["applications"][0]["name"]
+            clusters[arm] = Cluster(url, f"redis://127.0.0.1:{port}", name)
+        return asyncio.run(compare(clusters, mix, pairs))
 
 
-def summary(rounds: dict[str, list[Round]]) -> dict[str, Any]:
+def summary(rounds: Mapping[str, list[Round]]) -> dict[str, dict[str, float]]:
+    """Return the medians of each arm's rounds."""
     return {
         arm: {
             name: round(statistics.median(getattr(done, name) for done in rows), 4)
@@ -154,6 +179,21 @@ def summary(rounds: dict[str, list[Round]]) -> dict[str, Any]:
         }
         for arm, rows in rounds.items()
     }
+
+
+def report(result: Mapping[str, dict[str, float]]) -> list[str]:
+    """Return a line for each arm, and one for each time against Serve's router."""
+    lines = [
+        f"{arm:12}: TTFT p50 {row['ttft_p50_s']} s, p99 {row['ttft_p99_s']} s; queued while "
+        f"the other had room {row['queued_while_room']:.0%}"
+        for arm, row in result.items()
+    ]
+    ours, theirs = result[OURS], result[THEIRS]
+    lines += [
+        f"{name}: {ours[name] / theirs[name] - 1:+.0%} against power_of_two"
+        for name in ("ttft_p50_s", "ttft_p99_s")
+    ]
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -165,15 +205,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, default=0.8, help="requests per second")
     parser.add_argument("--long-share", type=float, default=0.25)
     args = parser.parse_args(argv)
-    result = summary(run(args))
-    for arm, row in result.items():
-        print(
-            f"{arm:12}: TTFT p50 {row['ttft_p50_s']} s, p99 {row['ttft_p99_s']} s; queued while "
-            f"the other had room {row['queued_while_room']:.0%}"
-        )
-    ours, theirs = result["ours"], result["power_of_two"]
-    for name in ("ttft_p50_s", "ttft_p99_s"):
-        print(f"{name}: {ours[name] / theirs[name] - 1:+.0%} against power_of_two")
+    mix = Mix(args.requests, args.rate, args.long_share)
+    result = summary(run(yaml.safe_load(args.config.read_text()), mix, args.pairs))
+    print(*report(result), sep="\n")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0

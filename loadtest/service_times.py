@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,44 @@ import yaml
 
 from loadtest.client.sse_client import timed_completion
 from loadtest.servers.processes import serve_run
+from loadtest.traffic.corpus import SENTENCE
 
 _COMPANY = (1, 2, 4, 8, 16)
-_SENTENCE = "The harbour master wrote down the weather of the hour and every ship that passed. "
+_PROMPT_SENTENCES = 95
+_OUTPUT_TOKENS = 96
 
 
-async def measure(base_url: str, repeat: int) -> dict[str, float]:
-    async with httpx.AsyncClient(base_url=base_url, timeout=600) as client:
-        (card,) = (await client.get("/v1/models")).json()["data"]
-        model = card["id"]
-        await timed_completion(client, model, "warm up", 16)
-        rates = []
-        for number in range(repeat):
-            prompt = f"Volume {number}. " + _SENTENCE * 95
-            reply = await client.post("/tokenize", json={"model": model, "prompt": prompt})
-            timing = await timed_completion(client, model, prompt, 1)
-            rates.append(reply.json()["count"] / timing.ttft_s)
-        steps = {}
-        for company in _COMPANY:
-            runs = [await _step_s(client, model, company, turn) for turn in range(repeat)]
-            steps[company] = statistics.median(runs)
-            print(f"{company} requests: {steps[company] * 1000:.1f} ms a step", flush=True)
+async def measure(
+    client: httpx.AsyncClient,
+    repeat: int,
+    company: Sequence[int] = _COMPANY,
+    prompt_sentences: int = _PROMPT_SENTENCES,
+) -> dict[str, float]:
+    """Return the times of the server that `client` asks.
+
+    Args:
+        company: numbers of requests that decode together, at least two.
+        prompt_sentences: length of the timed prefills.
+    """
+    (card,) = (await client.get("/v1/models")).json()["data"]
+    model = card["id"]
+    await timed_completion(client, model, "warm up", 16)
+    rates = []
+    for number in range(repeat):
+        prompt = f"Volume {number}. " + SENTENCE * prompt_sentences
+        reply = await client.post("/tokenize", json={"model": model, "prompt": prompt})
+        timing = await timed_completion(client, model, prompt, 1)
+        rates.append(reply.json()["count"] / timing.ttft_s)
+    steps = {}
+    for count in company:
+        runs = [await _step_s(client, model, count, turn) for turn in range(repeat)]
+        steps[count] = statistics.median(runs)
+        print(f"{count} requests: {steps[count] * 1000:.1f} ms a step", flush=True)
+    return fitted(rates, steps)
+
+
+def fitted(rates: Sequence[float], steps: Mapping[int, float]) -> dict[str, float]:
+    """Return the simulator's times from prefill rates and decode steps by number of requests."""
     slope, alone = statistics.linear_regression([c - 1 for c in steps], list(steps.values()))
     return {
         "prefill_tokens_per_s": round(statistics.median(rates), 1),
@@ -48,23 +66,35 @@ async def measure(base_url: str, repeat: int) -> dict[str, float]:
 
 
 async def _step_s(client: httpx.AsyncClient, model: str, company: int, turn: int) -> float:
-    """Seconds of a decode step of so many requests, while all of them run."""
+    """Return the seconds of a decode step while this many requests run."""
     timings = await asyncio.gather(
         *(
-            timed_completion(client, model, f"{turn}.{number}. {_SENTENCE}", 96)
+            timed_completion(client, model, f"{turn}.{number}. {SENTENCE}", _OUTPUT_TOKENS)
             for number in range(company)
         )
     )
     return statistics.median((t.total_s - t.ttft_s) / (t.output_tokens - 1) for t in timings)
 
 
-def run(config_path: Path, repeat: int) -> dict[str, Any]:
-    config = yaml.safe_load(config_path.read_text())
-    args = config["applications"][0]["args"]
-    args["replica"] = {**args.get("replica", {}), "count": 1}
+def one_replica(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with a single replica."""
+    (application,) = config["applications"]
+    args = application["args"]
+    args = {**args, "replica": {**args.get("replica", {}), "count": 1}}
+    return {**config, "applications": [{**application, "args": args}]}
+
+
+async def _measure_at(base_url: str, repeat: int) -> dict[str, float]:
+    async with httpx.AsyncClient(base_url=base_url, timeout=600) as client:
+        return await measure(client, repeat)
+
+
+def run(config_path: Path, repeat: int) -> dict[str, float]:
+    """Start one replica and measure it."""
+    config = one_replica(yaml.safe_load(config_path.read_text()))
     log_path = Path(tempfile.mkdtemp(prefix="adakv-service-times-")) / "log"
     with serve_run(config, log_path) as base_url:
-        return asyncio.run(measure(base_url, repeat))
+        return asyncio.run(_measure_at(base_url, repeat))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from loadtest.client.records import Limits, summary
 from loadtest.comparison.bound import bound
 from loadtest.comparison.config import CompareConfig, LoadConfig
-from loadtest.comparison.runs import LoadRun, Runs, Unit, prefill_only, units
+from loadtest.comparison.order import Unit
+from loadtest.comparison.runs import LoadRun, Runs, prefill_only, units
 from loadtest.servers.occupancy import Look
 
 # Of these the median over the repetitions is told; of all others the list.

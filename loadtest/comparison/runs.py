@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from loadtest.client.records import Record, read_records, summary
 from loadtest.comparison.config import CompareConfig, LoadConfig
+from loadtest.comparison.order import Unit, interleaved
 from loadtest.comparison.provenance import environment
 from loadtest.servers.occupancy import Look, occupancy_watch
 from loadtest.servers.ports import free_port
@@ -22,13 +23,6 @@ _LOOK_EVERY_S = 0.5
 # Far from the seeds of the loads themselves, whose prompts are cached by then.
 _OTHER_PROMPTS = 500_000
 _LOCUSTFILE = Path(__file__).parents[1] / "locustfile.py"
-
-
-class Unit(NamedTuple):
-    """One start of one arm's deployment, which gets all loads once."""
-
-    repetition: int
-    arm: str
 
 
 @dataclass(frozen=True)
@@ -52,13 +46,8 @@ class UnitRun:
 
 
 def units(config: CompareConfig) -> list[Unit]:
-    """A B, B A, A B …: drift of the machine falls on all arms."""
-    names = list(config.arms)
-    return [
-        Unit(repetition, arm)
-        for repetition in range(config.repetitions)
-        for arm in (names if repetition % 2 == 0 else names[::-1])
-    ]
+    """Return the starts of the arms' deployments; each start gets all loads once."""
+    return interleaved(config.arms, config.repetitions)
 
 
 class Runs:

@@ -10,7 +10,8 @@ import yaml
 from loadtest import compare, offline
 from loadtest.client.records import Record
 from loadtest.comparison.config import CompareConfig
-from loadtest.comparison.runs import Runs, Unit, units
+from loadtest.comparison.order import Unit
+from loadtest.comparison.runs import Runs, units
 from serving.config import AppConfig
 
 ROOT = Path(__file__).parents[2]
