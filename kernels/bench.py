@@ -1,27 +1,27 @@
-"""`python -m kernels.bench`: what the GPU's kernels take, against what its memory and units allow.
+"""`python -m kernels.bench`: times of the GPU kernels against what memory and arithmetic allow.
 
-Every floor follows from this run's own ceilings, a large copy and a large matrix product: the bytes
-that must be moved, each once, or the operations, whichever takes longer. Shapes are those of
-Llama-3.1-8B. Needs a CUDA GPU.
+The floor of a kernel follows from two ceilings of the same run, a large copy and a large matrix
+product: the bytes that must move, each once, or the operations, the slower of the two. Shapes are
+those of Llama-3.1-8B. Needs a CUDA GPU.
 
-Packages whose kernels these are held beside add their figures by an entry point of the group
-`kernels.bench`, a `Report`: the attention kernels that read compressed pages are vLLM's.
+Other packages add figures by an entry point of the group `kernels.bench`, which is a `Report`.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from kernels.blocks import compressed_blocks_bound
+from kernels.blocks import blocks_for_tokens, compressed_blocks_bound
 from kernels.paging.paged_cache import PagedCache
 from kernels.paging.pages import PageLayout
+from kernels.policies.attention import pool
 from kernels.policies.head_allocations.adaptive import AdaptiveHeads
 
 LAYERS, HEADS, GROUP, DIM, PAGE, WINDOW = 32, 8, 4, 128, 16, 32
@@ -31,7 +31,7 @@ _ENTRY_BYTES = 2 * DIM * DTYPE.itemsize
 
 
 class Ceilings(NamedTuple):
-    """What this GPU does in this run: bytes read and written, operations of a bf16 product."""
+    """Bytes that a copy reads and writes, and operations of a bf16 product, on this GPU."""
 
     bytes_per_s: float
     flops_per_s: float
@@ -40,8 +40,18 @@ class Ceilings(NamedTuple):
         return max(moved_bytes / self.bytes_per_s, flops / self.flops_per_s)
 
 
-# Prints a table of its own and returns its rows.
-Report = Callable[[Ceilings], list[dict[str, Any]]]
+Row = Mapping[str, object]
+# Prints a table and returns its rows.
+Report = Callable[[Ceilings], Sequence[Row]]
+
+
+class Timer(Protocol):
+    """Measures the seconds of a call.
+
+    graph: replay the call from a CUDA graph, for calls that are dominated by launches.
+    """
+
+    def __call__(self, call: Callable[[], object], *, graph: bool = False) -> float: ...
 
 
 class Measured(NamedTuple):
@@ -53,27 +63,49 @@ class Measured(NamedTuple):
     flops: int
     seconds: float
 
-    def row(self, ceilings: Ceilings) -> dict[str, Any]:
-        floor = ceilings.floor_s(self.moved_bytes, self.flops)
+    def share_of_copy(self, ceilings: Ceilings) -> float:
+        return self.moved_bytes / self.seconds / ceilings.bytes_per_s
+
+    def share_of_floor(self, ceilings: Ceilings) -> float:
+        return ceilings.floor_s(self.moved_bytes, self.flops) / self.seconds
+
+    def row(self, ceilings: Ceilings) -> Row:
         return {
             **self._asdict(),
             "bytes_per_s": self.moved_bytes / self.seconds,
-            "share_of_copy": self.moved_bytes / self.seconds / ceilings.bytes_per_s,
-            "floor_s": floor,
-            "share_of_floor": floor / self.seconds,
+            "share_of_copy": self.share_of_copy(ceilings),
+            "floor_s": ceilings.floor_s(self.moved_bytes, self.flops),
+            "share_of_floor": self.share_of_floor(ceilings),
         }
 
 
-def seconds(call: Callable[[], Any], *, graph: bool = False) -> float:
-    """Median of many runs: cold caches, or launches replayed from a graph where those count."""
+class PromptCost(NamedTuple):
+    """Seconds to compress a prompt in all layers, and the least that its prefill takes."""
+
+    tokens: int
+    keep_tokens: int
+    compress_s: float
+    prefill_floor_s: float
+
+    @property
+    def share_of_prefill_floor(self) -> float:
+        return self.compress_s / self.prefill_floor_s
+
+    def row(self) -> Row:
+        return {**self._asdict(), "share_of_prefill_floor": self.share_of_prefill_floor}
+
+
+def seconds(call: Callable[[], object], *, graph: bool = False) -> float:
+    """Return the median time of many runs, with cold caches or replayed from a graph."""
     from triton.testing import do_bench, do_bench_cudagraph
 
     call()
     bench = do_bench_cudagraph if graph else do_bench
-    return bench(call, return_mode="median") / 1000
+    return float(bench(call, return_mode="median")) / 1000
 
 
 def ceilings() -> Ceilings:
+    """Measure the ceilings of this GPU."""
     source = torch.randn(1 << 29, device="cuda")
     target = torch.empty_like(source)
     copied = 2 * source.numel() * source.element_size() / seconds(lambda: target.copy_(source))
@@ -83,24 +115,21 @@ def ceilings() -> Ceilings:
 
 
 class Prompt:
-    """A prompt in pages of a few layers, with room for what is kept, in random order."""
+    """A prompt in scattered pages of a few layers, with pages for the entries that stay."""
 
-    def __init__(self, tokens: int, layers: int, device: str) -> None:
-        blocks = -(-tokens // PAGE)
-        half = layers * HEADS * blocks
+    def __init__(self, tokens: int, layers: int, heads: int, device: str) -> None:
+        blocks = blocks_for_tokens(tokens, PAGE)
+        half = layers * heads * blocks
         self.tokens, self.layers = tokens, layers
         content = torch.randn((2 * half, PAGE, 2 * DIM), device=device, dtype=DTYPE)
         self.cache = PagedCache(content[..., :DIM], content[..., DIM:])
         order = torch.randperm(2 * half, device=device)
-        self.source = order[:half].view(layers, blocks, HEADS)
-        self.tables = order[half:].view(layers, HEADS, blocks).int()
-        self.queries = torch.randn((HEADS, GROUP, WINDOW, DIM), device=device, dtype=DTYPE)
-
-    def kept(self, share: float) -> Tensor:
-        shape = (self.layers, HEADS, self.tokens)
-        return torch.rand(shape, device=self.source.device) < share
+        self.source = order[:half].view(layers, blocks, heads)
+        self.tables = order[half:].view(layers, heads, blocks).int()
+        self.queries = torch.randn((heads, GROUP, WINDOW, DIM), device=device, dtype=DTYPE)
 
     def score(self, layer: int) -> Tensor:
+        """Return the window scores [H, n - w] of a layer."""
         from kernels.gpu.window_scores import window_scores
 
         return window_scores(
@@ -108,165 +137,147 @@ class Prompt:
         )
 
 
-def measure(tokens: int, device: str) -> Iterator[Measured]:
-    from kernels.gpu.compaction import (
-        QuantizedCache,
-        compact_paged,
-        compact_pages_in_place,
-        compact_quantized,
-    )
-    from kernels.gpu.top import radix_top_mask
+class Bench(NamedTuple):
+    """Measurements of all kernels on one device.
 
-    layers = max(1, min(LAYERS, (1 << 19) // tokens))
-    prompt = Prompt(tokens, layers, device)
-    size = f"{tokens} tokens"
-    rows = GROUP * WINDOW
-    yield Measured(
-        "window scores, a layer",
-        size,
-        2 * HEADS * tokens * DIM * DTYPE.itemsize,
-        2 * 2 * HEADS * rows * tokens * DIM,
-        seconds(lambda: prompt.score(0)),
-    )
-    scores = torch.rand((1, HEADS * tokens), device=device)
-    count = torch.tensor([HEADS * tokens // 4], device=device)
-    yield Measured(
-        "selection, a layer's heads",
-        size,
-        scores.numel() * (scores.element_size() + 1),
-        0,
-        seconds(lambda: radix_top_mask(scores, count)),
-    )
-    kept = prompt.kept(0.25)
-    lens = kept.sum(dim=-1, dtype=torch.int32)
-    moved = 2 * int(lens.sum()) * _ENTRY_BYTES + kept.numel()
-    copied = f"{size}, {layers} layers, a quarter kept"
-    yield Measured(
-        "compaction",
-        copied,
-        moved,
-        0,
-        seconds(lambda: compact_paged(kept, prompt.cache, prompt.source, prompt.tables, lens)),
-    )
-    pages = prompt.cache.keys.shape[0]
-    content = torch.empty((2, pages, PAGE, DIM), device=device, dtype=torch.int8)
-    scales = torch.empty((2, pages, PAGE), device=device)
-    target = QuantizedCache(content[0], content[1], scales[0], scales[1])
-    yield Measured(
-        "compaction to int8",
-        copied,
-        int(lens.sum()) * (_ENTRY_BYTES + 2 * (DIM + 4)) + kept.numel(),
-        0,
-        seconds(
-            lambda: compact_quantized(kept, prompt.cache, prompt.source, prompt.tables, target)
-        ),
-    )
-    yield Measured(
-        "compaction in place",
-        copied,
-        moved,
-        0,
-        seconds(lambda: compact_pages_in_place(kept, prompt.cache, prompt.tables, lens)),
-    )
+    layers, heads: sizes of the model.
+    timer: measures a call.
+    """
 
+    device: str = "cuda"
+    layers: int = LAYERS
+    heads: int = HEADS
+    timer: Timer = seconds
 
-def measure_growth(requests: int, device: str) -> Measured:
-    """One step's page tables of a batch, replayed from a graph."""
-    from kernels.gpu.tables import grow_by_one
+    def measurements(self, lengths: Sequence[int], requests: int) -> Iterator[Measured]:
+        """Yield the kernels of compression for each length, then the growth of a batch."""
+        for tokens in lengths:
+            layers = max(1, min(self.layers, (1 << 19) // tokens))
+            prompt = Prompt(tokens, layers, self.heads, self.device)
+            yield self._window_scores(prompt)
+            yield self._selection(tokens)
+            yield from self._compactions(prompt)
+        yield self._growth(requests)
 
-    layout = PageLayout.blocks_outermost(LAYERS, HEADS)
-    layout = layout._replace(offsets=layout.offsets.to(device))
-    lens = torch.randint(1000, 2000, (LAYERS, requests, HEADS), device=device, dtype=torch.int32)
-    # Wide and long enough for as many steps as the measurement takes.
-    tables = torch.zeros((LAYERS, requests, HEADS, 8192), device=device, dtype=torch.int32)
-    slabs = torch.arange(requests * 8192, device=device, dtype=torch.int32).view(requests, -1)
-    used = torch.zeros(requests, device=device, dtype=torch.int32)
-    granted = torch.full((requests,), 8192, device=device, dtype=torch.int32)
-    sequences = LAYERS * requests * HEADS
-    # Lengths read and written, a page id read or written, a slot written.
-    moved = sequences * (4 + 4 + 4 + 8)
-    taken = seconds(
-        lambda: grow_by_one(lens, tables, used, slabs, granted, layout, PAGE), graph=True
-    )
-    return Measured("growth, a step", f"{requests} requests, all layers", moved, 0, taken)
+    def _window_scores(self, prompt: Prompt) -> Measured:
+        return Measured(
+            "window scores, a layer",
+            f"{prompt.tokens} tokens",
+            2 * self.heads * prompt.tokens * DIM * DTYPE.itemsize,
+            2 * 2 * self.heads * GROUP * WINDOW * prompt.tokens * DIM,
+            self.timer(lambda: prompt.score(0)),
+        )
 
+    def _selection(self, tokens: int) -> Measured:
+        from kernels.gpu.top import radix_top_mask
 
-def compression_over_prefill(
-    tokens: int, keep: int, limits: Ceilings, device: str
-) -> dict[str, float]:
-    """Seconds to compress a prompt of all layers, and its prefill's at the product's rate."""
-    from kernels.gpu.compaction import compact_paged
-    from kernels.gpu.tables import place_pages
+        scores = torch.rand((1, self.heads * tokens), device=self.device)
+        count = torch.tensor([self.heads * tokens // 4], device=self.device)
+        return Measured(
+            "selection, a layer's heads",
+            f"{tokens} tokens",
+            scores.numel() * (scores.element_size() + 1),
+            0,
+            self.timer(lambda: radix_top_mask(scores, count)),
+        )
 
-    prompt = Prompt(tokens, 1, device)
-    layout = PageLayout.blocks_outermost(1, HEADS)
-    layout = layout._replace(offsets=layout.offsets.to(device))
-    slabs = torch.arange(
-        compressed_blocks_bound(keep, 0, PAGE), device=device, dtype=torch.int32
-    )  # fmt: skip
-    width = -(-min(tokens, keep * HEADS) // PAGE)
+    def _compactions(self, prompt: Prompt) -> Iterator[Measured]:
+        from kernels.gpu.compaction import compact_paged, compact_pages_in_place
 
-    def layer() -> None:
-        scores = torch.nn.functional.max_pool1d(prompt.score(0), 7, 1, 3)
-        older = AdaptiveHeads().allocate(scores[None], [HEADS * (keep - WINDOW)])
-        kept = torch.nn.functional.pad(older, (0, WINDOW), value=True)
+        shape = (prompt.layers, self.heads, prompt.tokens)
+        kept = torch.rand(shape, device=self.device) < 0.25
         lens = kept.sum(dim=-1, dtype=torch.int32)
-        used = torch.zeros(1, dtype=torch.int32, device=device)
-        tables = place_pages(lens, slabs, used, layout, PAGE, width)
-        # Its own pages: what is measured must not depend on what it has overwritten.
-        tables = torch.where(tables < 0, tables, prompt.tables[..., :width])
-        compact_paged(kept, prompt.cache, prompt.source, tables, lens)
+        moved = 2 * int(lens.sum()) * _ENTRY_BYTES + kept.numel()
+        size = f"{prompt.tokens} tokens, {prompt.layers} layers, a quarter kept"
+        cache, tables = prompt.cache, prompt.tables
+        taken = self.timer(lambda: compact_paged(kept, cache, prompt.source, tables, lens))
+        yield Measured("compaction", size, moved, 0, taken)
+        taken = self.timer(lambda: compact_pages_in_place(kept, cache, tables, lens))
+        yield Measured("compaction in place", size, moved, 0, taken)
 
-    compress = LAYERS * seconds(layer)
-    prefill = 2 * PARAMETERS * tokens / limits.flops_per_s
-    return {
-        "tokens": tokens,
-        "keep_tokens": keep,
-        "compress_s": compress,
-        "prefill_floor_s": prefill,
-        "share_of_prefill_floor": compress / prefill,
-    }
+    def _growth(self, requests: int) -> Measured:
+        """Measure one step's page tables of a batch."""
+        from kernels.gpu.tables import grow_by_one
+
+        layers, heads, device = self.layers, self.heads, self.device
+        shape = (layers, requests, heads)
+        lens = torch.randint(1000, 2000, shape, device=device, dtype=torch.int32)
+        # Wide and long enough for the steps of a measurement.
+        tables = torch.zeros((*shape, 8192), device=device, dtype=torch.int32)
+        slabs = torch.arange(requests * 8192, device=device, dtype=torch.int32).view(requests, -1)
+        used = torch.zeros(requests, device=device, dtype=torch.int32)
+        granted = torch.full((requests,), 8192, device=device, dtype=torch.int32)
+        layout = self._layout(layers)
+        # A length read and written, a page id read or written, a slot written.
+        moved = lens.numel() * (4 + 4 + 4 + 8)
+        taken = self.timer(
+            lambda: grow_by_one(lens, tables, used, slabs, granted, layout, PAGE), graph=True
+        )
+        return Measured("growth, a step", f"{requests} requests, all layers", moved, 0, taken)
+
+    def prompt_cost(self, tokens: int, keep: int, limits: Ceilings) -> PromptCost:
+        """Measure the compression of a prompt, all layers alike, against its prefill."""
+        from kernels.gpu.compaction import compact_paged
+        from kernels.gpu.tables import place_pages
+
+        heads, device = self.heads, self.device
+        prompt, layout = Prompt(tokens, 1, heads, device), self._layout(1)
+        blocks = compressed_blocks_bound(keep, 0, PAGE)
+        slabs = torch.arange(blocks, device=device, dtype=torch.int32)
+        width = blocks_for_tokens(min(tokens, keep * heads), PAGE)
+
+        def layer() -> None:
+            scores = pool(prompt.score(0), 7, "max")
+            older = AdaptiveHeads().allocate(scores[None], [heads * (keep - WINDOW)])
+            kept = torch.nn.functional.pad(older, (0, WINDOW), value=True)
+            lens = kept.sum(dim=-1, dtype=torch.int32)
+            used = torch.zeros(1, dtype=torch.int32, device=device)
+            tables = place_pages(lens, slabs, used, layout, PAGE, width)
+            # Pages that are no source, so that each run reads the same content.
+            tables = torch.where(tables < 0, tables, prompt.tables[..., :width])
+            compact_paged(kept, prompt.cache, prompt.source, tables, lens)
+
+        prefill_s = 2 * PARAMETERS * tokens / limits.flops_per_s
+        return PromptCost(tokens, keep, self.layers * self.timer(layer), prefill_s)
+
+    def _layout(self, layers: int) -> PageLayout:
+        layout = PageLayout.blocks_outermost(layers, self.heads)
+        return layout._replace(offsets=layout.offsets.to(self.device))
 
 
-def _measurements(lengths: list[int], requests: int, device: str) -> Iterator[Measured]:
-    for tokens in lengths:
-        yield from measure(tokens, device)
-    yield measure_growth(requests, device)
-
-
-def report(lengths: list[int], requests: int) -> dict[str, Any]:
-    limits = ceilings()
+def report(lengths: Sequence[int], requests: int) -> dict[str, object]:
+    """Measure everything, print it, and return it."""
+    limits, bench = ceilings(), Bench()
     print(f"{torch.cuda.get_device_name()}: copies {limits.bytes_per_s / 1e12:.2f} TB/s, ", end="")
     print(f"multiplies {limits.flops_per_s / 1e12:.0f} TFLOP/s")
     print(f"{'kernel':28}{'size':44}{'time':>10}{'of copy':>9}{'of floor':>10}")
     rows = []
-    for measured in _measurements(lengths, requests, device="cuda"):
-        row = measured.row(limits)
-        rows.append(row)
+    for measured in bench.measurements(lengths, requests):
+        rows.append(measured.row(limits))
         print(
             f"{measured.name:28}{measured.size:44}{measured.seconds * 1e6:8.1f}us"
-            f"{row['share_of_copy']:9.2f}{row['share_of_floor']:10.2f}",
+            f"{measured.share_of_copy(limits):9.2f}{measured.share_of_floor(limits):10.2f}",
             flush=True,
         )
-    prompts = [compression_over_prefill(n, max(WINDOW, n // 4), limits, "cuda") for n in lengths]
+    prompts = [bench.prompt_cost(n, max(WINDOW, n // 4), limits) for n in lengths]
     for prompt in prompts:
         print(
-            f"a prompt of {prompt['tokens']}: compressed in {prompt['compress_s'] * 1e3:.2f} ms, "
-            f"{prompt['share_of_prefill_floor']:.2%} of what its prefill takes at least"
+            f"a prompt of {prompt.tokens}: compressed in {prompt.compress_s * 1e3:.2f} ms, "
+            f"{prompt.share_of_prefill_floor:.2%} of its prefill's floor"
         )
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         **limits._asdict(),
         "kernels": rows,
-        "prompts": prompts,
+        "prompts": [prompt.row() for prompt in prompts],
         **reports_of_others(limits),
     }
 
 
-def reports_of_others(limits: Ceilings) -> dict[str, list[dict[str, Any]]]:
-    """By name; one whose package cannot be imported here is named and left out."""
-    reports = {}
+def reports_of_others(limits: Ceilings) -> dict[str, Sequence[Row]]:
+    """Return other packages' reports by name, without those that cannot be imported here."""
+    reports: dict[str, Sequence[Row]] = {}
     for entry in entry_points(group="kernels.bench"):
         try:
             report_of_another: Report = entry.load()

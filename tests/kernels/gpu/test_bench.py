@@ -1,25 +1,24 @@
-"""That the measurements measure what can run; what they come to is the bench's to say."""
+"""Every measurement of the bench runs."""
 
-import pytest
+from collections.abc import Callable
+
 import torch
 
-from kernels import bench
+from kernels.bench import Bench, Ceilings
 
 
-def test_every_measurement_runs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    def once(call, *, graph=False):
-        call()
-        return 1.0
+def once(call: Callable[[], object], *, graph: bool = False) -> float:
+    call()
+    return 1.0
 
-    monkeypatch.setattr(bench, "seconds", once)
-    monkeypatch.setattr(bench, "LAYERS", 2)
-    monkeypatch.setattr(bench, "HEADS", 2)
-    limits = bench.Ceilings(1e12, 1e15)
-    measured = list(bench._measurements([200], requests=2, device=device.type))
+
+def test_every_measurement_runs(device: torch.device) -> None:
+    limits = Ceilings(1e12, 1e15)
+    bench = Bench(device.type, layers=2, heads=2, timer=once)
+    measured = list(bench.measurements([200], requests=2))
     assert [one.name for one in measured] == [
-        "window scores, a layer", "selection, a layer's heads", "compaction", "compaction to int8",
+        "window scores, a layer", "selection, a layer's heads", "compaction",
         "compaction in place", "growth, a step",
     ]  # fmt: skip
-    assert all(one.row(limits)["share_of_floor"] > 0 for one in measured)
-    prompt = bench.compression_over_prefill(200, 50, limits, device.type)
-    assert prompt["share_of_prefill_floor"] > 0
+    assert all(one.share_of_floor(limits) > 0 for one in measured)
+    assert bench.prompt_cost(200, 50, limits).share_of_prefill_floor > 0
