@@ -1,4 +1,4 @@
-"""Block arithmetic in plain Python: the one place where tokens become blocks."""
+"""Block arithmetic in plain Python: how tokens and entries become blocks."""
 
 import math
 from collections.abc import Sequence
@@ -10,14 +10,10 @@ SINK_TOKENS = 4
 
 
 def blocks_for_tokens(num_tokens: int, block_size_tokens: int) -> int:
-    """Number of KV blocks that hold `num_tokens` uncompressed tokens.
-
-    Args:
-        num_tokens: cached tokens, >= 0.
-        block_size_tokens: tokens per block, > 0.
+    """Return the number of blocks that hold `num_tokens` uncompressed tokens.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: `num_tokens` is negative or `block_size_tokens` is not positive.
     """
     if num_tokens < 0:
         raise ValueError(f"num_tokens={num_tokens} is negative")
@@ -27,22 +23,22 @@ def blocks_for_tokens(num_tokens: int, block_size_tokens: int) -> int:
 
 
 def compressed_blocks_bound(kept: int, decoded: int, block_size_tokens: int) -> int:
-    """Blocks that surely hold a compressed request after `decoded` more tokens.
+    """Return a bound on the blocks of a compressed request after `decoded` more tokens.
 
-    A page holds `block_size_tokens` entries of one head of one layer, and a block is one page for
-    each of them. With `kept` entries per (layer, head) on average, however they are split, partly
-    filled pages waste less than a page for each head, so this bound is at most one block above
-    the need. It depends on no split: the scheduler needs no word from the worker.
+    A page holds `block_size_tokens` entries of one head of one layer; a block has one page for
+    each head of each layer. For `kept` entries per head on average, partly filled pages waste less
+    than one page per head, so the bound exceeds the need by at most one block. It holds for every
+    split over layers and heads: the scheduler can compute it before the worker selects.
     """
     return blocks_for_tokens(kept + decoded + block_size_tokens - 1, block_size_tokens)
 
 
 class DecodeBound(NamedTuple):
-    """How far a compressed cache may grow while its request decodes.
+    """Limit on a compressed cache while its request decodes.
 
-    Whenever it has come to `budget_tokens + interval_tokens` entries per (layer, KV head) on
-    average, it is cut down to `budget_tokens`. One entry comes with each token, so that everything
-    follows from counts: `kept` is what it began with, at most the budget, `decoded` the tokens
+    A cache that reaches `budget_tokens + interval_tokens` entries per head on average is cut down
+    to `budget_tokens`. Each token adds one entry per head, so the size follows from two counts:
+    `kept`, the entries right after compression (at most the budget), and `decoded`, the tokens
     since.
     """
 
@@ -51,22 +47,22 @@ class DecodeBound(NamedTuple):
 
     @property
     def most_tokens(self) -> int:
-        """Entries that it never exceeds."""
+        """Return the entries per head that the cache never exceeds."""
         return self.budget_tokens + self.interval_tokens
 
     def entries(self, kept: int, decoded: int) -> int:
-        """Entries in the step that adds the last of the decoded tokens, before it evicts any."""
+        """Return the entries after the last decoded token, before that step evicts any."""
         grown = kept + decoded
         if grown <= self.most_tokens:
             return grown
         return self.budget_tokens + 1 + (grown - self.most_tokens - 1) % self.interval_tokens
 
     def evicts(self, kept: int, decoded: int) -> bool:
-        """Whether that step ends with an eviction."""
+        """Return whether the step of the last decoded token ends with an eviction."""
         return self.entries(kept, decoded) == self.most_tokens
 
     def until_next(self, kept: int, decoded: int) -> int:
-        """Further tokens until the next step that evicts."""
+        """Return the number of further tokens until a step evicts again."""
         entries = self.entries(kept, decoded)
         return self.interval_tokens if entries == self.most_tokens else self.most_tokens - entries
 
@@ -85,10 +81,10 @@ def kept_tokens(
     bound: DecodeBound | None = None,
     limit: KeepLimit | None = None,
 ) -> int:
-    """Return the mean entries per (layer, KV head) that a request keeps of `num_tokens`.
+    """Return the entries per head, on average, that a request keeps of `num_tokens`.
 
-    The larger of the fixed budget and the share of the prompt, never more than the prompt, the
-    limit, or what evictions while decoding would leave of it.
+    This is the larger of the budget and the share of the prompt, at most the prompt, the limit and
+    the budget of evictions while decoding.
     """
     kept = min(num_tokens, max(budget_tokens, math.ceil(keep_ratio * num_tokens)))
     if limit is not None:
@@ -97,21 +93,21 @@ def kept_tokens(
 
 
 def entries_after(kept: int, decoded: int, bound: DecodeBound | None) -> int:
-    """Entries per (layer, KV head) of a compressed cache after `decoded` more tokens."""
+    """Return the entries per head of a compressed cache after `decoded` more tokens."""
     return kept + decoded if bound is None else bound.entries(kept, decoded)
 
 
 def most_entries(entries: int, more: int, bound: DecodeBound | None) -> int:
-    """Most that a compressed cache of so many entries holds within `more` tokens."""
+    """Return the most entries per head that a cache of `entries` reaches within `more` tokens."""
     return entries + more if bound is None else min(entries + more, bound.most_tokens)
 
 
 def prefix_hash(parent: int, token_ids: Sequence[int]) -> int:
-    """Names a full block by its tokens and, through its parent's name, by all before them.
+    """Return a hash of a full block's tokens and, through `parent`, of all tokens before them.
 
-    The same in all processes of one Python version.
+    All processes of one Python version compute the same hash.
 
     Args:
-        parent: the name of the block before, 0 for none.
+        parent: hash of the preceding block; 0 for the first block.
     """
     return hash((parent, *token_ids))

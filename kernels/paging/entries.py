@@ -95,7 +95,8 @@ def per_entry(entries: Entries, number: Callable[[Tensor], Tensor]) -> Tensor:
 
 def lengths(part: Tensor) -> Tensor:
     """Return the norms [H, p] float32 of entries [H, p, D], without a copy of them in float32."""
-    return torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32)
+    return norms
 
 
 def read(entries: Entries) -> Tensor:

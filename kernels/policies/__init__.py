@@ -1,1 +1,1 @@
-"""Which entries of a prompt's cache are kept: scorers, layer budgets, head allocations, presets."""
+"""Policies that choose which entries of a cache stay: scorer, layer budget, head allocation."""

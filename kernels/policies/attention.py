@@ -11,7 +11,7 @@ from kernels.dispatch import Operation
 from kernels.paging.entries import PART_BYTES, Entries, one_head, parts, read
 from kernels.policies.observation import Observation
 
-# Over a group's window: the mean; the most that a query head's mean is; the sum of squares.
+# Over the queries of a group: the mean, the largest mean of a query head, the sum of squares.
 Reduction = Literal["mean", "max", "squares"]
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
@@ -22,13 +22,13 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
 def window_attention(queries: Tensor, keys: Entries, scale: float) -> Tensor:
     """Return attention probabilities [H, G, w, n] of the last w queries, float32.
 
-    Query i of the window sees positions up to n - w + i, as in the prefill itself. The reference:
-    `attention_rows` yields the same without holding it at once.
+    Query i of the window attends to positions up to n - w + i, as in the prefill. This is the
+    reference for `attention_rows`, which yields the same numbers in parts.
 
     Args:
-        queries: [H, G, w, D] of the last w positions.
+        queries: [H, G, w, D], the queries of the last w positions.
         keys: [H, n, D].
-        scale: the softmax scale.
+        scale: softmax scale.
     """
     heads, group, window, dim = queries.shape
     n = keys.shape[1]
@@ -40,9 +40,9 @@ def window_attention(queries: Tensor, keys: Entries, scale: float) -> Tensor:
 
 
 class AttentionRows(NamedTuple):
-    """Attention [r, n] float32 of the queries [first, first + r) of a KV head's [G * w].
+    """Attention [r, n] float32 of queries [first, first + r) of the [G * w] of one head.
 
-    The memory is used again for the next rows.
+    The next rows reuse the memory.
     """
 
     head: int
@@ -51,7 +51,7 @@ class AttentionRows(NamedTuple):
 
 
 def attention_rows(queries: Tensor, keys: Entries, scale: float) -> Iterator[AttentionRows]:
-    """Yield `window_attention`, as many rows of a KV head at a time as `PART_BYTES` hold."""
+    """Yield the rows of `window_attention`, as many of one head at a time as fit `PART_BYTES`."""
     heads, group, window, dim = queries.shape
     n, rows = keys.shape[1], group * window
     at_once = max(1, min(rows, PART_BYTES // (4 * n)))
@@ -62,7 +62,7 @@ def attention_rows(queries: Tensor, keys: Entries, scale: float) -> Iterator[Att
         for first in range(0, rows, at_once):
             logits = _logits(scaled[first : first + at_once], one_head(keys, head))
             newest = torch.arange(first, first + len(logits), device=logits.device) % window
-            # What lies behind the prompt is in everybody's future.
+            # Columns after the prompt, up to the end of its last page, are masked for every query.
             ahead = torch.arange(logits.shape[1] - (n - window), device=logits.device)
             logits[:, n - window :].masked_fill_(ahead > newest[:, None], float("-inf"))
             torch.softmax(logits, dim=-1, out=logits)
@@ -70,7 +70,7 @@ def attention_rows(queries: Tensor, keys: Entries, scale: float) -> Iterator[Att
 
 
 def _logits(queries: Tensor, keys: Entries) -> Tensor:
-    """Return queries [r, D] times keys [1, n, D]: [r, n or more], up to the end of a page."""
+    """Return products [r, n or more] of queries [r, D] and keys [1, n, D] to the end of a page."""
     n, logits, stop = keys.shape[1], queries.new_empty(0), 0
     for first, part in parts(keys, whole_pages=True):
         product = row_products(queries, part[0].float())
@@ -78,7 +78,7 @@ def _logits(queries: Tensor, keys: Entries) -> Tensor:
         if first == 0 and stop >= n:
             return product
         if first == 0:
-            # No page is longer than a part.
+            # The last page ends less than a part behind the last key.
             logits = queries.new_empty((len(queries), n + stop))
         logits[:, first:stop] = product
     return logits[:, :stop]
@@ -88,12 +88,13 @@ def _logits(queries: Tensor, keys: Entries) -> Tensor:
 def reduced_window_attention(
     queries: Tensor, keys: Entries, scale: float, reduction: Reduction = "mean"
 ) -> Tensor:
-    """Return what is left [H, n - w] float32 of the attention that a group's window pays.
+    """Return the window's attention [H, n - w] float32 to each entry before the window.
 
     Args:
-        queries: [H, G, w, D] of the last w positions.
-        keys: [H, n, D]; the scores are of those before the window.
-        scale: the softmax scale.
+        queries: [H, G, w, D], the queries of the last w positions.
+        keys: [H, n, D].
+        scale: softmax scale.
+        reduction: how the G * w probabilities of an entry become one number.
     """
     window = queries.shape[2]
     attention = window_attention(queries, keys, scale)[..., :-window]
@@ -131,16 +132,16 @@ def _reduced_by_rows(
 
 
 def observed_attention(observation: Observation, window: int, reduction: Reduction) -> Tensor:
-    """Return `reduced_window_attention` [H, n - w] of an observation's last `window` queries."""
+    """Return `reduced_window_attention` [H, n - window] of the last `window` queries."""
     return reduced_window_attention(
         observation.grouped_queries(window), observation.keys, observation.scale, reduction
     )
 
 
 def row_products(rows: Tensor, others: Tensor) -> Tensor:
-    """Return rows [r, D] times others [n, D] transposed: [r, n].
+    """Return products [r, n] of rows [r, D] and others [n, D].
 
-    In their dtype, or float32 on a CPU that does not multiply numbers of that dtype.
+    They have the dtype of the rows, or float32 on a CPU that cannot multiply that dtype.
     """
     if rows.device.type == "cpu" and not _cpu_multiplies(rows.dtype):
         rows, others = rows.float(), others.float()
@@ -149,8 +150,9 @@ def row_products(rows: Tensor, others: Tensor) -> Tensor:
         and rows.device.type == "cpu"
         and (others.is_contiguous() or others.t().is_contiguous())
     ):
-        # What `linear` does for 16 bits; with 32 it takes MKL, at half the speed on AMD's CPUs.
-        return torch.ops.mkldnn._linear_pointwise(rows, others, None, "none", [], "")
+        # `linear` calls this for 16 bits; for 32 it calls MKL, at half the speed on AMD's CPUs.
+        products: Tensor = torch.ops.mkldnn._linear_pointwise(rows, others, None, "none", [], "")
+        return products
     return rows @ others.t()
 
 
@@ -158,14 +160,14 @@ def row_products(rows: Tensor, others: Tensor) -> Tensor:
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float16, torch.bfloat16):
         return True
-    # oneDNN refuses what the CPU cannot do, and other products of 16 bits are several times slower
-    # than those of 32.
+    # oneDNN refuses dtypes that the CPU lacks; other libraries' products of 16 bits are several
+    # times slower than products of 32 bits.
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
     return _HAS_ONEDNN and bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
 
 
 def pool(scores: Tensor, kernel_size: int, mode: str) -> Tensor:
-    """Pools scores [H, m] over positions, same length; mode `max`, `avg` or `none`."""
+    """Return scores [H, m] pooled over positions; mode `max`, `avg` or `none`."""
     if mode == "none" or kernel_size == 1:
         return scores
     padding = kernel_size // 2

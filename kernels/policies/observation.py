@@ -1,4 +1,4 @@
-"""What a scorer may look at: one layer of one request after its prefill, or while it decodes."""
+"""Input of a scorer: one layer of one request after its prefill, or while it decodes."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,16 +10,20 @@ from kernels.policies.rotary import Rotary
 
 
 class Observation(NamedTuple):
-    """One layer's cache and the queries of the last prompt tokens. H KV heads, G queries per head.
+    """One layer's cache and the queries of the last positions: H heads, G query heads for each.
 
     queries: [H * G, s, D] of the last s positions, after RoPE, in head order.
-    keys, values: [H, n, D] of all n cached positions, keys after RoPE.
-    scale: the softmax scale, usually D ** -0.5.
-    rotary: the model's rotation, for scorers that need queries at other positions.
-    output_weight: gives a KV head's columns [hidden, G * D] of the output projection, for scorers
-        that project values; a call, because engines repack weights.
-    layer, first_head: indices in the model, for scorers that draw random numbers.
-    seen_tokens: tokens so far, where some have been evicted: the position after the last query's.
+    keys: [H, n, D] of all n entries, after RoPE.
+    values: [H, n, D] of all n entries.
+    scale: softmax scale, usually D ** -0.5.
+    rotary: rotation of the model, for scorers that need queries at other positions; None if the
+        model has none.
+    output_weight: function from a head to its columns [hidden, G * D] of the output projection,
+        for scorers that project values. A function, because engines repack weights.
+    layer: index of the layer in the model, for scorers that draw random numbers.
+    seen_tokens: position after the last query, where entries have been evicted; None where none
+        have.
+    first_head: index of the first head in the layer, for scorers that draw random numbers.
     """
 
     queries: Tensor
@@ -42,6 +46,7 @@ class Observation(NamedTuple):
 
     @property
     def next_position(self) -> int:
+        """Return the position of the next token."""
         return self.num_tokens if self.seen_tokens is None else self.seen_tokens
 
     @property
@@ -49,10 +54,10 @@ class Observation(NamedTuple):
         return self.queries.shape[0] // self.num_kv_heads
 
     def grouped_queries(self, last: int) -> Tensor:
-        """The last `last` queries as [H, G, last, D].
+        """Return the last `last` queries as [H, G, last, D].
 
         Raises:
-            ValueError: fewer queries were captured.
+            ValueError: there are fewer queries.
         """
         heads, span, dim = self.queries.shape
         if last > span:

@@ -1,4 +1,4 @@
-"""A compression policy: scorer x layer budget x head allocation, and CriticalKV's second stage."""
+"""A policy: scorer, layer budget, head allocation, and CriticalKV's second stage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,40 +11,56 @@ from kernels.policies.observation import Observation
 from kernels.policies.projected_values import ProjectedValues
 from kernels.policies.scorers.base import Scorer
 
-# Scores are held below this, so that others can be put above them, and products stay finite.
+# Largest magnitude of a score: sinks get higher ones, and products of scores stay finite.
 LARGEST_SCORE = 1e18
 
 
 class LayerBudget(Protocol):
-    """needs_scores: whether one layer's share depends on the scores of all."""
+    """Split of the budget over layers.
+
+    needs_scores: whether a layer's share depends on the scores of all layers.
+    """
 
     needs_scores: ClassVar[bool]
 
     def totals(
         self, shape: tuple[int, int, int], quota: int, scores: Tensor | None = None
     ) -> list[int]:
-        """Entries to keep in each layer of scores of `shape` [L, H, m].
+        """Return how many entries each of L layers keeps; they sum to L * H * quota.
 
-        The sum is L * H * quota: `quota` for each head on average.
+        Args:
+            shape: L, H, m: layers, heads, entries before the window.
+            quota: entries per head on average.
+            scores: [L, H, m]; may be None if `needs_scores` is False.
         """
         ...
 
 
 class HeadAllocation(Protocol):
+    """Split of a layer's entries over its heads."""
+
     def allocate(self, scores: Tensor, totals: list[int]) -> Tensor:
-        """Bool mask of scores [L, H, m] with exactly `totals` [L] set in each layer."""
+        """Return a bool mask of scores [L, H, m] with exactly `totals[l]` entries in layer l."""
         ...
 
 
 class Scored(NamedTuple):
-    """Scores [..., H, n - window_tokens], and the weights of the second stage, if there is one."""
+    """Scores of the entries before the window.
+
+    scores: [..., H, n - window_tokens].
+    weights: [..., H, n - window_tokens] of the second stage; None without one.
+    """
 
     scores: Tensor
     weights: Tensor | None
 
 
 class Selection(NamedTuple):
-    """What a request keeps: kept [L, H, n] bool, lens [L, H] int32 its counts."""
+    """Entries that a request keeps.
+
+    kept: [L, H, n] bool.
+    lens: [L, H] int32, counts of `kept`.
+    """
 
     kept: Tensor
     lens: Tensor
@@ -52,29 +68,49 @@ class Selection(NamedTuple):
 
 @dataclass(frozen=True)
 class Policy:
-    """Decides which entries of a cache stay. Pure: equal observations, equal selections."""
+    """Function from observations to the entries that stay: equal inputs, equal selections."""
 
     scorer: Scorer
     layer_budget: LayerBudget
     head_allocation: HeadAllocation
     second_stage: ProjectedValues | None = None
 
-    def score(self, observation: Observation) -> Scored:
-        """Return what `allocate` needs of one layer, all of it finite.
+    def __post_init__(self) -> None:
+        if not isinstance(self.scorer, Scorer) or isinstance(self.scorer, type):
+            raise TypeError(
+                f"{self.scorer!r} is no scorer: it needs query_span_tokens, window_tokens and "
+                "score(observation), as in kernels/policies/scorers/base.py, and is an instance"
+            )
 
-        What is no number counts as the least: a model's cache may hold some (overflows in 16 bits),
-        and an entry that none can be compared with is no reason to keep others.
+    def score(self, observation: Observation) -> Scored:
+        """Return the scores of one layer, all of them finite.
+
+        NaN becomes the lowest score: caches of 16 bits may overflow.
+
+        Raises:
+            ValueError: the scorer returned scores of another shape than [H, n - window_tokens].
         """
-        scores = _finite(self.scorer.score(observation))
+        scores = self.scorer.score(observation)
+        before_window = observation.num_tokens - self.scorer.window_tokens
+        expected = (observation.num_kv_heads, before_window)
+        if scores.shape != expected:
+            raise ValueError(
+                f"{type(self.scorer).__name__}.score returned {list(scores.shape)}: "
+                f"expected [heads, entries before the window] = {list(expected)}"
+            )
+        scores = _finite(scores)
         if self.second_stage is None:
             return Scored(scores, None)
         weights = self.second_stage.weights(observation, scores.shape[-1])
         return Scored(scores, _finite(weights))
 
     def select(self, observations: Sequence[Observation], keep_tokens: int) -> Selection:
-        """Keeps `keep_tokens` entries for each (layer, head) on average, the window included.
+        """Select `keep_tokens` entries per head on average, the window included.
 
-        The total is exactly L * H * min(keep_tokens, n), however it is split.
+        The total is exactly L * H * min(keep_tokens, n), for every split.
+
+        Args:
+            observations: one for each layer, in order.
 
         Raises:
             ValueError: `keep_tokens` is below the scorer's window, or the layers do not match.
@@ -87,7 +123,7 @@ class Policy:
         return self.allocate(stacked([self.score(layer) for layer in observations]), keep_tokens)
 
     def allocate(self, scored: Scored, keep_tokens: int) -> Selection:
-        """`select` from the scores [L, H, n - window_tokens] of all layers.
+        """Select as `select` does, from the scores [L, H, n - window_tokens] of all layers.
 
         Raises:
             ValueError: `keep_tokens` is below the scorer's window.
@@ -96,7 +132,7 @@ class Policy:
         return Selection(kept, kept.sum(dim=-1, dtype=torch.int32))
 
     def totals(self, scores: Tensor, keep_tokens: int) -> list[int]:
-        """What each layer keeps of scores [L, H, n - window_tokens], the window left out.
+        """Return how many of scores [L, H, n - window_tokens] each layer keeps.
 
         Raises:
             ValueError: `keep_tokens` is below the scorer's window.
@@ -105,7 +141,7 @@ class Policy:
         return self.layer_budget.totals((layers, heads, entries), self._quota(keep_tokens), scores)
 
     def layer_totals(self, shape: tuple[int, int, int], keep_tokens: int) -> list[int] | None:
-        """`totals` before there are scores [L, H, m] of `shape`; None if they decide it.
+        """Return `totals` from the shape [L, H, m] of scores alone; None if they need scores.
 
         Raises:
             ValueError: `keep_tokens` is below the scorer's window.
@@ -114,9 +150,11 @@ class Policy:
         return None if self.layer_budget.needs_scores else self.layer_budget.totals(shape, quota)
 
     def allocate_layers(self, scored: Scored, totals: list[int]) -> Tensor:
-        """Kept [K, H, n] bool: `totals` [K] of scores [K, H, n - window_tokens], and the window.
+        """Return kept [K, H, n] bool of K layers: the window, and `totals` [K] entries before it.
 
-        For some layers at a time, with `layer_totals`.
+        Args:
+            scored: scores [K, H, n - window_tokens].
+            totals: those of `totals` or `layer_totals` that belong to these layers.
         """
         scores, weights = scored
         older = self.head_allocation.allocate(scores, totals)
@@ -141,7 +179,7 @@ def _finite(scores: Tensor) -> Tensor:
 
 
 def stacked(layers: Sequence[Scored]) -> Scored:
-    """The layers' scores [H, m] as [K, H, m]."""
+    """Return the scores [H, m] of K layers as [K, H, m]."""
     weights = [layer.weights for layer in layers if layer.weights is not None]
     return Scored(
         torch.stack([layer.scores for layer in layers]), torch.stack(weights) if weights else None
@@ -156,7 +194,7 @@ def _everything(observations: Sequence[Observation]) -> Selection:
 
 
 def check_selection(selection: Selection, keep_tokens: int, window_tokens: int) -> None:
-    """Asserts every promise of `Policy.select` on its result."""
+    """Assert what `Policy.select` promises of its result."""
     kept, lens = selection
     layers, heads, n = kept.shape
     assert torch.equal(kept.sum(dim=-1), lens.long()), "lens are not the counts"

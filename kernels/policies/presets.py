@@ -1,9 +1,9 @@
-"""The known policies by their known names, with the authors' defaults."""
+"""Policies by name, with their authors' defaults."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Container
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from kernels.policies.head_allocations.adaptive import AdaptiveHeads
 from kernels.policies.head_allocations.uniform import UniformHeads
@@ -12,6 +12,7 @@ from kernels.policies.layer_budgets.pyramid import PyramidLayers
 from kernels.policies.layer_budgets.uniform import UniformLayers
 from kernels.policies.policy import Policy
 from kernels.policies.projected_values import ProjectedValues
+from kernels.policies.scorers.base import Scorer
 from kernels.policies.scorers.defensive import DefensiveScorer
 from kernels.policies.scorers.expected_attention import ExpectedAttentionScorer
 from kernels.policies.scorers.key_diff import KeyDiffScorer
@@ -49,19 +50,19 @@ PRESETS: dict[str, Callable[[], Policy]] = {
     "random": lambda: Policy(RandomScorer(), UniformLayers(), UniformHeads()),
 }
 
-# Not one policy but two: which is better depends on how much stays (docs/quality.md).
+# `auto` is one of two policies, by the share of the prompt that stays (docs/quality.md).
 AUTO = "auto"
 DEFAULT_POLICY = AUTO
 _FOR_LITTLE, _FOR_MUCH = "kv_compress", "defensive"
-# The share of a prompt from which it is much.
+# Share of the prompt from which `auto` is the second.
 _MUCH = 0.25
 
 
 def preset(name: str) -> Policy:
-    """Returns the policy of that name. (`full` is no policy: it keeps everything.)
+    """Return the policy of a name. (`full` is no policy: it keeps everything.)
 
     Raises:
-        ValueError: there is none; names the known ones.
+        ValueError: no policy has the name; the message lists the names.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown policy '{name}': known are {', '.join(sorted(PRESETS))}")
@@ -69,7 +70,10 @@ def preset(name: str) -> Policy:
 
 
 class PolicyChoice(NamedTuple):
-    """A preset, or `auto`, and what is changed of it; hashable and cheap to send."""
+    """A preset or `auto`, with the parameters that replace the preset's; cheap to send.
+
+    alpha, window_tokens: None for the preset's own.
+    """
 
     preset: str
     alpha: float | None = None
@@ -78,33 +82,34 @@ class PolicyChoice(NamedTuple):
     def for_budget(
         self, keep_tokens: int, num_tokens: int, unsupported: Container[str] = ()
     ) -> "PolicyChoice":
-        """Return what `auto` stands for where so much of a prompt stays; another choice as it is.
+        """Return the choice that `auto` stands for; return other choices unchanged.
 
         Args:
+            keep_tokens: entries per head that stay of `num_tokens`.
             unsupported: presets that the model does not support.
         """
         if self.preset != AUTO:
             return self
         much = _MUCH * num_tokens <= keep_tokens < num_tokens
-        # Where all stays, evictions will leave little of what is to come.
+        # A prompt that stays whole is compressed by later evictions, which leave little.
         preset = _FOR_MUCH if much and _FOR_MUCH not in unsupported else _FOR_LITTLE
         return self._replace(preset=preset)
 
     def build(self) -> Policy:
-        """The policy; the same object for choices of late. Of `auto` the one for small budgets.
+        """Return the policy, cached for recent choices; for `auto` the one for small budgets.
 
         Raises:
-            ValueError: unknown preset, or one that does not take the value given.
+            ValueError: the preset is unknown or does not take a parameter.
         """
         return configured(self)
 
 
-# Clients choose the values, so there are any number of choices.
+# Bounded, because clients choose the parameters.
 @functools.lru_cache(maxsize=256)
 def configured(choice: PolicyChoice) -> Policy:
-    """The preset with its floor share and observation window replaced where given."""
+    """Return the preset of a choice with the choice's parameters."""
     if choice.preset == AUTO:
-        # What either does not take is refused for both.
+        # `auto` takes a parameter only if both of its policies take it.
         configured(choice._replace(preset=_FOR_MUCH))
         return configured(choice._replace(preset=_FOR_LITTLE))
     policy = preset(choice.preset)
@@ -118,8 +123,9 @@ def configured(choice: PolicyChoice) -> Policy:
     return policy
 
 
-def _with_window(scorer: Any, name: str, window_tokens: int) -> Any:
-    fields = {field.name for field in dataclasses.fields(scorer)}
-    if "window_tokens" not in fields:
+def _with_window(scorer: Scorer, name: str, window_tokens: int) -> Scorer:
+    if not dataclasses.is_dataclass(scorer) or isinstance(scorer, type):
+        raise ValueError(f"policy '{name}' takes no window_tokens: its scorer is no dataclass")
+    if all(field.name != "window_tokens" for field in dataclasses.fields(scorer)):
         raise ValueError(f"policy '{name}' takes no window_tokens")
     return dataclasses.replace(scorer, window_tokens=window_tokens)

@@ -1,4 +1,4 @@
-"""What a value is worth to the layer's output, and a second selection by it."""
+"""Norms of values in the layer's output, and a second selection by them."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,9 @@ from kernels.policies.top import top_mask
 
 
 def projected_value_norms(observation: Observation) -> Tensor:
-    """Return the mean over the query group of the L1 norm of W_o,head @ v: [H, n] float32.
+    """Return [H, n] float32: the mean over the query group of the L1 norm of W_o,head @ v.
 
-    Multiplied in the values' dtype, a part of a head's values at a time.
+    It multiplies in the values' dtype, a part of a head's values at a time.
 
     Raises:
         ValueError: the observation has no output projection.
@@ -37,24 +37,30 @@ def projected_value_norms(observation: Observation) -> Tensor:
 
 @dataclass(frozen=True)
 class ProjectedValues:
-    """CriticalKV's second stage (2502.03805, as kvpress' CriticalAdaKVPress does it).
+    """Second stage of CriticalKV (2502.03805), as kvpress' CriticalAdaKVPress computes it.
 
-    The plain scores decide how many entries each head keeps, and fill a first share of them; the
-    rest of the head goes by score times the norm of the projected value.
+    The first selection fixes how many entries each head keeps. Scores alone choose the first share
+    of them; score times norm of the projected value chooses the rest.
 
-    first_stage_ratio: the share that the plain scores fill.
-    epsilon: added to the score, so that the value's norm counts for unattended entries too.
+    first_stage_ratio: share that scores alone choose.
+    epsilon: added to each score, so that the norm also ranks entries without attention.
     """
 
     first_stage_ratio: float = 0.5
     epsilon: float = 1e-4
 
     def weights(self, observation: Observation, candidates: int) -> Tensor:
-        """Norms [H, m] of the first `candidates` entries."""
+        """Return the norms [H, m] of the first `candidates` entries."""
         return projected_value_norms(observation)[:, :candidates]
 
     def reselect(self, kept: Tensor, scores: Tensor, weights: Tensor) -> Tensor:
-        """Other entries for kept [K, H, m], as many for each head."""
+        """Return a mask [K, H, m] of other entries, as many for each head as in `kept`.
+
+        Args:
+            kept: first selection [K, H, m].
+            scores: [K, H, m].
+            weights: [K, H, m], see `weights`.
+        """
         counts = kept.sum(dim=-1)
         first = (counts * self.first_stage_ratio).long()
         secured = top_mask(scores, first)

@@ -1,4 +1,4 @@
-"""Selecting again among what is left: heads that hold different numbers of entries."""
+"""Selections while decoding, when heads hold different numbers of entries."""
 
 from collections.abc import Sequence
 
@@ -14,21 +14,24 @@ from kernels.policies.scorers.sink_recency import SinkRecencyScorer
 from kernels.policies.top import top_mask
 from kernels.transfer import sent
 
-# Above any score, and still a number when it is multiplied by a weight.
+# Above every score, and still finite when multiplied by a weight.
 _ALWAYS = 2 * LARGEST_SCORE
 
 
 def with_sinks(scored: Scored, sink_tokens: int = SINK_TOKENS) -> Scored:
-    """The same scores [..., m], so that the first entries of each head stay."""
+    """Return scores [..., m] that put the first `sink_tokens` entries of each head on top."""
     scores = scored.scores.clone()
     scores[..., :sink_tokens] = _ALWAYS
     return scored._replace(scores=scores)
 
 
 def score_heads(policy: Policy, heads: Sequence[Observation]) -> Scored:
-    """Scores [H, m] of one layer whose heads hold different entries, each a cache of its own.
+    """Return scores [H, m] of a layer whose heads hold different entries; m is the longest head's.
 
-    Sinks stay. Columns that a head has no entry for are -inf; m is the longest head's.
+    Sinks are on top. Columns behind a head's last entry are -inf.
+
+    Args:
+        heads: one observation for each head, as a layer of one head.
     """
     scored = [with_sinks(policy.score(head)) for head in heads]
     scores = _padded([one.scores for one in scored], float("-inf"))
@@ -37,7 +40,7 @@ def score_heads(policy: Policy, heads: Sequence[Observation]) -> Scored:
 
 
 def stacked_layers(layers: Sequence[Scored]) -> Scored:
-    """The layers' scores [H, m], of several lengths, as [L, H, m]."""
+    """Return the scores [H, m] of L layers, of different m, as [L, H, m] padded with -inf."""
     scores = _padded([layer.scores[None] for layer in layers], float("-inf"))
     weights = [layer.weights[None] for layer in layers if layer.weights is not None]
     return Scored(scores, _padded(weights, 1.0) if weights else None)
@@ -52,17 +55,17 @@ def _padded(parts: Sequence[Tensor], value: float) -> Tensor:
 
 
 def reallocate(policy: Policy, scored: Scored, lens: Tensor, keep_tokens: int) -> Tensor:
-    """What stays: kept [L, H, n] bool, n the longest head's entries.
+    """Return kept [L, H, n] bool with exactly L * H * `keep_tokens` entries set.
 
-    Exactly L * H * `keep_tokens` entries, the windows and the sinks among them. Where the policy
-    wants more of a head or a layer than it has, the others get the rest.
+    n is the number of entries of the longest head. Windows and sinks stay. If the policy allots a
+    head or a layer more entries than it has, others get the rest.
 
     Args:
         scored: [L, H, n - window_tokens], see `score_heads`.
-        lens: [L, H] entries of each head.
+        lens: [L, H], entries of each head.
 
     Raises:
-        ValueError: there are fewer entries, or `keep_tokens` is below the window.
+        ValueError: there are too few entries, or `keep_tokens` is below the window.
     """
     window = policy.scorer.window_tokens
     before_window = lens.long() - window
@@ -84,12 +87,12 @@ def reallocate(policy: Policy, scored: Scored, lens: Tensor, keep_tokens: int) -
 
 
 def keep_recent(lens: Tensor, keep_tokens: int) -> Tensor:
-    """Return kept [L, H, n] bool without any scores: the sinks and the most recent entries.
+    """Return kept [L, H, n] bool without scores: the sinks and the most recent entries.
 
-    As many as `reallocate` keeps; a head that has too few leaves the rest to the others.
+    It keeps as many entries as `reallocate`; if a head has too few, others get the rest.
 
     Args:
-        lens: [L, H] entries of each head.
+        lens: [L, H], entries of each head.
     """
     position = torch.arange(int(lens.max()), device=lens.device, dtype=torch.float32)
     scores = position.expand(*lens.shape, -1).masked_fill(
@@ -100,10 +103,12 @@ def keep_recent(lens: Tensor, keep_tokens: int) -> Tensor:
 
 
 def fitted(wanted: Sequence[int], least: Sequence[int], most: Sequence[int]) -> list[int]:
-    """`wanted`, but nowhere less or more than may be: the others make up for it, evenly.
+    """Return numbers near `wanted`, with the same sum, that lie within `least` and `most`.
+
+    The difference of a clipped number is spread evenly over the others.
 
     Raises:
-        ValueError: all together they have less, or must have more.
+        ValueError: no numbers within `least` and `most` have the sum of `wanted`.
     """
     total = sum(wanted)
     if not sum(least) <= total <= sum(most):
@@ -122,7 +127,7 @@ def fitted(wanted: Sequence[int], least: Sequence[int], most: Sequence[int]) -> 
 
 
 def _best_of_rest(scores: Tensor, kept: Tensor, totals: Sequence[int]) -> Tensor:
-    """Marks the best other entries of each layer, so that it has its total."""
+    """Return a mask of the best entries that are not kept, as many as each total lacks."""
     layers = scores.shape[0]
     missing = sent(totals, scores.device) - kept.view(layers, -1).sum(dim=-1)
     rest = scores.masked_fill(kept, float("-inf")).view(layers, -1)

@@ -1,4 +1,4 @@
-"""Rotary position embedding as plain tensor operations, to move queries in position."""
+"""Rotary position embedding, to move queries to other positions."""
 
 from dataclasses import dataclass
 
@@ -8,22 +8,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rotary:
-    """How a model rotates queries and keys (RoFormer, 2104.09864).
+    """Rotation of queries and keys (RoFormer, 2104.09864).
 
-    inv_freq: [D_rot / 2] inverse frequencies, radians per position.
-    interleaved: pairs are (0, 1), (2, 3), ... instead of halves (GPT-J instead of NeoX style).
+    inv_freq: [D_rot / 2] inverse frequencies, in radians per position.
+    interleaved: whether pairs are (0, 1), (2, 3), ... as in GPT-J, or halves as in NeoX.
     """
 
     inv_freq: Tensor
     interleaved: bool = False
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turns x [..., s, D] to `positions` [s]; negative positions turn back."""
+        """Return x [..., s, D] rotated by `positions` [s]; negative positions rotate back."""
         angles = positions.to(self.inv_freq.dtype)[:, None] * self.inv_freq
         return self.apply(x, angles.cos(), angles.sin())
 
     def apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Applies the map that has `cos`, `sin` [..., D_rot / 2] in each pair's plane."""
+        """Return x [..., D] with each pair (a, b) as (a cos - b sin, b cos + a sin).
+
+        Args:
+            cos, sin: [..., D_rot / 2], one number for each pair.
+        """
         width = 2 * self.inv_freq.shape[0]
         turned, rest = x[..., :width], x[..., width:]
         if self.interleaved:

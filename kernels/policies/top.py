@@ -1,7 +1,7 @@
-"""Exact top-k as masks, with ties broken by position: the earlier entry is kept.
+"""Exact top-k as masks; of equal scores the earlier entry is kept.
 
-`torch.topk` and unstable sorts break ties as they please, and max-pooled scores tie often; a cache
-hit and a cache miss must nevertheless select the same entries.
+`torch.topk` and unstable sorts break ties in an undefined order, and max-pooled scores tie often.
+A prefix hit and a miss must still select the same entries.
 """
 
 import torch
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from kernels.dispatch import Operation
 
-# Rows of more scores are looked through a part at a time: `torch.topk` and `torch.kthvalue` make
-# copies several times as large as a row.
+# Larger rows are searched in parts: `torch.topk` and `torch.kthvalue` make copies several times
+# the size of a row.
 _AT_ONCE = 1 << 20
 
 
 @Operation
 def top_mask(scores: Tensor, counts: Tensor) -> Tensor:
-    """Mark the `counts` [...] largest in each row of scores [..., m]: a bool mask [..., m].
+    """Return a bool mask [..., m] of the `counts` [...] largest of each row of scores [..., m].
 
-    Exactly as many, whatever the scores are: what is no number counts as negative infinity.
+    Exactly `counts` entries are marked; NaN counts as negative infinity.
 
     Raises:
         ValueError: a count is negative or above m.
@@ -39,7 +39,7 @@ def _top_mask_by_threshold(scores: Tensor, counts: Tensor) -> Tensor:
     if most == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-    # Which entries topk returns at a tie is undefined, but the value at the cut is not.
+    # At a tie the entries that topk returns are undefined; the value at the cut is defined.
     best = scores.topk(most, dim=-1).values
     threshold = best.gather(-1, (counts - 1).clamp_(min=0)[..., None])
     above = scores > threshold
@@ -60,7 +60,6 @@ def _top_mask_by_row(scores: Tensor, counts: Tensor) -> Tensor:
             torch.gt(_ordered(some), threshold, out=marked)
             missing -= int(marked.sum())
         for some, marked in zip(row.split(_AT_ONCE), marks.split(_AT_ONCE), strict=True):
-            # The first of those that tie.
             places = (_ordered(some) == threshold).nonzero()[:missing, 0]
             marked[places] = True
             missing -= len(places)
@@ -68,7 +67,7 @@ def _top_mask_by_row(scores: Tensor, counts: Tensor) -> Tensor:
 
 
 def _order_of_nth(row: Tensor, count: int) -> int:
-    """Return the `count`-th largest of a row [m], as `_ordered` has it: bisection by counting."""
+    """Return the `count`-th largest of a row [m] in the integers of `_ordered`, by bisection."""
     low, high = -(2**31), 2**31 - 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -78,8 +77,8 @@ def _order_of_nth(row: Tensor, count: int) -> int:
 
 
 def _ordered(scores: Tensor) -> Tensor:
-    """Return integers of 32 bits in the order of the scores."""
-    # The sum makes negative zero equal to zero.
+    """Return 32-bit integers that are in the order of the scores."""
+    # Adding zero turns negative zero into zero.
     bits = (
         scores.float()
         .nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))

@@ -8,14 +8,14 @@ from kernels.transfer import sent
 
 @dataclass(frozen=True)
 class AdaptiveHeads:
-    """Ada-KV (2407.11550): one joint top-k over all heads of the layer, above a floor for each.
+    """Ada-KV (2407.11550): a floor for each head, then one top-k over all heads of the layer.
 
-    Lowers the upper bound of the L1 loss of the attention output against uniform heads. First each
-    head's best `alpha * total / H` entries are taken, then the best of all the rest. (FFY0/AdaKV
-    blends the two allocations and rounds, so that its totals drift; the floor here is kvpress'
-    safeguard without the window, and the total is exact.)
+    Each head keeps its best `alpha * total / H` entries; the best entries of all heads fill the
+    total. This lowers the upper bound of the L1 loss of the attention output against uniform heads.
+    FFY0/AdaKV blends both allocations and rounds, so that its totals drift; here the total is
+    exact. The floor is kvpress' safeguard without the window.
 
-    alpha: share of the even allocation that every head is sure of, 0 to 1.
+    alpha: share of the even allocation that each head keeps at least, 0 to 1.
     """
 
     alpha: float = 0.2

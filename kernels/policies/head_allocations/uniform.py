@@ -8,10 +8,10 @@ from kernels.transfer import sent
 
 @dataclass(frozen=True)
 class UniformHeads:
-    """Every head of the layer keeps equally many entries, each its own best."""
+    """The same number of entries for each head of the layer: its best."""
 
     def allocate(self, scores: Tensor, totals: list[int]) -> Tensor:
-        # A remainder goes one each to the first heads.
+        # The first heads get one more each if the total is no multiple of the heads.
         heads = scores.shape[1]
         counts = [[total // heads + (h < total % heads) for h in range(heads)] for total in totals]
         return top_mask(scores, sent(counts, scores.device))

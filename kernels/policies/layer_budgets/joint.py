@@ -9,7 +9,7 @@ from kernels.transfer import sent
 
 @dataclass(frozen=True)
 class JointLayers:
-    """KV-Compress (2410.00161): one top-k over all layers and heads decides each layer's share."""
+    """KV-Compress (2410.00161): one top-k over all layers and heads gives each layer's share."""
 
     needs_scores: ClassVar[bool] = True
 

@@ -8,9 +8,11 @@ from torch import Tensor
 class PyramidLayers:
     """PyramidKV (2406.02069): linearly fewer entries from the first layer to the last.
 
-    The last layer gets 1/beta of the mean and the first as much more; where that exceeds the
-    prompt, the first is clipped to it and the slope flattens, so that the mean holds. Unlike the
-    authors' floor division, the sum over the layers is exact.
+    The last layer gets mean / beta, the first 2 * mean - mean / beta. If that exceeds the prompt,
+    the first layer gets the prompt and the slope flattens, so that the mean stays. The authors
+    divide with a floor; here the sum over the layers is exact.
+
+    beta: ratio of the mean to the last layer's entries.
     """
 
     needs_scores: ClassVar[bool] = False
@@ -29,8 +31,8 @@ class PyramidLayers:
 
 
 def _rounded(values: list[float], total: int) -> list[int]:
-    """Integers next to `values` that sum to `total`; the largest remainders are rounded up."""
-    # The shift keeps a whole number whole when its float lies a rounding error below it.
+    """Return `values` as integers that sum to `total`; the largest remainders round up."""
+    # The shift keeps an integer whose float is a rounding error too small.
     floors = [int(value + 1e-9) for value in values]
     by_remainder = sorted(range(len(values)), key=lambda i: (floors[i] - values[i], i))
     for index in by_remainder[: total - sum(floors)]:

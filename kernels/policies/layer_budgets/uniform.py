@@ -6,7 +6,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class UniformLayers:
-    """Every layer keeps equally many entries."""
+    """The same number of entries for each layer."""
 
     needs_scores: ClassVar[bool] = False
 

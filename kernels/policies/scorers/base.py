@@ -1,32 +1,34 @@
 """The contract of a scorer."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from kernels.policies.observation import Observation
 
 
+@runtime_checkable
 class Scorer(Protocol):
-    """Gives every cached entry of a layer a worth. Pure: the same observation, the same scores.
+    """Function from an observation to a score for each entry: equal inputs, equal scores.
 
-    One that goes through keys, values and attention in parts (`kernels.paging.entries`,
-    `kernels.policies.attention`) takes the same memory for every model and prompt.
+    Implement it as a frozen dataclass whose fields are its parameters, `window_tokens` among them.
+    A scorer that reads keys, values and attention in parts (`kernels.paging.entries`,
+    `kernels.policies.attention`) takes bounded memory for every model and prompt.
     """
 
     @property
     def query_span_tokens(self) -> int:
-        """Queries that must be captured before the end of the prompt; 0 for none."""
+        """Queries at the end of the prompt that `score` reads; 0 for none."""
         ...
 
     @property
     def window_tokens(self) -> int:
-        """Most recent entries that are always kept."""
+        """Most recent entries, which always stay."""
         ...
 
     def score(self, observation: Observation) -> Tensor:
-        """Scores [H, n - window_tokens] float32 of the entries before the window.
+        """Return scores [H, n - window_tokens] float32 of the entries before the window.
 
-        Higher is kept. Finite, comparable between the heads of a layer.
+        The highest scores stay. Scores are finite and comparable between the heads of a layer.
         """
         ...

@@ -11,13 +11,17 @@ from kernels.policies.projected_values import projected_value_norms
 
 @dataclass(frozen=True)
 class DefensiveScorer:
-    """DefensiveKV (2510.13334): guards against the worst case instead of averaging over it.
+    """DefensiveKV (2510.13334): the worst case over queries instead of the mean.
 
-    An entry's worth is the largest attention that any query of the window and of the group pays to
-    it and its neighbours, but no less than its head's mean, times its share in the norms of the
-    heads' projected values. Entries that together with the window carry `secured_mass` of a head's
-    mean attention come before all others. (The authors' code cuts these off at the head's even
-    share of the budget; here the joint selection does, in the order of the mean attention.)
+    A score is the largest attention that a query of the window pays to an entry and its neighbours,
+    at least the head's mean of these, times the entry's share in the norms of the heads' projected
+    values. Entries that together with the window carry `secured_mass` of a head's mean attention
+    score above all others, in the order of their mean attention. The authors' code cuts these off
+    at the head's even share of the budget; here the head allocation does.
+
+    window_tokens: size of the observation window.
+    kernel_size: positions that attention is averaged over.
+    secured_mass: share of a head's attention, 0 to 1.
     """
 
     window_tokens: int = 32
@@ -36,7 +40,7 @@ class DefensiveScorer:
         return scores.where(~self._secured(mean), scores.amax() + 1.0 + mean)
 
     def _attention(self, observation: Observation) -> tuple[Tensor, Tensor]:
-        """Return mean and largest smoothed attention [H, m] that the window's queries pay."""
+        """Return the mean and the largest smoothed attention [H, m] of the window's queries."""
         queries = observation.grouped_queries(self.window_tokens)
         shape = (observation.num_kv_heads, observation.num_tokens - self.window_tokens)
         mean, worst = queries.new_zeros((2, *shape), dtype=torch.float32)
@@ -47,13 +51,13 @@ class DefensiveScorer:
         return mean.div_(queries.shape[1] * self.window_tokens), worst
 
     def _smoothed(self, attention: Tensor) -> Tensor:
-        """Average [r, m] over neighbouring positions; each query's total stays."""
+        """Return attention [r, m] averaged over neighbours; each query keeps its sum."""
         pooled = avg_pool1d(attention[:, None], self.kernel_size, 1, self.kernel_size // 2)[:, 0]
         totals = pooled.sum(-1, keepdim=True).clamp(min=1e-30)
         return pooled.mul_(attention.sum(-1, keepdim=True) / totals)
 
     def _secured(self, mean: Tensor) -> Tensor:
-        """Marks, of mean attention [H, m], the largest that reach the mass with the window's."""
+        """Return a mask of the largest mean attention [H, m] that, with the window, is the mass."""
         order = mean.sort(dim=-1, descending=True, stable=True)
         window_mass = 1 - mean.sum(dim=-1, keepdim=True)
         before = order.values.cumsum(dim=-1) - order.values + window_mass

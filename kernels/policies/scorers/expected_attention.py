@@ -12,16 +12,17 @@ from kernels.policies.rotary import Rotary
 class ExpectedAttentionScorer:
     """Expected Attention (2510.00636): attention of future queries, from their distribution.
 
-    Queries before RoPE are taken as Gaussian with the mean and covariance of the captured span.
-    Averaged over the rotations of the next `future_tokens` positions they give, for each key k,
-    log E[exp(q.k)] = mu.k * scale + k.Sigma.k * scale^2 / 2. Query-agnostic: it needs no question
-    at the end of the prompt. As kvpress' ExpectedAttentionPress, but for the span: there the whole
-    prompt gives the statistics, here its end.
+    Queries before RoPE are modelled as Gaussian with the mean mu and covariance Sigma of the last
+    queries. Averaged over the rotations of the next `future_tokens` positions, for each key k,
+    log E[exp(q.k)] = mu.k * scale + k.Sigma.k * scale^2 / 2. The prompt needs no question at its
+    end. kvpress' ExpectedAttentionPress takes statistics of the whole prompt; this takes the end.
 
-    query_span_tokens: captured queries that the statistics come from.
-    sink_tokens: first entries, always kept and left out of the statistics and the softmax.
-    use_value_norm: weigh by the norm of the value.
-    epsilon: added to the probability, so that the value norm counts for unattended keys too.
+    query_span_tokens: last queries, from which the statistics come.
+    future_tokens: positions that the rotation is averaged over.
+    sink_tokens: first entries, which always stay and count in neither statistics nor softmax.
+    use_covariance: whether to add the term of Sigma.
+    use_value_norm: whether to multiply by the norm of the value.
+    epsilon: added to the probability, so that the norm also ranks entries without attention.
     """
 
     query_span_tokens: int = 512
@@ -67,7 +68,7 @@ class ExpectedAttentionScorer:
     def _future_queries(
         self, observation: Observation, rotary: Rotary, span: int
     ) -> tuple[Tensor, Tensor]:
-        """Mean [H, G, D] and covariance [H, G, D, D] of queries at the coming positions."""
+        """Return mean [H, G, D] and covariance [H, G, D, D] of queries at future positions."""
         n = observation.next_position
         device = observation.keys.device
         past = torch.arange(n - span, n, device=device)
@@ -78,7 +79,7 @@ class ExpectedAttentionScorer:
         coming = torch.arange(n, n + self.future_tokens, device=device)
         angles = coming.to(rotary.inv_freq.dtype)[:, None] * rotary.inv_freq
         cos, sin = angles.cos().mean(dim=0), angles.sin().mean(dim=0)
-        # The averaged rotation R is linear: R mu, and R Sigma R^T as rows, then columns.
+        # The mean rotation R is linear: R mu, and R Sigma R^T, first rows, then columns.
         half = rotary.apply(covariance, cos, sin)
         turned = rotary.apply(half.transpose(-1, -2), cos, sin).transpose(-1, -2)
         return rotary.apply(mean, cos, sin), turned

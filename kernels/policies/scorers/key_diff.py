@@ -9,9 +9,9 @@ from kernels.policies.observation import Observation
 
 @dataclass(frozen=True)
 class KeyDiffScorer:
-    """KeyDiff (2504.15364): keeps keys that differ from the others.
+    """KeyDiff (2504.15364): keys that differ from the others score high.
 
-    The score is the negative cosine similarity of a key to the mean of the unit keys of its head.
+    The score is the negative cosine similarity of a key to the mean of its head's unit keys.
     """
 
     window_tokens: int = 0

@@ -8,7 +8,7 @@ from kernels.policies.observation import Observation
 
 @dataclass(frozen=True)
 class KeyNormScorer:
-    """Small key norms draw attention (2406.11430): the score is the negative L2 norm of the key."""
+    """Negative L2 norm of the key (2406.11430): keys of small norm draw attention."""
 
     window_tokens: int = 0
     query_span_tokens: int = 0

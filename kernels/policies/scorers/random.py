@@ -8,7 +8,7 @@ from kernels.policies.observation import Observation
 
 @dataclass(frozen=True)
 class RandomScorer:
-    """A control: uniform scores, the same for the same seed, layer and length on every device."""
+    """Uniform random scores, as a control: equal for equal seed, layer and length on any device."""
 
     seed: int = 0
     window_tokens: int = 32
@@ -16,7 +16,7 @@ class RandomScorer:
 
     def score(self, observation: Observation) -> Tensor:
         seed = self.seed * 100_003 + observation.layer + 10_007 * observation.first_head
-        # Others with each eviction, or the same entries would survive them all.
+        # Each eviction draws new scores; otherwise the same entries would survive all of them.
         generator = torch.Generator().manual_seed(seed + 1_000_003 * (observation.seen_tokens or 0))
         shape = (observation.num_kv_heads, observation.num_tokens - self.window_tokens)
         return torch.rand(shape, generator=generator).to(observation.keys.device)

@@ -7,22 +7,23 @@ from kernels.paging.entries import Entries, one_head, parts
 from kernels.policies.attention import observed_attention, pool
 from kernels.policies.observation import Observation
 
-# Numbers of a part of the similarity matrix: there are several tensors of its size.
+# Elements of a part of the similarity matrix; several tensors have its size.
 _ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True)
 class RedundancyScorer:
-    """R-KV (2505.24133): attention of the window, less what other entries say as well.
+    """R-KV (2505.24133): attention of the window minus redundancy.
 
-    An entry is redundant by the mean cosine similarity of its key with all others of its head, as a
-    softmax over the entries. Of those that are similar to a key, the most recent ones are not
-    counted against themselves, so that the newest of a group stays. Made for answers that repeat
-    themselves: of a long prompt only the last `compared_tokens` keys are compared with all.
+    Redundancy is the softmax over the mean cosine similarity of a key with the other keys of its
+    head. For each key, the most recent of the keys similar to it count as dissimilar, so that the
+    newest of a group stays. The method is made for answers that repeat themselves; of a long prompt
+    only the last `compared_tokens` keys are compared with all.
 
-    importance_share: weight of attention; the rest is redundancy's.
-    least_similarity: from which on two keys are similar.
-    spared_share: of all entries, how many of the most recent similar ones are spared for each key.
+    importance_share: weight of attention; redundancy has the rest.
+    least_similarity: cosine above which two keys are similar.
+    spared_share: number of recent similar keys that count as dissimilar, as a share of all entries.
+    compared_tokens: keys that are compared with all others.
     """
 
     window_tokens: int = 32
@@ -39,7 +40,7 @@ class RedundancyScorer:
     def score(self, observation: Observation) -> Tensor:
         attention = observed_attention(observation, self.window_tokens, "max")
         importance = pool(attention, self.kernel_size, "max")
-        # One head's keys at a time: all are compared with all.
+        # One head at a time: the similarity of its keys is a matrix.
         redundancy = torch.cat(
             [
                 self._redundancy(
@@ -51,7 +52,7 @@ class RedundancyScorer:
         return self.importance_share * importance - (1 - self.importance_share) * redundancy
 
     def _redundancy(self, directions: Tensor) -> Tensor:
-        """[H, m] of keys' directions [H, m, D]; sums to one for each head."""
+        """Return redundancy [H, m] of unit keys [H, m, D]; it sums to one for each head."""
         heads, m, _ = directions.shape
         spared = int(self.spared_share * m)
         sums = directions.new_zeros((heads, m))
@@ -69,7 +70,7 @@ class RedundancyScorer:
 
 
 def _directions(keys: Entries) -> Tensor:
-    """Return keys [H, n, D] of length one, float32."""
+    """Return keys [H, n, D] float32 scaled to length one."""
     directions = torch.empty(keys.shape, dtype=torch.float32, device=keys.device)
     for first, part in parts(keys):
         some = part.float()

@@ -8,7 +8,7 @@ from kernels.policies.observation import Observation
 
 @dataclass(frozen=True)
 class SinkRecencyScorer:
-    """StreamingLLM (2309.17453): the first `sink_tokens` entries, then the most recent ones."""
+    """StreamingLLM (2309.17453): the first `sink_tokens` entries and the most recent ones."""
 
     sink_tokens: int = 4
     window_tokens: int = 0

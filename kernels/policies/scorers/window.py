@@ -9,13 +9,14 @@ from kernels.policies.observation import Observation
 
 @dataclass(frozen=True)
 class WindowScorer:
-    """SnapKV (2404.14469): mean attention that the last prompt queries pay to each entry.
+    """SnapKV (2404.14469): mean attention of the last queries to each entry.
 
-    Reduced over the query group first, then pooled over positions, as FFY0/AdaKV does.
+    It is reduced over the query group, then pooled over positions, as in FFY0/AdaKV.
 
-    window_tokens: size of the observation window; its entries are always kept.
-    kernel_size, pooling: smoothing over positions.
-    group_reduction: how the G query heads of a KV head become one score.
+    window_tokens: size of the observation window.
+    kernel_size: positions that are pooled.
+    pooling: how positions are pooled.
+    group_reduction: how the G query heads of a head become one score.
     """
 
     window_tokens: int = 32

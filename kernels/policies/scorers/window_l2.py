@@ -11,7 +11,11 @@ from kernels.policies.observation import Observation
 class WindowL2Scorer:
     """KV-Compress (2410.00161): squared attention, summed over the window and the query group.
 
-    Squared attention without pooling prefers single spikes; pooling is essential for retrieval.
+    Without pooling, squares favour single spikes, and retrieval fails.
+
+    window_tokens: size of the observation window.
+    kernel_size: positions that are pooled.
+    pooling: how positions are pooled.
     """
 
     window_tokens: int = 32
