@@ -1,4 +1,4 @@
-"""Requests of a front end that may move, as it knows them and as they go to another engine."""
+"""Requests of a front end that can move, and their form on the way to another engine."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,16 +7,17 @@ from typing import NamedTuple
 
 import msgspec
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreRequest
 
-from adakv_worker.messages import Continuation, Proof
+from adakv_worker.frontend.movement import Event, Leaving, Place, State, transition
+from adakv_worker.messages import Continuation, Proof, proof_in
 
 
 class Departure(NamedTuple):
-    """A request that has left its engine, as it goes to another. Plain data, to be pickled.
+    """A request that has left its engine, on its way to another. Plain data, to be pickled.
 
-    request: as it came at first.
-    tokens: all it has by now; the cache holds those but the last.
+    request: the request as its client sent it.
+    tokens: prompt and answer so far; the cache holds all but the last.
     proof: its proof of compression.
     """
 
@@ -24,15 +25,11 @@ class Departure(NamedTuple):
     tokens: list[int]
     proof: Proof
 
-    @property
-    def policy(self) -> str:
-        return self.proof.policy
-
 
 class Movable(NamedTuple):
     """A compressed request that could leave now.
 
-    tokens: prompt and answer. tokens_left: most that its answer may still bring.
+    tokens: number of tokens of prompt and answer. tokens_left: the most that the answer may add.
     """
 
     request_id: str
@@ -45,20 +42,15 @@ class Movable(NamedTuple):
 class Own:
     """A request of this front end.
 
-    name: by which the engine core knows it now; another one for each time that it comes back.
-    held: outputs since it was asked to leave; None while it was not.
-    wanted: tokens of the answer that count before it leaves, once that is known.
-    settled: set when so many are there, or it has ended.
+    name: the engine core's name of it, a new one each time that it comes back.
+    settled: set unless it is leaving and its stream lacks tokens of its cache.
     """
 
     request: EngineCoreRequest
     name: str
+    state: State = Place.HERE
     answer: list[int] = field(default_factory=list)
     proof: Proof | None = None
-    finished: bool = False
-    away: bool = False
-    held: list[EngineCoreOutput] | None = None
-    wanted: int | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     on_end: Callable[[], None] | None = None
 
@@ -74,17 +66,38 @@ class Own:
 
     @property
     def can_leave(self) -> bool:
-        return self.held is None and not self.away and _has_movable_state(self.request)
+        return self.state is Place.HERE and _has_movable_state(self.request)
+
+    def apply(self, event: Event) -> list[EngineCoreOutput]:
+        """Change the state, and return the outputs that the front end gets."""
+        self.state, outputs = transition(self.state, event)
+        if isinstance(self.state, Leaving) and not self.state.has_caught_up:
+            self.settled.clear()
+        else:
+            self.settled.set()
+        return [self._note(output) for output in outputs]
+
+    def _note(self, output: EngineCoreOutput) -> EngineCoreOutput:
+        self.answer += output.new_token_ids
+        if (proof := proof_in(output.kv_transfer_params)) is not None:
+            self.proof = proof if proof.compressed else None
+        if output.request_id == self.request.request_id:
+            return output
+        # The front end's statistics have counted it as queued and scheduled before.
+        events = [e for e in output.events or () if e.type is EngineCoreEventType.PREEMPTED]
+        return msgspec.structs.replace(
+            output, request_id=self.request.request_id, events=events or None
+        )
 
 
 def _has_movable_state(request: EngineCoreRequest) -> bool:
-    """Return whether its state is all in its tokens, its cache and its random numbers."""
+    """Return whether its tokens, cache and random numbers are all of its state."""
     params = request.sampling_params
     return (
         params is not None
         and params.structured_outputs is None
         and params.prompt_logprobs is None
-        # Counted over the prompt, too, by what would take the answer so far for a part of it.
+        # vLLM counts it over the prompt, which would include the answer so far.
         and params.thinking_token_budget is None
         and request.prompt_token_ids is not None
         and request.prompt_embeds is None
@@ -97,12 +110,12 @@ def _has_movable_state(request: EngineCoreRequest) -> bool:
 def continued(
     request: EngineCoreRequest, name: str, tokens: list[int], continuation: Continuation
 ) -> EngineCoreRequest:
-    """Return a request that goes on under a new name with all of its tokens so far."""
+    """Return the request under a new name, with all of its tokens so far as its prompt."""
     assert request.sampling_params is not None
     params: SamplingParams = request.sampling_params.clone()
     params.extra_args = {**(params.extra_args or {}), **continuation.as_extra_args()}
     if continuation.state is not None:
-        # It hits no prefix, whatever it counts as computed.
+        # Its computed tokens come from its cache, not from a prefix.
         params.skip_reading_prefix_cache = True
     return msgspec.structs.replace(
         request, request_id=name, prompt_token_ids=tokens, sampling_params=params
