@@ -21,6 +21,7 @@ from serving.http.asgi import Message, Scope, call_app
 from serving.http.encodable import unencodable_field
 from serving.http.failures import ReplicaLost
 from serving.http.openai_error import error_messages
+from serving.ingress.occupancy_router import OccupancyRouter
 from serving.metrics import CompressionMetrics, OccupancyMetrics
 from serving.models.embedded import model_path_and_name
 from serving.reporter import OccupancyReporter, report_prefixes
@@ -72,6 +73,7 @@ class Engine:
             node_id = ray.get_runtime_context().get_node_id()
             lender = LenderName(context.deployment, replica_id, node_id)
             self._spill = ReplicaSpill(self._host, config, url, keys, lender, lenders)
+            OccupancyRouter.membership = self._spill.membership
             self._spill.start()
         self._reporter = OccupancyReporter(
             source=self._spill or self._host,

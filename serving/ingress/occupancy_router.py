@@ -8,7 +8,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from router.footprint import Footprint
 from router.lending.leases import Lease
 from serving.ingress.routing import Routing
-from serving.spill.membership import tell_membership
+from serving.spill.membership import Membership
 from serving.spill.parcels import LenderName
 
 T = TypeVar("T")
@@ -24,6 +24,8 @@ class OccupancyRouter(RequestRouter):
     # Set by the ingress of this process; None in a process without one. It is a class attribute
     # because Serve creates the routers itself, by the name of the class.
     routing: ClassVar[Routing | None] = None
+    # Set by a replica of this process that spills.
+    membership: ClassVar[Membership | None] = None
 
     async def choose_replicas(
         self,
@@ -58,7 +60,8 @@ class OccupancyRouter(RequestRouter):
         before = {replica_id.unique_id for replica_id in self.curr_replicas}
         super().update_replicas(replicas)
         left = {replica.replica_id.unique_id for replica in replicas}
-        tell_membership(before, left)
+        if self.membership is not None:
+            self.membership.update(before, left)
         if self.routing is not None:
             self.routing.retain(left)
 

@@ -1,4 +1,4 @@
-"""Finds other replicas' blocks for requests that a replica has too little room for."""
+"""Finds other replicas' memory for requests that a replica has too little room for."""
 
 import asyncio
 import contextlib
@@ -7,122 +7,40 @@ import logging
 import sys
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import redis
 
-from router.lending.leases import Lease
+from router.lending.leases import Lease, Lending
 from router.lending.redis_leases import LEASE_TTL_S, LendingLedger
-from router.lending.spill_plan import Candidate, Move, Peer, SpillLimits, plan_spill
-from serving.spill.parcels import Guest, StateFiles
+from router.lending.spill_plan import Candidate, Peer, plan_spill
+from serving.spill.move import MoveReport, RequestMove, Send, SpillSettings, Stayed
+from serving.spill.parcels import StateFiles
 
 if TYPE_CHECKING:
-    from adakv_worker.frontend.moving import Decoded, Movable, MovingCore
+    from adakv_worker.frontend.moving import Movable, MovingCore
     from serving.vllm_engine.load import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 
-# How much a new measurement of a lender's speed counts.
+# Weight of a new measurement of a lender's speed.
 _NEWEST = 0.3
-
-Send = Callable[[Guest], "AsyncGenerator[Decoded, None]"]
-
-
-class SpillSettings(NamedTuple):
-    """
-    expected_tokens: most that an answer is expected to bring still.
-    first_output_s: within which a lender must have gone on with a request, or hold its cache.
-    parked_s: how long a cache may wait for a lender's blocks.
-    bytes_per_s: assumed of a lender until a move has been measured.
-    """
-
-    limits: SpillLimits
-    interval_s: float
-    expected_tokens: int
-    prefill_tokens_per_s: float
-    first_output_s: float
-    parked_s: float
-    bytes_per_s: float
-    folder: Path
-
-
-class MoveReport(NamedTuple):
-    """One move that came to its first output, or why it did not.
-
-    Since it was chosen: export_s until its cache was out of the engine, arrival_s until it was
-    there, seconds in all.
-    """
-
-    request_id: str
-    lender: str
-    state_bytes: int
-    export_s: float
-    arrival_s: float
-    seconds: float
-    problem: str | None
-
-    @property
-    def bytes_per_s(self) -> float:
-        """From engine to engine. Both finish their steps first, which costs nobody anything."""
-        return self.state_bytes / max(self.arrival_s - self.export_s, 1e-3)
-
-    def log_line(self) -> dict[str, Any]:
-        return {
-            "request_id": self.request_id,
-            "lender": self.lender,
-            "bytes": self.state_bytes,
-            "export_ms": round(self.export_s * 1000, 2),
-            "arrival_ms": round(self.arrival_s * 1000, 2),
-            "first_output_ms": round(self.seconds * 1000, 2),
-        }
-
-
-class _Stays(Exception):
-    """A request that was asked to leave does not."""
-
-
-class _Facts:
-    """What is known of one move so far."""
-
-    def __init__(self, request_id: str, lender: str) -> None:
-        self.request_id = request_id
-        self._lender = lender
-        self._began = time.monotonic()
-        self._export_s = 0.0
-        self._arrival_s = 0.0
-        self._state_bytes = 0
-
-    def exported(self, state_bytes: int) -> None:
-        self._export_s, self._state_bytes = time.monotonic() - self._began, state_bytes
-
-    def arrived(self) -> None:
-        self._arrival_s = time.monotonic() - self._began
-
-    def report(self, problem: str | None) -> MoveReport:
-        return MoveReport(
-            self.request_id,
-            self._lender,
-            self._state_bytes,
-            self._export_s,
-            self._arrival_s,
-            time.monotonic() - self._began,
-            problem,
-        )
 
 
 @dataclass
 class _Past:
+    """Moves of a request that is here again, and when it came back."""
+
     moves: int
     settled_at: float
 
 
 class Borrower:
-    """One background task for a replica, and one for each of its requests that are away.
+    """Runs one background task for a replica, and one for each of its requests that moves.
 
-    Whatever fails costs time alone: the request is then computed anew where it began.
+    A failure costs only time: the request is computed anew where it began.
     """
 
     def __init__(
@@ -139,8 +57,8 @@ class Borrower:
     ) -> None:
         """
         Args:
-            send: takes a request to its lender, and yields what is decoded of it there.
-            block_bytes: of one KV block, all layers.
+            send: sends a request to its lender, and yields its outputs.
+            block_bytes: size of one KV block of all layers.
         """
         self._core = core
         self._load = load
@@ -155,10 +73,10 @@ class Borrower:
         self._past: dict[str, _Past] = {}
         self._stayed_at: dict[str, float] = {}
         self._bytes_per_s: dict[str, float] = {}
-        # One for each lease.
+        # One for each move.
         self._tasks: set[asyncio.Task[None]] = set()
-        # Leases whose requests are on their way.
-        self._leaving: set[str] = set()
+        # Moves whose requests have not left the engine yet.
+        self._leaving: set[RequestMove] = set()
         self._left_at = float("-inf")
         self._task: asyncio.Task[None] | None = None
         self._renewed_at = time.monotonic()
@@ -173,7 +91,7 @@ class Borrower:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def drain(self, draining: bool = True) -> None:
-        """From now on every compressed request shall leave, whatever a recompute would cost."""
+        """Let all compressed requests leave from now on, even where a recompute costs less."""
         self._draining = draining
 
     async def stop(self) -> None:
@@ -198,20 +116,20 @@ class Borrower:
                 logger.exception("cannot look for lent memory")
 
     async def relieve(self) -> None:
-        """Has as many requests leave as are in the way of what waits, where that is worth it.
+        """Start moves of as many requests as the replica lacks room for, where moving pays.
 
         Raises:
             redis.RedisError: the store is lost; nothing has moved.
         """
         load, limits = self._load(), self._settings.limits
-        # What waits, and the growth that would else preempt.
+        # For waiting requests, and for growth that would cause preemptions.
         needed = (load.waiting_blocks or 0) + load.blocks_reserved_growth - load.blocks_free
-        # Every running request may want one more block before the next look.
+        # Each running request may take one more block before the next look.
         pressing = load.running - load.blocks_free
         if self._draining:
             needed, pressing = load.blocks_total, load.blocks_total
             limits = replace(limits, worth=0.0, moves_of_a_request=sys.maxsize)
-        # What has left since the engine told of its blocks, or is about to, is not counted there.
+        # The load still counts requests that leave now, or have left since the engine reported it.
         if max(needed, pressing) <= 0 or self._leaving or load.told_at < self._left_at:
             return
         candidates = [
@@ -221,12 +139,13 @@ class Borrower:
         ]
         if not candidates:
             return
-        settings = self._settings
+        lending = await self._ledger.read()
+        self._forget_all_but([offer.lender for offer in lending.offers])
         moves = plan_spill(
             max(needed, pressing),
             candidates,
-            await self._peers(),
-            settings.prefill_tokens_per_s,
+            self._peers(lending),
+            self._settings.prefill_tokens_per_s,
             limits,
             pressing_blocks=pressing,
         )
@@ -235,23 +154,23 @@ class Borrower:
                 uuid.uuid4().hex, move.replica_id, self._replica_id, move.resource, move.amount
             )
             if await self._ledger.take(lease):
-                self._leases[lease.lease_id] = lease
-                task = asyncio.get_running_loop().create_task(self._move(move, lease))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self._start_move(move.request_id, lease)
 
-    async def _peers(self) -> list[Peer]:
-        lending = await self._ledger.read()
+    def _forget_all_but(self, lenders: Collection[str]) -> None:
+        """Forget the measured speeds of replicas that no longer lend."""
+        speeds = self._bytes_per_s.items()
+        self._bytes_per_s = {lender: speed for lender, speed in speeds if lender in lenders}
+
+    def _peers(self, lending: Lending) -> list[Peer]:
+        host_bytes = lending.room("host_bytes")
         return [
-            Peer(
-                lender,
-                blocks,
-                lending.room("host_bytes")[lender],
-                self._bytes_per_s.get(lender, self._settings.bytes_per_s),
-            )
+            Peer(lender, blocks, host_bytes[lender], self._speed(lender))
             for lender, blocks in lending.room().items()
             if lender != self._replica_id
         ]
+
+    def _speed(self, lender: str) -> float:
+        return self._bytes_per_s.get(lender, self._settings.bytes_per_s)
 
     def _candidate(self, movable: "Movable", load: "EngineLoad") -> Candidate:
         proof, size = movable.proof, load.block_size_tokens
@@ -271,54 +190,53 @@ class Borrower:
         )
 
     def _has_just_stayed(self, request_id: str) -> bool:
-        """Whether it was asked to leave and did not: one that is preempted holds no cache."""
+        """Return whether a request stayed when last asked to leave, as when it was preempted."""
         rest_s = self._settings.limits.rest_s
         return time.monotonic() - self._stayed_at.get(request_id, float("-inf")) < rest_s
 
-    async def _move(self, move: Move, lease: Lease) -> None:
-        request_id, facts = move.request_id, _Facts(move.request_id, lease.lender)
-        self._leaving.add(lease.lease_id)
+    def _start_move(self, request_id: str, lease: Lease) -> None:
+        move = RequestMove(
+            request_id,
+            lease,
+            core=self._core,
+            send=self._send,
+            files=self._files,
+            settings=self._settings,
+            on_end=lambda: self._past.pop(request_id, None),
+        )
+        self._leases[lease.lease_id] = lease
+        self._leaving.add(move)
+        task = asyncio.get_running_loop().create_task(self._run_move(move))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run_move(self, move: RequestMove) -> None:
+        request_id, lender = move.request_id, move.lease.lender
+
+        def on_left() -> None:
+            self._leaving.discard(move)
+            self._left_at = time.monotonic()
+
+        async def on_arrived(report: MoveReport) -> None:
+            self._note(report, move.lease)
+            # The cache has gone from the host's memory to blocks.
+            if move.lease.resource == "host_bytes":
+                await self._end_lease(move.lease)
+
         try:
-            async with contextlib.AsyncExitStack() as stack:
-                files = stack.enter_context(contextlib.ExitStack())
-                path = files.enter_context(self._files.path())
-                guest = await self._leave(request_id, lease, path)
-                self._check_away(request_id)
-                self._leaving.discard(lease.lease_id)
-                self._left_at = time.monotonic()
-                facts.exported(guest.nbytes)
-                outputs = await stack.enter_async_context(contextlib.aclosing(self._send(guest)))
-                del guest
-                first = await self._first_output(outputs, lease, facts)
-                self._check_away(request_id)
-                # It is in the lender's engine now.
-                files.close()
-                self._note_move(facts.report(None), lease)
-                if lease.resource == "host_bytes":
-                    await self._end_lease(lease)
-                await self._follow(request_id, first, outputs)
-        except _Stays:
+            await move.run(on_left, on_arrived)
+        except Stayed:
             pass
         except Exception as error:
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
-            logger.warning("request %s does not go on at %s: %s", request_id, lease.lender, problem)
-            self._on_move(facts.report(problem))
+            logger.warning("request %s does not go on at %s: %s", request_id, lender, problem)
+            self._on_move(move.report(problem))
         finally:
-            await self._settle(request_id, lease)
-
-    async def _leave(self, request_id: str, lease: Lease, path: Path) -> Guest:
-        """Raises _Stays: it has ended, or has no cache now."""
-        departure = await self._core.leave(request_id, str(path))
-        if departure is None:
-            raise _Stays
-        task = asyncio.current_task()
-        assert task is not None
-        self._core.on_end(request_id, lambda: self._ended(request_id, task))
-        return Guest(departure, str(path), lease)
+            self._leaving.discard(move)
+            await self._settle(request_id, move.lease)
 
     async def _settle(self, request_id: str, lease: Lease) -> None:
-        """However a move went: a request that has not ended goes on here, and the lease is over."""
-        self._leaving.discard(lease.lease_id)
+        """Take a request back that has not ended elsewhere, and end its lease."""
         try:
             if self._core.is_away(request_id):
                 past = self._past.get(request_id)
@@ -331,52 +249,13 @@ class Borrower:
 
     async def _end_lease(self, lease: Lease) -> None:
         if self._leases.pop(lease.lease_id, None) is not None:
-            # Else it ends by itself, soon.
+            # A lost store lets it expire soon.
             with contextlib.suppress(redis.RedisError, OSError):
                 await self._ledger.give_back(lease.lease_id)
 
-    def _ended(self, request_id: str, task: asyncio.Task[Any]) -> None:
-        self._past.pop(request_id, None)
-        # Unless it ends itself, by what it has just delivered.
-        if task is not asyncio.current_task():
-            task.cancel()
-
-    def _check_away(self, request_id: str) -> None:
-        """Raises _Stays: it has ended, or its client has left, while nobody could be told."""
-        if not self._core.is_away(request_id):
-            raise _Stays
-
-    async def _first_output(
-        self, outputs: "AsyncGenerator[Decoded, None]", lease: Lease, facts: _Facts
-    ) -> "Decoded":
-        """Waits until a lender has gone on with a request.
-
-        Raises:
-            TimeoutError: it has not in time.
-        """
-        settings = self._settings
-        async with asyncio.timeout(settings.first_output_s) as patience:
-            # What comes first is nothing but the news that its cache has arrived.
-            await anext(outputs)
-            facts.arrived()
-            if lease.resource == "host_bytes":
-                patience.reschedule(asyncio.get_running_loop().time() + settings.parked_s)
-            return await anext(outputs)
-
-    async def _follow(
-        self, request_id: str, first: "Decoded", outputs: "AsyncGenerator[Decoded, None]"
-    ) -> None:
-        """Hands on what is decoded elsewhere, until the request's end."""
-        batch = first
-        while self._core.deliver(request_id, batch):
-            batch = await anext(outputs, [])
-            if not batch:
-                raise ConnectionError("the lender has let go of it")
-
-    def _note_move(self, report: MoveReport, lease: Lease) -> None:
-        before = self._bytes_per_s.get(report.lender, self._settings.bytes_per_s)
-        newest = report.bytes_per_s
-        self._bytes_per_s[report.lender] = before + _NEWEST * (newest - before)
+    def _note(self, report: MoveReport, lease: Lease) -> None:
+        before = self._speed(report.lender)
+        self._bytes_per_s[report.lender] = before + _NEWEST * (report.bytes_per_s - before)
         logger.info("spill moved %s", json.dumps(report.log_line() | {"to": lease.resource}))
         self._on_move(report)
 
@@ -388,6 +267,6 @@ class Borrower:
         rest_s = self._settings.limits.rest_s
         self._stayed_at = {name: at for name, at in self._stayed_at.items() if now - at < rest_s}
         for lease_id, lease in list(self._leases.items()):
-            # Where the store has forgotten it, others must not be lent the same.
+            # A store that has forgotten the lease must not lend the same memory again.
             if not await self._ledger.renew(lease_id) and lease_id in self._leases:
                 await self._ledger.take(lease)

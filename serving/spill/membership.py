@@ -1,25 +1,47 @@
-"""Tells a replica when Serve takes it out of its routers' sight, while it still has requests.
+"""Notices when Serve stops or resumes sending requests to a replica that still has some.
 
-Serve has no hook for that. But it tells every request router at once which replicas are there, and
-a replica that has a handle of its own deployment has a router, too.
+Serve has no hook for that. It informs every request router of a deployment's replicas, and a
+replica that has a handle of its own deployment has such a router.
 """
 
-from collections.abc import Callable, Iterable
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection
 
-_calls: dict[str, Callable[[bool], object]] = {}
+logger = logging.getLogger("ray.serve")
 
 
-def on_membership(replica_id: str, call: Callable[[bool], object]) -> None:
-    """Has `call` told, in the router's thread, whether a router of this process has the replica.
+class Membership:
+    """Passes changes of one replica from the threads of routers to an event loop.
 
-    A replica that is not there is being removed, or changed where it is: then it comes back.
+    Serve takes a replica away from routers before it stops it, and while it reconfigures it.
     """
-    _calls[replica_id] = call
 
+    def __init__(self, replica_id: str) -> None:
+        """Remember the running event loop."""
+        self._replica_id = replica_id
+        self._loop = asyncio.get_running_loop()
+        self._changes: asyncio.Queue[bool] = asyncio.Queue()
 
-def tell_membership(before: Iterable[str], after: Iterable[str]) -> None:
-    """For routers: which replicas were there until now, and which are from now on."""
-    after = set(after)
-    for replica_id in after.symmetric_difference(before):
-        if call := _calls.get(replica_id):
-            call(replica_id in after)
+    def update(self, before: Collection[str], after: Collection[str]) -> None:
+        """Compare a router's replicas before and after an update. Safe in any thread."""
+        is_there = self._replica_id in after
+        if is_there != (self._replica_id in before):
+            self._loop.call_soon_threadsafe(self._changes.put_nowait, is_there)
+
+    async def follow(self, on_change: Callable[[bool], Awaitable[None]]) -> None:
+        """Call `on_change` when routers lose or regain the replica, until cancelled.
+
+        Several routers report the same change; it counts once. An exception of `on_change` is
+        logged, and the next change is followed all the same.
+        """
+        was_there = True
+        while True:
+            is_there = await self._changes.get()
+            if is_there is was_there:
+                continue
+            was_there = is_there
+            try:
+                await on_change(is_there)
+            except Exception:
+                logger.exception("cannot follow a change of replicas: is_there=%s", is_there)

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 from ray.serve import metrics
 
 if TYPE_CHECKING:
-    from serving.spill.borrower import MoveReport
+    from serving.spill.move import MoveReport
 
 
 class SpillMetrics:
+    """Counts moves, their bytes and their seconds."""
+
     def __init__(self) -> None:
         self._moves = metrics.Counter(
             "adakv_spill_moves",

@@ -1,4 +1,4 @@
-"""One replica's part in spilling, inside Ray Serve: it lends, borrows and tells of it."""
+"""Lender, borrower and load of one replica inside Ray Serve."""
 
 import asyncio
 import logging
@@ -14,10 +14,11 @@ from router.ledger.redis_ledger import LedgerKeys
 from router.lending.redis_leases import LendingLedger
 from router.lending.spill_plan import SpillLimits
 from serving.config import AppConfig
-from serving.spill.borrower import Borrower, Send, SpillSettings
+from serving.spill.borrower import Borrower
 from serving.spill.lender import Lender
-from serving.spill.membership import on_membership
+from serving.spill.membership import Membership
 from serving.spill.metrics import SpillMetrics
+from serving.spill.move import Send, SpillSettings
 from serving.spill.parcels import Guest, LenderName, open_parcels, remove_orphans
 
 logger = logging.getLogger("ray.serve")
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class ReplicaSpill:
-    """Stands before the host where its load is asked for, and adds what is lent and borrowed."""
+    """Lends and borrows for one replica, and adds lent and borrowed blocks to its host's load."""
 
     def __init__(
         self,
@@ -42,12 +43,14 @@ class ReplicaSpill:
     ) -> None:
         """
         Args:
-            name: this replica's.
-            lenders: the deployment of replicas that only lend.
+            name: the replica's name in the ledger of lent memory.
+            lenders: deployment of the replicas that only lend.
         """
         self._host = host
         self._name = name
         self._application = keys.application
+        # For the request routers of this process, which inform it.
+        self.membership = Membership(name.replica_id)
         self._watch: asyncio.Task[None] | None = None
         self._ledger = LendingLedger(url, keys)
         spill = config.spill
@@ -80,29 +83,22 @@ class ReplicaSpill:
         self._watch = asyncio.get_running_loop().create_task(self._watch_membership())
 
     async def _watch_membership(self) -> None:
-        loop = asyncio.get_running_loop()
-        news: asyncio.Queue[bool] = asyncio.Queue()
-        on_membership(
-            self._name.replica_id, lambda there: loop.call_soon_threadsafe(news.put_nowait, there)
-        )
-        # The first call makes the router; whoever answers it.
+        # The first call creates the router, whichever replica answers it.
         own = serve.get_deployment_handle(self._name.deployment, self._application)
         try:
             await own.options(method_name="is_there").remote()
         except Exception as error:
-            logger.info("whoever was asked did not answer: %s", error)
-        draining = False
-        while True:
-            if draining is not (there := await news.get()):
-                continue
-            draining = not there
-            self._borrower.drain(draining)
-            if draining:
-                logger.info("this replica gets no requests any more: its compressed ones leave")
-                await self.lender.stop()
-            else:
-                logger.info("this replica gets requests again")
-                self.lender.start()
+            logger.info("no answer from a replica of this deployment: %s", error)
+        await self.membership.follow(self._follow_membership)
+
+    async def _follow_membership(self, is_there: bool) -> None:
+        self._borrower.drain(not is_there)
+        if is_there:
+            logger.info("this replica gets requests again")
+            self.lender.start()
+        else:
+            logger.info("this replica gets no more requests: its compressed ones leave")
+            await self.lender.stop()
 
     async def stop(self) -> None:
         if self._watch is not None:
@@ -147,7 +143,7 @@ def _put(path: str) -> list[ray.ObjectRef[Any]]:
 
 
 def _sender(name: LenderName, application: str, lenders: DeploymentHandle[Any] | None) -> Send:
-    """Calls lenders as Serve's deployments call each other; the lease tells the router whom."""
+    """Return a function that sends requests to lenders, whom the router finds by the lease."""
     handles: dict[str, Any] = {}
 
     def handle_of(deployment: str) -> Any:
@@ -166,7 +162,7 @@ def _sender(name: LenderName, application: str, lenders: DeploymentHandle[Any] |
             parcels = await asyncio.to_thread(_put, guest.path)
             placing = handle.options(method_name="place")
             guest = guest._replace(path=await placing.remote(parcels, guest.lease))
-            # This generator lives as long as the request, and its cache in the store is not to.
+            # This frame lasts as long as the request; its cache in the object store must not.
             del parcels
         outputs = handle.options(stream=True, method_name="lend").remote(guest, guest.lease)
         try:

@@ -8,8 +8,9 @@ from typing import Any
 from router.ledger.redis_ledger import LedgerKeys
 from router.lending.redis_leases import LendingLedger
 from router.lending.spill_plan import SpillLimits
-from serving.spill.borrower import Borrower, MoveReport, Send, SpillSettings
+from serving.spill.borrower import Borrower
 from serving.spill.lender import Lender
+from serving.spill.move import MoveReport, Send, SpillSettings
 from serving.vllm_engine.load import EngineLoad
 from tests.adakv_worker.async_engines import Side, idle
 

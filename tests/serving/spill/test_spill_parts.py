@@ -1,11 +1,12 @@
 """Parts of the spill that need no engine."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
-from serving.spill.borrower import MoveReport
-from serving.spill.membership import on_membership, tell_membership
+from serving.spill.membership import Membership
+from serving.spill.move import MoveReport
 from serving.spill.parcels import StateFiles, remove_orphans
 
 
@@ -19,15 +20,42 @@ def test_only_what_dead_replicas_have_left_is_removed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_replica_hears_of_itself_alone_and_only_of_changes() -> None:
-    told: list[bool] = []
-    on_membership("one", told.append)
-    tell_membership([], ["other"])
-    tell_membership(["other"], ["one", "other"])
-    tell_membership(["one", "other"], ["one"])
-    tell_membership(["one"], [])
-    tell_membership([], ["one"])
-    assert told == [True, False, True]
+async def test_a_replica_follows_its_own_changes_alone_and_each_once() -> None:
+    seen: asyncio.Queue[bool] = asyncio.Queue()
+    membership = Membership("one")
+    following = asyncio.create_task(membership.follow(seen.put))
+    for before, after in (
+        ([], ["other"]),
+        (["one", "other"], ["one"]),
+        (["one"], []),
+        # A second router's report of the same change.
+        (["one", "other"], ["other"]),
+        ([], ["one"]),
+    ):
+        await asyncio.to_thread(membership.update, before, after)
+    assert [await seen.get(), await seen.get()] == [False, True]
+    assert seen.empty()
+    following.cancel()
+
+
+async def test_a_change_that_fails_is_logged_and_the_next_is_followed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    seen: asyncio.Queue[bool] = asyncio.Queue()
+
+    async def fail_once(is_there: bool) -> None:
+        await seen.put(is_there)
+        if not is_there:
+            raise OSError("no lender")
+
+    membership = Membership("one")
+    following = asyncio.create_task(membership.follow(fail_once))
+    membership.update(["one"], [])
+    membership.update([], ["one"])
+    assert [await seen.get(), await seen.get()] == [False, True]
+    assert "cannot follow a change of replicas" in caplog.text
+    assert not following.done()
+    following.cancel()
 
 
 def test_waiting_for_a_steps_end_is_no_cost_of_a_move() -> None:
