@@ -1,82 +1,13 @@
 """Engine cores that fail, die or are shut down: no task waits for them, and nothing is left."""
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine import EngineCoreRequest, FinishReason
 
-from adakv_worker.frontend.moving import Departure, MovingCore
-from adakv_worker.frontend.sent_requests import BookedCore, SentRequests
-from adakv_worker.messages import with_proof
-from tests.adakv_worker.proofs import make_proof
-
-PROOF = make_proof(policy="snapkv")
-
-
-class Core:
-    """A client of an engine core that does what the test says."""
-
-    def __init__(self) -> None:
-        self.outputs: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
-        self.on_add: Callable[[EngineCoreRequest], None] = lambda request: None
-        self.aborted: list[str] = []
-        # What the workers answer; without, they never do.
-        self.answer: list[Any] | None = None
-        self.called = asyncio.Event()
-
-    async def add_request_async(self, request: EngineCoreRequest) -> None:
-        self.on_add(request)
-
-    async def abort_requests_async(self, request_ids: list[str]) -> None:
-        self.aborted += request_ids
-
-    async def get_output_async(self) -> EngineCoreOutputs:
-        outputs = await self.outputs.get()
-        if isinstance(outputs, Exception):
-            raise outputs
-        return outputs
-
-    async def collective_rpc_async(self, *_: Any) -> list[Any]:
-        self.called.set()
-        if self.answer is None:
-            await asyncio.Event().wait()
-        assert self.answer is not None
-        return self.answer
-
-    def shutdown(self) -> None:
-        pass
-
-
-class Front:
-    """A front end with one compressed request, of which one token is decoded."""
-
-    def __init__(self) -> None:
-        self.core = Core()
-        self.sent = SentRequests()
-        self.moving = MovingCore(BookedCore(self.core, self.sent))
-
-    async def asks(self, name: str = "asked") -> None:
-        await self.moving.add_request_async(request(name))
-        self.decodes(name)
-        await self.moving.get_output_async()
-
-    def decodes(self, name: str) -> None:
-        output = EngineCoreOutput(name, [7], kv_transfer_params=with_proof(PROOF))
-        self.core.outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
-
-    def dies(self) -> None:
-        self.core.outputs.put_nowait(RuntimeError("dead"))
-
-
-def request(name: str) -> EngineCoreRequest:
-    return EngineCoreRequest(
-        request_id=name, prompt_token_ids=[5, 6], mm_features=None,
-        sampling_params=SamplingParams(max_tokens=9), pooling_params=None, arrival_time=0.0,
-        lora_request=None, cache_salt=None, data_parallel_rank=None,
-    )  # fmt: skip
+from adakv_worker.frontend.moving import Departure
+from tests.adakv_worker.frontend.stub_core import PROOF, Front, request
 
 
 async def soon(awaited: Any) -> Any:
@@ -93,7 +24,7 @@ def ends(front: Front, way: str) -> None:
 
 @pytest.mark.parametrize("way", ["dies", "shut down"])
 @pytest.mark.parametrize("exported", [True, False])
-async def test_a_request_that_leaves_a_lost_core_is_told(exported: bool, way: str) -> None:
+async def test_leaving_a_lost_core_fails(exported: bool, way: str) -> None:
     front = Front()
     await front.asks()
     # Its cache has one token more than its stream, which never comes.
@@ -108,7 +39,7 @@ async def test_a_request_that_leaves_a_lost_core_is_told(exported: bool, way: st
 
 @pytest.mark.parametrize("way", ["dies", "shut down"])
 @pytest.mark.parametrize("staged", [True, False])
-async def test_a_guest_of_a_lost_core_is_told(staged: bool, way: str) -> None:
+async def test_a_guest_of_a_lost_core_fails(staged: bool, way: str) -> None:
     front = Front()
     await front.asks()
     front.core.answer = [None] if staged else None
