@@ -191,21 +191,11 @@ class SpillConfig(Section):
     interval_s: float = Field(default=0.5, gt=0.0, description="Time between two looks for moves")
     moves_per_request: int = Field(default=2, ge=1, description="Most moves of one request")
     moves_at_once: int = Field(default=4, ge=1, description="Most moves in progress")
-    rest_s: float = Field(
-        default=5.0, ge=0.0, description="Shortest time between two moves of a request"
-    )
-    worth: float = Field(
-        default=2.0, gt=0.0, description="Least ratio of recompute time to move time"
-    )
-    spare_blocks: int = Field(
-        default=4, ge=0, description="Blocks of a lender's offer that a borrower leaves"
-    )
-    expected_tokens: int = Field(
-        default=1024, ge=1, description="Most tokens that an answer is expected to add"
-    )
-    first_output_s: float = Field(
-        default=20.0, gt=0.0, description="Time in which a lender must continue the request"
-    )
+    rest_s: float = Field(default=5.0, ge=0.0, description="Time between two moves of a request")
+    worth: float = Field(default=2.0, gt=0.0, description="Least ratio of recompute to move time")
+    spare_blocks: int = Field(default=4, ge=0, description="Blocks of an offer left to the lender")
+    expected_tokens: int = Field(default=1024, ge=1, description="Most tokens still expected")
+    first_output_s: float = Field(default=20.0, gt=0.0, description="Time for a lender to continue")
     park_bytes: int = Field(
         default=1 << 28, ge=0, description="Host memory for caches that wait for blocks"
     )

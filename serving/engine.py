@@ -31,6 +31,7 @@ from serving.store import store_url
 
 if TYPE_CHECKING:
     from adakv_worker.frontend.moving import Decoded
+
 logger = logging.getLogger("ray.serve")
 
 REPLICA_HEADER = b"x-replica-id"
@@ -50,8 +51,7 @@ class Engine:
         from serving.vllm_engine import host as vllm_host
 
         vllm_host.set_up_cpu(config.replica.threads, config.tensor_parallel_size)
-        context = serve.get_replica_context()
-        self._signature = (REPLICA_HEADER, context.replica_id.unique_id.encode())
+        self._replica_id = serve.get_replica_context().replica_id.unique_id
         path, name = model_path_and_name(config.model)
         started = time.monotonic()
         self._host = await vllm_host.VllmHost.start(
@@ -66,27 +66,30 @@ class Engine:
         logger.info(
             "engine ready: model=%s path=%s seconds=%.0f", name, path, time.monotonic() - started
         )
-        url, replica_id = store_url(config.store), context.replica_id.unique_id
+        url, context = store_url(config.store), serve.get_replica_context()
         keys = LedgerKeys(config.store.key_prefix, context.app_name)
         self._spill: ReplicaSpill | None = None
         if config.spill.enabled:
             node_id = ray.get_runtime_context().get_node_id()
-            lender = LenderName(context.deployment, replica_id, node_id)
+            lender = LenderName(context.deployment, self._replica_id, node_id)
             self._spill = ReplicaSpill(self._host, config, url, keys, lender, lenders)
             OccupancyRouter.membership = self._spill.membership
             self._spill.start()
+        self._start_reports(url, keys, name, config.store.report_interval_s)
+
+    def _start_reports(self, url: str, keys: LedgerKeys, model: str, interval_s: float) -> None:
         self._reporter = OccupancyReporter(
             source=self._spill or self._host,
             url=url,
             keys=keys,
-            replica_id=replica_id,
-            model=name,
-            interval_s=config.store.report_interval_s,
+            replica_id=self._replica_id,
+            model=model,
+            interval_s=interval_s,
             on_report=OccupancyMetrics().note,
         )
         self._reporter.start()
         self._prefixes = asyncio.create_task(
-            report_prefixes(self._host.cache_changes, LedgerWriter(url, keys), replica_id)
+            report_prefixes(self._host.cache_changes, LedgerWriter(url, keys), self._replica_id)
         )
 
     async def asgi(
@@ -147,7 +150,8 @@ class Engine:
 
     def _signed(self, start: Message) -> Message:
         """Return the response's start with a header that names this replica."""
-        return {**start, "headers": [*start.get("headers", ()), self._signature]}
+        signature = (REPLICA_HEADER, self._replica_id.encode())
+        return {**start, "headers": [*start.get("headers", ()), signature]}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the load in the form that `serving.autoscaling.OccupancyPolicy` reads."""

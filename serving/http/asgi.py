@@ -48,13 +48,11 @@ async def call_app(
     """
     queue: asyncio.Queue[Message] = asyncio.Queue(_QUEUED_MESSAGES)
     disconnected = asyncio.Event()
-    body_read = False
+    requests: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:
-        nonlocal body_read
-        if not body_read:
-            body_read = True
-            return {"type": "http.request", "body": body, "more_body": False}
+        if requests:
+            return requests.pop()
         await disconnected.wait()
         return {"type": "http.disconnect"}
 
@@ -66,9 +64,7 @@ async def call_app(
     task.add_done_callback(lambda _: _wake(queue))
     try:
         while True:
-            batch = [await queue.get()]
-            while not queue.empty():
-                batch.append(queue.get_nowait())
+            batch = await _waiting(queue)
             ended = batch[-1]["type"] == _END
             messages = _joined(message for message in batch if message["type"] != _END)
             if messages:
@@ -80,6 +76,13 @@ async def call_app(
         disconnected.set()
         if not task.done():
             _end_after_disconnect(task, queue, grace_s)
+
+
+async def _waiting(queue: asyncio.Queue[Message]) -> list[Message]:
+    batch = [await queue.get()]
+    while not queue.empty():
+        batch.append(queue.get_nowait())
+    return batch
 
 
 def _end_after_disconnect(

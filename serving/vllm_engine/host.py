@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import torch
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -76,15 +77,10 @@ class VllmHost:
         Raises:
             ValueError: vLLM refuses the configuration.
         """
-        settings = with_compression(engine_args, compression, movable)
-        settings, events = with_kv_events(settings)
+        settings, events = with_kv_events(with_compression(engine_args, compression, movable))
         args = AsyncEngineArgs(model=model, served_model_name=[served_name], **settings)
         config = args.create_engine_config()
-        compressing = compression_config(config.additional_config) is not None
-        if compressing:
-            refuse_unsupported(config)
-        if movable:
-            check_movable(config, compressing)
+        compressing = _check(config, movable)
         stats = LoadStats(on_proof)
         engine = (MovableLLM if movable else BookedLLM).from_vllm_config(
             config,
@@ -93,14 +89,7 @@ class VllmHost:
         )
         assert isinstance(engine, BookedLLM)
         stats.sent = engine.sent
-        tasks = await engine.get_supported_tasks()
-        options = server_options(model, served_name, args, server_args)
-        # The front door checks this key and removes it from requests, so the app must not ask.
-        os.environ.pop(VLLM_VARIABLE, None)
-        app = build_app(options, tasks, engine.model_config)
-        await init_app_state(engine, app.state, options, tasks)
-        app.state.server = _Server()
-        mend_surface(app, HttpMetrics().note)
+        app = await _app(engine, server_options(model, served_name, args, server_args))
         if not compressing:
             return cls(engine, app, stats, events)
         take_proofs(engine)
@@ -152,6 +141,28 @@ class VllmHost:
 
     def shutdown(self) -> None:
         self.engine.shutdown()
+
+
+def _check(config: VllmConfig, movable: bool) -> bool:
+    """Return whether the engine compresses; raise ValueError for settings that exclude it."""
+    compressing = compression_config(config.additional_config) is not None
+    if compressing:
+        refuse_unsupported(config)
+    if movable:
+        check_movable(config, compressing)
+    return compressing
+
+
+async def _app(engine: BookedLLM, options: Any) -> ASGIApp:
+    """Return vLLM's app around the engine, with the corrections of `surface`."""
+    # The front door checks this key and removes it from requests, so the app must not ask for it.
+    os.environ.pop(VLLM_VARIABLE, None)
+    tasks = await engine.get_supported_tasks()
+    app = build_app(options, tasks, engine.model_config)
+    await init_app_state(engine, app.state, options, tasks)
+    app.state.server = _Server()
+    mend_surface(app, HttpMetrics().note)
+    return app
 
 
 def set_up_cpu(threads: int, tensor_parallel_size: int) -> None:

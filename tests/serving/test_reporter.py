@@ -1,4 +1,4 @@
-"""What a replica reports to the ledger goes on, whatever fails meanwhile."""
+"""A replica's reports to the ledger continue after every failure."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -15,7 +15,7 @@ from serving.vllm_engine.load import CacheSize, EngineLoad, from_stock
 
 
 class Source:
-    """An engine whose load cannot be told at times."""
+    """An engine whose load is unavailable at times."""
 
     def __init__(self) -> None:
         self.changed = asyncio.Event()
@@ -28,7 +28,7 @@ class Source:
         return from_stock(SchedulerStats(num_running_reqs=self.asked), CacheSize(10, 32), [])
 
 
-async def test_reports_go_on_after_one_that_could_not_be_made() -> None:
+async def test_reports_continue_after_one_that_failed() -> None:
     reports: asyncio.Queue[Occupancy] = asyncio.Queue()
     reporter = OccupancyReporter(
         source=Source(),
@@ -67,10 +67,17 @@ class Writer:
 
 
 class Events:
-    """An engine's KV events, as the test gives them."""
+    """KV events of an engine, as the test gives them; listening fails at times."""
 
     def __init__(self) -> None:
         self.given: asyncio.Queue[CacheChange | Exception] = asyncio.Queue()
+
+    def follow_badly(self) -> AsyncGenerator[CacheChange, None]:
+        """Fail at the first call."""
+        if self.given.empty():
+            self.give([3], [])
+            raise RuntimeError("no socket")
+        return self.follow()
 
     def give(self, stored: list[int], removed: list[int]) -> None:
         self.given.put_nowait(CacheChange(stored, removed, cleared=False))
@@ -83,7 +90,7 @@ class Events:
             yield change
 
 
-async def test_what_the_store_missed_makes_routers_start_over() -> None:
+async def test_after_a_missed_change_routers_start_over() -> None:
     events, writer = Events(), Writer()
     reporting = asyncio.create_task(report_prefixes(events.follow, writer, "replica"))
     events.give([1, 2, 3], [])
@@ -116,6 +123,18 @@ async def test_a_listener_that_fails_listens_again() -> None:
     reporting.cancel()
 
 
-async def test_where_an_engine_has_no_events_nothing_is_reported() -> None:
+async def test_a_listener_that_cannot_start_is_started_again() -> None:
+    events, writer = Events(), Writer()
+    reporting = asyncio.create_task(
+        report_prefixes(events.follow_badly, writer, "replica", retry_s=0)
+    )
+    async with asyncio.timeout(60):
+        while not (await writer.changes.get()).stored:
+            pass
+    assert writer.known == {3}
+    reporting.cancel()
+
+
+async def test_an_engine_without_events_reports_no_prefixes() -> None:
     async with asyncio.timeout(60):
         await report_prefixes(lambda: None, Writer(), "replica")
