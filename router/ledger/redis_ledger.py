@@ -1,15 +1,17 @@
-"""The live ledger in Redis: each replica's latest occupancy, expiring by itself.
+"""The live ledger in Redis: the latest report of each replica, which expires by itself.
 
 Keys, under `{prefix}:{application}:`
-    replicas              set of replica ids seen lately
+    replicas              set of the ids of replicas with a report
     replica:{id}          the report as JSON, expiring after `ttl_s`
-and channels: `occupancy`, on which each report is published as well, and `prefixes`, for changes of
-prefix caches, which are nowhere kept. Ages come from Redis' own
-remaining time to live, never from two machines' clocks.
+Channels, under the same prefix:
+    occupancy             each report
+    prefixes              changes of prefix caches, which are not stored
+
+Ages come from Redis' remaining time to live, so the clocks of machines need not agree.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import redis
 import redis.asyncio
@@ -31,7 +33,7 @@ class Report(NamedTuple):
 
 
 class LedgerView(NamedTuple):
-    """All live reports, ordered by replica id, and how many could not be read."""
+    """All live reports by replica id, and the number of reports that could not be read."""
 
     reports: list[Report]
     dropped: int
@@ -57,23 +59,30 @@ class LedgerKeys(NamedTuple):
         return f"{self.prefix}:{self.application}:replica:{replica_id}"
 
 
+def connect(url: str) -> redis.asyncio.Redis:
+    """Return a client of which every call takes `SOCKET_TIMEOUT_S` at most.
+
+    redis-py would retry for seconds, and a report that late is worth nothing.
+    """
+    return redis.asyncio.Redis.from_url(
+        url,
+        socket_timeout=SOCKET_TIMEOUT_S,
+        socket_connect_timeout=SOCKET_TIMEOUT_S,
+        retry=AsyncRetry(NoBackoff(), 0),
+    )
+
+
 class LedgerWriter:
-    """Publishes one replica's reports. Not safe for use from several event loops.
+    """Publisher of one replica's reports, for one event loop.
 
     Every method raises `redis.RedisError` when the store is unreachable or slower than
-    `SOCKET_TIMEOUT_S`; the caller decides whether that matters.
+    `SOCKET_TIMEOUT_S`.
     """
 
     def __init__(self, url: str, keys: LedgerKeys, ttl_s: float = REPORT_TTL_S) -> None:
         self._keys = keys
         self._ttl_ms = round(ttl_s * 1000)
-        self._client = redis.asyncio.Redis.from_url(
-            url,
-            socket_timeout=SOCKET_TIMEOUT_S,
-            socket_connect_timeout=SOCKET_TIMEOUT_S,
-            # The client's own retries sleep for seconds; a report that late is worth nothing.
-            retry=AsyncRetry(NoBackoff(), 0),
-        )
+        self._client = connect(url)
 
     async def publish(self, occupancy: Occupancy) -> None:
         payload = occupancy.model_dump_json()
@@ -87,7 +96,7 @@ class LedgerWriter:
         await self._client.publish(self._keys.prefix_channel, change.model_dump_json())
 
     async def withdraw(self, replica_id: str) -> None:
-        """Removes this replica's report at once, as on an orderly shutdown."""
+        """Remove the replica's report, when it shuts down."""
         async with self._client.pipeline(transaction=True) as pipe:
             pipe.delete(self._keys.replica(replica_id))
             pipe.srem(self._keys.members, replica_id)
@@ -98,7 +107,7 @@ class LedgerWriter:
 
 
 class LedgerReader:
-    """Reads all live reports of one application. Blocking; for command-line use and tests."""
+    """Blocking reader of all live reports of one application, for commands and tests."""
 
     def __init__(self, url: str, keys: LedgerKeys, ttl_s: float = REPORT_TTL_S) -> None:
         self._keys = keys
@@ -111,7 +120,7 @@ class LedgerReader:
         )
 
     def read(self) -> LedgerView:
-        """Returns every unexpired report; forgets ids whose report has expired.
+        """Return every live report, and remove the ids of expired ones.
 
         Raises:
             redis.RedisError: the store is unreachable.
@@ -141,6 +150,6 @@ class LedgerReader:
         self._client.close()
 
 
-def _triples(ids: list[str], answers: Iterator) -> Iterator[tuple[str, bytes | None, int]]:
+def _triples(ids: list[str], answers: Iterator[Any]) -> Iterator[tuple[str, bytes | None, int]]:
     for replica_id in ids:
         yield replica_id, next(answers), next(answers)

@@ -1,4 +1,4 @@
-"""Feeds a router's local view from the ledger, in the background of its event loop."""
+"""The subscription that feeds a router's local view from the ledger."""
 
 import asyncio
 import contextlib
@@ -11,12 +11,10 @@ import redis
 import redis.asyncio
 from pydantic import ValidationError
 from redis.asyncio.client import PubSub
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from router.ledger.occupancy import SchemaMismatch
 from router.ledger.prefixes import PrefixChange
-from router.ledger.redis_ledger import REPORT_TTL_S, SOCKET_TIMEOUT_S, LedgerKeys
+from router.ledger.redis_ledger import REPORT_TTL_S, LedgerKeys, connect
 from router.local_view import LocalView
 
 logger = logging.getLogger(__name__)
@@ -26,10 +24,9 @@ _RETRY_S = 0.5
 
 
 class LedgerSubscription:
-    """Listens to published reports, and reads all of them again every second.
+    """Listener to published reports, which also reads all reports every second.
 
-    A lost store costs one warning; the view's reports grow stale, and fresh ones come as soon as
-    the store is back.
+    It logs a lost store once and retries. Meanwhile the reports in the view grow stale.
     """
 
     def __init__(
@@ -39,31 +36,30 @@ class LedgerSubscription:
         view: LocalView,
         clock: Callable[[], float] = time.monotonic,
         on_prefixes: Callable[[PrefixChange], None] = lambda change: None,
+        ttl_s: float = REPORT_TTL_S,
     ) -> None:
         """
         Args:
             on_prefixes: called with each change of a replica's prefix cache.
+            ttl_s: time to live of the reports, as their writers set it.
         """
         self._keys = keys
         self._view = view
         self._clock = clock
         self._on_prefixes = on_prefixes
+        self._ttl_s = ttl_s
         self._lost = False
-        self._client = redis.asyncio.Redis.from_url(
-            url,
-            socket_timeout=SOCKET_TIMEOUT_S,
-            socket_connect_timeout=SOCKET_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-        )
+        self._client = connect(url)
 
     async def run(self) -> None:
-        """Runs until cancelled."""
+        """Feed the view until the task is cancelled."""
         try:
             while True:
                 try:
                     async with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:
                         await self._listen(pubsub)
-                except (redis.RedisError, OSError) as error:
+                    break
+                except Exception as error:
                     self._note_loss(error)
                 await asyncio.sleep(_RETRY_S)
         finally:
@@ -72,7 +68,9 @@ class LedgerSubscription:
     async def _listen(self, pubsub: PubSub) -> None:
         await pubsub.subscribe(self._keys.channel, self._keys.prefix_channel)
         reread_at = self._clock()
-        while True:
+        task = asyncio.current_task()
+        # redis-py uses `asyncio.wait_for`, which before Python 3.12 can swallow a cancellation.
+        while task is None or not task.cancelling():
             now = self._clock()
             if now >= reread_at:
                 await self._read_all()
@@ -85,7 +83,7 @@ class LedgerSubscription:
         if message["channel"] != self._keys.prefix_channel.encode():
             self._view.receive(message["data"], self._clock())
             return
-        # What cannot be read only makes the affinity a little more approximate.
+        # Affinity is approximate anyway.
         with contextlib.suppress(ValidationError, SchemaMismatch):
             self._on_prefixes(PrefixChange.parse(message["data"]))
 
@@ -102,13 +100,17 @@ class LedgerSubscription:
             now = self._clock()
             for payload, remaining_ms in zip(answers[::2], answers[1::2], strict=True):
                 if payload is not None:
-                    age_s = max(0.0, REPORT_TTL_S - remaining_ms / 1000)
+                    age_s = max(0.0, self._ttl_s - remaining_ms / 1000)
                     self._view.receive(payload, now - age_s)
         if self._lost:
             logger.info("occupancy store is back")
         self._lost = False
 
     def _note_loss(self, error: Exception) -> None:
-        if not self._lost:
-            logger.warning("occupancy store lost, routing by queue lengths: %s", error)
+        if self._lost:
+            return
         self._lost = True
+        if isinstance(error, redis.RedisError | OSError):
+            logger.warning("occupancy store lost, routing by queue lengths: %s", error)
+        else:
+            logger.error("the occupancy subscription failed and starts again", exc_info=error)

