@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Collection, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from router.affinity import PrefixAffinity
 from router.footprint import Footprint
@@ -23,7 +23,7 @@ class Decision(NamedTuple):
     scores: list[Score]
     reason: str
 
-    def log_line(self, footprint: Footprint) -> dict[str, Any]:
+    def log_line(self, footprint: Footprint) -> dict[str, object]:
         """The decision as one structured line."""
         return {
             "reason": self.reason,

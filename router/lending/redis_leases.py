@@ -151,7 +151,7 @@ class LendingLedger:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _run(self, body: str, *arguments: str | int) -> Any:
+    async def _run(self, body: str, *arguments: str | int) -> object:
         return await self._scripts[body](keys=list(self._keys), args=list(arguments))
 
 
