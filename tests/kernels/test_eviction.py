@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kernels.blocks import SINK_TOKENS, DecodeBound, entries_after, most_entries
 from kernels.policies.policy import Scored
 from kernels.policies.presets import PRESETS, preset
-from kernels.policies.reselection import fitted, reallocate, with_sinks
+from kernels.policies.reselection import fitted, keep_recent, reallocate, with_sinks
 
 
 @given(st.integers(1, 60), st.integers(1, 40), st.integers(0, 60), st.integers(0, 300))
@@ -87,3 +87,13 @@ def test_even_heads_keep_what_a_prompt_would(name: str) -> None:
     scored = with_sinks(Scored(scores, torch.rand((3, 2, m), generator=generator)))
     lens = torch.full((3, 2), n, dtype=torch.int32)
     assert torch.equal(reallocate(policy, scored, lens, keep), policy.allocate(scored, keep).kept)
+
+
+def test_without_scores_the_sinks_and_the_most_recent_entries_stay() -> None:
+    lens = torch.tensor([[30, 12]], dtype=torch.int32)
+    kept = keep_recent(lens, 10)
+    first, second = (row.nonzero()[:, 0].tolist() for row in kept[0])
+    assert first == [*range(SINK_TOKENS), *range(24, 30)]
+    assert second == [*range(SINK_TOKENS), *range(6, 12)]
+    # A head that has too few entries leaves the rest to the other.
+    assert keep_recent(lens, 15).sum(dim=-1).tolist() == [[18, 12]]

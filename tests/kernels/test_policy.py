@@ -1,7 +1,6 @@
 """Selections against brute force, against published implementations, and against their promises."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.blocks import compressed_blocks_bound, kept_tokens
 from kernels.policies.attention import attention_rows, pool, window_attention
 from kernels.policies.head_allocations.adaptive import AdaptiveHeads
 from kernels.policies.head_allocations.uniform import UniformHeads
@@ -19,35 +17,14 @@ from kernels.policies.layer_budgets.joint import JointLayers
 from kernels.policies.layer_budgets.pyramid import PyramidLayers
 from kernels.policies.observation import Observation
 from kernels.policies.policy import check_selection
-from kernels.policies.presets import PRESETS, PolicyChoice, preset
-from kernels.policies.rotary import Rotary
+from kernels.policies.presets import PRESETS, preset
 from kernels.policies.scorers.window import WindowScorer
 from kernels.policies.top import top_mask
+from tests.kernels.observations import observations
 
 CASES = json.loads((Path(__file__).parent / "data" / "selection_cases.json").read_text())
 AUTHORS = [case for case in CASES if case["case"] < 100]
 KVPRESS = [case for case in CASES if case["case"] >= 100]
-
-
-def _weight(hidden: int, width: int, layer: int, heads: int, head: int) -> torch.Tensor:
-    weight = torch.randn((hidden, width), generator=torch.Generator().manual_seed(layer))
-    return weight.chunk(heads, dim=1)[head]
-
-
-def observations(layers: int, heads: int, group: int, n: int, dim: int, seed: int) -> list:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    rotary = Rotary(10000.0 ** -(torch.arange(0, dim, 2) / dim))
-    return [
-        Observation(
-            normal(heads * group, min(n, 64), dim), normal(heads, n, dim), normal(heads, n, dim),
-            dim**-0.5, rotary, partial(_weight, 24, heads * group * dim, layer, heads), layer,
-        )
-        for layer in range(layers)
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -60,14 +37,20 @@ def test_every_preset_conserves_the_total_and_keeps_the_window(name: str, keep: 
     assert torch.equal(policy.select(layers, keep).kept, selection.kept)
 
 
-def test_an_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="ada_snapkv"):
-        preset("ada_snap")
-
-
 def test_a_budget_below_the_window_is_refused_with_the_way_out() -> None:
     with pytest.raises(ValueError, match="raise the budget or lower the window"):
         preset("snapkv").select(observations(1, 2, 1, 100, 8, seed=0), 31)
+
+
+def test_overflown_keys_score_lowest() -> None:
+    (observation,) = observations(1, 2, 1, 60, 8, seed=2)
+    keys = observation.keys.clone()
+    keys[0, 7], keys[1, 9, 3] = float("nan"), float("inf")
+    policy = preset("key_norm")
+    scores = policy.score(observation._replace(keys=keys)).scores
+    assert bool(scores.isfinite().all())
+    kept = policy.select([observation._replace(keys=keys)], 59).kept[0]
+    assert (~kept).nonzero().tolist() == [[0, 7], [1, 9]]
 
 
 scores = st.lists(st.integers(0, 6), min_size=1, max_size=60)
@@ -193,36 +176,3 @@ def test_pooling_keeps_the_length() -> None:
     assert pool(row, 3, "max").tolist() == [[3.0, 3.0, 3.0, 0.0]]
     assert pool(row, 3, "avg").tolist() == [[1.0, 1.0, 1.0, 0.0]]
     assert pool(row, 3, "none") is row
-
-
-@given(st.integers(0, 4000), st.integers(0, 4000), st.floats(0, 1))
-def test_kept_tokens_never_exceed_the_prompt(n: int, budget: int, ratio: float) -> None:
-    kept = kept_tokens(n, budget, ratio)
-    assert min(n, budget) <= kept <= n
-
-
-@given(st.lists(st.integers(1, 400), min_size=1, max_size=30), st.integers(0, 200), st.data())
-def test_the_block_bound_holds_for_any_split_and_wastes_one_block_at_most(
-    lens: list[int], decoded: int, data: st.DataObject
-) -> None:
-    page = data.draw(st.sampled_from([1, 16, 32]))
-    lens[0] += -sum(lens) % len(lens)  # The mean is whole, as policies conserve it.
-    bound = compressed_blocks_bound(sum(lens) // len(lens), decoded, page)
-    needed_pages = sum(-(-(length + decoded) // page) for length in lens)
-    needed_blocks = -(-needed_pages // len(lens))
-    assert needed_blocks <= bound
-    assert bound <= (sum(lens) // len(lens) + decoded) / page + 2
-
-
-def test_auto_is_two_policies() -> None:
-    auto = PolicyChoice("auto", alpha=0.3)
-    assert auto.for_budget(255, 1024) == PolicyChoice("kv_compress", alpha=0.3)
-    assert auto.for_budget(256, 1024) == PolicyChoice("defensive", alpha=0.3)
-    assert auto.for_budget(1024, 1024).preset == "kv_compress"
-    assert PolicyChoice("snapkv").for_budget(512, 1024) == PolicyChoice("snapkv")
-    # Budgets are checked, and queries collected, before it is known which it will be.
-    little, much = (auto.for_budget(keep, 1024).build().scorer for keep in (1, 512))
-    assert little.window_tokens == much.window_tokens
-    assert little.query_span_tokens == much.query_span_tokens
-    with pytest.raises(ValueError, match="unknown policy 'automatic'"):
-        PolicyChoice("automatic").build()

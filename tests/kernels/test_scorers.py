@@ -24,6 +24,7 @@ WINDOW = 6
 
 @pytest.fixture
 def observation() -> Observation:
+    """Return one layer with as many queries as entries."""
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> Tensor:
@@ -70,18 +71,20 @@ def _rotation(rotary: Rotary, position: int) -> Tensor:
     return matrix
 
 
-def test_expected_attention(observation: Observation) -> None:
+@pytest.mark.parametrize("evicted", [0, 40])
+def test_expected_attention(observation: Observation, evicted: int) -> None:
     scorer = ExpectedAttentionScorer(query_span_tokens=N, future_tokens=7, epsilon=0.1)
     assert observation.rotary is not None
-    sinks = scorer.sink_tokens
-    turn = torch.stack([_rotation(observation.rotary, N + step) for step in range(7)]).mean(dim=0)
+    observation = observation._replace(seen_tokens=N + evicted if evicted else None)
+    sinks, end = scorer.sink_tokens, N + evicted
+    turn = torch.stack([_rotation(observation.rotary, end + step) for step in range(7)]).mean(dim=0)
     expected = torch.empty((HEADS, N - sinks))
     for head in range(HEADS):
         shares = []
         for member in range(GROUP):
             before = torch.stack(
                 [
-                    _rotation(observation.rotary, -position)
+                    _rotation(observation.rotary, -(position + evicted))
                     @ observation.queries[head * GROUP + member, position]
                     for position in range(sinks, N)
                 ]
@@ -177,21 +180,24 @@ def test_squared_attention(observation: Observation) -> None:
         torch.testing.assert_close(scores[head], pooled)
 
 
-def test_redundancy(observation: Observation) -> None:
+@pytest.mark.parametrize("compared", [4096, 7])
+def test_redundancy(observation: Observation, compared: int) -> None:
     m = N - WINDOW
     scorer = RedundancyScorer(
-        WINDOW, kernel_size=3, importance_share=0.3, least_similarity=0.1, spared_share=0.2
-    )
+        WINDOW, kernel_size=3, importance_share=0.3, least_similarity=0.1, spared_share=0.2,
+        compared_tokens=compared,
+    )  # fmt: skip
+    rows = range(max(0, m - compared), m)
     scores = scorer.score(observation)
     for head in range(HEADS):
         unit = [key / key.norm() for key in observation.keys[head, :m]]
         sums = [0.0] * m
-        for row in range(m):
+        for row in rows:
             cosines = [float(unit[row] @ unit[i]) if i != row else 0.0 for i in range(m)]
             similar = [i for i in range(m) if cosines[i] > 0.1]
             for i in set(range(m)) - set(similar[len(similar) - 3 :]):
                 sums[i] += cosines[i]
-        redundancy = (torch.tensor(sums) / m).softmax(dim=0)
+        redundancy = (torch.tensor(sums) / len(rows)).softmax(dim=0)
         members = [
             torch.stack([_attention(observation, head, g, q)[:m] for q in range(WINDOW)]).mean(0)
             for g in range(GROUP)
@@ -214,7 +220,28 @@ def test_random_scores_are_each_heads_own(observation: Observation) -> None:
     assert torch.equal(first, scorer.score(observation._replace(keys=keys)))
 
 
+def test_random_scores_are_each_layers_own_and_each_evictions(observation: Observation) -> None:
+    scorer = RandomScorer(window_tokens=WINDOW)
+    drawn = [
+        scorer.score(observation._replace(layer=layer, seen_tokens=seen))
+        for layer, seen in ((0, None), (1, None), (0, 100), (0, 101))
+    ]
+    for number, scores in enumerate(drawn):
+        assert not any(torch.equal(scores, other) for other in drawn[:number])
+
+
 def test_sinks_come_first_and_then_the_most_recent(observation: Observation) -> None:
     for row in SinkRecencyScorer(sink_tokens=2).score(observation):
         order = row.argsort(descending=True, stable=True).tolist()
         assert order == [0, 1, *range(N - 1, 1, -1)]
+
+
+def test_neighbouring_pairs_are_rotated_as_complex_numbers() -> None:
+    frequencies = torch.tensor([0.3, 0.05])
+    x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
+    positions = torch.tensor([0, 5, -7])
+    turned = Rotary(frequencies, interleaved=True).rotate(x, positions)
+    numbers = torch.view_as_complex(x[..., :4].reshape(2, 3, 2, 2).contiguous())
+    turn = torch.polar(torch.ones(3, 2), positions[:, None] * frequencies)
+    torch.testing.assert_close(turned[..., :4], torch.view_as_real(numbers * turn).flatten(-2))
+    assert torch.equal(turned[..., 4:], x[..., 4:])
