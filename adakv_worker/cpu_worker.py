@@ -1,5 +1,5 @@
-"""The CPU worker's name for `--worker-cls`; `adakv_worker.worker.cpu_worker` has the code."""
+"""The CPU worker's name for `--worker-cls`; `adakv_worker.worker.cpu` has the code."""
 
-from adakv_worker.worker.cpu_worker import AdaKVCPUWorker
+from adakv_worker.worker.cpu import AdaKVCPUWorker
 
 __all__ = ["AdaKVCPUWorker"]

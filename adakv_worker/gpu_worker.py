@@ -1,5 +1,5 @@
-"""The GPU worker's name for `--worker-cls`; `adakv_worker.worker.gpu_worker` has the code."""
+"""The GPU worker's name for `--worker-cls`; `adakv_worker.worker.gpu` has the code."""
 
-from adakv_worker.worker.gpu_worker import AdaKVGPUWorker
+from adakv_worker.worker.gpu import AdaKVGPUWorker
 
 __all__ = ["AdaKVGPUWorker"]

@@ -39,14 +39,14 @@ class AdaKVCPUMetadataBuilder(FoldingBuilder, CPUAttentionMetadataBuilder):
     metadata_class = AdaKVCPUMetadata
     _folded: tuple[Tensor, Tensor] | None = None
 
-    def fold(self, grown: GrownStep, requests: int, pages: Pages) -> FoldedDecode:
+    def fold(self, grown: GrownStep, requests: int) -> FoldedDecode:
         if grown.age % _PLAN_STEPS == 0:
             # A plan divides the work; what is attended to, the kernel takes from the lengths. So
             # one for the longest layer, and for the steps to come, serves all.
             longest = grown.lens.amax(dim=0) + (_PLAN_STEPS - 1)
-            self._folded = self._plan(longest, pages.keys.dtype)
+            self._folded = self._plan(longest, self.pages.keys.dtype)
         assert self._folded is not None
-        return FoldedDecode(requests, grown, pages, *self._folded)
+        return FoldedDecode(requests, grown, self.pages, *self._folded)
 
     def _plan(self, lens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         sequences = lens.shape[0]

@@ -26,6 +26,7 @@ from adakv_worker.config import compression_config
 from adakv_worker.refusals import require_classes
 from adakv_worker.spec import AdaKVSpec
 from kernels.paging.growth import GrownStep
+from kernels.paging.pages import PageTables
 
 
 class Pages(NamedTuple):
@@ -83,7 +84,9 @@ class WithStep:
 class FoldingBuilder(AttentionMetadataBuilder[Any]):
     """Before a stock builder: takes the folded rows off its batch, but in a CUDA graph."""
 
-    # Set by the runner before each build, and taken by it.
+    # Set by the step work: the KV memory and its tables once, the step before each build.
+    pages: Pages
+    tables: PageTables
     next_step: Step | None = None
     # A stock metadata class with `WithStep` before it.
     metadata_class: ClassVar[Callable[..., Any]]
@@ -104,11 +107,11 @@ class FoldingBuilder(AttentionMetadataBuilder[Any]):
         stock = super().build(common_prefix_len, common, fast_build)  # type: ignore[safe-super]
         return self.metadata_class(**vars(stock), step=step)
 
-    def fold(self, grown: GrownStep, requests: int, pages: Pages) -> FoldedDecode:
+    def fold(self, grown: GrownStep, requests: int) -> FoldedDecode:
         """Plans attention for R compressed decodes."""
         raise NotImplementedError
 
-    def fold_for_graph(self, grown: GrownStep, compressed: int, pages: Pages) -> FoldedDecode:
+    def fold_for_graph(self, grown: GrownStep, compressed: int) -> FoldedDecode:
         """Plans attention for all rows of a CUDA graph, the first of which are compressed."""
         raise NotImplementedError
 

@@ -26,7 +26,6 @@ from adakv_worker.attention.folding import (
     is_on,
 )
 from adakv_worker.config import compression_config
-from kernels.gpu.device_tables import DeviceTables
 from kernels.paging.growth import GrownStep
 
 
@@ -36,10 +35,6 @@ class GPUFoldingBuilder(FoldingBuilder):
     In them a row has both a folded and a stock call attend for it, one of them to a single entry of
     whatever is there. What lies between the attention layers can be a graph for any batch.
     """
-
-    # Set by the runner once there is memory.
-    tables: DeviceTables
-    pages: Pages
 
     def __init__(
         self,
@@ -66,16 +61,16 @@ class GPUFoldingBuilder(FoldingBuilder):
             return AttentionCGSupport.NEVER
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
-    def fold(self, grown: GrownStep, requests: int, pages: Pages) -> FoldedDecode:
+    def fold(self, grown: GrownStep, requests: int) -> FoldedDecode:
         sequences = grown.lens.shape[1]
-        return FoldedDecode(requests, grown, pages, self._starts[: sequences + 1])
+        return FoldedDecode(requests, grown, self.pages, self._starts[: sequences + 1])
 
-    def fold_for_graph(self, grown: GrownStep, compressed: int, pages: Pages) -> FoldedDecode:
+    def fold_for_graph(self, grown: GrownStep, compressed: int) -> FoldedDecode:
         rows = grown.lens.shape[1] // self._heads
         mask = self._mask[:rows]
         mask[:compressed], mask[compressed:] = True, False
         self._compressed = compressed
-        return self.fold(grown, rows, pages)._replace(mask=mask)
+        return self.fold(grown, rows)._replace(mask=mask)
 
     def build(
         self,
@@ -98,7 +93,7 @@ class GPUFoldingBuilder(FoldingBuilder):
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         grown = self.tables.grow([], graph_rows=common_attn_metadata.num_reqs)
-        self.next_step = Step(self.fold_for_graph(grown, 0, self.pages), [])
+        self.next_step = Step(self.fold_for_graph(grown, 0), [])
         metadata = self.build(0, common_attn_metadata)
         # Capturing is slow where there is much to attend to, and what comes of it is dropped.
         metadata.seq_lens.fill_(1)
@@ -209,10 +204,10 @@ class AdaKVTritonMetadataBuilder(GPUFoldingBuilder, triton_attn.TritonAttentionM
     metadata_class = AdaKVTritonMetadata
     _segments: _Segments | None = None
 
-    def fold(self, grown: GrownStep, requests: int, pages: Pages) -> FoldedDecode:
+    def fold(self, grown: GrownStep, requests: int) -> FoldedDecode:
         if self._segments is None:
-            self._segments = self._make_segments(pages.keys.device)
-        return super().fold(grown, requests, pages)._replace(plan=self._segments)
+            self._segments = self._make_segments(self.pages.keys.device)
+        return super().fold(grown, requests)._replace(plan=self._segments)
 
     def _make_segments(self, device: torch.device) -> _Segments:
         # One KV head for each sequence: from so many on there is work for the whole device.

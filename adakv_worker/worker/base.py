@@ -1,35 +1,214 @@
-"""What our workers have in common, whatever the platform."""
+"""The parts of our workers and model runners that all platforms share."""
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from vllm.config import set_current_vllm_config
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.worker_base import WorkerBase
 
-from adakv_worker.worker.step import AdaKVRunner
+from adakv_worker.attention.folding import FoldingBuilder, Pages
+from adakv_worker.config import CompressionConfig, compression_config
+from adakv_worker.spec import AdaKVSpec
+from adakv_worker.worker.model_parts import layer_parts
+from adakv_worker.worker.moves import CacheKind, Moves
+from adakv_worker.worker.ranks import Ranks
+from adakv_worker.worker.requests import CompressionState
+from adakv_worker.worker.step import Batch, StepWork
+from adakv_worker.worker.supported_policies import unsupported_presets
+from adakv_worker.worker.timings import Timings, wall_clock
+from adakv_worker.worker.warm_up import warm_up
+from kernels.paging.paged_cache import PagedCache
+from kernels.paging.pages import PageTables
+
+
+class KVMemory(NamedTuple):
+    """An engine's KV memory: as its kernels see it, as pages in logical order, and their tables."""
+
+    pages: Pages
+    cache: PagedCache
+    tables: PageTables
+
+
+class AdaKVRunner:
+    """Mixin placed before a vLLM runner, which gives its batch and its memory to a `StepWork`.
+
+    A platform's mixin implements `_kv_memory`. A version's mixin implements `_make_batch` and has
+    vLLM's methods call the step work.
+    """
+
+    # vLLM's own attributes.
+    vllm_config: VllmConfig
+    model_config: Any
+    kv_cache_config: KVCacheConfig
+    kv_cache_dtype: Any
+    kv_caches: Any
+    attn_groups: Any
+    get_model: Any
+
+    adakv: StepWork
+
+    def _kv_memory(self, config: CompressionConfig, layers: list[Any]) -> KVMemory:
+        """Return the memory of attention layers, which are in the order of their caches."""
+        raise NotImplementedError
+
+    def _make_batch(self) -> Batch:
+        """Return this runner's requests."""
+        raise NotImplementedError
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        stock: Any = super()
+        # The backend reads from this configuration whether compression is on.
+        with set_current_vllm_config(self.vllm_config):
+            specs: dict[str, KVCacheSpec] = stock.get_kv_cache_spec()
+        if all(isinstance(spec, AdaKVSpec) for spec in specs.values()) and specs:
+            unsupported = unsupported_presets(layer_parts(self.get_model(), list(specs)))
+            return {
+                name: replace(spec, unsupported=tuple(unsupported.items()))  # type: ignore[call-arg]
+                for name, spec in specs.items()
+            }
+        return specs
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kw: Any) -> None:
+        stock: Any = super()
+        # vLLM may have tried CUDA graphs: free the trial's memory before taking the real one.
+        vars(self).pop("adakv", None)
+        with set_current_vllm_config(self.vllm_config):
+            stock.initialize_kv_cache(kv_cache_config, *args, **kw)
+        config = compression_config(self.vllm_config.additional_config)
+        if config is not None and self.kv_caches:
+            self.adakv = self._make_step_work(config)
+
+    def _make_step_work(self, config: CompressionConfig) -> StepWork:
+        builders = self._builders()
+        layers = self._layers()
+        memory = self._kv_memory(config, layers)
+        parts = layer_parts(self.get_model(), [layer.layer_name for layer in layers])
+        state = CompressionState(
+            memory.cache, memory.tables, parts, record_selections=config.record_selections
+        )
+        batch, ranks = self._make_batch(), Ranks.of_this_engine()
+        moves = Moves(state, batch, self._cache_kind(state, ranks))
+        return StepWork(
+            state, memory.pages, builders, batch, moves, ranks,
+            check_invariants=config.check_invariants,
+        )  # fmt: skip
+
+    def _builders(self) -> list[FoldingBuilder]:
+        """Return the metadata builders.
+
+        Raises:
+            ValueError: a layer has a backend that does not fold compressed requests.
+        """
+        builders = []
+        for group in self.attn_groups[0]:
+            builder = group.get_metadata_builder()
+            if not isinstance(builder, FoldingBuilder):
+                raise ValueError(
+                    f"adakv: compression does not work with {group.backend.get_name()}: set "
+                    "attention_backend to FLASH_ATTN or TRITON_ATTN"
+                )
+            builders.append(builder)
+        return builders
+
+    def _layers(self) -> list[Any]:
+        """Return the attention layers in the order of their caches, and number them so."""
+        (group,) = self.kv_cache_config.kv_cache_groups
+        context = self.vllm_config.compilation_config.static_forward_context
+        layers = [context[name] for name in group.layer_names]
+        layers.sort(key=lambda layer: layer.kv_cache.data_ptr())
+        for index, layer in enumerate(layers):
+            layer.adakv_index = index
+        return layers
+
+    def _cache_kind(self, state: CompressionState, ranks: Ranks) -> CacheKind:
+        layers, heads, page_tokens, head_dim = state.cache_shape
+        return CacheKind(
+            model=self.model_config.model,
+            dtype=str(self.kv_cache_dtype).removeprefix("torch."),
+            page_tokens=page_tokens,
+            layers=layers,
+            heads=heads,
+            head_dim=head_dim,
+            rank=ranks.rank,
+            ranks=ranks.size,
+            packing=state.packing,
+        )
+
+    def warm_up_compression(self) -> None:
+        """Compile the kernels of compression; call before the first request takes a block."""
+        config = compression_config(self.vllm_config.additional_config)
+        assert config is not None
+        (group,) = self.kv_cache_config.kv_cache_groups
+        assert isinstance(group.kv_cache_spec, AdaKVSpec)
+        unsupported = dict(group.kv_cache_spec.unsupported)
+        warm_up(self.adakv.state, config, self.kv_cache_config.num_blocks, unsupported)
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        stock: Any = super()
+        # Model Runner V2 also warms up by this method.
+        if kwargs.get("dummy_run"):
+            return stock.execute_model(scheduler_output, *args, **kwargs)
+        return self.adakv.run(
+            scheduler_output, lambda: stock.execute_model(scheduler_output, *args, **kwargs)
+        )
 
 
 class AdaKVWorkerMixin(WorkerBase):
-    """Before a platform's worker."""
+    """Mixin placed before a platform's worker; its `adakv_` methods are for `collective_rpc`.
+
+    Those run between two steps. Timings work on a stock model runner as well, so that an engine
+    without compression can be measured by the same worker class.
+    """
 
     model_runner: Any
+    _timings: Timings | None = None
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
-        # The backend looks there for whether it is on.
+        # The backend reads from this configuration whether compression is on.
         with set_current_vllm_config(self.vllm_config):
             return super().get_supported_kv_cache_layouts()
 
-    # For `collective_rpc`, which runs between two steps.
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        with self._timed(lambda timings: timings.step(scheduler_output)):
+            return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        with self._timed(lambda timings: timings.sampling()):
+            return super().sample_tokens(grammar_output)  # type: ignore[arg-type]
 
     def adakv_export(self, request_id: str, path: str, policy: str) -> list[int] | None:
-        return self._adakv_runner.export_request(request_id, path, policy)
+        return self._work.moves.export(request_id, path, policy)
 
     def adakv_stage(self, name: str, path: str, policy: str, token_ids: list[int]) -> str | None:
-        return self._adakv_runner.stage_state(name, path, policy, token_ids)
+        return self._work.moves.stage(name, path, policy, token_ids)
 
     def adakv_unstage(self, name: str) -> None:
-        self._adakv_runner.unstage_state(name)
+        self._work.moves.unstage(name)
+
+    def adakv_start_timings(self) -> None:
+        """Record timings from the next step on, and forget those recorded before."""
+        work = self._work if isinstance(self.model_runner, AdaKVRunner) else None
+        self._timings = Timings(lambda: work.state.extra_bytes if work else 0, wall_clock)
+        if work:
+            work.timings = self._timings
+
+    def adakv_timings(self) -> dict[str, Any]:
+        """Stop recording and return the figures: see `Timings.figures`."""
+        assert self._timings is not None, "adakv_start_timings comes first"
+        timings, self._timings = self._timings, None
+        if isinstance(self.model_runner, AdaKVRunner):
+            self._work.timings = None
+        return timings.figures()
+
+    def _timed(self, measure: Any) -> AbstractContextManager[None]:
+        return nullcontext() if self._timings is None else measure(self._timings)
 
     @property
-    def _adakv_runner(self) -> AdaKVRunner:
+    def _work(self) -> StepWork:
         assert isinstance(self.model_runner, AdaKVRunner)
-        return self.model_runner
+        return self.model_runner.adakv

@@ -1,14 +1,13 @@
-"""What a worker does when a compressed request moves: its cache goes to a file, or comes from one.
+"""Compressed caches that leave a worker or arrive at it, by files in memory (a `tmpfs`).
 
-The files lie in memory (a `tmpfs`), where the replica maps them; each tensor-parallel rank has one
-of its own, told by its rank as the suffix.
+Each tensor-parallel rank has a file of its own, with its rank as the suffix.
 """
 
 import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ _LENGTH = struct.Struct("<Q")
 
 
 class CacheKind(NamedTuple):
-    """What the caches of all requests of one worker have in common."""
+    """Properties that all caches of one worker share."""
 
     model: str
     dtype: str
@@ -44,7 +43,7 @@ class CacheKind(NamedTuple):
     packing: str
 
     def header(self, policy: str, token_ids: Sequence[int]) -> StateHeader:
-        """Of a decoding request with these tokens, of which the last is yet to be computed."""
+        """Return the header for a decoding request; its last token is not computed yet."""
         return StateHeader(
             **self._asdict(),
             policy=policy,
@@ -59,6 +58,62 @@ class Moved(NamedTuple):
     generator: Tensor | None
 
 
+class MovableBatch(Protocol):
+    """The part of a runner's batch that a move needs: see `adakv_worker.worker.step.Batch`."""
+
+    def tokens(self, request_id: str) -> list[int] | None: ...
+
+    def random_state(self, request_id: str) -> Tensor | None: ...
+
+
+class Moves:
+    """Exports of one worker's compressed requests, and caches staged for requests to come.
+
+    staged: caches that have arrived, by the name they came with.
+    """
+
+    def __init__(self, state: CompressionState, batch: MovableBatch, kind: CacheKind) -> None:
+        self.staged: dict[str, Moved] = {}
+        self._state = state
+        self._batch = batch
+        self._kind = kind
+        self._files = MappedFiles()
+
+    def export(self, request_id: str, path: str, policy: str) -> list[int] | None:
+        """Write a compressed request's cache to this rank's file, between two steps.
+
+        Returns all its tokens so far, of which the last is not in the cache; None if the request
+        is not here or not compressed.
+
+        Raises:
+            OSError: there is no room for the file.
+        """
+        tokens = self._batch.tokens(request_id)
+        if tokens is None or request_id not in self._state:
+            return None
+        random = self._batch.random_state(request_id)
+        header = self._kind.header(policy, tokens)
+        file = rank_file(path, self._kind.rank)
+        write_state(self._state, request_id, random, header, file, self._files)
+        return tokens
+
+    def stage(self, name: str, path: str, policy: str, token_ids: list[int]) -> str | None:
+        """Hold a cache ready for the request with these tokens; return the reason of a refusal.
+
+        The file must last until the request has begun, or until `unstage`.
+        """
+        header = self._kind.header(policy, token_ids)
+        try:
+            self.staged[name] = read_state(rank_file(path, self._kind.rank), header, self._files)
+        except StateRefused as error:
+            return str(error)
+        return None
+
+    def unstage(self, name: str) -> None:
+        """Drop a staged cache, if it is still there."""
+        self.staged.pop(name, None)
+
+
 def rank_file(path: str, rank: int) -> Path:
     return Path(f"{path}.{rank}")
 
@@ -71,12 +126,12 @@ def write_state(
     path: Path,
     files: MappedFiles,
 ) -> None:
-    """Copies a compressed request's cache into a file in memory, over what is there.
+    """Copy a compressed request's cache into a file in memory, over its old content.
 
-    The file is what safetensors writes: the length of a JSON text, the text, and what it describes.
+    The format is that of safetensors: the length of a JSON text, the text, and the data.
 
     Raises:
-        OSError: there is no room for it.
+        OSError: there is no room for the file.
     """
     parts: dict[str, Tensor] = {}
     window = state.window(request_id)
@@ -88,7 +143,7 @@ def write_state(
     def room(pages: int) -> tuple[Tensor, Tensor]:
         dtype = getattr(torch, header.dtype)
         size = pages * header.page_tokens * header.head_dim * dtype.itemsize
-        # The large ones first, which keeps them aligned.
+        # Large parts first, which keeps them aligned.
         sizes = {
             "keys": size,
             "values": size,
@@ -112,7 +167,7 @@ def write_state(
 def _laid_out(
     path: Path, sizes: dict[str, int], about: dict[str, str], files: MappedFiles
 ) -> dict[str, Tensor]:
-    """The memory of a file's parts, all of bytes, with its description written already."""
+    """Return the memory of a file's parts as bytes, with the description written."""
     described: dict[str, Any] = {"__metadata__": about}
     end = 0
     for name, size in sizes.items():
@@ -127,10 +182,10 @@ def _laid_out(
 
 
 def read_state(path: Path, expected: StateHeader, files: MappedFiles) -> Moved:
-    """Maps a file: the tensors are its memory, which must not change while they are used.
+    """Map a file; the returned tensors are its memory, which must not change meanwhile.
 
     Raises:
-        StateRefused: it is no such file, of something else, or damaged.
+        StateRefused: the file is unreadable, damaged, or from another kind of cache.
     """
     try:
         content = files.read(path)
@@ -153,6 +208,6 @@ def read_state(path: Path, expected: StateHeader, files: MappedFiles) -> Moved:
         )
     except Exception as error:
         raise StateRefused(f"the state cannot be read: {error}") from None
-    # A copy: a generator takes only what lies at a multiple of eight bytes.
+    # A copy: a generator takes only memory that is aligned to eight bytes.
     generator = parts[_GENERATOR].clone() if len(parts[_GENERATOR]) else None
     return Moved(unpack(packed, expected), generator)

@@ -1,6 +1,6 @@
 """Page tables that grow on the device: no step of an unchanged decode batch waits for it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -112,9 +112,15 @@ class DeviceTables(PageTables):
         growing = self._growing is not None and row in self._batch_rows
         return self._longest[row] + (self._steps if growing else 0)
 
-    def take_for_longest(self, row: int, entries: int) -> None:
-        """Another device, which must do as this one does, has a head of so many entries."""
-        self._longest[row] += max(0, entries - self.longest(row))
+    def share_longest(self, rows: list[int], most: Callable[[Tensor], Tensor]) -> None:
+        """Account for the heads of other ranks, so that all ranks replay a graph or none does.
+
+        Args:
+            most: returns each number's maximum over all ranks.
+        """
+        longest = most(torch.tensor([self.longest(row) for row in rows])).tolist()
+        for row, entries in zip(rows, longest, strict=True):
+            self._longest[row] += max(0, entries - self.longest(row))
 
     def fits_graphs(self, rows: list[int]) -> bool:
         """Whether these requests can take one more entry where graphs look for it."""

@@ -5,6 +5,7 @@ the engine is L * H pages. Blocks that belong to one compressed request alone ar
 page of a slab may serve any (layer, head).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -215,6 +216,9 @@ class PageTables:
     def fits_graphs(self, rows: list[int]) -> bool:
         """Whether `grow` can be told `graph_rows` for these requests: see `DeviceTables`."""
         return False
+
+    def share_longest(self, rows: list[int], most: Callable[[Tensor], Tensor]) -> None:
+        """Account for the heads of other ranks: see `DeviceTables`."""
 
     def grow(self, rows: list[int], graph_rows: int | None = None) -> GrownStep:
         """Adds one entry to every head of the requests at `rows` [R].

@@ -80,7 +80,8 @@ class Engine:
             return preempt(*args, **kwargs)
 
         self.scheduler._preempt_request = counted
-        if state := getattr(self.runner, "adakv", None):
+        if work := getattr(self.runner, "adakv", None):
+            state = work.state
             forget = state.forget
 
             def remembered(request_id: str) -> None:
@@ -142,9 +143,9 @@ class Engine:
             assert not self.manager.requests
             assert not self.scheduler._proofs
             assert not self.scheduler._to_take_up
-            assert not self.runner._adakv_staged
-            assert not self.runner.adakv._rows
-            assert not self.runner.adakv._windows
+            assert not self.runner.adakv.moves.staged
+            assert not self.runner.adakv.state._rows
+            assert not self.runner.adakv.state._windows
 
     def close(self) -> None:
         """Ends the process groups that all engines of this process share: one engine at a time."""

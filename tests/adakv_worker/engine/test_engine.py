@@ -169,7 +169,7 @@ def test_aborted_requests_leave_nothing(engine: Engine) -> None:
 
 
 def test_an_exported_cache_can_be_restored_elsewhere(engine: Engine, reference: Reference) -> None:
-    core, state = engine.llm.llm_engine, engine.runner.adakv
+    core, state = engine.llm.llm_engine, engine.runner.adakv.state
     request = {"prompt_token_ids": prompt(500, seed=16)}
     core.add_request("moved", request, engine.params(max_tokens=30))
     tokens: list[int] = []

@@ -16,7 +16,7 @@ class Traced:
     """A request, and what each of its steps saw."""
 
     def __init__(self, engine: Engine, name: str, ids: list[int], params: Any) -> None:
-        self._state = engine.runner.adakv
+        self._state = engine.runner.adakv.state
         self._name = name
         self._ids = ids
         self.kept_at: list[torch.Tensor | None] = []

@@ -189,7 +189,7 @@ def test_what_is_not_its_own_or_damaged_is_refused(engine: Engine, path: str) ->
     def stage(path: str, policy: str, tokens: list[int]) -> str:
         (problem,) = engine.llm.collective_rpc("adakv_stage", args=("x", path, policy, tokens))
         assert problem is not None
-        assert not engine.runner._adakv_staged
+        assert not engine.runner.adakv.moves.staged
         return problem
 
     assert "token_hash" in stage(left.path, "ada_snapkv", left.tokens[:-1])

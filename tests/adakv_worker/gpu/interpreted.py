@@ -52,7 +52,7 @@ def take_the_gpus_path() -> None:
 
 
 def _take_the_gpus_kernels() -> None:
-    import adakv_worker.worker.gpu_runner  # noqa: F401
+    import adakv_worker.worker.gpu  # noqa: F401
     from kernels.paging.paged_cache import compact, compact_in_place
     from kernels.policies.attention import reduced_window_attention
     from kernels.policies.top import top_mask
@@ -68,8 +68,8 @@ def _take_the_gpus_worker() -> None:
 
     from adakv_worker.attention import cpu as cpu_backend
     from adakv_worker.attention.gpu import AdaKVFlashBackend
-    from adakv_worker.worker import cpu_worker
-    from adakv_worker.worker.gpu_runner import BlocksOutermost
+    from adakv_worker.worker import cpu as cpu_worker
+    from adakv_worker.worker.gpu import BlocksOutermost
     from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
     from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
 

@@ -102,7 +102,7 @@ def engine(request: pytest.FixtureRequest, model: Path) -> Iterator[Engine]:
 def test_pages_lie_as_on_the_gpu(engine: Engine) -> None:
     # A block of two layers, two heads, 16 entries of keys and values of 32 numbers.
     assert engine.runner.kv_caches[0].stride() == (2 * 2 * 16 * 64, 16 * 64, 64, 1)
-    assert type(engine.runner.adakv.tables).__name__ == "DeviceTables"
+    assert type(engine.runner.adakv.state.tables).__name__ == "DeviceTables"
 
 
 @on(_TRITON, *_FAST)
@@ -173,7 +173,7 @@ def test_evictions_while_answers_are_written(engine: Engine, reference: Referenc
 
 @on(*_FAST)
 def test_a_cache_leaves_and_comes_back(engine: Engine, reference: Reference) -> None:
-    core, state = engine.llm.llm_engine, engine.runner.adakv
+    core, state = engine.llm.llm_engine, engine.runner.adakv.state
     traced = Traced(engine, "moving", prompt(120, seed=7), engine.params(max_tokens=8))
     moved = False
     while core.has_unfinished_requests():

@@ -142,6 +142,6 @@ def test_only_heads_short_enough_grow_where_graphs_look(device: torch.device) ->
     assert (tables.grow([row]).lens == 2 * PAGE + 1).all()
     other = tables.place(torch.ones((LAYERS, HEADS), dtype=torch.int32), [4])
     assert tables.fits_graphs([other])
-    tables.take_for_longest(other, 2 * PAGE)
+    tables.share_longest([other], lambda longest: longest.fill_(2 * PAGE))
     assert not tables.fits_graphs([other])
     assert not DeviceTables(layout, PAGE, ROWS).fits_graphs([])

@@ -1,43 +1,40 @@
-"""The CPU's model runner with compression: layers outermost, pages packed as its kernels want."""
+"""The worker and its model runners on CPUs: one layer's memory after the other."""
 
 from typing import Any
 
 import torch
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from adakv_worker.attention.cpu import paged_cache
 from adakv_worker.attention.folding import Pages
-from adakv_worker.config import CompressionConfig
-from adakv_worker.worker.requests import CompressionState
+from adakv_worker.config import CompressionConfig, compression_config
+from adakv_worker.refusals import refuse_unsupported
+from adakv_worker.worker.base import AdaKVRunner, AdaKVWorkerMixin, KVMemory
 from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
 from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
-from adakv_worker.worker.step import AdaKVRunner
 from kernels.paging.pages import PageLayout, PageTables
 
 
 class LayersOutermost(AdaKVRunner):
-    """For the CPU's backend, which lays one layer after the other (vLLM's LBHNC)."""
+    """Mixin for the CPU's backend, which lays one layer after the other (vLLM's LBHNC)."""
 
-    def _bind_pages(self, config: CompressionConfig) -> None:
-        layers = self._layers()
-        self._adakv_pages = _all_pages([layer.kv_cache for layer in layers])
+    def _kv_memory(self, config: CompressionConfig, layers: list[Any]) -> KVMemory:
+        pages = _all_pages([layer.kv_cache for layer in layers])
         blocks, heads, page_tokens, _ = layers[0].kv_cache.shape
         layout = PageLayout.layers_outermost(len(layers), heads, blocks)
-        self.adakv = CompressionState(
-            paged_cache(self._adakv_pages, layers[0].isa),
-            PageTables(layout, page_tokens, self.vllm_config.scheduler_config.max_num_seqs),
-            self._parts(layers),
-            record_selections=config.record_selections,
-        )
+        most = self.vllm_config.scheduler_config.max_num_seqs
+        tables = PageTables(layout, page_tokens, most)
+        return KVMemory(pages, paged_cache(pages, layers[0].isa), tables)
 
 
 class UndrawnNumbers(GPUModelRunner):
     """Mixin placed before vLLM's CPU runner: seeds beside prompts of several chunks.
 
-    vLLM draws a token after each chunk, discards it, and turns the generator's offset back. A CPU's
-    generator has none, and the error ends the engine: here its state is put back instead.
+    vLLM draws a token after each chunk, discards it and turns the generator's offset back. A CPU's
+    generator has no offset, and the error ends the engine: this restores its state instead.
     """
 
     def _seeded_chunks(self) -> dict[int, torch.Generator]:
@@ -64,18 +61,32 @@ class UndrawnNumbers(GPUModelRunner):
 
 
 class AdaKVCPUModelRunner(LayersOutermost, AdaKVRunnerV1, UndrawnNumbers, CPUModelRunner):
-    """The CPU, on Model Runner V1."""
+    """The CPU's runner on Model Runner V1."""
 
 
 class AdaKVCPUModelRunnerV2(LayersOutermost, AdaKVRunnerV2, CPUModelRunnerV2):
-    """The CPU, on Model Runner V2, which wants a Triton for CPUs."""
+    """The CPU's runner on Model Runner V2, which needs a Triton for CPUs."""
+
+
+class AdaKVCPUWorker(AdaKVWorkerMixin, CPUWorker):
+    """vLLM's CPU worker with compression."""
+
+    def init_device(self) -> None:
+        compresses = compression_config(self.vllm_config.additional_config) is not None
+        if compresses:
+            refuse_unsupported(self.vllm_config)
+        super().init_device()
+        if compresses:
+            # vLLM's CPU worker makes a stock runner and has no hook to name another.
+            runner: Any = AdaKVCPUModelRunnerV2 if self.use_v2_model_runner else AdaKVCPUModelRunner
+            self.model_runner = runner(self.vllm_config, self.device)
 
 
 def _all_pages(caches: list[torch.Tensor]) -> Pages:
-    """Views the layers' caches [NB, H, page_tokens, 2 * D] as one pool of pages.
+    """View the layers' caches [NB, H, page_tokens, 2 * D] as one pool of pages.
 
     Raises:
-        RuntimeError: they do not lie one after the other in one allocation.
+        RuntimeError: the caches are not adjacent in one allocation.
     """
     first = caches[0]
     size = first.numel() * first.element_size()

@@ -1,0 +1,101 @@
+"""The worker and its model runners on CUDA: one block's memory after the other.
+
+Importing this registers the GPU's paths of our kernels.
+"""
+
+from typing import Any
+
+import torch
+from vllm.v1.worker.gpu_worker import Worker
+
+import kernels.gpu.compaction
+import kernels.gpu.top
+import kernels.gpu.window_scores  # noqa: F401
+from adakv_worker.attention.folding import Pages
+from adakv_worker.config import CompressionConfig, compression_config
+from adakv_worker.refusals import refuse_unsupported
+from adakv_worker.worker.base import AdaKVRunner, AdaKVWorkerMixin, KVMemory
+from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
+from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
+from kernels.gpu.device_tables import DeviceTables
+from kernels.paging.paged_cache import PagedCache
+from kernels.paging.pages import PageLayout
+
+
+class BlocksOutermost(AdaKVRunner):
+    """Mixin for backends that lay a block's layers and heads one after the other (vLLM's BLHNC)."""
+
+    def _kv_memory(self, config: CompressionConfig, layers: list[Any]) -> KVMemory:
+        pages = _all_pages([layer.kv_cache for layer in layers])
+        _, heads, page_tokens, _ = layers[0].kv_cache.shape
+        layout = PageLayout.blocks_outermost(len(layers), heads).to(pages.keys.device)
+        most = self.vllm_config.scheduler_config.max_num_seqs
+        in_graph = min(most, self.vllm_config.compilation_config.max_cudagraph_capture_size or most)
+        columns = self._graph_columns(config, in_graph * len(layers) * heads, page_tokens)
+        tables = DeviceTables(layout, page_tokens, most, columns, in_graph)
+        cache = PagedCache(pages.keys[:, :, 0], pages.values[:, :, 0])
+        return KVMemory(pages, cache, tables)
+
+    def _graph_columns(self, config: CompressionConfig, sequences: int, page_tokens: int) -> int:
+        """Return the pages of the longest head that full CUDA graphs attend to; 0 without graphs.
+
+        Args:
+            sequences: the most that a graph has in all layers.
+        """
+        mode = self.vllm_config.compilation_config.cudagraph_mode
+        if not mode.has_full_cudagraphs() or config.graph_table_bytes == 0:
+            return 0
+        # Each sequence has a length and a slot beside its page ids.
+        affordable = (config.graph_table_bytes // sequences - 12) // 4
+        # No head can be longer than the context.
+        return max(1, min(affordable, -(-self.model_config.max_model_len // page_tokens)))
+
+
+class AdaKVGPUModelRunner(BlocksOutermost, AdaKVRunnerV1):
+    """The GPU's runner on Model Runner V1."""
+
+
+class AdaKVGPUModelRunnerV2(BlocksOutermost, AdaKVRunnerV2):
+    """The GPU's runner on Model Runner V2."""
+
+
+class AdaKVGPUWorker(AdaKVWorkerMixin, Worker):
+    """vLLM's GPU worker with compression."""
+
+    def init_device(self) -> None:
+        if compression_config(self.vllm_config.additional_config) is not None:
+            refuse_unsupported(self.vllm_config)
+        super().init_device()
+
+    def compile_or_warm_up_model(self) -> Any:
+        if isinstance(self.model_runner, AdaKVRunner):
+            self.model_runner.warm_up_compression()
+        return super().compile_or_warm_up_model()
+
+    # vLLM annotates the result as a Model Runner V1 for both versions.
+    def _make_model_runner(self) -> Any:
+        if compression_config(self.vllm_config.additional_config) is None:
+            return super()._make_model_runner()
+        runner: Any = AdaKVGPUModelRunnerV2 if self.use_v2_model_runner else AdaKVGPUModelRunner
+        return runner(self.vllm_config, self.device)
+
+
+def _all_pages(caches: list[torch.Tensor]) -> Pages:
+    """View the layers' caches [NB, H, page_tokens, 2 * D] as pools [pages, page_tokens, 1, D].
+
+    Raises:
+        RuntimeError: a block's layers are not adjacent.
+    """
+    first = caches[0]
+    blocks, heads, page_tokens, width = first.shape
+    of_a_layer = heads * page_tokens * width
+    strides = (len(caches) * of_a_layer, page_tokens * width, width, 1)
+    for index, cache in enumerate(caches):
+        place = first.data_ptr() + index * of_a_layer * first.element_size()
+        if cache.stride() != strides or cache.data_ptr() != place:
+            raise RuntimeError("adakv: the KV caches do not lie block by block (layout BLHNC)")
+    pool = first.as_strided(
+        (blocks * len(caches) * heads, page_tokens, 1, width),
+        (page_tokens * width, width, width, 1),
+    )
+    return Pages(*pool.chunk(2, dim=3))

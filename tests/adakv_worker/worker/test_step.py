@@ -1,0 +1,183 @@
+"""The work of a worker's steps, without a vLLM runner."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+
+from adakv_worker.attention.folding import FoldedDecode, FoldingBuilder, Pages, Step
+from adakv_worker.messages import (
+    Capture,
+    Compress,
+    Evict,
+    StepCommands,
+    answer_of,
+    attach_commands,
+)
+from adakv_worker.worker.moves import CacheKind, Moves
+from adakv_worker.worker.ranks import Ranks
+from adakv_worker.worker.step import Row, StepWork
+from adakv_worker.worker.timings import Timings
+from kernels.paging.growth import GrownStep
+from kernels.policies.presets import PolicyChoice
+from tests.adakv_worker.worker.test_warm_up import DIM, HEADS, LAYERS, PAGE, make_state
+
+PROMPT, KEEP, SPAN = 100, 40, 16
+NOTHING = StepCommands({}, {}, {}, {})
+COMPRESS = Compress(PolicyChoice("ada_snapkv"), PROMPT, SPAN, KEEP, slabs=[10, 11])
+
+
+class Batch:
+    """Requests whose blocks are a dict."""
+
+    def __init__(self, blocks: dict[str, list[int]]) -> None:
+        self.held = blocks
+
+    def blocks(self, request_id: str) -> list[int]:
+        return self.held[request_id]
+
+    def replace_blocks(self, blocks: Mapping[str, list[int]]) -> None:
+        self.held |= blocks
+
+    def tokens(self, request_id: str) -> list[int] | None:
+        return [1, 2, 3] if request_id in self.held else None
+
+    def random_state(self, request_id: str) -> None:
+        return None
+
+
+class Builder(FoldingBuilder):
+    """Folds without a backend."""
+
+    def __init__(self) -> None:
+        pass
+
+    def fold(self, grown: GrownStep, requests: int) -> FoldedDecode:
+        return FoldedDecode(requests, grown, self.pages, torch.arange(requests * HEADS + 1))
+
+
+class Worker:
+    """A step work with everything around it."""
+
+    def __init__(self) -> None:
+        self.batch, self.builder = Batch({"a": [1, 2, 3, 4, 10, 11], "b": [5]}), Builder()
+        state = make_state(20)
+        kind = CacheKind("m", "float32", PAGE, LAYERS, HEADS, DIM, 0, 1, state.packing)
+        nothing = torch.empty(0)
+        self.work = StepWork(
+            state, Pages(nothing, nothing), [self.builder], self.batch,
+            Moves(state, self.batch, kind), Ranks(), check_invariants=True,
+        )  # fmt: skip
+
+    def step(self, tokens: dict[str, int], computed: dict[str, int], **commands: object) -> Step:
+        """Run one step of requests in this order, and return what the backend was given."""
+        output = SchedulerOutput.make_empty()
+        output.num_scheduled_tokens = tokens
+        attach_commands(output, NOTHING._replace(**commands))  # type: ignore[arg-type]
+        rows = [Row(name, count, computed[name]) for name, count in tokens.items()]
+
+        def execute() -> Step:
+            self.work.plan(rows)
+            step, self.builder.next_step = self.builder.next_step, None
+            for layer in range(LAYERS):
+                query = torch.randn((sum(tokens.values()), 2 * HEADS, DIM))
+                for watcher in step.watchers if step is not None else []:
+                    watcher.see(layer, query)
+            return step or Step(None, [])
+
+        return self.work.run(output, execute)
+
+    def compress(self) -> None:
+        self.step({"a": PROMPT}, {"a": 0}, compress={"a": COMPRESS})
+
+
+@pytest.fixture
+def worker() -> Worker:
+    return Worker()
+
+
+def test_a_compressed_request_holds_its_slabs_alone_and_grows(worker: Worker) -> None:
+    worker.compress()
+    assert worker.batch.held["a"] == [10, 11]
+    step = worker.step({"a": 1, "b": 5}, {"a": PROMPT, "b": 0})
+    assert step.folded is not None
+    assert step.folded.requests == 1
+    assert not step.watchers
+    assert int(step.folded.grown.lens.sum()) == LAYERS * HEADS * (KEEP + 1)
+
+
+def test_the_answer_rides_on_the_next_output_only(worker: Worker) -> None:
+    worker.compress()
+    outputs = [
+        worker.work.attach_answer(ModelRunnerOutput(req_ids=[], req_id_to_index={}))
+        for _ in range(2)
+    ]
+    assert answer_of(outputs[0]).kept["a"].mean == KEEP
+    assert answer_of(outputs[1]).is_empty
+
+
+def test_an_eviction_gives_back_the_last_slabs(worker: Worker) -> None:
+    worker.compress()
+    evict = Evict(PolicyChoice("streaming_llm"), PROMPT + 1, 0, keep=20, slabs=1)
+    worker.step({"a": 1}, {"a": PROMPT}, evict={"a": evict})
+    assert worker.batch.held["a"] == [10]
+    assert int(worker.work.state.tables.lens(worker.work.state.rows(["a"])[0]).max()) <= 20 * HEADS
+
+
+def test_rows_out_of_order_are_refused(worker: Worker) -> None:
+    worker.compress()
+    with pytest.raises(AssertionError, match="compressed rows must come first"):
+        worker.step({"b": 5, "a": 1}, {"a": PROMPT, "b": 0})
+    # The failed step is over.
+    assert worker.work.step is None
+
+
+def test_graphs_replay_no_step_that_watches(worker: Worker) -> None:
+    output = SchedulerOutput.make_empty()
+    attach_commands(output, NOTHING._replace(capture={"b": Capture(40, 16)}))
+    assert not worker.work.run(output, worker.work.may_replay)
+
+
+def test_granted_blocks_become_slabs_of_compressed_requests_only(worker: Worker) -> None:
+    worker.compress()
+    output = SchedulerOutput.make_empty()
+    output.scheduled_cached_reqs = CachedRequestData.make_empty()
+    output.scheduled_cached_reqs.req_ids = ["a", "b"]
+    output.scheduled_cached_reqs.new_block_ids = [([12],), ([6],)]
+    worker.work.add_slabs(output)
+    pages = worker.work.state.tables.pages(worker.work.state.rows(["a"])[0])
+    assert len(pages) == 3 * LAYERS * HEADS
+
+
+def test_timings_measure_each_part(worker: Worker) -> None:
+    ticks = iter(range(1000))
+    timings = Timings(lambda: worker.work.state.extra_bytes, lambda: float(next(ticks)))
+    worker.work.timings = timings
+    worker.compress()
+    figures = timings.figures()
+    # It starts, sees each layer and finishes; a clock that ticks when read counts one for each.
+    assert figures["compress_s"] == 2 + LAYERS
+    assert figures["evict_s"] == 1
+    assert figures["extra_bytes"] == worker.work.state.extra_bytes
+    worker.work.timings = None
+    worker.step({"a": 1}, {"a": PROMPT})
+    assert timings.figures() == figures
+
+
+def test_timings_of_steps_add_sampling_and_count_preemptions() -> None:
+    ticks = iter((0.0, 1.0, 5.0, 5.5, 6.0, 8.0))
+    timings = Timings(lambda: 7, lambda: next(ticks))
+    output = SchedulerOutput.make_empty()
+    output.num_scheduled_tokens = {"a": 30, "b": 1, "c": 1}
+    output.preempted_req_ids = {"d"}
+    with timings.step(output):
+        pass
+    with timings.sampling():
+        pass
+    # Plans of steps with prefills do not count.
+    with timings.part("plan"):
+        pass
+    assert timings.figures()["steps"] == [(1.5, 30, 2, 1)]
+    assert (timings.figures()["plan_s"], timings.figures()["extra_bytes"]) == (0.0, 7)
