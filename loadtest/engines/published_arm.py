@@ -28,7 +28,8 @@ class Engine:
         core: Any = self._llm.llm_engine.engine_core
         core = core.engine_core
         self._scheduler = core.scheduler
-        self._state = getattr(core.model_executor.driver_worker.worker.model_runner, "adakv", None)
+        runner = core.model_executor.driver_worker.worker.model_runner
+        self._state = runner.adakv.state if settings["compression"] is not None else None
         self._preemptions = 0
         # Prompt tokens in the last two steps that were scheduled: where steps are scheduled ahead,
         # the outputs at hand are those of the one before.
