@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from kernels.blocks import blocks_for_tokens, compressed_blocks_bound
+from kernels.paging.layout import PageLayout
 from kernels.paging.paged_cache import PagedCache
-from kernels.paging.pages import PageLayout
 from kernels.policies.attention import pool
 from kernels.policies.head_allocations.adaptive import AdaptiveHeads
 

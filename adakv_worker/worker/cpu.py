@@ -15,7 +15,8 @@ from adakv_worker.refusals import refuse_unsupported
 from adakv_worker.worker.base import AdaKVRunner, AdaKVWorkerMixin, KVMemory
 from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
 from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
-from kernels.paging.pages import PageLayout, PageTables
+from kernels.paging.host_tables import HostTables
+from kernels.paging.layout import PageLayout
 
 
 class LayersOutermost(AdaKVRunner):
@@ -26,7 +27,7 @@ class LayersOutermost(AdaKVRunner):
         blocks, heads, page_tokens, _ = layers[0].kv_cache.shape
         layout = PageLayout.layers_outermost(len(layers), heads, blocks)
         most = self.vllm_config.scheduler_config.max_num_seqs
-        tables = PageTables(layout, page_tokens, most)
+        tables = HostTables(layout, page_tokens, most)
         return KVMemory(pages, paged_cache(pages, layers[0].isa), tables)
 
 

@@ -18,8 +18,8 @@ from adakv_worker.worker.base import AdaKVRunner, AdaKVWorkerMixin, KVMemory
 from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
 from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
 from kernels.gpu.device_tables import DeviceTables
+from kernels.paging.layout import PageLayout
 from kernels.paging.paged_cache import PagedCache
-from kernels.paging.pages import PageLayout
 
 
 class BlocksOutermost(AdaKVRunner):

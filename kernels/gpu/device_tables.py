@@ -1,4 +1,4 @@
-"""Page tables that grow on the device: no step of an unchanged decode batch waits for it."""
+"""Page tables on the GPU: no step of an unchanged decode batch waits for it."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,16 +8,18 @@ from torch import Tensor, nn
 
 from kernels.gpu.tables import grow_by_one, place_pages
 from kernels.paging.growth import GrownStep
-from kernels.paging.pages import PageLayout, PageTables, with_rows
+from kernels.paging.layout import PageLayout
+from kernels.paging.pages import EntryTables, PageMoves, PageTables, take_first_pages, with_rows
+from kernels.paging.slabs import Slabs
 from kernels.transfer import sent
 
 
 class _Batch(NamedTuple):
     """R requests that decode together.
 
-    lens, tables, used, slots: as `grow_by_one` takes them.
-    longest: entries of the longest head, when it began.
-    fixed: whether it lies where graphs look for it.
+    lens, tables, used, slots: the arguments of `grow_by_one`.
+    longest: entries of the longest head when the batch began.
+    fixed: whether the batch lies where graphs read.
     """
 
     rows: Tensor
@@ -35,9 +37,9 @@ class _Batch(NamedTuple):
 
 
 class _Fixed(NamedTuple):
-    """Memory for the batches of CUDA graphs, which find it where it was when they were captured.
+    """Memory for the batches of CUDA graphs, at the addresses that they have captured.
 
-    A batch takes the first of it, densely: lens and slots [L * R * H], tables [L * R * H * W].
+    A batch takes the first part, densely: lens and slots [L * R * H], tables [L * R * H * W].
     """
 
     lens: Tensor
@@ -60,23 +62,23 @@ class _Fixed(NamedTuple):
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def batch(self, layers: int, requests: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Lens, tables and slots of a batch whose rows all attend to one entry, and store none."""
+        """Return lens, tables, slots of a batch whose rows attend to one entry and store none."""
         sequences = layers * requests * heads
         lens = self.lens[:sequences].view(layers, requests, heads).fill_(1)
         tables = self.tables[: sequences * self.columns].view(layers, requests, heads, -1)
-        # Of whatever is there: nobody looks at what comes of it.
+        # Any page will do: these rows' results are dropped.
         tables[..., 0] = 0
         return lens, tables, self.slots[:sequences].view(layers, -1).fill_(-1)
 
 
 class DeviceTables(PageTables):
-    """What `PageTables` are, with everything that decoding needs on the layout's device.
+    """Page tables of up to `rows` requests with everything that decoding needs on the device.
 
-    The host keeps what follows without looking: slabs, and how long the longest head can be. What a
-    request has used of its slabs only the device knows; asking, placing and shrinking wait for it.
+    The host has the slabs and an upper bound on the longest head. Only the device has the number of
+    used pages: reading it, placing and shrinking wait for the device.
 
-    With `graph_columns`, batches of heads that are no longer than so many pages may grow where CUDA
-    graphs look for them, which are of at most `graph_rows` requests.
+    With `graph_columns`, batches of at most `graph_rows` requests whose heads fit so many pages may
+    grow where CUDA graphs read.
     """
 
     def __init__(
@@ -87,43 +89,52 @@ class DeviceTables(PageTables):
         graph_columns: int = 0,
         graph_rows: int | None = None,
     ) -> None:
-        super().__init__(layout, page_tokens, rows)
+        self.layout = layout
+        self.page_tokens = page_tokens
         sequences = (rows if graph_rows is None else graph_rows) * layout.offsets.numel()
-        rows = len(self._slabs)
         self._fixed = _Fixed.make(sequences, graph_columns, self.device) if graph_columns else None
+        self._slabs = Slabs(layout, rows)
+        rows = self._slabs.rows
+        self._entries = EntryTables(layout, rows)
         self._used = torch.zeros(rows, dtype=torch.int32, device=self.device)
         self._granted = torch.zeros(rows, dtype=torch.int32, device=self.device)
         self._slab_ids = torch.zeros((rows, 1), dtype=torch.int32, device=self.device)
-        # Slabs that the device does not know of yet: row, place, block.
-        self._news: list[tuple[int, int, int]] = []
+        # Slabs that `_granted` and `_slab_ids` do not include yet: row, place, block.
+        self._unsent: list[tuple[int, int, int]] = []
         self._longest = [0] * rows
-        self._growing: _Batch | None = None
+        # While a batch lasts it holds its rows' truth.
+        self._batch: _Batch | None = None
+        self._batch_rows: list[int] = []
         self._steps = 0
 
     @property
     def nbytes(self) -> int:
-        held = (self._used, self._granted, self._slab_ids)
-        mine = sum(tensor.numel() * tensor.element_size() for tensor in held)
-        others = [held.nbytes for held in (self._growing, self._fixed) if held is not None]
-        return super().nbytes + mine + sum(others)
+        own = self._used.nbytes + self._granted.nbytes + self._slab_ids.nbytes
+        batches = [held.nbytes for held in (self._batch, self._fixed) if held is not None]
+        return self._entries.nbytes + own + sum(batches)
+
+    def lens(self, row: int) -> Tensor:
+        self._end_batch()
+        return self._entries.lens[row]
+
+    def tables(self, row: int) -> Tensor:
+        self._end_batch()
+        return self._entries.pages[row]
+
+    def pages(self, row: int) -> Tensor:
+        return self._slabs.pages(row)
 
     def longest(self, row: int) -> int:
-        """Entries of a request's longest head, or more, as far as the host knows."""
-        growing = self._growing is not None and row in self._batch_rows
+        """Return an upper bound on the entries of a request's longest head, without waiting."""
+        growing = self._batch is not None and row in self._batch_rows
         return self._longest[row] + (self._steps if growing else 0)
 
     def share_longest(self, rows: list[int], most: Callable[[Tensor], Tensor]) -> None:
-        """Account for the heads of other ranks, so that all ranks replay a graph or none does.
-
-        Args:
-            most: returns each number's maximum over all ranks.
-        """
         longest = most(torch.tensor([self.longest(row) for row in rows])).tolist()
         for row, entries in zip(rows, longest, strict=True):
             self._longest[row] += max(0, entries - self.longest(row))
 
     def fits_graphs(self, rows: list[int]) -> bool:
-        """Whether these requests can take one more entry where graphs look for it."""
         if self._fixed is None:
             return False
         room = self._fixed.columns * self.page_tokens
@@ -134,64 +145,76 @@ class DeviceTables(PageTables):
         return int(self._used[row])
 
     def open(self, slabs: list[int]) -> int:
-        row = super().open(slabs)
-        self._tell(row, 0, slabs)
+        row, rows = self._slabs.open(slabs), self._slabs.rows
+        if rows > len(self._longest):
+            self._entries.add_rows(rows)
+            self._used, self._granted, self._slab_ids = (
+                with_rows(held, rows) for held in (self._used, self._granted, self._slab_ids)
+            )
+            self._longest += [0] * (rows - len(self._longest))
+        self._note_unsent(row, 0, slabs)
         return row
 
     def add_slabs(self, row: int, slabs: list[int]) -> None:
-        self._tell(row, len(self._slabs[row]), slabs)
-        super().add_slabs(row, slabs)
+        self._note_unsent(row, len(self._slabs[row]), slabs)
+        self._slabs.extend(row, slabs)
 
     def place_layers(self, row: int, layers: list[int], lens: Tensor) -> Tensor:
         self._end_batch()
         lens = lens.to(self.device)
-        # In one piece: each question waits for all that the device has been told to do.
-        *told, start = torch.cat((lens.flatten(), self._used[row : row + 1])).tolist()
-        on_host = torch.tensor(told, dtype=torch.int64).view(lens.shape)
-        needed = -(-on_host // self.page_tokens)
-        end, granted = start + int(needed.sum()), len(self._slabs[row]) * len(self._offsets)
-        if end > granted:
-            raise ValueError(f"{end} pages do not fit into {granted}")
-        self._widen(int(needed.max()))
-        self._send_news()
+        # In one piece: each read waits for the device.
+        *counts, start = torch.cat((lens.flatten(), self._used[row : row + 1])).tolist()
+        on_host = torch.tensor(counts, dtype=torch.int64).view(lens.shape)
+        needed = self.pages_for(on_host)
+        self._slabs.check_fit(row, start + int(needed.sum()))
+        self._entries.widen(int(needed.max()))
+        self._send_slabs()
         tables = place_pages(
             lens, self._slab_ids[row], self._used[row : row + 1], self.layout, self.page_tokens,
-            self._tables.shape[-1],
+            self._entries.pages.shape[-1],
         ).clamp_(min=0)  # fmt: skip
         index = sent(layers, self.device)
-        self._tables[row, index] = tables
-        self._lens[row, index] = lens
+        self._entries.pages[row, index] = tables
+        self._entries.lens[row, index] = lens
         self._longest[row] = max(self._longest[row], int(on_host.max()))
         return tables
 
-    def shrink(self, row: int, lens: Tensor, slabs: int) -> tuple[Tensor, Tensor]:
-        moves = super().shrink(row, lens, slabs)
-        self._used[row] = self._used_pages[row]
+    def shrink(self, row: int, lens: Tensor, slabs: int) -> PageMoves:
+        self._end_batch()
+        needed = self.pages_for(lens)
+        used = int(needed.sum())
+        self._slabs.check_shrunk_fit(used, slabs)
+        moves = take_first_pages(self._entries.pages[row], needed, self.pages(row))
+        self._entries.lens[row] = lens
+        self._used[row] = used
+        self._slabs.truncate(row, slabs)
         self._granted[row] = slabs
-        self._news = [news for news in self._news if news[0] != row or news[1] < slabs]
+        self._unsent = [one for one in self._unsent if one[0] != row or one[1] < slabs]
         self._longest[row] = int(lens.max())
         return moves
 
     def release(self, row: int) -> None:
-        super().release(row)
+        self._end_batch()
+        self._entries.lens[row] = 0
         self._used[row] = 0
+        self._slabs.close(row)
         self._granted[row] = 0
-        self._news = [news for news in self._news if news[0] != row]
+        self._unsent = [one for one in self._unsent if one[0] != row]
         self._longest[row] = 0
 
     def grow(self, rows: list[int], graph_rows: int | None = None) -> GrownStep:
-        """Adds one entry to every head of the requests at `rows` [R].
+        """Add one entry to every head of the requests at `rows` [R].
 
         A head without a page left gets the slot -1, which cache writes leave out.
 
         Args:
-            graph_rows: N >= R; the step is of N rows then, where graphs look for it. Those after
-                the first R have the slot -1 and one entry each, of whatever is there.
+            graph_rows: N >= R rows of a CUDA graph. Those after the first R have the slot -1 and
+                one entry each, in any page.
         """
-        batch = self._growing
+        batch = self._batch
         if batch is None or rows != self._batch_rows or not self._goes_on(batch, graph_rows):
-            batch = self._begin(rows, graph_rows)
-        self._send_news()
+            batch = self._begin_batch(rows, graph_rows)
+        self._send_slabs()
         slots = grow_by_one(
             batch.lens, batch.tables, batch.used, self._slab_ids[batch.rows],
             self._granted[batch.rows], self.layout, self.page_tokens, batch.slots,
@@ -209,12 +232,14 @@ class DeviceTables(PageTables):
         room = batch.tables.shape[-1] * self.page_tokens
         return not batch.fixed and batch.longest + self._steps < room
 
-    def _begin(self, rows: list[int], graph_rows: int | None) -> _Batch:
+    def _begin_batch(self, rows: list[int], graph_rows: int | None) -> _Batch:
         self._end_batch()
         index = sent(rows, self.device)
         longest = max((self._longest[row] for row in rows), default=0)
-        self._widen(longest // self.page_tokens + 1)
-        lens, tables = (held[index].transpose(0, 1) for held in (self._lens, self._tables))
+        self._entries.widen(longest // self.page_tokens + 1)
+        lens, tables = (
+            held[index].transpose(0, 1) for held in (self._entries.lens, self._entries.pages)
+        )
         slots = None
         if graph_rows is None:
             lens, tables = lens.contiguous(), tables.contiguous()
@@ -226,47 +251,40 @@ class DeviceTables(PageTables):
             columns = min(tables.shape[-1], self._fixed.columns)
             into_tables[:, : len(rows), :, :columns] = tables[..., :columns]
             lens, tables = into, into_tables
-        self._growing = _Batch(
+        self._batch = _Batch(
             index, lens, tables, self._used[index], slots, longest, graph_rows is not None
         )
         self._batch_rows, self._steps = list(rows), 0
-        return self._growing
+        return self._batch
 
     def _end_batch(self) -> None:
-        batch, self._growing = self._growing, None
-        # One of nobody may have gone on for as long as it likes.
+        batch, self._batch = self._batch, None
+        # A batch without requests may have taken any number of steps.
         if batch is None or not self._batch_rows:
             return
         for row in self._batch_rows:
             self._longest[row] += self._steps
-        self._widen(-(-(batch.longest + self._steps) // self.page_tokens))
-        count, columns = len(batch.rows), min(batch.tables.shape[-1], self._tables.shape[-1])
-        self._lens[batch.rows] = batch.lens[:, :count].transpose(0, 1)
-        self._tables[batch.rows, ..., :columns] = batch.tables[:, :count, :, :columns].transpose(
-            0, 1
-        )
+        self._entries.widen(-(-(batch.longest + self._steps) // self.page_tokens))
+        count, columns = len(batch.rows), min(batch.tables.shape[-1], self._entries.pages.shape[-1])
+        self._entries.lens[batch.rows] = batch.lens[:, :count].transpose(0, 1)
+        tables = batch.tables[:, :count, :, :columns].transpose(0, 1)
+        self._entries.pages[batch.rows, ..., :columns] = tables
         self._used[batch.rows] = batch.used
 
-    def _add_rows(self, count: int) -> None:
-        super()._add_rows(count)
-        self._used, self._granted, self._slab_ids = (
-            with_rows(held, count) for held in (self._used, self._granted, self._slab_ids)
-        )
-        self._longest += [0] * count
+    def _note_unsent(self, row: int, first: int, slabs: Sequence[int]) -> None:
+        self._unsent += [(row, first + place, slab) for place, slab in enumerate(slabs)]
 
-    def _tell(self, row: int, first: int, slabs: Sequence[int]) -> None:
-        self._news += [(row, first + place, slab) for place, slab in enumerate(slabs)]
-
-    def _send_news(self) -> None:
-        if not self._news:
+    def _send_slabs(self) -> None:
+        """Bring `_slab_ids` and `_granted` up to date without waiting for the device."""
+        if not self._unsent:
             return
-        missing = max(place for _, place, _ in self._news) + 1 - self._slab_ids.shape[1]
+        missing = max(place for _, place, _ in self._unsent) + 1 - self._slab_ids.shape[1]
         if missing > 0:
             spare = missing + self._slab_ids.shape[1] // 4
             self._slab_ids = nn.functional.pad(self._slab_ids, (0, spare))
-        rows, places, slabs = sent(self._news, self.device).unbind(dim=1)
+        rows, places, slabs = sent(self._unsent, self.device).unbind(dim=1)
         self._slab_ids[rows, places] = slabs.int()
-        told = sorted({row for row, _, _ in self._news})
-        counts = sent([len(self._slabs[row]) for row in told], self.device)
-        self._granted[sent(told, self.device)] = counts.int()
-        self._news.clear()
+        changed = sorted({row for row, _, _ in self._unsent})
+        counts = sent([len(self._slabs[row]) for row in changed], self.device)
+        self._granted[sent(changed, self.device)] = counts.int()
+        self._unsent.clear()

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.paging.pages import PageLayout
+from kernels.paging.layout import PageLayout
 
 _COLUMNS = 64
 
@@ -19,7 +19,7 @@ def place_pages(
 ) -> Tensor:
     """Hands out a request's next pages to the heads of K layers: tables [K, H, width] int32.
 
-    As `kernels.paging.pages.PageTables.place_layers` does. Columns past the entries are -1.
+    As `kernels.paging.host_tables.HostTables.place_layers` does. Columns past the entries are -1.
 
     Args:
         lens: [K, H] int32 entries.

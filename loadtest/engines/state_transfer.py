@@ -15,8 +15,9 @@ from adakv_worker.worker.mapped_files import MappedFiles
 from adakv_worker.worker.moves import CacheKind, rank_file, read_state, write_state
 from adakv_worker.worker.packed_state import StateHeader
 from adakv_worker.worker.requests import CompressedState, CompressionState
+from kernels.paging.host_tables import HostTables
+from kernels.paging.layout import PageLayout
 from kernels.paging.paged_cache import PagedCache
-from kernels.paging.pages import PageLayout, PageTables
 from serving.spill.parcels import open_parcels, place_parcels
 
 # SmolLM2-135M in 32-bit floats.
@@ -90,7 +91,7 @@ def _worker(blocks: int) -> CompressionState:
         values.unflatten(1, (_PAGE_TOKENS, _DIM)),
     )
     layout = PageLayout.layers_outermost(_LAYERS, _HEADS, blocks)
-    return CompressionState(cache, PageTables(layout, _PAGE_TOKENS, rows=1), [])
+    return CompressionState(cache, HostTables(layout, _PAGE_TOKENS, rows=1), [])
 
 
 def _header(worker: CompressionState) -> StateHeader:

@@ -1,5 +1,7 @@
 """What happens before the first request leaves nothing behind."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -7,14 +9,18 @@ from adakv_worker.config import CompressionConfig
 from adakv_worker.worker.model_parts import LayerParts
 from adakv_worker.worker.requests import CompressionState
 from adakv_worker.worker.warm_up import warm_up
+from kernels.paging.host_tables import HostTables
+from kernels.paging.layout import PageLayout
 from kernels.paging.paged_cache import PagedCache
-from kernels.paging.pages import PageLayout, PageTables
+from kernels.paging.pages import PageTables
 from kernels.policies.rotary import Rotary
 
 LAYERS, HEADS, GROUP, DIM, PAGE = 2, 2, 2, 16, 32
 
 
-def make_state(blocks: int, tables: type[PageTables] = PageTables) -> CompressionState:
+def make_state(
+    blocks: int, tables: Callable[[PageLayout, int, int], PageTables] = HostTables
+) -> CompressionState:
     layout = PageLayout.blocks_outermost(LAYERS, HEADS)
     keys, values = torch.zeros((2, blocks * LAYERS * HEADS, PAGE, DIM))
     weight = torch.ones((8, HEADS * GROUP * DIM))

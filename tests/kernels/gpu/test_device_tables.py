@@ -1,4 +1,4 @@
-"""Page tables that grow on the device against those of the host, whatever is done to them."""
+"""Page tables on the device: the properties of all page tables, and equality with the host's."""
 
 import pytest
 import torch
@@ -7,18 +7,32 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.gpu.device_tables import DeviceTables
-from kernels.paging.pages import PageLayout, PageTables, check_page_tables
+from kernels.paging.host_tables import HostTables
+from kernels.paging.layout import PageLayout
+from kernels.paging.pages import check_page_tables
+from tests.kernels.page_tables import (
+    LAYOUTS,
+    MakeTables,
+    check_many_requests,
+    check_random_lives,
+    check_shrinking,
+    check_too_few_slabs,
+)
 
 PAGE, ROWS, BLOCKS = 4, 4, 64
 LAYERS, HEADS = 3, 2
 
 
+def make_on(device: torch.device) -> MakeTables:
+    return lambda layout, rows: DeviceTables(layout.to(device), PAGE, rows)
+
+
 class Pair:
-    """The same done to both."""
+    """Tables of both kinds that take the same operations."""
 
     def __init__(self, device: torch.device) -> None:
         layout = PageLayout.blocks_outermost(LAYERS, HEADS)
-        self.host = PageTables(layout, PAGE, ROWS)
+        self.host = HostTables(layout, PAGE, ROWS)
         self.device = DeviceTables(layout.to(device), PAGE, ROWS, graph_columns=4)
         self.free = list(range(BLOCKS))
         self.slabs: dict[int, list[int]] = {}
@@ -36,7 +50,7 @@ class Pair:
         self.slabs[rows.pop()] = slabs
 
     def grow(self, rows: list[int], graph_rows: int | None = None) -> None:
-        """graph_rows: where graphs look for it, if they can be that long."""
+        """Grow both; `graph_rows` counts only for heads that fit graphs."""
         for row in rows:
             used = self.host.used_pages(row)
             while used + LAYERS * HEADS > len(self.slabs[row]) * LAYERS * HEADS:
@@ -83,9 +97,11 @@ class Pair:
             assert torch.equal(self.device.filled_pages(row).cpu(), self.host.filled_pages(row))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
-def test_whatever_is_done_to_them(device: torch.device, data: st.DataObject) -> None:
+def test_they_equal_the_hosts_under_random_operations(
+    device: torch.device, data: st.DataObject
+) -> None:
     pair = Pair(device)
     lens = st.lists(st.integers(1, 11), min_size=LAYERS * HEADS, max_size=LAYERS * HEADS)
 
@@ -111,15 +127,33 @@ def test_whatever_is_done_to_them(device: torch.device, data: st.DataObject) -> 
     pair.check()
 
 
-def test_pages_that_do_not_fit_are_refused(device: torch.device) -> None:
-    tables = DeviceTables(PageLayout.blocks_outermost(LAYERS, HEADS).to(device), PAGE, ROWS)
-    lens = torch.full((LAYERS, HEADS), 2 * PAGE, dtype=torch.int32)
-    for _ in range(ROWS + 1):
-        with pytest.raises(ValueError, match="12 pages do not fit into 6"):
-            tables.place(lens, [3])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@settings(max_examples=10)
+@given(data=st.data())
+def test_random_lives_keep_every_entry_and_fit_the_bound(
+    device: torch.device, layout: PageLayout, data: st.DataObject
+) -> None:
+    check_random_lives(make_on(device), layout, data)
 
 
-def test_steps_of_nobody_leave_no_trace(device: torch.device) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@settings(max_examples=10)
+@given(data=st.data())
+def test_a_shrunk_request_keeps_its_first_entries_in_its_first_slabs(
+    device: torch.device, layout: PageLayout, data: st.DataObject
+) -> None:
+    check_shrinking(make_on(device), layout, data)
+
+
+def test_too_few_slabs_change_nothing(device: torch.device) -> None:
+    check_too_few_slabs(make_on(device))
+
+
+def test_tables_grow_with_their_requests(device: torch.device) -> None:
+    check_many_requests(make_on(device))
+
+
+def test_steps_without_requests_leave_no_trace(device: torch.device) -> None:
     layout = PageLayout.blocks_outermost(LAYERS, HEADS).to(device)
     tables = DeviceTables(layout, PAGE, ROWS, graph_columns=2)
     before = tables.nbytes

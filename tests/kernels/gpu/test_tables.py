@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from kernels.gpu.tables import grow_by_one, place_pages
 from kernels.paging.growth import grow_reference
-from kernels.paging.pages import PageLayout, PageTables
+from kernels.paging.host_tables import HostTables
+from kernels.paging.layout import PageLayout
 
 PAGE = 4
 
@@ -22,7 +23,7 @@ def test_pages_are_handed_out_as_on_the_host(width: int, device: torch.device) -
     layout = PageLayout.blocks_outermost(5, 3)
     lens = torch.randint(0, PAGE * 3 + 1, (5, 3), generator=generator, dtype=torch.int32)
     slabs = torch.randperm(40, generator=generator)[:6].tolist()
-    tables = PageTables(layout, PAGE, rows=1)
+    tables = HostTables(layout, PAGE, rows=1)
     row = tables.open(slabs)
     on_gpu = torch.tensor(slabs, dtype=torch.int32, device=device)
     used = torch.zeros(1, dtype=torch.int32, device=device)
