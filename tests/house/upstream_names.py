@@ -54,7 +54,9 @@ UPSTREAM_NAMES = {
         "vllm.v1.worker.gpu_worker.Worker": (
             "_make_model_runner compile_or_warm_up_model init_device"
         ),
-        "vllm.v1.worker.worker_base.WorkerBase": "get_supported_kv_cache_layouts",
+        "vllm.v1.worker.worker_base.WorkerBase": (
+            "execute_model get_supported_kv_cache_layouts sample_tokens"
+        ),
     },
     "evals.answering": {
         "vllm.v1.sample.logits_processor.AdapterLogitsProcessor": "new_req_logits_processor",
