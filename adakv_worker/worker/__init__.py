@@ -1,1 +1,1 @@
-"""The workers' processes: scoring, selecting and copying around a model's forward pass."""
+"""The worker processes: they score, select and copy entries around a model's forward pass."""

@@ -1,4 +1,4 @@
-"""What watches a forward pass: queries kept for later, and compressions, layer by layer."""
+"""Compressions of prompts and captures of queries, layer by layer in a forward pass."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,15 +18,16 @@ from kernels.policies.policy import Policy, Scored, stacked
 from kernels.policies.reselection import fitted, with_sinks
 from kernels.transfer import sent
 
-# Scores held before their layers are copied: a few layers of a long prompt, all of a short one.
+# Bytes of scores held before their layers are copied: a few layers of a long prompt, all of a short
+# one.
 _HELD_BYTES = 4 << 20
 
 
 class Window(NamedTuple):
     """The queries of the last `span` of `prompt_tokens` tokens: queries [L, span, Hq, D].
 
-    Allocated only for a window that lies across two chunks of a prefill, and for evictions, of
-    which `prompt_tokens` counts the answer so far as well.
+    Allocated only for a window that lies across two chunks of a prefill, and for evictions. For
+    those `prompt_tokens` includes the answer so far.
     """
 
     prompt_tokens: int
@@ -35,7 +36,7 @@ class Window(NamedTuple):
 
 
 class Capture(NamedTuple):
-    """Copies the queries of batch tokens [start, stop) to `target` [L, stop - start, Hq, D]."""
+    """Copy of the queries of batch tokens [start, stop) to `target` [L, stop - start, Hq, D]."""
 
     start: int
     stop: int
@@ -46,15 +47,15 @@ class Capture(NamedTuple):
 
 
 class Compression:
-    """One request's compression during the forward pass that completes its prompt.
+    """Compression of one request during the forward pass that completes its prompt.
 
-    Each layer is scored when it has attended, while its keys and queries are at hand, so that no
-    queries need be stored. Scores are held until there are enough of them to be worth the overhead
-    of selecting and copying, or until all layers are scored where the policy must see all.
+    Each layer is scored right after its attention, while its queries are in memory, so that no
+    queries are stored. Scores are held until there are enough of them to pay for a selection and a
+    copy, or until all layers are scored if the policy needs all scores.
 
-    Whatever the policy raises stays here: the request then keeps its first entries and the most
-    recent ones, as many as the policy would have kept. The prompt's blocks are whole until the step
-    is over, so that nothing of a selection that was half done is left.
+    An error of the policy stays here: the request then keeps its first and its most recent entries,
+    as many as the policy would have kept. The prompt's blocks stay whole until the step ends, so a
+    selection that failed halfway leaves nothing behind.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Compression:
         Args:
             blocks: the prompt's blocks.
             rows: the prompt's tokens in the batch.
-            earlier: [L, e, Hq, D], the first queries of the window, from chunks before.
+            earlier: [L, e, Hq, D], the first queries of the window, from earlier chunks.
         """
         self._command = command
         self._blocks = sent(blocks, tables.device)
@@ -97,12 +98,12 @@ class Compression:
 
     @property
     def failed(self) -> bool:
-        """Whether the policy raised an error, so that the entries are not of its choice."""
+        """Whether the policy raised an error, so that the entries are not its choice."""
         return self._contained.failed
 
     @property
     def nbytes(self) -> int:
-        """Bytes held from layer to layer: scores, and queries of chunks before."""
+        """Bytes held from layer to layer: scores, and queries of earlier chunks."""
         earlier = self._earlier
         return self._held_bytes + (
             0 if earlier is None else earlier.numel() * earlier.element_size()
@@ -123,7 +124,7 @@ class Compression:
             self._copy_scored(self._totals)
 
     def finish(self) -> Tensor | None:
-        """After the last layer. Returns kept [L, H, n] bool, if recorded."""
+        """Copy what is left after the last layer; return kept [L, H, n] bool if recorded."""
         if not self.failed:
             with self._contained:
                 self._copy_scored(self._all_totals())
@@ -142,13 +143,13 @@ class Compression:
         return self._with_sinks(totals, all_layers.shape)
 
     def _with_sinks(self, totals: list[int], shape: Sequence[int]) -> list[int]:
-        """`totals` of scores of `shape` [L, H, m] that leave room for each layer's sinks."""
+        """Return `totals` for scores of `shape` [L, H, m] with room for each layer's sinks."""
         layers, heads, entries = shape
         least = heads * min(self._command.sink_tokens, entries)
         return fitted(totals, [least] * layers, [heads * entries] * layers)
 
     def _copy_scored(self, totals: list[int]) -> None:
-        """Selects and copies the layers whose scores are held, some of them at a time."""
+        """Select and copy the layers whose scores are held, some at a time."""
         layers = sorted(self._scored)
         if not layers:
             return
@@ -161,7 +162,7 @@ class Compression:
         self._held_bytes = 0
 
     def _keep_recent(self) -> None:
-        """Selects without scores, from the beginning: uniform heads, sinks and the newest."""
+        """Start over and select without scores: in each head the sinks and the newest entries."""
         self._scored.clear()
         self._earlier, self._held_bytes = None, 0
         self._tables.release(self.row)
@@ -175,7 +176,7 @@ class Compression:
             self._copy([layer], kept)
 
     def _copy(self, layers: list[int], kept: Tensor) -> None:
-        """Copies the entries kept [K, H, n] of K layers into pages of their own."""
+        """Copy the entries kept [K, H, n] of K layers into pages of their own."""
         lens = kept.sum(dim=-1, dtype=torch.int32)
         tables = self._tables.place_layers(self.row, layers, lens)
         index = sent(layers, self._tables.device)
@@ -198,7 +199,7 @@ class Compression:
         )
 
     def _window(self, layer: int, query: Tensor) -> Tensor:
-        """[Hq, span, D]: the queries that the scorer wants."""
+        """Return the queries [Hq, span, D] that the scorer looks at."""
         return window_queries(self._earlier, query[self._rows], self._command.query_span, layer)
 
 
@@ -206,15 +207,15 @@ def window_queries(earlier: Tensor | None, query: Tensor, span: int, layer: int)
     """Return [Hq, span, D] of a window that ends with `query` [tokens, Hq, D].
 
     Args:
-        query: the request's own of this step.
-        earlier: [L, e, Hq, D], its first queries, from steps before.
+        query: the request's queries of this step.
+        earlier: [L, e, Hq, D], the window's first queries, from earlier steps.
 
     Raises:
-        LookupError: there are too few: the device had no memory to keep those of steps before.
+        LookupError: there are too few, since the device had no memory for those of earlier steps.
     """
     have = 0 if earlier is None else earlier.shape[1]
     if span - have > len(query):
-        raise LookupError(f"{span} queries are wanted, {have + len(query)} are there")
+        raise LookupError(f"the window has {span} queries, only {have + len(query)} are there")
     fresh = query[len(query) - (span - have) :]
     if earlier is not None:
         fresh = torch.cat((earlier[layer], fresh))

@@ -1,4 +1,4 @@
-"""Errors of a policy stay with the request that it serves; the engine goes on."""
+"""Containment of a policy's errors: they affect its request only, and the engine goes on."""
 
 from types import TracebackType
 
@@ -11,11 +11,11 @@ logger = init_logger("vllm.adakv")
 
 
 class Contained:
-    """A context that notes an exception instead of passing it on, and logs it once.
+    """A context that logs and notes an exception instead of raising it.
 
-    Out-of-memory errors of a device are among them: what lies beside the cache is the policy's.
+    It includes out-of-memory errors of a device: the memory beside the cache is the policy's.
 
-    failed: whether there was one. The selection is then to be made without the policy.
+    failed: whether there was an exception. The caller then selects without the policy.
     """
 
     def __init__(self, request_id: str, choice: PolicyChoice) -> None:

@@ -1,4 +1,4 @@
-"""One request's eviction while it decodes: its cache is cut down where it lies."""
+"""Evictions of decoding requests, which cut a cache in place."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -19,14 +19,14 @@ from kernels.policies.reselection import keep_recent, reallocate, score_heads, s
 
 
 class Eviction:
-    """Scores each layer when it has attended, and evicts after the last one.
+    """Eviction of one request, which scores each layer after its attention and ends the last one.
 
-    In place: what a head keeps moves to the front of the head's own pages, and pages in slabs that
-    the request gives back move to pages that have become free in those that it keeps. So a request
-    never holds more than its bound; beside it lie the scores and the window's queries.
+    The entries that a head keeps move to the front of the head's own pages. Then pages in slabs
+    that the request gives back move to free pages in slabs that it keeps. So a request never holds
+    more than its bound, apart from the scores and the window's queries.
 
-    Whatever the policy raises stays here: the request then keeps its first entries and the most
-    recent ones, as many as the policy would have kept.
+    An error of the policy stays here: the request then keeps its first and its most recent entries,
+    as many as the policy would have kept.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class Eviction:
     ) -> None:
         """
         Args:
-            row: the request's, in the tables.
+            row: the request's row in the tables.
             position: index of its token in the batch.
-            earlier: [L, e, Hq, D], the window's queries but the last.
+            earlier: [L, e, Hq, D], all queries of the window but the last.
         """
         self._command = command
         self._row = row
@@ -60,24 +60,24 @@ class Eviction:
 
     @property
     def tokens(self) -> int:
-        """The request's, when it evicts."""
+        """Tokens of the request when it evicts."""
         return self._command.tokens
 
     @property
     def nbytes(self) -> int:
-        """Bytes held from layer to layer: scores, and queries of steps before."""
+        """Bytes held from layer to layer: scores, and queries of earlier steps."""
         held = [tensor for scored in self._scored.values() for tensor in scored]
         return sum(t.numel() * t.element_size() for t in (*held, self._earlier) if t is not None)
 
     @functools.cached_property
     def _lens(self) -> list[list[int]]:
-        """Entries of each layer's heads: the device is waited for once, and not in every layer."""
+        """Entries of each layer's heads, read once: each read waits for the device."""
         lens: list[list[int]] = self._tables.lens(self._row).tolist()
         return lens
 
     @property
     def failed(self) -> bool:
-        """Whether the policy raised an error, so that the entries are not of its choice."""
+        """Whether the policy raised an error, so that the entries are not its choice."""
         return self._contained.failed
 
     def see(self, layer: int, query: Tensor) -> None:
@@ -86,7 +86,7 @@ class Eviction:
                 self._scored[layer] = score_heads(self._policy, self._observe(layer, query))
 
     def finish(self) -> Tensor:
-        """After the last layer. Returns kept [L, H, n] bool of the entries that there were."""
+        """Evict after the last layer; return kept [L, H, n] bool of the entries before."""
         tables, row = self._tables, self._row
         kept = self._select()
         lens = kept.sum(dim=-1, dtype=torch.int32)
@@ -108,7 +108,7 @@ class Eviction:
         return keep_recent(lens, keep)
 
     def _observe(self, layer: int, query: Tensor) -> list[Observation]:
-        """Each head as a cache of its own."""
+        """Return an observation for each head as a cache of its own."""
         part, group = self._parts[layer], self._parts[layer].num_heads // self._tables.heads
         queries = window_queries(
             self._earlier,
@@ -134,5 +134,5 @@ class Eviction:
 
 
 def _of_head(output_weight: Callable[[int], Tensor], head: int) -> Callable[[int], Tensor]:
-    """Return the columns of one KV head, whose observation has no other."""
+    """Return the output weight of an observation that has one KV head only."""
     return lambda _: output_weight(head)

@@ -1,4 +1,4 @@
-"""Files in memory (a `tmpfs`), kept mapped from one use to the next."""
+"""Files in memory (a `tmpfs`) that stay mapped between uses."""
 
 import mmap
 import os
@@ -8,35 +8,38 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# As many moves as there may be at once, and again.
+# Twice the moves that can run at once.
 _KEPT = 8
 
 
 class MappedFiles:
-    """Of one worker. To map a file anew takes longer than to copy what is in it, so mappings stay:
-    those that were used last, and with them the memory of files that are removed meanwhile."""
+    """Mapped files of one worker.
+
+    Mapping a file takes longer than copying its content, so the last mappings stay. They also keep
+    the memory of files that are removed meanwhile.
+    """
 
     def __init__(self) -> None:
         self._mapped: OrderedDict[str, tuple[int, Tensor]] = OrderedDict()
 
     def read(self, path: Path) -> Tensor:
-        """A file's bytes, uint8.
+        """Return a file's bytes, uint8.
 
         Raises:
-            OSError: it is not there.
-            ValueError: it is empty.
+            OSError: the file does not exist.
+            ValueError: the file is empty.
         """
         with path.open("r+b") as file:
             return self._memory(path, file.fileno())
 
     def write(self, path: Path, size: int) -> Tensor:
-        """The `size` bytes, uint8, of a file that is made or has its size changed.
+        """Make a file, or change its size; return its `size` bytes, uint8.
 
         Raises:
-            OSError: there is no room for it.
+            OSError: there is no room for the file.
         """
         with path.open("r+b" if path.exists() else "w+b") as file:
-            # Else the lack of room would show as a signal, at the first write to a page.
+            # Without this, lack of room would be a signal at the first write to a page.
             os.posix_fallocate(file.fileno(), 0, size)
             file.truncate(size)
             return self._memory(path, file.fileno())

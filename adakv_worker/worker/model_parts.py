@@ -1,4 +1,4 @@
-"""What scorers need of a loaded model's attention layers, found beside them by vLLM's names."""
+"""Parts of a loaded model's attention layers that scorers need, found by vLLM's names."""
 
 import functools
 from collections.abc import Callable
@@ -11,15 +11,15 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 
 from kernels.policies.rotary import Rotary
 
-# Radians; numbers of eight bits are off by less, and another table's by more.
+# Radians. Rounding to eight bits is off by less, another table by more.
 _MOST_OFF = 0.1
 _OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 
 
 class LayerParts(NamedTuple):
-    """One attention layer of this rank. `layer` counts the model's layers.
+    """One attention layer of this rank, numbered among the model's layers.
 
-    output_weight: gives a KV head's columns [hidden, G * D] of the output projection.
+    output_weight: returns a KV head's columns [hidden, G * D] of the output projection.
     """
 
     layer: int
@@ -44,7 +44,7 @@ def layer_parts(model: nn.Module, layer_names: list[str]) -> list[LayerParts]:
 
 def _parts(index: int, attention: Attention, around: nn.Module) -> LayerParts:
     candidates = (getattr(around, name, None) for name in _OUTPUT_PROJECTIONS)
-    # A LoRA adapter wraps the layer; scores are made with the base model's weights.
+    # A LoRA adapter wraps the layer; scorers use the base model's weights.
     unwrapped = (getattr(module, "base_layer", module) for module in candidates)
     output = next((module for module in unwrapped if isinstance(module, LinearBase)), None)
     return LayerParts(
@@ -72,7 +72,7 @@ def _head_columns(projection: LinearBase, width: int, group_width: int, head: in
     plain = isinstance(projection.quant_method, UnquantizedLinearMethod)
     if plain and stored.dim() == 2 and stored.shape[1] == width:
         return stored.detach()[:, start : start + group_width]
-    # The layer's own kernel unpacks it: what it makes of unit vectors are its columns.
+    # The layer's own kernel unpacks its weights: applied to unit vectors it returns columns.
     unit = _exact_input(projection)
     units = torch.zeros((group_width, width), dtype=projection.params_dtype, device=stored.device)
     units[:, start : start + group_width].fill_diagonal_(unit)
@@ -81,7 +81,7 @@ def _head_columns(projection: LinearBase, width: int, group_width: int, head: in
 
 
 def _exact_input(projection: LinearBase) -> float:
-    """Return a number that a layer with a fixed scale of its inputs neither rounds nor clips."""
+    """Return a number that a layer with a fixed input scale neither rounds nor clips."""
     scale = getattr(projection, "input_scale", None)
     return float(scale.max()) if isinstance(scale, Tensor) and scale.numel() else 1.0
 
@@ -95,11 +95,11 @@ def _rotary(embedding: nn.Module | None) -> Rotary | None:
 
 
 def rotary_frequencies(table: Tensor) -> Tensor:
-    """[D / 2] float32, radians a position, of cosines and sines [P, D] of any precision.
+    """Return frequencies [D / 2] float32, radians per position, of cosines and sines [P, D].
 
-    Read from the table, whatever scaling made it: at position 1 the angle is the frequency, and at
-    twice a position, where it is known up to a small error, the error is half as large. Of a table
-    of 16 bits the first alone would be wrong by whole turns a few thousand positions on.
+    The table shows the result of any scaling. At position 1 the angle is the frequency; at twice a
+    position the angle is known up to a small error, and the frequency's error halves. Position 1
+    alone is too imprecise in 16 bits: it is wrong by whole turns after a few thousand positions.
     """
     frequencies, position = table.new_zeros((), dtype=torch.float64), 1
     while position < len(table):
@@ -108,7 +108,7 @@ def rotary_frequencies(table: Tensor) -> Tensor:
         off = torch.atan2(sin, cos) - expected
         off = torch.atan2(off.sin(), off.cos())
         if position > 1 and float(off.abs().max()) > _MOST_OFF:
-            # Several scalings may lie one after the other: another begins here.
+            # The table may hold several scalings in turn: another begins here.
             break
         frequencies = (expected + off) / position
         position *= 2

@@ -1,4 +1,4 @@
-"""A compressed request's cache as it travels: dense arrays, what they are of, and a checksum."""
+"""A compressed request's cache in transit: dense arrays with a header and a checksum."""
 
 import hashlib
 import warnings
@@ -14,17 +14,17 @@ from adakv_worker.worker.compression import Window
 from adakv_worker.worker.requests import CompressedState
 
 DIGEST_BYTES = 16
-# A checksum adds up columns of so many words at memory's speed, and hashes the sums.
+# Columns of words that a checksum adds up, at memory speed, before it hashes the sums.
 _COLUMNS = 4096
 
 
 class StateHeader(NamedTuple):
-    """What a state is of. It can be restored where all of it is the same.
+    """Origin of a state, which a worker with an equal header can restore.
 
-    packing: order of the entries in a page, which is the kernels' own.
-    ranks, rank: tensor-parallel workers, and whose part it is; `heads` are that part's KV heads.
-    policy: by which its entries were chosen.
-    token_hash: of the token ids that the cache is of, see `hash_tokens`.
+    packing: order of the entries in a page, which depends on the attention kernels.
+    ranks, rank: number of tensor-parallel workers, and the state's one; `heads` are its KV heads.
+    policy: the policy that selected the entries.
+    token_hash: hash of the cached token ids, see `hash_tokens`.
     """
 
     model: str
@@ -41,10 +41,10 @@ class StateHeader(NamedTuple):
 
 
 class PackedState(NamedTuple):
-    """Contiguous arrays, so that an object store maps them without a copy.
+    """A state as contiguous arrays, which can be mapped without a copy.
 
     lens: [L, H] int32. keys, values: [pages, bytes of a page's keys or values] uint8.
-    queries: bytes of a window's, none where there is none. window: its tokens and its span.
+    queries: bytes of a window's queries, empty without one. window: its tokens and its span.
     """
 
     header: StateHeader
@@ -70,7 +70,7 @@ def hash_tokens(token_ids: Sequence[int]) -> str:
 
 
 def pack(state: CompressedState, header: StateHeader) -> PackedState:
-    """Views the state's tensors as arrays: nothing is copied but to compute the checksum."""
+    """View a state's tensors as arrays, and compute their checksum."""
     window = state.window
     packed = PackedState(
         header,
@@ -85,12 +85,12 @@ def pack(state: CompressedState, header: StateHeader) -> PackedState:
 
 
 def unpack(packed: PackedState, expected: StateHeader) -> CompressedState:
-    """Views the arrays as tensors again, if they are what is expected.
+    """View the arrays as tensors again.
 
-    The tensors may be read-only memory: they are to be copied from, never written to.
+    The tensors may be read-only memory: copy from them, never write to them.
 
     Raises:
-        StateRefused: naming what differs, or that the content does.
+        StateRefused: the header differs from the expected one, or the content is damaged.
     """
     for name, theirs, ours in zip(StateHeader._fields, packed.header, expected, strict=True):
         if theirs != ours:
@@ -120,7 +120,7 @@ def _bytes(tensor: Tensor) -> np.ndarray:
 
 def _tensor(array: np.ndarray) -> Tensor:
     with warnings.catch_warnings():
-        # Of memory that must not be written to, as an object store's: nobody is going to.
+        # The memory may be read-only, as that of an object store; no caller writes to it.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
 

@@ -1,4 +1,4 @@
-"""The worker's side of compressed requests: their page tables, and what watches their prefills."""
+"""The compressed requests of one worker: their page tables, and their running watchers."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -21,11 +21,11 @@ logger = init_logger("vllm.adakv")
 
 
 class CompressedState(NamedTuple):
-    """One request's compressed cache, to move or park it.
+    """A copy of one request's compressed cache, for a move.
 
-    lens: [L, H] int32. keys, values: [pages, page_tokens * D], layer after layer, head after head,
-    each page packed as the cache that it is from.
-    window: queries for its next eviction, of tokens that are already there.
+    lens: [L, H] int32. keys, values: [pages, page_tokens * D], layer by layer and head by head,
+    each page packed as in the cache that it comes from.
+    window: queries for the next eviction, of tokens that are already cached.
     """
 
     lens: Tensor
@@ -35,7 +35,7 @@ class CompressedState(NamedTuple):
 
 
 class CompressionState:
-    """All compressed requests of one worker. Independent of how a backend attends."""
+    """All compressed requests of one worker, whichever attention backend it has."""
 
     def __init__(
         self,
@@ -52,8 +52,8 @@ class CompressionState:
         self._windows: dict[str, Window] = {}
         self._compressing: dict[str, Compression] = {}
         self._evicting: dict[str, Eviction] = {}
-        # Kept positions [L, H, n] bool by request, when recorded for debugging: of its prompt, or
-        # of what was cached when it last evicted.
+        # Kept positions [L, H, n] bool by request, recorded for debugging: those of its prompt, or
+        # of all tokens cached at its last eviction.
         self.selections: dict[str, Tensor] | None = {} if record_selections else None
 
     def __contains__(self, request_id: str) -> bool:
@@ -72,7 +72,7 @@ class CompressionState:
         return self.tables.nbytes + held + running
 
     def forget(self, request_id: str) -> None:
-        """The request ended or was preempted: its blocks are no longer its own."""
+        """Forget a request that ended or was preempted, if it is here."""
         self._windows.pop(request_id, None)
         if self.selections is not None:
             self.selections.pop(request_id, None)
@@ -83,11 +83,11 @@ class CompressionState:
         self.tables.add_slabs(self._rows[request_id], slabs)
 
     def rows(self, request_ids: Iterable[str]) -> list[int]:
-        """Where the compressed ones of these requests are in the page tables."""
+        """Return the page-table rows of those of these requests that are compressed."""
         return [row for name in request_ids if (row := self._rows.get(name)) is not None]
 
     def grow(self, request_ids: Sequence[str], graph_rows: int | None = None) -> GrownStep:
-        """One more entry for every head of the requests; `graph_rows` as `DeviceTables` take it."""
+        """Add one entry to every head of the requests: see `PageTables.grow`."""
         return self.tables.grow(self.rows(request_ids), graph_rows)
 
     def capture(
@@ -98,7 +98,7 @@ class CompressionState:
         first_token: int,
         num_tokens: int,
     ) -> Capture | None:
-        """Prepares to keep the queries of this step's tokens that a scorer will want.
+        """Begin to copy the queries of this step's tokens that a scorer will look at.
 
         Args:
             start: index of the request's first token in the batch.
@@ -114,13 +114,13 @@ class CompressionState:
         window = self._windows.get(request_id)
         if window is None or window[:2] != (prompt_tokens, span):
             if first > window_start:
-                # Its beginning cannot be had any more.
+                # The window's first queries are gone.
                 return None
             shape = (len(self._parts), span, self._parts[0].num_heads, self._cache.keys.shape[-1])
             try:
                 queries = self._cache.keys.new_empty(shape)
             except RuntimeError as error:
-                # A device's memory is full: what needs these queries does without.
+                # The device is full: the policy that needs these queries will fail.
                 logger.warning("adakv: request %s: no memory for queries: %s", request_id, error)
                 return None
             window = self._windows[request_id] = Window(prompt_tokens, span, queries)
@@ -131,12 +131,12 @@ class CompressionState:
         )
 
     def no_queries(self, tokens: int) -> Tensor:
-        """Zeros [tokens, Hq, D], as a layer's queries are seen."""
+        """Return zeros [tokens, Hq, D] in the shape of a layer's queries."""
         heads, dim = self._parts[0].num_heads, self._cache.keys.shape[-1]
         return self._cache.keys.new_zeros((tokens, heads, dim))
 
     def drop_windows(self, request_ids: Iterable[str]) -> None:
-        """Forgets queries kept for what was not done in the end."""
+        """Drop queries of requests that do not capture any more."""
         if self._windows:
             for request_id in request_ids:
                 self._windows.pop(request_id, None)
@@ -149,7 +149,7 @@ class CompressionState:
         start: int,
         first_token: int,
     ) -> Compression:
-        """Begins the compression of a request whose prompt this step completes.
+        """Begin the compression of a request whose prompt this step completes.
 
         Args:
             blocks: the prompt's blocks.
@@ -176,14 +176,14 @@ class CompressionState:
         return compression
 
     def finish_compressions(self) -> Answer:
-        """After the forward pass: the requests are compressed from the next step on."""
+        """Finish after the forward pass; the requests are compressed from the next step on."""
         answer = Answer({}, [])
         for request_id, compression in self._compressing.items():
             positions = compression.finish()
             if self.selections is not None and positions is not None:
                 self.selections[request_id] = positions.cpu()
             self._rows[request_id] = compression.row
-            # The one look at what the device has decided.
+            # Waits for the device, once for each request.
             lens = self.tables.lens(compression.row).cpu()
             answer.kept[request_id] = Kept(
                 float(lens.float().mean()), int(lens.min()), int(lens.max())
@@ -194,7 +194,7 @@ class CompressionState:
         return answer
 
     def evict(self, request_id: str, command: Evict, position: int) -> Eviction:
-        """Begins the eviction of a compressed request with this step's token.
+        """Begin the eviction of a compressed request with this step's token.
 
         Args:
             position: index of that token in the batch.
@@ -204,7 +204,7 @@ class CompressionState:
         if window is not None and window[:2] == (command.tokens, command.query_span):
             earlier = window.queries[:, : command.query_span - 1]
         elif command.query_span > 1:
-            # Its cache has come from an engine of other settings: once it evicts without queries.
+            # Its cache came from an engine with other settings: one eviction goes without queries.
             command = command._replace(choice=WITHOUT_QUERIES, query_span=0)
         eviction = Eviction(
             request_id,
@@ -220,14 +220,11 @@ class CompressionState:
         return eviction
 
     def finish_evictions(self) -> list[str]:
-        """After the forward pass: the requests hold less from the next step on.
-
-        Returns those whose policy failed.
-        """
+        """Finish after the forward pass; return the requests whose policy failed."""
         failed = []
         for request_id, eviction in self._evicting.items():
             kept = eviction.finish()
-            # Of a cache that has come from elsewhere nobody recorded any.
+            # A cache that came from another engine has no record.
             if self.selections is not None and request_id in self.selections:
                 before = self.selections[request_id]
                 self.selections[request_id] = _still_kept(before, kept.cpu(), eviction.tokens)
@@ -238,7 +235,7 @@ class CompressionState:
 
     @property
     def cache_shape(self) -> tuple[int, int, int, int]:
-        """Layers, KV heads, entries of a page, head size."""
+        """Number of layers, KV heads, entries of a page, and head size."""
         return (*self.tables.layout.offsets.shape, *self._cache.keys.shape[1:])
 
     @property
@@ -246,17 +243,18 @@ class CompressionState:
         return self._cache.packing
 
     def window(self, request_id: str) -> Window | None:
-        """The queries that its next eviction will look at, as far as they are there."""
+        """Return the queries captured for a request's next eviction, if any."""
         return self._windows.get(request_id)
 
     @torch.inference_mode()
     def export(
         self, request_id: str, room: Callable[[int], tuple[Tensor, Tensor]] | None = None
     ) -> CompressedState:
-        """Copies a compressed request's cache out, between two steps.
+        """Copy a compressed request's cache out, between two steps.
 
         Args:
-            room: makes it for the keys and values of so many pages; None takes fresh memory.
+            room: returns memory for the keys and values of a number of pages; None takes fresh
+                memory.
         """
         row = self._rows[request_id]
         pages = self.tables.filled_pages(row)
@@ -271,7 +269,7 @@ class CompressionState:
 
     @torch.inference_mode()
     def restore(self, request_id: str, state: CompressedState, slabs: list[int]) -> None:
-        """Places an exported cache into `slabs`.
+        """Place an exported cache in `slabs`.
 
         Raises:
             ValueError: the slabs are too few; nothing has changed then.
@@ -285,15 +283,15 @@ class CompressionState:
         write_pages(self._cache, self.tables.filled_pages(row), state.keys, state.values)
 
     def check(self) -> None:
-        """Asserts the invariants of all page tables."""
+        """Assert the invariants of all page tables."""
         check_page_tables(self.tables, list(self._rows.values()))
 
 
 def _still_kept(positions: Tensor, kept: Tensor, tokens: int) -> Tensor:
-    """Kept positions [L, H, tokens] after an eviction that leaves `kept` [L, H, e] of the entries.
+    """Return kept positions [L, H, tokens] after an eviction that keeps `kept` [L, H, e].
 
     Args:
-        positions: [L, H, n] bool, kept before of the first n; all that came later were.
+        positions: [L, H, n] bool, kept before among the first n; all later ones were kept.
     """
     held = torch.nn.functional.pad(positions, (0, tokens - positions.shape[-1]), value=True)
     for layer, head in torch.cartesian_prod(*map(torch.arange, held.shape[:2])).tolist():

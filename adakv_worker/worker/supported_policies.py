@@ -1,4 +1,4 @@
-"""Which presets a loaded model supports: each is tried once on a few made-up entries."""
+"""The presets that a loaded model supports, found by trying each on synthetic entries."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from kernels.policies.observation import Observation
 from kernels.policies.presets import PRESETS
 from kernels.policies.rotary import Rotary
 
-# More than any preset's window.
+# Tokens of a trial, more than any preset's window.
 _TOKENS = 96
 
 
@@ -18,8 +18,8 @@ _TOKENS = 96
 def unsupported_presets(parts: Sequence[LayerParts]) -> dict[str, str]:
     """Return the presets that cannot score this model's layers, with the reason.
 
-    A preset may need what a model has not: a rotary embedding that can be read, or an output
-    projection. Tried on the CPU in float32, with the model's own weights and rotation.
+    A preset may need a readable rotary embedding or an output projection, which some models lack.
+    The trial runs on the CPU in float32 with the model's own weights and rotation.
     """
     layers = _one_of_each_kind(parts)
     found = {}
@@ -30,13 +30,13 @@ def unsupported_presets(parts: Sequence[LayerParts]) -> dict[str, str]:
             except ValueError as error:
                 found[name] = str(error)
             except Exception as error:
-                # Its text may name a device: all ranks must agree.
+                # Not its text, which may name a device: all ranks must agree.
                 found[name] = type(error).__name__
     return found
 
 
 def _one_of_each_kind(parts: Sequence[LayerParts]) -> list[LayerParts]:
-    """Return a layer for each way in which layers differ to a scorer."""
+    """Return one layer of each kind that scorers tell apart."""
     kinds = {
         (
             part.num_heads,
@@ -70,6 +70,6 @@ def _observation(part: LayerParts) -> Observation:
 
 
 def _numbers(*shape: int) -> Tensor:
-    # Without the global generator, which requests sample by.
+    # Without the global generator, which requests sample with.
     count = torch.Size(shape).numel()
     return torch.arange(count, dtype=torch.float32).sin().view(shape)

@@ -1,4 +1,4 @@
-"""Compressions of nobody's prompt, so that no request waits until their kernels are compiled."""
+"""Trial compressions before the first request, which compile the kernels."""
 
 import itertools
 from collections.abc import Container
@@ -13,7 +13,7 @@ from kernels.blocks import blocks_for_tokens, compressed_blocks_bound
 from kernels.policies.presets import PolicyChoice
 
 _TOKENS = 1024
-_NOBODY = "adakv-warm-up"
+_REQUEST = "adakv-warm-up"
 
 
 @torch.inference_mode()
@@ -23,10 +23,10 @@ def warm_up(
     num_blocks: int,
     unsupported: Container[str] = (),
 ) -> None:
-    """Compresses an even and an odd prompt to much and to little, each growing by a token.
+    """Compress an even and an odd prompt to large and small budgets, and grow each by a token.
 
-    Kernels are compiled for numbers that 16 divides, and for others. Overwrites blocks 1 and
-    following, which must be nobody's. Where there are not enough of them nothing happens.
+    Triton compiles kernels once for numbers that 16 divides, and once for others. This overwrites
+    block 1 and the following ones, which no request may hold. With too few blocks it does nothing.
 
     Args:
         unsupported: presets that the model does not support.
@@ -46,14 +46,14 @@ def _compress(
     layers, _, page_tokens, _ = state.cache_shape
     prompt = blocks_for_tokens(tokens, page_tokens)
     slabs = compressed_blocks_bound(keep, 1, page_tokens)
-    # The first is vLLM's null block.
+    # Block 0 is vLLM's null block.
     if 1 + prompt + slabs > num_blocks:
         return
     span = query_span(choice)
     command = Compress(choice, tokens, span, keep, list(range(1 + prompt, 1 + prompt + slabs)))
-    compression = state.compress(_NOBODY, command, range(1, 1 + prompt), 0, tokens - span)
+    compression = state.compress(_REQUEST, command, range(1, 1 + prompt), 0, tokens - span)
     for layer in range(layers):
         compression.see(layer, state.no_queries(span))
     state.finish_compressions()
-    state.grow([_NOBODY])
-    state.forget(_NOBODY)
+    state.grow([_REQUEST])
+    state.forget(_REQUEST)
