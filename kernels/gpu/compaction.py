@@ -1,6 +1,4 @@
-"""Copying the entries that stay: prefix sums give each its place, then rows move page to page."""
-
-from typing import NamedTuple
+"""Copies of kept entries: prefix sums give each its place, then rows move from page to page."""
 
 import torch
 import triton
@@ -14,54 +12,11 @@ _COUNTED = 1024
 _PROGRAMS = 2048
 
 
-class QuantizedCache(NamedTuple):
-    """Pages of entries in int8, with one scale for each entry's keys and one for its values.
-
-    keys, values: [pages, page_tokens, D] int8.
-    key_scales, value_scales: [pages, page_tokens] float32: an entry is its numbers times its scale.
-    """
-
-    keys: Tensor
-    values: Tensor
-    key_scales: Tensor
-    value_scales: Tensor
-
-
 @compact.on("cuda")
 def compact_paged(
     kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, lens: Tensor
 ) -> None:
-    """What `kernels.paging.paged_cache.compact` does; no target page may be a source."""
-    _copy(kept, cache, source, tables, QuantizedCache(*cache, *_no_scales(kept)), quantize=False)
-
-
-def compact_quantized(
-    kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, target: QuantizedCache
-) -> None:
-    """Copies the entries that stay into pages of int8, rounded to 1/127 of each row's largest.
-
-    Args:
-        kept: [K, H, n] bool.
-        source: [K, nb, H] int64, the pages of `cache` that hold them.
-        tables: [K, H, W] int32, the pages of `target` that shall.
-    """
-    _copy(kept, cache, source, tables, target, quantize=True)
-
-
-def _no_scales(like: Tensor) -> tuple[Tensor, Tensor]:
-    nothing = like.new_empty((1, 1), dtype=torch.float32)
-    return nothing, nothing
-
-
-def _copy(
-    kept: Tensor,
-    cache: PagedCache,
-    source: Tensor,
-    tables: Tensor,
-    target: QuantizedCache,
-    *,
-    quantize: bool,
-) -> None:
+    """Do what `kernels.paging.paged_cache.compact` does; no target page may be a source."""
     layers, heads, n = kept.shape
     rows = layers * heads
     kept, source, tables = kept.contiguous(), source.contiguous(), tables.contiguous()
@@ -72,9 +27,8 @@ def _copy(
     _count_kept[(rows, splits)](kept, counts, n, span, splits, TILE=_COUNTED)
     before = (counts.cumsum(dim=1) - counts).to(torch.int32)
     _copy_kept[(rows, splits)](
-        kept, before, source, tables, *cache, *target, n, span, splits, heads, source.shape[1],
-        tables.shape[2], *cache.keys.stride(), *cache.values.stride(), *target.keys.stride(),
-        *target.values.stride(), **_shape(cache), TILE=_TILE, QUANTIZE=quantize,
+        kept, before, source, tables, *cache, n, span, splits, heads, source.shape[1],
+        tables.shape[2], *cache.keys.stride(), *cache.values.stride(), **_shape(cache), TILE=_TILE,
     )  # fmt: skip
 
 
@@ -109,31 +63,17 @@ def _count_kept(kept, counts, n, span, splits, TILE: tl.constexpr):
 def _offsets(
     pages, offset, stride_page, stride_token, stride_dim, BLOCK_DIM: tl.constexpr
 ):  # fmt: skip
-    """Where the rows of entries at `offset` of `pages` lie: [TILE, BLOCK_DIM]."""
+    """Offsets [TILE, BLOCK_DIM] of the entries at `offset` in `pages`."""
     dim = tl.arange(0, BLOCK_DIM)
     start = pages.to(tl.int64) * stride_page + offset * stride_token
     return start[:, None] + dim[None, :] * stride_dim
 
 
-@triton.jit
-def _store_quantized(content, scales, place, scale_place, rows, mask, valid):
-    """Stores content [TILE, BLOCK_DIM] as int8, and a scale for each row."""
-    rows = rows.to(tl.float32)
-    scale = tl.max(tl.abs(rows), 1) / 127.0
-    ratio = rows / tl.where(scale == 0.0, 1.0, scale)[:, None]
-    rounded = tl.where(ratio >= 0.0, tl.floor(ratio + 0.5), tl.ceil(ratio - 0.5))
-    tl.store(content + place, rounded.to(tl.int8), mask=mask)
-    tl.store(scales + scale_place, scale, mask=valid)
-
-
 @triton.jit(do_not_specialize=["splits", "blocks", "width"])
 def _copy_kept(
-    kept, before, source, tables, keys, values, new_keys, new_values, key_scales, value_scales,
-    n, span, splits, heads, blocks, width,
+    kept, before, source, tables, keys, values, n, span, splits, heads, blocks, width,
     key_page, key_token, key_dim, value_page, value_token, value_dim,
-    new_key_page, new_key_token, new_key_dim, new_value_page, new_value_token, new_value_dim,
     PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
-    QUANTIZE: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(1)
     layer, head = row // heads, row % heads
@@ -155,19 +95,10 @@ def _copy_kept(
         key = tl.load(keys + place, mask=mask, other=0.0)
         place = _offsets(old, offset, value_page, value_token, value_dim, BLOCK_DIM)
         value = tl.load(values + place, mask=mask, other=0.0)
-        key_place = _offsets(
-            new, new_offset, new_key_page, new_key_token, new_key_dim, BLOCK_DIM
-        )  # fmt: skip
-        value_place = _offsets(
-            new, new_offset, new_value_page, new_value_token, new_value_dim, BLOCK_DIM
-        )  # fmt: skip
-        if QUANTIZE:
-            slot = new.to(tl.int64) * PAGE + new_offset
-            _store_quantized(new_keys, key_scales, key_place, slot, key, mask, stays)
-            _store_quantized(new_values, value_scales, value_place, slot, value, mask, stays)
-        else:
-            tl.store(new_keys + key_place, key, mask=mask)
-            tl.store(new_values + value_place, value, mask=mask)
+        key_place = _offsets(new, new_offset, key_page, key_token, key_dim, BLOCK_DIM)
+        value_place = _offsets(new, new_offset, value_page, value_token, value_dim, BLOCK_DIM)
+        tl.store(keys + key_place, key, mask=mask)
+        tl.store(values + value_place, value, mask=mask)
         entries += tl.sum(stays.to(tl.int32), 0)
 
 
@@ -195,7 +126,7 @@ def _move_kept(
         key = tl.load(keys + place, mask=mask, other=0.0)
         place = _offsets(old, offset, value_page, value_token, value_dim, BLOCK_DIM)
         value = tl.load(values + place, mask=mask, other=0.0)
-        # Targets lie before their sources, but not before those of others of this tile.
+        # Targets lie before their own sources, but may be the sources of others in this tile.
         tl.debug_barrier()
         key_place = _offsets(new, new_offset, key_page, key_token, key_dim, BLOCK_DIM)
         value_place = _offsets(new, new_offset, value_page, value_token, value_dim, BLOCK_DIM)

@@ -22,8 +22,7 @@ POINTERS = {
     "queries": "*bf16", "keys": "*bf16", "values": "*bf16", "most": "*fp32", "total": "*fp32",
     "pages": "*i64", "normalizer": "*fp32", "scores": "*fp32", "scale": "fp32", "prefix": "*i32",
     "histogram": "*i32", "left": "*i32", "ties": "*i32", "before": "*i32", "mask": "*i1",
-    "kept": "*i1", "counts": "*i32", "source": "*i64", "tables": "*i32", "new_keys": "*bf16",
-    "new_values": "*bf16", "key_scales": "*fp32", "value_scales": "*fp32", "needed": "*i64",
+    "kept": "*i1", "counts": "*i32", "source": "*i64", "tables": "*i32", "needed": "*i64",
     "first": "*i64", "slabs": "*i32", "offsets": "*i64", "lens": "*i32", "used": "*i32",
     "granted": "*i32", "slots": "*i64",
 }  # fmt: skip
@@ -37,7 +36,6 @@ FLOAT32 = {"queries": "*fp32", "keys": "*fp32"}
 # Bytes that a program may have, of A100 and H100.
 SHARED_BYTES = {80: 166_912, 90: 232_448}
 ROWS = {"PAGE": 16, "DIM": 128, "BLOCK_DIM": 128, "TILE": 64}
-INT8 = {"new_keys": "*i8", "new_values": "*i8"}
 KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
     "log-sum-exp": (window_scores._log_sum_exp, ATTENTION, {}),
     "log-sum-exp, float32, no pages": (
@@ -57,8 +55,7 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
     "ties": (top._count_ties, {"TILE": 1024}, {}),
     "marks": (top._mark, {"TILE": 1024}, {}),
     "counts": (compaction._count_kept, {"TILE": 1024}, {}),
-    "copies": (compaction._copy_kept, {**ROWS, "QUANTIZE": False}, {}),
-    "quantized copies": (compaction._copy_kept, {**ROWS, "QUANTIZE": True}, INT8),
+    "copies": (compaction._copy_kept, ROWS, {}),
     "moves": (compaction._move_kept, ROWS, {}),
     "placement": (tables._place, {"EACH": 256, "TILE": 64}, {}),
     "growth": (tables._grow, {"PAGE": 16, "EACH": 256, "BLOCK": 256}, {}),

@@ -7,10 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.gpu.compaction import (
-    QuantizedCache,
     compact_paged,
     compact_pages_in_place,
-    compact_quantized,
 )
 from kernels.paging.paged_cache import PagedCache, compact, compact_in_place
 
@@ -86,21 +84,3 @@ def test_in_place_they_move_to_the_front(case: tuple, device: torch.device) -> N
     compact_pages_in_place(ours.kept, ours.cache, ours.tables, ours.lens)
     compact_in_place.reference(reference.kept, reference.cache, reference.tables, reference.lens)
     assert torch.equal(ours.rows(ours.content), reference.rows(reference.content))
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_on_the_way_they_can_be_quantized(case: tuple, device: torch.device) -> None:
-    memory = Memory(case, torch.bfloat16, device)
-    pages, page_tokens, dim = memory.cache.keys.shape
-    content = torch.zeros((2, pages, page_tokens, dim), dtype=torch.int8, device=device)
-    scales = torch.zeros((2, pages, page_tokens), device=device)
-    target = QuantizedCache(content[0], content[1], scales[0], scales[1])
-    compact_quantized(memory.kept, memory.cache, memory.source, memory.tables, target)
-    compact.reference(memory.kept, memory.cache, memory.source, memory.tables, memory.lens)
-    pairs = zip(memory.cache, target[:2], target[2:], strict=True)
-    for wanted, quantized, scale in pairs:
-        exact = memory.rows(wanted).float()
-        step = memory.rows(scale)[:, None]
-        assert torch.allclose(step[:, 0], exact.abs().amax(dim=-1) / 127)
-        error = (memory.rows(quantized).float() * step - exact).abs()
-        assert bool((error <= step * 0.5001).all())
