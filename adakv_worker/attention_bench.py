@@ -1,9 +1,9 @@
 """`python -m adakv_worker.attention_bench`: folded decodes against stock ones at equal bytes.
 
 Stock: R requests of H KV heads, all of one length. Folded: R * H sequences of one head whose
-lengths differ as those of compressed heads do, and come to the same. Both read the same number of
-bytes, so that folding costs what it takes longer. Llama-3.1-8B's heads. Needs a CUDA GPU.
-`python -m kernels.bench` prints this, too, where this package is installed.
+lengths vary as those of compressed heads do, with an equal sum. Both read the same number of bytes,
+so the difference in time is the cost of folding. Heads as in Llama-3.1-8B. Needs a CUDA GPU.
+`python -m kernels.bench` prints this too if this package is installed.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from vllm.v1.attention.backends import flash_attn, triton_attn
 from adakv_worker.attention.gpu import folded_splits
 from kernels.bench import DIM, DTYPE, GROUP, HEADS, PAGE, Ceilings, ceilings, seconds
 
-# The deviation of the logarithm of a head's length: a tenth of the heads keep more than twice the
-# mean, as adaptive heads do.
+# Deviation of the logarithm of a head's length: a tenth of the heads keep more than twice the mean,
+# as with adaptive heads.
 _SKEW = 0.8
 
 
 class Sequences(NamedTuple):
-    """What a kernel is called with.
+    """Arguments of an attention kernel.
 
     query, output: [S, heads * GROUP, D]. keys, values: [pages, PAGE, heads, D].
     """
@@ -52,7 +52,7 @@ Attend = Callable[[Sequences], Any]
 
 def flash(s: Sequences) -> None:
     version = flash_attn.get_flash_attn_version() or 2
-    # As the backend calls it, where sequences are folded.
+    # As our backend calls it for folded sequences.
     most = AttentionConfig.flash_attn_max_num_splits_for_cuda_graph
     splits = folded_splits(len(s.lens), version, most) if s.keys.shape[2] == 1 else 0
     flash_attn.flash_attn_varlen_func(
@@ -79,7 +79,7 @@ def triton_unified(s: Sequences) -> None:
 
 
 def sequences(lens: Tensor, heads: int) -> Sequences:
-    """Pages in random order, as memory that has been in use for a while."""
+    """Return sequences with pages in random order, as in memory that has been in use."""
     device, count = lens.device, lens.numel()
     width = -(-int(lens.max()) // PAGE)
     needed = -(-lens.long() // PAGE)
@@ -96,7 +96,7 @@ def sequences(lens: Tensor, heads: int) -> Sequences:
 
 
 def skewed(requests: int, mean: int, device: str) -> Tensor:
-    """Lengths [R * H] int32 of heads that keep `mean` on average, at least one each."""
+    """Return lengths [R * H] int32 of heads that keep `mean` on average, at least one each."""
     weights = (torch.randn(requests, HEADS, device=device) * _SKEW).exp()
     lens = (weights / weights.mean(dim=1, keepdim=True) * mean).long().clamp_(min=1)
     lens[:, 0] += mean * HEADS - lens.sum(dim=1)
@@ -115,7 +115,7 @@ def measure(attend: Attend, requests: int, mean: int, device: str) -> dict[str, 
         "folded_kv_bytes": folded.kv_bytes,
         "stock_s": stock_s,
         "folded_s": folded_s,
-        # Lengths are whole numbers, so that the bytes are only nearly equal.
+        # Lengths are integers, so the bytes are only nearly equal.
         "ratio_at_equal_bytes": folded_s / stock_s * stock.kv_bytes / folded.kv_bytes,
     }
 
@@ -126,7 +126,7 @@ def report(
     entries: Sequence[int] = (256, 1500, 6000),
     device: str = "cuda",
 ) -> list[dict[str, Any]]:
-    """Prints a line for each kernel, number of requests and mean entries of a head."""
+    """Print a line for each kernel, number of requests and mean entries of a head."""
     print(f"{'attention':16}{'requests':>9}{'entries':>9}{'stock':>12}{'folded':>12}{'ratio':>7}"
           f"{'of copy':>9}")  # fmt: skip
     rows = []

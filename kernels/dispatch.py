@@ -11,9 +11,9 @@ R = TypeVar("R")
 
 
 class Operation(Generic[P, R]):
-    """Calls the path of the first argument's device, else the reference.
+    """A function that calls the path for the first argument's device, or else the reference.
 
-    Every path gives what `reference` gives, up to rounding; the tests hold one against the other.
+    Every path returns what `reference` returns, up to rounding; tests compare the two.
     """
 
     def __init__(self, reference: Callable[P, R]) -> None:
@@ -22,7 +22,7 @@ class Operation(Generic[P, R]):
         functools.update_wrapper(self, reference)
 
     def on(self, device_type: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Registers a path for tensors on `device_type` (`cpu`, `cuda`)."""
+        """Register a path for tensors on `device_type` (`cpu`, `cuda`)."""
 
         def register(path: Callable[P, R]) -> Callable[P, R]:
             self._paths[device_type] = path

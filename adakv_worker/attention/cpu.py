@@ -26,13 +26,13 @@ from adakv_worker.attention.folding import (
 from kernels.paging.growth import GrownStep
 from kernels.paging.paged_cache import PagedCache
 
-# Steps of an unchanged batch that share a plan.
+# Steps of an unchanged batch that share a schedule.
 _PLAN_STEPS = 32
 
 
 @dataclass
 class AdaKVCPUMetadata(WithStep, CPUAttentionMetadata):
-    """Of CPU attention."""
+    """Metadata of CPU attention."""
 
 
 class AdaKVCPUMetadataBuilder(FoldingBuilder, CPUAttentionMetadataBuilder):
@@ -41,8 +41,8 @@ class AdaKVCPUMetadataBuilder(FoldingBuilder, CPUAttentionMetadataBuilder):
 
     def fold(self, grown: GrownStep, requests: int) -> FoldedDecode:
         if grown.age % _PLAN_STEPS == 0:
-            # A plan divides the work; what is attended to, the kernel takes from the lengths. So
-            # one for the longest layer, and for the steps to come, serves all.
+            # A schedule divides the work; the kernel reads from the lengths what to attend to. So
+            # one for the longest layer and for the next steps serves all.
             longest = grown.lens.amax(dim=0) + (_PLAN_STEPS - 1)
             self._folded = self._plan(longest, self.pages.keys.dtype)
         assert self._folded is not None
@@ -104,17 +104,17 @@ class AdaKVCPUImpl(FoldingImpl, CPUAttentionBackendImpl):
 
 
 class AdaKVCPUBackend(FoldingBackend, CPUAttentionBackend):  # type: ignore[misc]
-    """Registered in place of vLLM's."""
+    """The backend registered in place of vLLM's."""
 
     folding_impl = AdaKVCPUImpl
     folding_builder = AdaKVCPUMetadataBuilder
 
 
 def paged_cache(pages: Pages, isa: str) -> PagedCache:
-    """The same memory in logical order [pages, page_tokens, D], found by writing a probe.
+    """View the memory in logical order [pages, page_tokens, D], found by writing a probe.
 
     Raises:
-        RuntimeError: this CPU's kernels pack a page in an order that we do not know.
+        RuntimeError: this CPU's kernels pack a page in an unknown order.
     """
     _, _, page_tokens, dim = pages.keys.shape
     probe = Pages(
@@ -124,7 +124,7 @@ def paged_cache(pages: Pages, isa: str) -> PagedCache:
     dimension = torch.arange(dim).expand(page_tokens, 1, -1)
     slots = torch.arange(page_tokens)
     orders = []
-    # One number at a time: small enough to be exact in 16 bits.
+    # Token and dimension apart: both are small enough to be exact in 16 bits.
     for number in (token, dimension):
         content = number.to(probe.keys.dtype).contiguous()
         ops.cpu_attn_reshape_and_cache(content, content, probe.keys, probe.values, slots, isa)

@@ -1,8 +1,7 @@
-"""What every attention backend does about compressed requests: each (request, KV head) of them is
-one sequence of one token, folded into the batch.
+"""Attention to compressed requests in any backend: each (request, KV head) is its own sequence.
 
-A batch has the R compressed decodes first; the stock backend handles the rest. A backend of ours is
-a stock one with these classes before it.
+A batch has its R compressed decodes first; the stock backend handles the rest. Our backends are
+stock ones with these mixins placed before them.
 """
 
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from kernels.paging.pages import PageTables
 
 
 class Pages(NamedTuple):
-    """The whole KV memory as the kernels' caches of one KV head.
+    """The whole KV memory, in the shape of the kernels' caches of one KV head.
 
     keys, values: [pages, 1, page_tokens, D] on CPU, [pages, page_tokens, 1, D] on CUDA.
     """
@@ -42,12 +41,12 @@ class Pages(NamedTuple):
 class FoldedDecode(NamedTuple):
     """The compressed decodes of one step, R requests of H KV heads each.
 
-    In a CUDA graph R is all of its batch: which rows are compressed, only its memory says then, so
-    that the folded call and the stock one both attend for all.
+    In a CUDA graph R is the whole batch: the folded call and the stock call both attend for all
+    rows, and `mask` selects between them.
 
     query_start_loc: [R * H + 1] int32.
-    plan: whatever the kernel wants planned, good for all layers.
-    mask: [R] bool, in a graph: the rows that are compressed.
+    plan: the backend's own preparation of the step, good for all layers.
+    mask: [R] bool, the compressed rows; None outside a graph.
     """
 
     requests: int
@@ -59,12 +58,12 @@ class FoldedDecode(NamedTuple):
 
     @property
     def stock_from(self) -> int:
-        """The first row of the batch that is the stock call's."""
+        """First row of the batch for the stock call."""
         return self.requests if self.mask is None else 0
 
 
 class Step(NamedTuple):
-    """What the runner adds to a step's attention metadata."""
+    """Our additions to a step's attention metadata."""
 
     folded: FoldedDecode | None
     watchers: list[Watcher]
@@ -72,7 +71,7 @@ class Step(NamedTuple):
 
 @dataclass
 class WithStep:
-    """Stock metadata of the rows after the folded ones, in a CUDA graph of all, and the step.
+    """Mixin for stock metadata, which then describes the rows of the stock call only.
 
     has_rest: whether there are such rows.
     """
@@ -82,13 +81,13 @@ class WithStep:
 
 
 class FoldingBuilder(AttentionMetadataBuilder[Any]):
-    """Before a stock builder: takes the folded rows off its batch, but in a CUDA graph."""
+    """Mixin placed before a stock builder; removes the folded rows from its batch if it can."""
 
     # Set by the step work: the KV memory and its tables once, the step before each build.
     pages: Pages
     tables: PageTables
     next_step: Step | None = None
-    # A stock metadata class with `WithStep` before it.
+    # A stock metadata class with `WithStep`.
     metadata_class: ClassVar[Callable[..., Any]]
 
     def build(
@@ -108,15 +107,15 @@ class FoldingBuilder(AttentionMetadataBuilder[Any]):
         return self.metadata_class(**vars(stock), step=step)
 
     def fold(self, grown: GrownStep, requests: int) -> FoldedDecode:
-        """Plans attention for R compressed decodes."""
+        """Prepare attention for R compressed decodes."""
         raise NotImplementedError
 
     def fold_for_graph(self, grown: GrownStep, compressed: int) -> FoldedDecode:
-        """Plans attention for all rows of a CUDA graph, the first of which are compressed."""
+        """Prepare attention for all rows of a CUDA graph, the first of which are compressed."""
         raise NotImplementedError
 
     def _nothing(self, common: CommonAttentionMetadata) -> dict[str, Any]:
-        """Stock metadata of no rows, as far as it has no defaults."""
+        """Return the required fields of stock metadata without rows."""
         return {
             "num_actual_tokens": 0,
             "max_query_len": 0,
@@ -129,7 +128,7 @@ class FoldingBuilder(AttentionMetadataBuilder[Any]):
 
 
 def _without_first(common: CommonAttentionMetadata, count: int) -> CommonAttentionMetadata:
-    """The metadata of the rows after the first `count`, which have one token each."""
+    """Return the metadata of the rows after the first `count`, which have one token each."""
     if count == 0:
         return common
     by_request = {
@@ -137,7 +136,7 @@ def _without_first(common: CommonAttentionMetadata, count: int) -> CommonAttenti
         for name in ("is_prefilling", "seq_lens_cpu_upper_bound", "req_idx")
         if (value := getattr(common, name)) is not None
     }
-    # What they computed of the whole batch is not true of a part of it.
+    # Cached results for the whole batch are wrong for a part.
     caches = [field.name for field in fields(common) if field.name.endswith("_cache")]
     return replace(
         common,
@@ -154,13 +153,13 @@ def _without_first(common: CommonAttentionMetadata, count: int) -> CommonAttenti
 
 
 class FoldingImpl(AttentionImpl[Any]):
-    """Before a stock implementation: attends to the folded rows, and lets watchers see a layer."""
+    """Mixin placed before a stock implementation; attends for folded rows and calls watchers."""
 
     num_kv_heads: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[safe-super]
-        # Both are by query head and position, which a folded sequence no longer tells.
+        # Both depend on query head and position, which a folded sequence does not have.
         for name in ("alibi_slopes", "sinks"):
             if getattr(self, name, None) is not None:
                 raise ValueError(f"adakv: compression does not work with a model's {name}")
@@ -228,18 +227,23 @@ class FoldingImpl(AttentionImpl[Any]):
     def _store_folded(
         self, layer: Any, key: Tensor, value: Tensor, pages: Pages, slots: Tensor
     ) -> None:
-        """Writes key and value [R * H, 1, D] to slots [R * H] of the pages."""
+        """Write key and value [R * H, 1, D] to slots [R * H] of the pages."""
         raise NotImplementedError
 
     def _attend_folded(
         self, layer: Any, index: int, query: Tensor, output: Tensor, folded: FoldedDecode
     ) -> None:
-        """query, output: [R * H, group, D]. index: the layer's in the cache."""
+        """Attend for the folded sequences.
+
+        Args:
+            index: the layer's index in the cache.
+            query, output: [R * H, group, D].
+        """
         raise NotImplementedError
 
 
 def fold(x: Tensor, heads: int) -> Tensor:
-    """[R, H * heads, D] -> [R * H, heads, D]: the KV heads join the batch."""
+    """Turn [R, H * heads, D] into [R * H, heads, D]: the KV heads join the batch."""
     return x.reshape(-1, heads, x.shape[-1])
 
 
@@ -252,7 +256,7 @@ def _metadata_of(layer: Any) -> WithStep | None:
 
 
 class FoldingBackend(AttentionBackend):
-    """Before a stock backend, and identical to it where compression is off."""
+    """Mixin placed before a stock backend, which it leaves as it is without compression."""
 
     folding_impl: ClassVar[type[FoldingImpl]]
     folding_builder: ClassVar[type[FoldingBuilder]]
@@ -276,10 +280,10 @@ class FoldingBackend(AttentionBackend):
 
 
 def is_on() -> bool:
-    """Whether the engine that is being built compresses.
+    """Return whether the engine that is being built compresses.
 
     Raises:
-        ValueError: it is told to, but not with the classes that do it.
+        ValueError: its settings turn compression on, but its classes are stock.
     """
     config = get_current_vllm_config_or_none()
     if config is None or compression_config(config.additional_config) is None:

@@ -1,7 +1,6 @@
-"""Attention on CUDA with compressed requests: FlashAttention, and vLLM's own kernel in Triton.
+"""Attention on CUDA with compressed requests: FlashAttention, and vLLM's kernel in Triton.
 
-Both read the lengths of the folded sequences from the device, and pages of one KV head by a block
-table: nothing of a step depends on what the host does not know.
+Both read lengths and block tables from the device, so no step waits for the device.
 """
 
 from dataclasses import dataclass, replace
@@ -30,10 +29,10 @@ from kernels.paging.growth import GrownStep
 
 
 class GPUFoldingBuilder(FoldingBuilder):
-    """Full CUDA graphs are of decodes alone, with page tables that stay where they are.
+    """Mixin placed before a stock builder on CUDA, which supports full CUDA graphs of decodes.
 
-    In them a row has both a folded and a stock call attend for it, one of them to a single entry of
-    whatever is there. What lies between the attention layers can be a graph for any batch.
+    In a graph both the folded and the stock call attend for every row, one of them to a single
+    entry whose result is dropped. Between attention layers any batch may run by a graph.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class GPUFoldingBuilder(FoldingBuilder):
         return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
     def _without_compressed(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """Has the stock call attend to one entry of a compressed row, and store none."""
+        """Make the stock call attend to one entry of a compressed row, and store none."""
         seq_lens = self._seq_lens[: common.num_reqs]
         seq_lens.copy_(common.seq_lens)
         seq_lens[: self._compressed] = 1
@@ -95,7 +94,7 @@ class GPUFoldingBuilder(FoldingBuilder):
         grown = self.tables.grow([], graph_rows=common_attn_metadata.num_reqs)
         self.next_step = Step(self.fold_for_graph(grown, 0), [])
         metadata = self.build(0, common_attn_metadata)
-        # Capturing is slow where there is much to attend to, and what comes of it is dropped.
+        # A capture drops its results, and is faster with little to attend to.
         metadata.seq_lens.fill_(1)
         return metadata
 
@@ -103,32 +102,32 @@ class GPUFoldingBuilder(FoldingBuilder):
 class GPUFoldingBackend(FoldingBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...] | None:
-        # A block's pages lie together, so that any of them may serve any layer and head.
+        # A block's pages lie together, so that each of them may serve any layer and head.
         return (KVCacheLayout.BLHNC,) if is_on() else super().supported_kv_cache_layouts()
 
 
 def _most_entries(folded: FoldedDecode) -> int:
-    """As many as a sequence can have: what it has, only the device knows."""
+    """Return the most entries that a sequence can have; only the device has the real number."""
     return folded.grown.tables.shape[-1] * folded.pages.keys.shape[1]
 
 
 @dataclass
 class AdaKVFlashMetadata(WithStep, flash_attn.FlashAttentionMetadata):
-    """Of FlashAttention."""
+    """Metadata of FlashAttention."""
 
 
 class AdaKVFlashMetadataBuilder(GPUFoldingBuilder, flash_attn.FlashAttentionMetadataBuilder):
     metadata_class = AdaKVFlashMetadata
 
 
-# From more sequences on FlashAttention 3 splits none, and what it took for their parts is wasted.
+# With more sequences FlashAttention 3 splits none, and would waste the memory for their parts.
 _MOST_SPLIT_SEQUENCES = 992
 
 
 def folded_splits(sequences: int, version: int, most: int) -> int:
-    """Most parts that FlashAttention attends to a folded sequence in; 0: as many as it likes.
+    """Return the limit on the parts of a folded sequence in FlashAttention; 0 for no limit.
 
-    Left to itself version 3 takes hundreds of megabytes for them. Version 2 cannot be told.
+    Without a limit FlashAttention 3 takes hundreds of megabytes. FlashAttention 2 has none.
     """
     if version == 2:
         return 0
@@ -179,14 +178,14 @@ class AdaKVFlashImpl(FoldingImpl, flash_attn.FlashAttentionImpl):
 
 
 class AdaKVFlashBackend(GPUFoldingBackend, flash_attn.FlashAttentionBackend):  # type: ignore[misc]
-    """Registered in place of vLLM's FLASH_ATTN."""
+    """The backend registered in place of vLLM's FLASH_ATTN."""
 
     folding_impl = AdaKVFlashImpl
     folding_builder = AdaKVFlashMetadataBuilder
 
 
 class _Segments(NamedTuple):
-    """Where the kernel puts parts of long sequences, if there are few: see `unified_attention`."""
+    """Buffers for parts of long sequences in small batches: see `unified_attention`."""
 
     sequences: int
     segments: int
@@ -197,7 +196,7 @@ class _Segments(NamedTuple):
 
 @dataclass
 class AdaKVTritonMetadata(WithStep, triton_attn.TritonAttentionMetadata):
-    """Of Triton's unified attention."""
+    """Metadata of Triton's unified attention."""
 
 
 class AdaKVTritonMetadataBuilder(GPUFoldingBuilder, triton_attn.TritonAttentionMetadataBuilder):
@@ -210,7 +209,7 @@ class AdaKVTritonMetadataBuilder(GPUFoldingBuilder, triton_attn.TritonAttentionM
         return super().fold(grown, requests)._replace(plan=self._segments)
 
     def _make_segments(self, device: torch.device) -> _Segments:
-        # One KV head for each sequence: from so many on there is work for the whole device.
+        # One KV head for each sequence: this many fill the device without splits.
         sequences = triton_attn.MIN_LAUNCH_GRID_SIZE_2D
         count = triton_attn.NUM_PAR_SOFTMAX_SEGMENTS
         shape = (sequences, self.num_heads_q // self.num_heads_kv, count)
@@ -272,7 +271,7 @@ class AdaKVTritonImpl(FoldingImpl, triton_attn.TritonAttentionImpl):
 
 
 class AdaKVTritonBackend(GPUFoldingBackend, triton_attn.TritonAttentionBackend):  # type: ignore[misc]
-    """Registered in place of vLLM's TRITON_ATTN."""
+    """The backend registered in place of vLLM's TRITON_ATTN."""
 
     folding_impl = AdaKVTritonImpl
     folding_builder = AdaKVTritonMetadataBuilder

@@ -1,7 +1,7 @@
-"""Page tables on the device: handing out pages and growing by a token without a word to the host.
+"""Page tables on the device: new pages and growth by a token without waiting for the host.
 
-The scheduler's static bound says how many slabs a request needs, so nothing here can run out but by
-a fault. A page beyond the slabs is never written to: its slot is -1, which cache writes leave out.
+The scheduler grants slabs by a static bound, so a request runs out of pages only by a fault. A page
+beyond the slabs is never written: its slot is -1, which cache writes leave out.
 """
 
 import torch
@@ -17,16 +17,17 @@ _COLUMNS = 64
 def place_pages(
     lens: Tensor, slabs: Tensor, used: Tensor, layout: PageLayout, page_tokens: int, width: int
 ) -> Tensor:
-    """Hands out a request's next pages to the heads of K layers: tables [K, H, width] int32.
+    """Give the heads of K layers a request's next pages; return tables [K, H, width] int32.
 
-    As `kernels.paging.host_tables.HostTables.place_layers` does. Columns past the entries are -1.
+    Does what `kernels.paging.host_tables.HostTables.place_layers` does. Columns past the entries
+    are -1.
 
     Args:
         lens: [K, H] int32 entries.
         slabs: [S] int32, the request's blocks.
-        used: [1] int32, how many of its pages are in use; raised by those handed out.
+        used: [1] int32, its pages in use; raised in place.
         layout: with its offsets on the device of `lens`.
-        width: pages of the longest head at most, by whatever bound the caller has.
+        width: an upper bound on the pages of the longest head.
     """
     rows = lens.numel()
     needed = (lens.view(-1).to(torch.int64) + page_tokens - 1) // page_tokens
@@ -51,17 +52,17 @@ def grow_by_one(
     page_tokens: int,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """Adds one entry to every head of R requests, in place; returns its slots [L, N * H] int64.
+    """Add one entry to every head of R requests, in place; return its slots [L, N * H] int64.
 
-    As `kernels.paging.growth.grow_reference` does.
+    Does what `kernels.paging.growth.grow_reference` does.
 
     Args:
-        lens: [L, N, H] int32 entries, of N >= R rows; those after the first R are left alone.
+        lens: [L, N, H] int32 entries of N >= R rows; those after the first R stay unchanged.
         tables: [L, N, H, W] int32 page ids.
         used: [R] int32 pages in use.
         slabs: [R, S] int32, their blocks, of which [R] int32 `granted` count.
         layout: with its offsets on the device of `lens`.
-        slots: where to put them; None takes fresh memory, of which only N = R is then defined.
+        slots: memory for the result; None takes fresh memory, and then N is R.
     """
     layers, requests, heads = lens.shape
     if slots is None:
@@ -76,7 +77,7 @@ def grow_by_one(
     return slots
 
 
-# Triton compiles anew for numbers of another kind, which these come to be while requests wait.
+# Triton recompiles when a number becomes 1 or divisible by 16, which these do while requests run.
 @triton.jit(do_not_specialize=["width", "slab_count"])
 def _place(
     needed, first, slabs, offsets, tables, width, slab_count, block_stride,

@@ -43,7 +43,7 @@ def radix_top_mask(scores: Tensor, counts: Tensor) -> Tensor:
 
 @triton.jit
 def _load_ordered(scores, row, m, position):
-    """Scores as unsigned integers of the same order; what is no number comes last."""
+    """Return scores as unsigned integers of the same order; NaN comes last."""
     value = tl.load(scores + row.to(tl.int64) * m + position, mask=position < m, other=0.0)
     value = tl.where(value == value, value, float("-inf"))
     # Negative zero equals zero.
@@ -55,7 +55,7 @@ def _load_ordered(scores, row, m, position):
 def _count_digits(
     scores, prefix, histogram, m, span, SHIFT: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Counts the next digit of those scores that begin with the row's prefix."""
+    """Count the next digit of the scores that begin with the row's prefix."""
     row, start = tl.program_id(0), tl.program_id(1) * span
     wanted = tl.load(prefix + row).to(tl.uint32, bitcast=True)
     digits = tl.arange(0, 256)
@@ -73,7 +73,7 @@ def _count_digits(
 
 @triton.jit
 def _choose_digit(histogram, prefix, left, SHIFT: tl.constexpr):
-    """Extends the prefix by the digit that the last kept score has; empties the histogram."""
+    """Extend the prefix by the digit of the last kept score, and empty the histogram."""
     row = tl.program_id(0)
     digits = tl.arange(0, 256)
     counts = tl.load(histogram + row * 256 + digits)
@@ -105,7 +105,7 @@ def _count_ties(scores, prefix, ties, m, span, splits, TILE: tl.constexpr):
 def _mark(
     scores, prefix, left, before, mask, m, span, splits, TILE: tl.constexpr
 ):  # fmt: skip
-    """Marks all above the threshold, and as many of its equals as are left, the first ones."""
+    """Mark all scores above the threshold, then the first ones equal to it up to the count."""
     row, split = tl.program_id(0), tl.program_id(1)
     start = split * span
     threshold = tl.load(prefix + row).to(tl.uint32, bitcast=True)

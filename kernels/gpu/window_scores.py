@@ -1,7 +1,7 @@
-"""Window attention over keys where they lie: log-sum-exp first, then what each key gets.
+"""Window attention over keys in pages: first log-sum-exp of each query, then a sum for each key.
 
 Probabilities are never stored: the second pass computes them again from the row's log-sum-exp and
-adds them up key by key, so that memory traffic is the keys, twice.
+adds them up by key, so that memory traffic is twice the keys.
 """
 
 import math
@@ -14,9 +14,9 @@ from torch import Tensor
 from kernels.paging.entries import Entries, PagedEntries
 from kernels.policies.attention import Reduction, reduced_window_attention
 
-# Keys and rows of a tile; of wide float32 ones fewer, for they lie in shared memory.
+# Keys and rows of a tile; fewer of wide float32 ones, since tiles lie in shared memory.
 _TILE, _TILE_OF_WIDE, _WIDE_BYTES = 64, 32, 1024
-# Programs enough to fill a large GPU, each with keys enough to be worth its start.
+# Enough programs to fill a large GPU, each with enough keys to pay for its start.
 _PROGRAMS = 1024
 
 
@@ -28,7 +28,7 @@ def window_scores(
     num_tokens: int,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Scores [H, n - w] float32 of the entries before the window, from keys in pages.
+    """Return scores [H, n - w] float32 of the entries before the window, from keys in pages.
 
     Args:
         queries: [H, G, w, D] of the last w positions.
@@ -78,7 +78,7 @@ def _scores(
         "BLOCK_DIM": triton.next_power_of_2(max(dim, 16)),
         "BLOCK_ROWS": tile,
         "BLOCK_KEYS": tile,
-        # Triton's interpreter multiplies bfloat16 as the integers that it is stored in.
+        # Triton's interpreter multiplies bfloat16 by its bits, as integers.
         "EXACT": queries.dtype == torch.float32 or triton.knobs.runtime.interpret,
     }
     _log_sum_exp[(heads, row_tiles, splits)](
@@ -144,7 +144,7 @@ def _log_sum_exp(
     PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum of powers over one split of the keys, for a tile of rows."""
+    """Compute maximum and sum of powers over one split of the keys, for a tile of rows."""
     head, split = tl.program_id(0), tl.program_id(2)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = row < rows
@@ -162,7 +162,7 @@ def _log_sum_exp(
         logits = _product(query, key, EXACT) * scale
         logits = tl.where(position[None, :] <= last_seen[:, None], logits, float("-inf"))
         higher = tl.maximum(highest, tl.max(logits, 1))
-        # A row that has seen no key yet would subtract infinities.
+        # Without this a row without keys so far would subtract infinities.
         base = tl.where(higher == float("-inf"), 0.0, higher)
         summed = summed * tl.exp2(highest - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
         highest = higher
@@ -178,9 +178,9 @@ def _column_scores(
     SQUARES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Reduces the probabilities of a tile of keys: over segments of rows, then their maximum.
+    """Reduce the probabilities of a tile of keys: over segments of rows, then their maximum.
 
-    All rows see all of these keys, which lie before the window.
+    All rows attend to all of these keys, which lie before the window.
     """
     head = tl.program_id(0)
     position = tl.program_id(1) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)

@@ -1,7 +1,7 @@
-"""Keys or values of one layer, whole or where they lie in pages, read a part at a time.
+"""Keys or values of one layer, in one tensor or in pages, read a part at a time.
 
-A long prompt's keys are hundreds of MiB in each layer: a scorer that goes through the parts holds
-no more of them than `PART_BYTES`, whatever the model and the prompt.
+A long prompt's keys are hundreds of MiB in each layer. A scorer that reads parts holds at most
+`PART_BYTES` of them, for any model and prompt.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ class PagedEntries(NamedTuple):
 
     pool: [pages, page_tokens, D].
     pages: [H, W] int64, each head's pages in order of position.
-    num_entries: n; what lies behind it in the last page is another's or old.
+    num_entries: n; the rest of the last page holds old or foreign entries.
     """
 
     pool: Tensor
@@ -58,9 +58,9 @@ def parts(
     """Yield (first position, [H, p, D]) in order, `PART_BYTES` at a time.
 
     Args:
-        bytes_per_entry: what the caller makes of each entry of each head, if it is more than the
-            entry.
-        whole_pages: yield the last page whole, with what lies behind the last entry: products of
+        bytes_per_entry: bytes that the caller computes from each entry of each head, if they are
+            more than the entry has.
+        whole_pages: yield the last page whole, with the rest after the last entry: products of
             pages packed by dimension are faster so.
     """
     heads, n, dim = entries.shape
@@ -81,10 +81,10 @@ def parts(
 
 
 def per_entry(entries: Entries, number: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return numbers [H, n] float32 that `number` makes of parts [H, p, D].
+    """Return numbers [H, n] float32 that `number` computes from parts [H, p, D].
 
-    They lie in memory of their own from the start: between parts that come and go they would leave
-    holes in an allocator's memory which the next part does not fit into.
+    Their memory is allocated first: allocated between parts, they would leave holes into which the
+    next part does not fit.
     """
     heads, n, _ = entries.shape
     numbers = torch.empty((heads, n), dtype=torch.float32, device=entries.device)

@@ -1,4 +1,4 @@
-"""One more entry for every head of a decode batch: the page tables' work of each step."""
+"""Growth of a decode batch by one entry for every head, in each step."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,19 +6,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The page id of request r's k-th page, or None where it has none.
+# Returns the id of request r's page number k, or None beyond its slabs.
 NextPage = Callable[[int, int], int | None]
 
 
 class GrownStep(NamedTuple):
-    """One more entry for every head of R requests. Order of sequences: request, then head.
+    """One more entry for every head of R requests, in order of request, then head.
 
     Good until the next step.
 
     slots: [L, R * H] int64, page id * page_tokens + offset of the new entry.
     tables: [L, R * H, W] int32 page ids.
     lens: [L, R * H] int32 entries, the new one included.
-    age: steps that this batch has been together before.
+    age: earlier steps of this unchanged batch.
     """
 
     slots: Tensor
@@ -30,8 +30,8 @@ class GrownStep(NamedTuple):
 class DecodeBatch:
     """Page tables of R requests that decode together, in the order of attention, on the CPU.
 
-    Every head grows by one entry in each step. So it is known beforehand which heads will need a
-    page in which of the next `page_tokens` steps, and a step touches those alone.
+    Every head grows by one entry in each step. So each head needs a page in every `page_tokens`-th
+    step, and a step touches only the heads that need one.
 
     lens: [L, R, H] int32. tables: [L, R, H, W] int32. used: pages that each request has taken.
     """
@@ -45,7 +45,7 @@ class DecodeBatch:
         flat = lens.flatten().long()
         columns = ((flat - 1) // page_tokens).clamp_(min=0)
         page = tables.view(flat.numel(), -1).gather(1, columns[:, None])[:, 0].long()
-        # Of the last entry. Where its page is full, the next step's is another.
+        # Slots of the last entries. Where the page is full, the next step takes another.
         self._slots = page * page_tokens + (flat - 1) % page_tokens
         phase = flat % page_tokens
         counts = phase.bincount(minlength=page_tokens).tolist()
@@ -64,7 +64,7 @@ class DecodeBatch:
         return self._steps < self._room
 
     def grow(self, next_page: NextPage) -> GrownStep:
-        """What `grow_reference` does, in place.
+        """Do what `grow_reference` does, in place.
 
         Raises:
             ValueError: a request has no page left; nothing has changed then.
@@ -104,7 +104,7 @@ class DecodeBatch:
 def grow_reference(
     lens: Tensor, tables: Tensor, used: list[int], page_tokens: int, next_page: NextPage
 ) -> Tensor:
-    """Adds one entry to each of lens [L, R, H], in place; returns its slots [L, R * H].
+    """Add one entry to each of lens [L, R, H], in place; return its slots [L, R * H].
 
     A head whose last page is full takes its request's next page, in the order of layer and head,
     into tables [L, R, H, W]; `used` [R] counts them.

@@ -1,4 +1,4 @@
-"""Reading prompts from blocks and writing kept entries into pages, as plain tensor operations."""
+"""Reads of prompts from blocks and writes of kept entries into pages, as tensor operations."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,12 @@ from torch import Tensor
 from kernels.dispatch import Operation
 
 _MOVED_PAGES = 64
-# Keys and values that a compaction on a CPU holds at a time.
+# Bytes of keys and values that a compaction on a CPU holds at a time.
 _COPIED_BYTES = 16 << 20
 
 
 class PagedCache(NamedTuple):
-    """All KV memory of an engine as pages, whatever order its kernels pack a page in.
+    """All KV memory of an engine as pages in logical order, for any packing of its kernels.
 
     keys, values: [pages, page_tokens, D], views into the engine's memory.
     """
@@ -23,7 +23,7 @@ class PagedCache(NamedTuple):
 
     @property
     def packing(self) -> str:
-        """Names the order in a page: whole pages can be copied between caches of the same."""
+        """Name of the order in a page: caches of the same packing can exchange whole pages."""
         return ", ".join(
             f"{name} by {'token' if pool.stride(2) == 1 else 'dimension'}"
             for name, pool in zip(self._fields, self, strict=True)
@@ -31,18 +31,18 @@ class PagedCache(NamedTuple):
 
 
 def read_heads(pool: Tensor, pages: Tensor) -> Tensor:
-    """Copies whole pages [H, W] of keys or values: [H, W * page_tokens, D]."""
+    """Copy whole pages [H, W] of keys or values to [H, W * page_tokens, D]."""
     heads, dim = pages.shape[0], pool.shape[2]
     if pool.stride(1) != 1:
         return pool.index_select(0, pages.reshape(-1)).view(heads, -1, dim)
-    # Packed dimension-major, and left so: turning it costs twice the copy.
+    # Pages packed by dimension stay so: transposing them costs twice the copy.
     rows, stride = _rows(pool.transpose(1, 2))
     packed = pages[:, None] * stride + torch.arange(dim, device=pool.device)[:, None]
     return rows.index_select(0, packed.reshape(-1)).view(heads, dim, -1).transpose(1, 2)
 
 
 def write_slots(cache: PagedCache, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Writes entries [e, D] to slots [e] (page id * page_tokens + offset)."""
+    """Write entries [e, D] to slots [e] (page id * page_tokens + offset)."""
     for pool, entries in zip(cache, (keys, values), strict=True):
         page, offset = slots // pool.shape[1], slots % pool.shape[1]
         if _has_rows(pool):
@@ -53,7 +53,7 @@ def write_slots(cache: PagedCache, slots: Tensor, keys: Tensor, values: Tensor) 
 
 
 def read_slots(cache: PagedCache, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies entries at slots [e]: keys and values [e, D]."""
+    """Copy the entries at slots [e] to keys and values [e, D]."""
     page_tokens = cache.keys.shape[1]
     page, offset = slots // page_tokens, slots % page_tokens
     return _read(cache.keys, page, offset), _read(cache.values, page, offset)
@@ -62,13 +62,13 @@ def read_slots(cache: PagedCache, slots: Tensor) -> tuple[Tensor, Tensor]:
 def _read(pool: Tensor, page: Tensor, offset: Tensor) -> Tensor:
     if not _has_rows(pool):
         return pool[page, offset]
-    # A quarter of what indexing by page and offset takes.
+    # Takes a quarter of the time of indexing by page and offset.
     rows, stride = _rows(pool)
     return rows.index_select(0, page * stride + offset)
 
 
 def read_pages(cache: PagedCache, pages: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Copies whole pages [p], packed as they are, to keys and values [p, page_tokens * D]."""
+    """Copy whole pages [p], packed as they are, to keys and values [p, page_tokens * D]."""
     for pool, content in zip(cache, (keys, values), strict=True):
         if _is_whole(pool) and pool.device == content.device:
             torch.index_select(_whole_pages(pool), 0, pages, out=content)
@@ -77,7 +77,7 @@ def read_pages(cache: PagedCache, pages: Tensor, keys: Tensor, values: Tensor) -
 
 
 def write_pages(cache: PagedCache, pages: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Writes whole pages [p, page_tokens * D] of a cache of the same `packing`."""
+    """Write whole pages [p, page_tokens * D] of a cache of the same `packing`."""
     for pool, content in zip(cache, (keys, values), strict=True):
         if _is_whole(pool) and pool.device == content.device:
             _whole_pages(pool).index_copy_(0, pages, content)
@@ -86,8 +86,8 @@ def write_pages(cache: PagedCache, pages: Tensor, keys: Tensor, values: Tensor) 
 
 
 def move_pages(cache: PagedCache, sources: Tensor, targets: Tensor) -> None:
-    """Copies whole pages [p] over others [p]; no page is among both."""
-    # Some at a time: the copy in between is memory that nobody has reckoned with.
+    """Copy whole pages [p] over others [p]; no page is among both."""
+    # Some at a time: the copy in between is memory outside the budget.
     parts = zip(sources.split(_MOVED_PAGES), targets.split(_MOVED_PAGES), strict=True)
     for some, places in parts:
         for pool in cache:
@@ -96,24 +96,24 @@ def move_pages(cache: PagedCache, sources: Tensor, targets: Tensor) -> None:
 
 
 def _is_whole(pool: Tensor) -> bool:
-    """Whether each of a pool's pages lies in one piece."""
+    """Return whether each of a pool's pages is contiguous."""
     _, page_tokens, dim = pool.shape
     return pool.stride()[1:] in ((dim, 1), (1, page_tokens))
 
 
 def _whole_pages(pool: Tensor) -> Tensor:
-    """A pool's pages as rows [pages, page_tokens * D]."""
+    """View a pool's pages as rows [pages, page_tokens * D]."""
     pages, page_tokens, dim = pool.shape
     return pool.as_strided((pages, page_tokens * dim), (pool.stride(0), 1))
 
 
 def _has_rows(pool: Tensor) -> bool:
-    """Whether an entry lies in one piece, and pages a whole number of entries apart."""
+    """Return whether entries are contiguous, and pages a whole number of entries apart."""
     return pool.stride(2) == 1 and pool.stride(0) % pool.stride(1) == 0
 
 
 def _rows(pool: Tensor) -> tuple[Tensor, int]:
-    """A pool that has them as rows [r, D], and how many of them lie from page to page."""
+    """View a pool as rows [r, D]; return them and the number of rows from page to page."""
     pages, page_tokens, dim = pool.shape
     stride = pool.stride(0) // pool.stride(1)
     shape = ((pages - 1) * stride + page_tokens, dim)
@@ -122,12 +122,12 @@ def _rows(pool: Tensor) -> tuple[Tensor, int]:
 
 @Operation
 def compact(kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, lens: Tensor) -> None:
-    """Copies the entries of K layers that stay, in order of position.
+    """Copy the kept entries of K layers, in order of position.
 
     Args:
         kept: [K, H, n] bool.
-        source: [K, nb, H] int64, the pages that hold them.
-        tables, lens: [K, H, W] int32 and [K, H], the pages that shall.
+        source: [K, nb, H] int64, the pages to read.
+        tables, lens: [K, H, W] int32, the pages to write, and [K, H], entries kept.
     """
     page_tokens = cache.keys.shape[1]
     for k, head in torch.cartesian_prod(*map(torch.arange, kept.shape[:2])).tolist():
@@ -149,7 +149,7 @@ def _compact_in_parts(
         return
     for k, head in torch.cartesian_prod(*map(torch.arange, kept.shape[:2])).tolist():
         positions, first = kept[k, head].nonzero()[:, 0], 0
-        # Front to back: in place, no entry is overwritten before it is read.
+        # Front to back, so that in place no entry is overwritten before it is read.
         for some in positions.split(at_once):
             slots = source[k, some // page_tokens, head] * page_tokens + some % page_tokens
             places = torch.arange(first, first + len(some))
@@ -170,18 +170,18 @@ def _compact_at_once(
 
 @Operation
 def compact_in_place(kept: Tensor, cache: PagedCache, tables: Tensor, lens: Tensor) -> None:
-    """Moves the entries of K layers that stay to the front of their heads' own pages.
+    """Move the kept entries of K layers to the front of their heads' own pages.
 
     Args:
-        kept: [K, H, n] bool, of the entries that there are.
-        tables, lens: [K, H, W] int32 and [K, H]: the pages, and how many entries stay.
+        kept: [K, H, n] bool.
+        tables, lens: [K, H, W] int32, the pages, and [K, H], entries kept.
     """
     used = -(-kept.shape[-1] // cache.keys.shape[1])
     compact(kept, cache, tables[..., :used].transpose(1, 2).long(), tables, lens)
 
 
 def placed_slots(tables: Tensor, lens: Tensor, page_tokens: int) -> Tensor:
-    """Slots [sum of lens] of all entries of heads with page tables [H, W], head after head."""
+    """Return slots [sum of lens] of all entries of heads with tables [H, W], head by head."""
     lens = lens.long()
     head = torch.repeat_interleave(torch.arange(lens.numel()), lens)
     position = torch.arange(int(lens.sum())) - (lens.cumsum(0) - lens)[head]
