@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from kernels.blocks import (
     DecodeBound,
+    KeepLimit,
     blocks_for_tokens,
     compressed_blocks_bound,
     kept_tokens,
@@ -40,6 +41,7 @@ class Budget(NamedTuple):
     budget_tokens: int
     keep_ratio: float
     decode: DecodeBound | None = None
+    limit: KeepLimit | None = None
 
 
 def predict(
@@ -52,13 +54,13 @@ def predict(
     answers: int = 1,
     most_output_tokens: int | None = None,
 ) -> Footprint:
-    """The footprint of a request.
+    """Return the footprint of a request, as the scheduler of `adakv_worker` plans it.
 
     Args:
-        output_tokens: expected of each answer.
+        output_tokens: expected tokens of each answer.
         budget: None for a request that stays uncompressed.
-        answers: that are written to the same prompt, each with slabs of its own.
-        most_output_tokens: that each may come to; None where there is no such limit.
+        answers: number of answers to the same prompt, each with slabs of its own.
+        most_output_tokens: most tokens of each answer; None where there is no limit.
 
     Raises:
         ValueError: a count is negative.
@@ -67,19 +69,21 @@ def predict(
         raise ValueError(f"output_tokens={output_tokens} is negative")
     prompt_blocks = blocks_for_tokens(prompt_tokens, block_size_tokens)
     outputs = answers * output_tokens
-    whole = blocks_for_tokens(prompt_tokens + outputs, block_size_tokens)
+    # The last token of an answer is never cached.
+    decoded = max(0, output_tokens - 1)
+    whole = blocks_for_tokens(prompt_tokens + answers * decoded, block_size_tokens)
     uncompressed = Footprint(whole, whole, prompt_tokens, outputs, block_hashes)
-    if budget is None or output_tokens <= 1:
+    if budget is None or (most_output_tokens is not None and most_output_tokens <= 1):
         return uncompressed
-    kept = kept_tokens(prompt_tokens, budget.budget_tokens, budget.keep_ratio, budget.decode)
-    slabs = compressed_blocks_bound(kept, 1, block_size_tokens)
-    # As the scheduler decides it, which does not know how long an answer will be either.
+    kept = kept_tokens(prompt_tokens, *budget)
+    slabs = compressed_blocks_bound(kept, 0, block_size_tokens)
+    # The scheduler does not know how long an answer will be either.
     outgrows_bound = budget.decode is not None and (
         most_output_tokens is None or prompt_tokens + most_output_tokens > budget.decode.most_tokens
     )
     if not outgrows_bound and (kept >= prompt_tokens or slabs >= prompt_blocks):
         return uncompressed
-    most = most_entries(kept, output_tokens, budget.decode)
+    most = most_entries(kept, decoded, budget.decode)
     end = answers * compressed_blocks_bound(most, 0, block_size_tokens)
     peak = max(prompt_blocks + answers * slabs, end)
     return Footprint(peak, end, prompt_tokens, outputs, block_hashes)

@@ -118,7 +118,7 @@ class FootprintPredictor:
         budget = RequestOptions.of(request.get("vllm_xargs")).budget(self._compression)
         if budget.choice.preset == FULL:
             return None
-        return Budget(budget.budget_tokens, budget.keep_ratio, budget.decode)
+        return Budget(budget.budget_tokens, budget.keep_ratio, budget.decode, budget.limit)
 
     def _prompt(self, request: dict[str, Any]) -> _Prompt:
         given: dict[str, Any] = {

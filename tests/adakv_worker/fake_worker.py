@@ -2,12 +2,13 @@
 
 import random
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request, RequestStatus
@@ -21,6 +22,7 @@ from adakv_worker.messages import (
     Continuation,
     Kept,
     MemoryStats,
+    StepCommands,
     attach_answer,
     commands_of,
 )
@@ -30,11 +32,12 @@ from tests.adakv_worker.proofs import make_proof
 _STOP = 8
 
 
-class CoreConfig(NamedTuple):
-    """Settings of an engine core."""
+class CoreConfig:
+    """Settings of an engine core. Not a dataclass: pytest would print pages of fields."""
 
-    vllm: VllmConfig
-    cache: KVCacheConfig
+    def __init__(self, vllm: VllmConfig, cache: KVCacheConfig) -> None:
+        self.vllm = vllm
+        self.cache = cache
 
     @property
     def block_size(self) -> int:
@@ -52,6 +55,7 @@ class Fake:
     in_flight: steps that are scheduled before the oldest is answered; the asynchronous scheduler's
         engine keeps one.
     starts: the step in which each request was first scheduled; `ends` the one after its last.
+    used_blocks: blocks that all requests held together in each step.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Fake:
         self._in_flight = in_flight
         self._unanswered: list[tuple[Any, Any]] = []
         self.steps = 0
+        self.used_blocks: list[int] = []
         self.starts: dict[str, int] = {}
         self.ends: dict[str, int] = {}
         self._stops_after: dict[str, int] = {}
@@ -78,8 +83,13 @@ class Fake:
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(core.block_size, hash_function)
         self.count = 0
+        self.blocks = self.free_blocks
         # Position of the first token of the chunks whose queries were kept, by request.
         self._captured: dict[str, int] = {}
+
+    @property
+    def free_blocks(self) -> int:
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
     def arrive(self, length: int, answered: int, max_tokens: int, with_state: bool) -> str:
         """A request that began elsewhere: `answered` tokens of `max_tokens` are there."""
@@ -125,47 +135,58 @@ class Fake:
     def step(self) -> None:
         output = self.scheduler.schedule()
         commands = commands_of(output)
+        self._check_commands(commands, output)
+        self._note_captures(commands, output)
+        self.steps += 1
+        for request_id in output.num_scheduled_tokens:
+            self.starts.setdefault(request_id, self.steps)
+            self.ends[request_id] = self.steps
+        self.used_blocks.append(self.blocks - self.free_blocks)
+        self._unanswered.append((output, self._answer(commands, output)))
+        if len(self._unanswered) > self._in_flight:
+            self.scheduler.update_from_output(*self._unanswered.pop(0))
+        if isinstance(self.scheduler, AdaKVSchedulerMixin):
+            check_blocks(self.manager)
+            self._check_running()
+
+    def _check_commands(self, commands: StepCommands, output: SchedulerOutput) -> None:
+        scheduled = output.num_scheduled_tokens
         for request_id, taken in commands.take_up.items():
-            # Its cache is placed in this step, for which nothing but the last token is computed.
-            assert taken.state is None or output.num_scheduled_tokens[request_id] == 1
+            # Its cache is placed in this step, which computes only the last token.
+            assert taken.state is None or scheduled[request_id] == 1
         for request_id, command in commands.compress.items():
             # All of its tokens are there, and none but those.
             assert command.prompt_tokens == self.scheduler.requests[request_id].num_computed_tokens
             # The worker writes slabs in this step: all must still be the request's.
             blocks = self.manager.req_to_blocks[request_id]
             assert {*command.slabs} <= {block.block_id for block in blocks}
-            # Window tokens of chunks before were captured then.
-            first = command.prompt_tokens - output.num_scheduled_tokens[request_id]
-            assert (
-                self._captured.pop(request_id, first) <= command.prompt_tokens - command.query_span
-            )
+            # Earlier chunks' tokens in the window were captured then.
+            first = command.prompt_tokens - scheduled[request_id]
+            captured = self._captured.pop(request_id, first)
+            assert captured <= command.prompt_tokens - command.query_span
         for request_id, evict in commands.evict.items():
             assert len(self.manager.req_to_blocks[request_id]) >= evict.slabs
-            assert output.num_scheduled_tokens[request_id] == 1
+            assert scheduled[request_id] == 1
             # The window's queries of earlier steps were captured then.
             if evict.query_span > 1:
                 assert self._captured.pop(request_id) <= evict.tokens - evict.query_span
+
+    def _note_captures(self, commands: StepCommands, output: SchedulerOutput) -> None:
         for request_id in commands.capture:
             computed = self.scheduler.requests[request_id].num_computed_tokens
             first = computed - output.num_scheduled_tokens[request_id]
             self._captured[request_id] = min(first, self._captured.get(request_id, first))
         for request_id in {*(output.preempted_req_ids or ()), *output.finished_req_ids}:
             self._captured.pop(request_id, None)
-        scheduled = list(output.num_scheduled_tokens)
-        self.steps += 1
-        for request_id in scheduled:
-            self.starts.setdefault(request_id, self.steps)
-            self.ends[request_id] = self.steps
-        done = [
-            self.scheduler.requests[request_id].num_computed_tokens
-            >= self.scheduler.requests[request_id].num_tokens
-            for request_id in scheduled
-        ]
-        answer = SimpleNamespace(
-            req_id_to_index={request_id: index for index, request_id in enumerate(scheduled)},
+
+    def _answer(self, commands: StepCommands, output: SchedulerOutput) -> Any:
+        requests = [self.scheduler.requests[name] for name in output.num_scheduled_tokens]
+        done = [request.num_computed_tokens >= request.num_tokens for request in requests]
+        answer: Any = SimpleNamespace(
+            req_id_to_index={request.request_id: i for i, request in enumerate(requests)},
             sampled_token_ids=[
-                [self._token(request_id)] if finished else []
-                for request_id, finished in zip(scheduled, done, strict=True)
+                [self._token(request.request_id)] if finished else []
+                for request, finished in zip(requests, done, strict=True)
             ],
             logprobs=None, pooler_output=None, num_nans_in_logits=None, kv_connector_output=None,
             ec_connector_output=None, cudagraph_stats=None, prompt_logprobs_dict={},
@@ -173,12 +194,7 @@ class Fake:
         )  # fmt: skip
         kept = dict.fromkeys(commands.compress, Kept(64.0, 1, 99))
         attach_answer(answer, Answer(kept, []))
-        self._unanswered.append((output, answer))
-        if len(self._unanswered) > self._in_flight:
-            self.scheduler.update_from_output(*self._unanswered.pop(0))
-        if isinstance(self.scheduler, AdaKVSchedulerMixin):
-            check_blocks(self.manager)
-            self._check_running()
+        return answer
 
     def _token(self, request_id: str) -> int:
         request = self.scheduler.requests[request_id]

@@ -33,21 +33,22 @@ def test_a_footprint_holds_the_request_at_every_moment(
     assert footprint.steady_blocks <= full.steady_blocks + 1
     kept = kept_tokens(prompt, budget_tokens, keep_ratio)
     if footprint != full:
-        assert footprint.steady_blocks == compressed_blocks_bound(kept, output, BLOCK)
+        decoded = max(0, output - 1)
+        assert footprint.steady_blocks == compressed_blocks_bound(kept, decoded, BLOCK)
 
 
 def test_compression_frees_most_of_a_long_prompt() -> None:
     assert predict(3200, 100, None, BLOCK).steady_blocks == 104
     compressed = predict(3200, 100, Budget(256, 0.0), BLOCK)
-    assert compressed.steady_blocks == blocks_for_tokens(256 + 100 + 31, BLOCK) == 13
-    assert compressed.peak_blocks == 100 + blocks_for_tokens(256 + 1 + 31, BLOCK) == 109
+    assert compressed.steady_blocks == blocks_for_tokens(256 + 99 + 31, BLOCK) == 13
+    assert compressed.peak_blocks == 100 + blocks_for_tokens(256 + 31, BLOCK) == 109
 
 
 def test_a_bounded_answer_takes_no_more_than_its_bound() -> None:
     budget = Budget(256, 0.0, DecodeBound(128, 64))
     long = predict(3200, 5000, budget, BLOCK)
     assert long.steady_blocks == blocks_for_tokens(128 + 64 + 31, BLOCK)
-    assert long.peak_blocks == 100 + blocks_for_tokens(128 + 1 + 31, BLOCK)
+    assert long.peak_blocks == 100 + blocks_for_tokens(128 + 31, BLOCK)
     # A short prompt takes slabs, too, where its answer could outgrow the bound.
     short = predict(20, 5000, budget, BLOCK)
     assert short.peak_blocks == short.steady_blocks == long.steady_blocks
@@ -66,7 +67,8 @@ def test_each_answer_to_a_prompt_has_slabs_of_its_own() -> None:
 def test_what_is_not_compressed_is_told_as_such() -> None:
     short = predict(100, 50, Budget(256, 0.5), BLOCK)
     assert short == predict(100, 50, None, BLOCK)
-    assert predict(3200, 1, Budget(256, 0.0), BLOCK) == predict(3200, 1, None, BLOCK)
+    one_token = predict(3200, 1, Budget(256, 0.0), BLOCK, most_output_tokens=1)
+    assert one_token == predict(3200, 1, None, BLOCK)
     with pytest.raises(ValueError, match="negative"):
         predict(10, -1, None, BLOCK)
 

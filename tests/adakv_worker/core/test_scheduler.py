@@ -47,11 +47,11 @@ ACTIONS = st.lists(
 @given(actions=ACTIONS)
 def test_random_lives_lose_no_block(small: CoreConfig, in_flight: int, actions: list[Any]) -> None:
     fake = Fake(small, in_flight)
-    total = fake.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    total = fake.free_blocks
     for name, *values in actions:
         getattr(fake, name)(*values)
     fake.finish()
-    assert fake.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == total
+    assert fake.free_blocks == total
     assert not fake.manager.requests
     assert not fake.scheduler._proofs
     assert not fake.scheduler._to_take_up
