@@ -59,7 +59,9 @@ def predict(
     Args:
         output_tokens: expected tokens of each answer.
         budget: None for a request that stays uncompressed.
-        answers: number of answers to the same prompt, each with slabs of its own.
+        answers: number of answers to the same prompt, which share its full blocks. Only the first
+            one is compressed: for the others that would free nothing. Where answers may outgrow
+            their bounds, all are.
         most_output_tokens: most tokens of each answer; None where there is no limit.
 
     Raises:
@@ -71,7 +73,9 @@ def predict(
     outputs = answers * output_tokens
     # The last token of an answer is never cached.
     decoded = max(0, output_tokens - 1)
-    whole = blocks_for_tokens(prompt_tokens + answers * decoded, block_size_tokens)
+    shared = max(0, prompt_tokens - 1) // block_size_tokens
+    own = blocks_for_tokens(prompt_tokens + decoded, block_size_tokens) - shared
+    whole = shared + answers * own
     uncompressed = Footprint(whole, whole, prompt_tokens, outputs, block_hashes)
     if budget is None or (most_output_tokens is not None and most_output_tokens <= 1):
         return uncompressed
@@ -84,9 +88,12 @@ def predict(
     if not outgrows_bound and (kept >= prompt_tokens or slabs >= prompt_blocks):
         return uncompressed
     most = most_entries(kept, decoded, budget.decode)
-    end = answers * compressed_blocks_bound(most, 0, block_size_tokens)
-    peak = max(prompt_blocks + answers * slabs, end)
-    return Footprint(peak, end, prompt_tokens, outputs, block_hashes)
+    compressed = answers if outgrows_bound else 1
+    begin = shared + answers * (prompt_blocks - shared) + compressed * slabs
+    end = compressed * compressed_blocks_bound(most, 0, block_size_tokens)
+    if answers > compressed:
+        end += shared + (answers - compressed) * own
+    return Footprint(max(begin, end), end, prompt_tokens, outputs, block_hashes)
 
 
 class OutputLengths:

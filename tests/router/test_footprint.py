@@ -56,12 +56,20 @@ def test_a_bounded_answer_takes_no_more_than_its_bound() -> None:
     assert limited == predict(20, 100, None, BLOCK)
 
 
-def test_each_answer_to_a_prompt_has_slabs_of_its_own() -> None:
+def test_only_the_first_answer_to_a_prompt_is_compressed() -> None:
     one = predict(3200, 100, Budget(256, 0.0), BLOCK)
     four = predict(3200, 100, Budget(256, 0.0), BLOCK, answers=4)
-    assert four.steady_blocks == 4 * one.steady_blocks
-    assert four.peak_blocks == 100 + 4 * (one.peak_blocks - 100)
+    # The others share 99 blocks of the prompt, and have five more each at their end.
+    assert four.steady_blocks == four.peak_blocks == one.steady_blocks + 99 + 3 * 5
+    assert predict(3200, 100, None, BLOCK, answers=4).peak_blocks == 99 + 4 * 5
     assert four.output_tokens == 400
+
+
+def test_all_answers_that_may_outgrow_their_bounds_are_compressed() -> None:
+    budget = Budget(256, 0.0, DecodeBound(128, 64))
+    one, four = (predict(3200, 100, budget, BLOCK, answers=answers) for answers in (1, 4))
+    assert four.steady_blocks == 4 * one.steady_blocks
+    assert four.peak_blocks == 99 + 4 * (one.peak_blocks - 99)
 
 
 def test_what_is_not_compressed_is_told_as_such() -> None:

@@ -22,11 +22,12 @@ def _config(most_budget: int | None = None) -> CompressionConfig:
 
 
 class Asked(NamedTuple):
-    """A request that generates all of `outputs` tokens."""
+    """A prompt with so many answers, each of all its `outputs` tokens."""
 
     prompt: int
     outputs: int
     options: dict[str, Any]
+    answers: int = 1
     most_budget: int | None = None
 
     @property
@@ -40,6 +41,7 @@ class Asked(NamedTuple):
             self.outputs,
             Budget(budget.budget_tokens, budget.keep_ratio, budget.decode, budget.limit),
             BLOCK_TOKENS,
+            answers=self.answers,
             most_output_tokens=self.outputs,
         )
 
@@ -78,12 +80,16 @@ def test_a_footprint_is_that_of_the_plan(one: Asked, most_budget: int | None) ->
     assert predicted.peak_blocks == max(plan.prompt_blocks + slabs, end)
 
 
-@settings(max_examples=60)
-@example(BORDERLINE)
-@given(asked())
-def test_a_footprint_is_what_a_request_really_holds(roomy: CoreConfig, one: Asked) -> None:
+@settings(max_examples=80)
+@example(BORDERLINE, 1)
+@given(asked(), st.integers(1, 4))
+def test_a_footprint_is_what_the_requests_really_hold(
+    roomy: CoreConfig, one: Asked, answers: int
+) -> None:
+    one = one._replace(answers=answers)
     fake = Fake(roomy, in_flight=0)
-    fake.add(one.prompt, one.outputs, 0, one.options)
+    for _ in range(answers):
+        fake.add(one.prompt, one.outputs, 0, one.options)
     fake.finish()
     predicted = one.predicted()
     # The first step computes the prompt.
