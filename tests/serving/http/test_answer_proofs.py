@@ -1,3 +1,5 @@
+"""The proofs of one answer and their summary."""
+
 from typing import Any
 
 from serving.http.answer_proofs import AnswerProofs, summary
@@ -13,11 +15,11 @@ def test_a_single_proof_is_its_own_summary() -> None:
     assert summary([]) is None
 
 
-def test_equal_proofs_sum_up_to_themselves() -> None:
+def test_equal_proofs_are_their_own_summary() -> None:
     assert summary([make_proof(), make_proof()]) == as_json()
 
 
-def test_numbers_become_their_mean_and_extremes_the_extremes() -> None:
+def test_numbers_become_their_mean_except_least_and_greatest() -> None:
     other = make_proof(
         original_tokens=100, kept_mean=16.0, kept_min=10, kept_max=90, decode_evictions=3
     )
@@ -28,14 +30,14 @@ def test_numbers_become_their_mean_and_extremes_the_extremes() -> None:
     assert kinds == [int, float]
 
 
-def test_what_has_no_mean_is_mixed() -> None:
+def test_values_without_a_mean_are_mixed() -> None:
     other = make_proof(skipped="within_budget", policy="full", decode_budget_tokens=64)
     assert summary([make_proof(), other]) == as_json(
         skipped="mixed", policy="mixed", decode_budget_tokens="mixed"
     )
 
 
-def test_what_differs_in_one_proof_alone_is_mixed() -> None:
+def test_a_value_that_differs_in_one_proof_is_mixed() -> None:
     proofs = [
         make_proof(fallback="policy"),
         make_proof(fallback="policy"),
@@ -45,7 +47,7 @@ def test_what_differs_in_one_proof_alone_is_mixed() -> None:
     assert summary(proofs) == as_json(fallback="mixed")
 
 
-def test_choices_are_numbered_on_over_the_prompts() -> None:
+def test_choices_are_numbered_across_prompts() -> None:
     proofs = AnswerProofs()
     proofs.expect("first", 2)
     proofs.expect("second", 2)

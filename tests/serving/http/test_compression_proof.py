@@ -1,4 +1,4 @@
-"""The proof's way into responses, through a small app that stands where vLLM's does."""
+"""Proofs in responses, with a small app in place of vLLM's."""
 
 import json
 from collections.abc import Iterable
@@ -108,19 +108,21 @@ async def test_a_whole_answer_has_each_choices_proof_and_their_summary(
     assert int(response.headers["content-length"]) == len(response.content)
 
 
-async def test_with_one_choice_both_are_equal(client: httpx.AsyncClient) -> None:
+async def test_a_single_choices_proof_equals_the_summary(client: httpx.AsyncClient) -> None:
     response = await client.post("/answer", json={"n": 1, "body": {"choices": [{"index": 0}]}})
     answer = response.json()
     assert answer["kv_compression"] == answer["choices"][0]["kv_compression"] == PROOFS[0]
 
 
-async def test_an_answer_without_choices_has_it_at_the_top(client: httpx.AsyncClient) -> None:
+async def test_an_answer_without_choices_has_the_proof_at_the_top(
+    client: httpx.AsyncClient,
+) -> None:
     response = await client.post("/answer", json={"n": 1, "body": {"content": []}})
     assert response.json() == {"content": [], "kv_compression": PROOFS[0]}
 
 
 @pytest.mark.parametrize("piece", [1, 7, 100_000])
-async def test_a_chat_stream_has_it_where_choices_end_and_with_the_usage(
+async def test_a_chat_stream_has_proofs_where_choices_end_and_beside_the_usage(
     client: httpx.AsyncClient, piece: int
 ) -> None:
     response = await client.post("/stream", json={"n": 2, "kind": "chat", "piece": piece})
@@ -138,7 +140,7 @@ async def test_a_chat_stream_has_it_where_choices_end_and_with_the_usage(
 @pytest.mark.parametrize(
     ("kind", "place"), [("responses", ("response.completed", "response")), ("messages", None)]
 )
-async def test_other_streams_have_it_in_the_event_that_closes_the_answer(
+async def test_other_streams_have_the_proof_in_the_event_that_closes_the_answer(
     client: httpx.AsyncClient, kind: str, place: tuple[str, str] | None
 ) -> None:
     response = await client.post("/stream", json={"n": 1, "kind": kind})

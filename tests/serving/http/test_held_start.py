@@ -1,4 +1,4 @@
-"""Streams that are refused before their first event, through a small app that stands for vLLM's."""
+"""Streams that are refused before their first event, with a small app in place of vLLM's."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ def _event(data: dict[str, Any]) -> bytes:
 
 
 def _app(*pieces: bytes | Exception, media_type: str = "text/event-stream") -> Any:
-    """Answers with the pieces; one that is an exception is raised after those before it."""
+    """Return an app that answers with the pieces and raises those that are exceptions."""
     app = FastAPI()
 
     @app.post("/")
@@ -80,14 +80,14 @@ async def test_an_error_without_a_status_has_that_of_its_type(error: Any, status
     assert (response.status_code, response.json()) == (status, whole)
 
 
-async def test_what_comes_before_the_engine_is_asked_is_held_too() -> None:
+async def test_events_before_the_engines_first_are_held_too() -> None:
     response = await _post(_app(_event(CREATED), _event(REFUSED)))
     assert response.status_code == 400
     response = await _post(_app(_event(CREATED), _event({"type": "response.failed"})))
     assert (response.status_code, response.content.count(b"data: ")) == (200, 2)
 
 
-async def test_an_exception_before_the_first_event_is_answered_as_without_streaming() -> None:
+async def test_an_exception_before_the_first_event_gets_the_answer_of_its_handler() -> None:
     response = await _post(_app(_event(CREATED), ValueError("bad pattern")))
     assert response.status_code == 400
     assert response.json()["error"]["message"] == "bad pattern"
@@ -112,7 +112,7 @@ async def test_an_event_may_come_in_parts() -> None:
     assert response.status_code == 400
 
 
-async def test_what_is_no_event_stream_is_not_held() -> None:
+async def test_other_responses_than_event_streams_are_not_held() -> None:
     response = await _post(_app(_event(REFUSED), media_type="text/plain"))
     assert response.status_code == 200
 
@@ -122,7 +122,7 @@ class _Died(Exception):
 
 
 class _Replicas:
-    """A backend whose first replica dies in its prefill, when its app has started to answer."""
+    """A backend whose first replica starts to answer and dies in prefill."""
 
     def __init__(self) -> None:
         self._apps = [HeldStart(_dies_in_prefill), _app(_event(TEXT))]
@@ -145,7 +145,7 @@ async def _dies_in_prefill(scope: Scope, receive: Receive, send: Send) -> None:
     raise _Died
 
 
-async def test_a_stream_whose_replica_dies_in_prefill_is_tried_again() -> None:
+async def test_a_stream_whose_replica_dies_in_prefill_is_retried() -> None:
     replicas = _Replicas()
     response = await _post(FrontDoor(replicas, FrontDoorSettings(), logging.getLogger("test")))
     assert (response.status_code, response.content) == (200, _event(TEXT))

@@ -20,7 +20,7 @@ from serving.ingress.deployment import HandleBackend, with_cors
 
 
 class Answer:
-    """What a call of a handle returns: items to iterate over, then perhaps an error."""
+    """The result of a handle's call: items, then perhaps an error."""
 
     def __init__(self, items: list[Any], error: Exception | None) -> None:
         self._items = items
@@ -43,7 +43,7 @@ class Answer:
 
 
 class Handle:
-    """As much of a `DeploymentHandle` as the backend uses."""
+    """The part of a `DeploymentHandle` that the backend uses."""
 
     def __init__(self, *items: Any, error: Exception | None = None) -> None:
         self.answer = Answer(list(items), error)

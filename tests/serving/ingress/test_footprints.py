@@ -149,7 +149,7 @@ async def test_the_newer_name_of_the_output_limit_comes_first() -> None:
     assert footprint.output_tokens == 30
 
 
-async def test_all_that_a_plan_depends_on_is_part_of_the_footprint() -> None:
+async def test_bounds_choices_and_output_limits_change_the_footprint() -> None:
     bounded = CompressionConfig(
         budget_tokens=256, keep_ratio=0.0, decode_budget_tokens=128, decode_interval_tokens=64
     )

@@ -34,7 +34,7 @@ ENGINE = DeploymentID("Engine", "llm")
 
 
 class Replica:
-    """As much of Serve's running replica as a router looks at."""
+    """The part of Serve's running replica that a router uses."""
 
     def __init__(self, name: str) -> None:
         self.replica_id = ReplicaID(name, ENGINE)

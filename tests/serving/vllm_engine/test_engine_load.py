@@ -1,4 +1,4 @@
-"""The load of real engines: requests that cannot be added, or are aborted, leave nothing behind."""
+"""The load of real engines: failed and aborted requests leave nothing behind."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 class Watched:
-    """An engine whose load is watched."""
+    """An engine and the statistics of its load."""
 
     def __init__(self, model: Path, compressing: bool) -> None:
         self._stats = LoadStats(on_proof=lambda proof: None)
@@ -61,7 +61,7 @@ def is_nothing(load: EngineLoad) -> bool:
 
 
 @pytest.mark.parametrize("choices", [1, 3])
-async def test_requests_that_cannot_be_sent_are_nowhere(engine: Watched, choices: int) -> None:
+async def test_requests_that_cannot_be_sent_count_nowhere(engine: Watched, choices: int) -> None:
     before = engine.load()
     for _ in range(5):
         await engine.refuses(n=choices)
@@ -74,7 +74,7 @@ async def test_requests_that_cannot_be_sent_are_nowhere(engine: Watched, choices
     await engine.reports(0, 0)
 
 
-async def test_after_the_last_client_has_left_the_load_is_nothing(engine: Watched) -> None:
+async def test_the_load_is_zero_after_the_last_client_has_left(engine: Watched) -> None:
     client = engine.side.ask(3, max_tokens=1000)
     await client.has(3)
     await engine.reports(1, 0)

@@ -1,4 +1,4 @@
-"""vLLM's app as a replica has it, around a real engine with a tiny random model."""
+"""A replica's app around a real engine with a tiny random model."""
 
 import json
 from collections.abc import AsyncIterator
@@ -45,7 +45,7 @@ ENDPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def worded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One whose tokens are words: `w0`, `w1`, ..."""
+    """Return a tiny model whose tokens are words: `w0`, `w1`, ..."""
     folder = make_tiny_model(tmp_path_factory.mktemp("worded"), heads=6, kv_heads=2)
     vocabulary = {f"w{number}": number for number in range(VOCABULARY - 1)}
     vocabulary["<unk>"] = VOCABULARY - 1
@@ -94,7 +94,7 @@ def own_proofs(choices: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-async def test_an_answer_has_the_proof_and_else_what_plain_vllm_has(
+async def test_an_answer_is_plain_vllms_with_the_proof(
     client: httpx.AsyncClient, endpoint: str
 ) -> None:
     answer = (await ask(client, endpoint)).json()
@@ -108,7 +108,7 @@ async def test_an_answer_has_the_proof_and_else_what_plain_vllm_has(
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
 @pytest.mark.parametrize("usage", [True, False])
-async def test_a_stream_has_it_with_and_without_the_usage(
+async def test_a_stream_has_the_proof_with_and_without_usage(
     client: httpx.AsyncClient, endpoint: str, usage: bool
 ) -> None:
     options: dict[str, Any] = {"stream_options": {"include_usage": True}} if usage else {}
@@ -125,7 +125,7 @@ async def test_a_stream_has_it_with_and_without_the_usage(
 
 
 @pytest.mark.parametrize("endpoint", ["messages", "responses"])
-async def test_other_streams_have_it_in_their_closing_event(
+async def test_other_streams_have_the_proof_in_their_closing_event(
     client: httpx.AsyncClient, endpoint: str
 ) -> None:
     response = await ask(client, endpoint, stream=True)
@@ -140,7 +140,7 @@ async def test_other_streams_have_it_in_their_closing_event(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_each_prompts_choices_have_their_own_and_the_top_sums_them_up(
+async def test_each_choice_has_a_proof_and_the_top_has_the_summary(
     client: httpx.AsyncClient, stream: bool
 ) -> None:
     options: dict[str, Any] = {
@@ -165,7 +165,7 @@ async def test_each_prompts_choices_have_their_own_and_the_top_sums_them_up(
     assert summary["kept_mean"] == 44
 
 
-async def test_each_conversation_of_a_batch_has_its_own(client: httpx.AsyncClient) -> None:
+async def test_each_conversation_of_a_batch_has_a_proof(client: httpx.AsyncClient) -> None:
     conversations = [[{"role": "user", "content": text}] for text in (SHORT, LONG)]
     body = {"model": "tiny", "messages": conversations, "max_tokens": 4}
     answer = (await client.post("/v1/chat/completions/batch", json=body, timeout=60)).json()
@@ -174,7 +174,9 @@ async def test_each_conversation_of_a_batch_has_its_own(client: httpx.AsyncClien
     assert answer["kv_compression"]["policy"] == own[0]["policy"]
 
 
-async def test_an_answer_that_ends_at_a_stop_string_has_it_too(client: httpx.AsyncClient) -> None:
+async def test_an_answer_that_ends_at_a_stop_string_has_the_proof(
+    client: httpx.AsyncClient,
+) -> None:
     options: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True, "temperature": 0}
     text = (await ask(client, "completions", **options)).json()["choices"][0]["text"]
     stop = text.split()[6]
@@ -196,7 +198,7 @@ BAD: dict[str, dict[str, Any]] = {
     [*((path, bad) for path in ("completions", "chat") for bad in BAD),
      ("responses", "budget"), ("messages", "budget")],
 )  # fmt: skip
-async def test_what_the_engine_refuses_is_the_same_streamed_or_not(
+async def test_a_refusal_is_the_same_streamed_or_not(
     client: httpx.AsyncClient, endpoint: str, bad: str
 ) -> None:
     whole = await ask(client, endpoint, **BAD[bad])
@@ -220,7 +222,7 @@ async def test_requests_are_counted_once(client: httpx.AsyncClient) -> None:
     assert (await counted("2xx"), await counted("4xx")) == (before[0] + 2, before[1] + 2)
 
 
-async def test_models_are_listed_and_shown_as_plain_vllm_does(client: httpx.AsyncClient) -> None:
+async def test_models_are_listed_and_shown(client: httpx.AsyncClient) -> None:
     listed = await client.get("/v1/models")
     redirected = await client.get("/v1/models/")
     assert redirected.status_code == 307
@@ -232,6 +234,6 @@ async def test_models_are_listed_and_shown_as_plain_vllm_does(client: httpx.Asyn
     assert missing.json()["error"]["param"] == "model"
 
 
-async def test_errors_of_http_are_in_openais_form(client: httpx.AsyncClient) -> None:
+async def test_http_errors_have_openais_form(client: httpx.AsyncClient) -> None:
     for response in (await client.get("/v1/nothing"), await client.get("/v1/completions")):
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}

@@ -1,4 +1,4 @@
-"""What a replica reports of its load, from the scheduler's statistics and what was sent since."""
+"""The load of a replica, from the scheduler's statistics and the requests sent since."""
 
 import pytest
 from vllm.v1.metrics.stats import SchedulerStats
@@ -28,14 +28,14 @@ def report(
     memory: MemoryStats | None = None,
     **counts: float,
 ) -> None:
-    """A step ends, whose statistics are these; those of a scheduler that compresses if `memory`."""
+    """Report the end of a step; with `memory` as from a scheduler that compresses."""
     stats = SchedulerStats(**counts)  # type: ignore[arg-type]
     if memory is not None:
         attach_figures(stats, StepFigures(memory, [], last_received))
     engine.note(stats, 0)
 
 
-def test_requests_that_came_while_a_step_computes_count_at_once(engine: LoadStats) -> None:
+def test_requests_that_arrive_during_a_step_count_at_once(engine: LoadStats) -> None:
     engine.sent.send("running", 3200)
     engine.sent.send("waiting", 320)
     memory = MemoryStats(waiting_blocks=10, queued_prefill_tokens=320)
@@ -49,7 +49,7 @@ def test_requests_that_came_while_a_step_computes_count_at_once(engine: LoadStat
     assert (engine.load(CACHE).running, engine.load(CACHE).waiting) == (2, 1)
 
 
-def test_only_what_was_sent_after_the_last_received_is_added(engine: LoadStats) -> None:
+def test_only_requests_sent_after_the_last_received_are_added(engine: LoadStats) -> None:
     # By counts alone the scheduler would have all three.
     for name in ("first", "second", "fresh"):
         engine.sent.send(name, 320)
@@ -69,7 +69,7 @@ def test_requests_that_end_unseen_are_gone_at_once(engine: LoadStats) -> None:
     assert (engine.load(CACHE).waiting, engine.load(CACHE).prefill_tokens_queued) == (0, 0)
 
 
-def test_a_stock_scheduler_has_the_oldest_of_what_was_sent(engine: LoadStats) -> None:
+def test_a_stock_scheduler_has_the_oldest_sent_requests(engine: LoadStats) -> None:
     for name in ("answered", "waiting", "fresh"):
         engine.sent.send(name, 320)
     engine.sent.answer("answered")
@@ -112,7 +112,7 @@ def test_an_idle_scheduler_is_an_empty_load() -> None:
     assert with_unseen(load, []) == load
 
 
-def test_blocks_of_compressed_and_other_requests_add_up_to_what_is_held() -> None:
+def test_blocks_of_compressed_and_other_requests_add_up_to_the_held_ones() -> None:
     stats = SchedulerStats(num_running_reqs=2, kv_cache_usage=0.5)
     memory = MemoryStats(
         compressed_blocks=30, growth_blocks=7, kept_tokens=10, original_tokens=40,
@@ -124,7 +124,7 @@ def test_blocks_of_compressed_and_other_requests_add_up_to_what_is_held() -> Non
     assert (load.achieved_compression, load.recomputed_tokens) == (0.25, 9)
 
 
-def test_prompts_in_prefill_leave_unknown_what_a_stock_scheduler_s_waiting_ones_take() -> None:
+def test_waiting_blocks_of_a_stock_scheduler_are_unknown_during_a_prefill() -> None:
     stats = SchedulerStats(num_running_reqs=1, num_waiting_reqs=1)
     assert from_stock(stats, CACHE, [320, 640]).waiting_blocks is None
     assert with_unseen(from_stock(stats, CACHE, [320, 640]), [320]).waiting_blocks is None

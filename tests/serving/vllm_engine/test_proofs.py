@@ -1,4 +1,4 @@
-"""Proofs on their way out of an engine, which hands each on only when it changes."""
+"""Proofs in an engine's outputs, which carry one only when it has changed."""
 
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from tests.adakv_worker.proofs import make_proof
 
 
 class FakeEngine:
-    """As much of `AsyncLLM` as proofs pass; `answers` are what its front end hands on."""
+    """The part of `AsyncLLM` that proofs pass; `answers` holds what its front end gets."""
 
     def __init__(self) -> None:
         self.output_processor: Any = self
@@ -52,7 +52,7 @@ def evictions(proofs: AnswerProofs, choices: int) -> list[int | None]:
     return [(proofs.of_choice(i) or {}).get("decode_evictions") for i in range(choices)]
 
 
-async def test_each_choice_of_each_prompt_has_its_own() -> None:
+async def test_each_choice_of_each_prompt_has_its_own_proof() -> None:
     engine = FakeEngine()
     take_proofs(engine)  # type: ignore[arg-type]
     with answering() as proofs:
@@ -62,7 +62,7 @@ async def test_each_choice_of_each_prompt_has_its_own() -> None:
     assert evictions(proofs, 4) == [0, 1, 2, 3]
 
 
-async def test_the_last_one_stays_when_later_outputs_bring_none() -> None:
+async def test_the_last_proof_stays_if_later_outputs_have_none() -> None:
     engine = FakeEngine()
     take_proofs(engine)  # type: ignore[arg-type]
     with answering() as proofs:
@@ -84,7 +84,7 @@ async def test_answers_at_the_same_time_do_not_mix() -> None:
     assert (evictions(first, 2), evictions(second, 2)) == ([1, None], [2, None])
 
 
-async def test_what_vllm_hands_on_is_what_it_would_without_compression() -> None:
+async def test_vllm_hands_on_the_same_as_without_compression() -> None:
     engine = FakeEngine()
     take_proofs(engine)  # type: ignore[arg-type]
     with answering():
@@ -96,7 +96,7 @@ async def test_what_vllm_hands_on_is_what_it_would_without_compression() -> None
     assert kept == proof(0)
 
 
-async def test_requests_outside_of_an_answer_are_none_of_its_business() -> None:
+async def test_requests_outside_an_answer_leave_it_alone() -> None:
     engine = FakeEngine()
     take_proofs(engine)  # type: ignore[arg-type]
     await start(engine, ("one", 1))
