@@ -98,7 +98,7 @@ class OccupancyReporter:
         loop = asyncio.get_running_loop()
         due = loop.time() + self._interval_s
         await asyncio.sleep(_MIN_GAP_S)
-        while _without_rate(self._source.load()) == self._reported and loop.time() < due:
+        while _reportable(self._source.load()) == self._reported and loop.time() < due:
             self._source.changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._source.changed.wait(), due - loop.time())
@@ -120,7 +120,7 @@ class OccupancyReporter:
 
     def _occupancy(self) -> Occupancy:
         load = self._source.load()
-        self._reported = _without_rate(load)
+        self._reported = _reportable(load)
         return Occupancy(
             replica_id=self._replica_id,
             model=self._model,
@@ -130,9 +130,9 @@ class OccupancyReporter:
         )
 
 
-def _without_rate(load: "EngineLoad") -> "EngineLoad":
-    """Return the load without its rate, which changes in every step and can wait."""
-    return load._replace(decode_tokens_per_s=0.0)
+def _reportable(load: "EngineLoad") -> "EngineLoad":
+    """Return the load without its rate and time, which change in every step and can wait."""
+    return load._replace(decode_tokens_per_s=0.0, told_at=0.0)
 
 
 class PrefixWriter(Protocol):

@@ -47,6 +47,46 @@ async def test_reports_continue_after_one_that_failed() -> None:
     await reporter.stop()
 
 
+class Busy:
+    """An engine whose load the test sets; `read` is set whenever it is read."""
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Event()
+        self.read = asyncio.Event()
+        self.now = from_stock(SchedulerStats(), CacheSize(10, 32), [])
+
+    def load(self) -> EngineLoad:
+        self.read.set()
+        return self.now
+
+    def becomes(self, **changes: float) -> None:
+        self.now = self.now._replace(**changes)  # type: ignore[arg-type]
+        self.read.clear()
+        self.changed.set()
+
+
+async def test_a_step_that_changes_only_the_rate_and_the_time_waits_for_the_interval() -> None:
+    source = Busy()
+    reports: asyncio.Queue[Occupancy] = asyncio.Queue()
+    reporter = OccupancyReporter(
+        source=source,
+        url="redis://127.0.0.1:1",
+        keys=LedgerKeys("test", "app"),
+        replica_id="replica",
+        model="model",
+        interval_s=600,
+        on_report=reports.put_nowait,
+    )
+    reporter.start()
+    async with asyncio.timeout(60):
+        assert (await reports.get()).running == 0
+        source.becomes(decode_tokens_per_s=5.0, told_at=1.0)
+        await source.read.wait()
+        source.becomes(running=1)
+        assert (await reports.get()).running == 1
+    await reporter.stop()
+
+
 class Writer:
     """A store that is lost at times."""
 
