@@ -1,4 +1,4 @@
-"""What a request will take of a replica's KV memory, told from its length before it runs."""
+"""The KV blocks that a request will take, predicted before it runs."""
 
 from bisect import bisect_left, insort
 from collections import deque
@@ -19,13 +19,14 @@ _REMEMBERED_OUTPUTS = 256
 
 
 class Footprint(NamedTuple):
-    """One request's KV blocks and work.
+    """KV blocks and work of one request.
 
-    peak_blocks: the most it holds at once: its prompt's blocks and, beside them, its slabs while it
-        is compressed; or what it holds at its end, if that is more.
-    steady_blocks: what it holds at its expected end, or most of what it holds while it evicts.
-    prompt_tokens, output_tokens: the prompt's exactly, the output's as expected.
-    block_hashes: the prompt's full blocks as prefix hashes, for affinity.
+    peak_blocks: the most blocks at once: those of its prompt and of its slabs while it is
+        compressed, or those at its end if they are more.
+    steady_blocks: blocks at its expected end; with eviction the most from then on.
+    prompt_tokens: exact length of the prompt.
+    output_tokens: expected length of all answers.
+    block_hashes: prefix hashes of the prompt's full blocks, for affinity.
     """
 
     peak_blocks: int
@@ -36,7 +37,7 @@ class Footprint(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """What compression keeps of a prompt, as in `adakv_worker.config.RequestBudget`."""
+    """Entries that compression keeps of a prompt, as in `adakv_worker.config.RequestBudget`."""
 
     budget_tokens: int
     keep_ratio: float
@@ -96,13 +97,13 @@ def predict(
     return Footprint(max(begin, end), end, prompt_tokens, outputs, block_hashes)
 
 
-class OutputLengths:
-    """Running quantiles of an application's output lengths, over the last few hundred."""
+class OutputQuantiles:
+    """Quantiles of an application's last 256 output lengths."""
 
     def __init__(self, prior_tokens: int = 256) -> None:
         """
         Args:
-            prior_tokens: what is expected before anything has been seen.
+            prior_tokens: length that is expected before the first output.
         """
         self._recent: deque[int] = deque()
         self._sorted: list[int] = []
@@ -115,10 +116,7 @@ class OutputLengths:
             del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
 
     def expected(self, max_tokens: int | None, quantile: float = 0.75) -> int:
-        """Tokens that a request will probably not exceed.
-
-        An output that `max_tokens` would have cut is known to be at most that.
-        """
+        """Return the quantile of the output lengths, at most `max_tokens`."""
         guess = self._prior_tokens
         if self._sorted:
             guess = self._sorted[min(len(self._sorted) - 1, int(quantile * len(self._sorted)))]
@@ -126,9 +124,9 @@ class OutputLengths:
 
 
 def prefix_hashes(token_ids: Sequence[int], block_size_tokens: int) -> tuple[int, ...]:
-    """One hash for each full block of a prompt, of all tokens up to the block's end.
+    """Return a hash for each full block of a prompt, of all tokens up to the block's end.
 
-    Only full blocks can be found by vLLM's prefix cache.
+    vLLM's prefix cache finds full blocks only.
     """
     hashes: list[int] = []
     parent = 0

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from router.chooser import Chooser
-from router.footprint import Budget, OutputLengths, predict
+from router.footprint import Budget, OutputQuantiles, predict
 from router.ledger.occupancy import SCHEMA_MAJOR, SCHEMA_MINOR, Occupancy
 from router.local_view import LocalView
 from router.score import Speeds
@@ -95,7 +95,7 @@ class _Ours:
         self._chooser = Chooser(view, speeds, BLOCK_SIZE_TOKENS, rng)
         self._ids = [replica.replica_id for replica in fleet]
         self._index = {replica_id: index for index, replica_id in enumerate(self._ids)}
-        self._outputs = OutputLengths()
+        self._outputs = OutputQuantiles()
         self._sequence = self._chosen = 0
         for index in range(len(fleet)):
             self.report(index, 0.0)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from adakv_worker.config import FULL, CompressionConfig
 from adakv_worker.options import RequestOptions
-from router.footprint import Budget, Footprint, OutputLengths, predict, prefix_hashes
+from router.footprint import Budget, Footprint, OutputQuantiles, predict, prefix_hashes
 from serving.config import AppConfig
 from serving.http.asgi import Message
 from serving.models.embedded import model_path_and_name
@@ -64,7 +64,7 @@ class FootprintPredictor:
         tokenizer: Any,
         compression: CompressionConfig | None,
         block_size_tokens: int,
-        outputs: OutputLengths,
+        outputs: OutputQuantiles,
         remembered_prompts: int = 512,
     ) -> None:
         """
@@ -169,5 +169,5 @@ def footprint_predictor(config: AppConfig) -> FootprintPredictor:
         AutoTokenizer.from_pretrained(config.engine.get("tokenizer") or path),
         compression if compression and compression.enabled else None,
         config.block_size_tokens,
-        OutputLengths(config.routing.prior_output_tokens),
+        OutputQuantiles(config.routing.prior_output_tokens),
     )

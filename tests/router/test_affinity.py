@@ -1,9 +1,46 @@
-"""The prefix affinity as a state machine."""
+"""The prefix affinity, and as a state machine."""
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from router.affinity import PrefixAffinity, check_affinity
+
+
+def test_the_least_recently_sent_blocks_go_first() -> None:
+    affinity = PrefixAffinity()
+    affinity.note("a", [1, 2], 3)
+    affinity.note("b", [1, 3], 3)
+    affinity.note("a", [1, 4, 5], 3)
+    assert affinity.cached_blocks("a", [1, 4, 5]) == 3
+    assert affinity.cached_blocks("a", [2]) == 0
+    assert affinity.holders([2]) == set()
+    assert affinity.holders([1]) == {"a", "b"}
+    check_affinity(affinity)
+
+
+def test_the_longest_prefix_names_the_holders() -> None:
+    affinity = PrefixAffinity()
+    affinity.note("a", [1, 2, 3], 9)
+    affinity.note("b", [1, 2], 9)
+    assert affinity.holders([1, 2, 3, 4]) == {"a"}
+    assert affinity.holders([1, 2, 9]) == {"a", "b"}
+    assert affinity.holders([]) == set()
+    assert affinity.cached_blocks("b", [1, 2, 3]) == 2
+    assert affinity.cached_blocks("c", [1]) == 0
+
+
+def test_blocks_are_forgotten_of_one_replica_alone() -> None:
+    affinity = PrefixAffinity()
+    affinity.note("a", [1, 2], 9)
+    affinity.note("b", [1, 2], 9)
+    affinity.discard("a", [2, 7])
+    affinity.discard("c", [1])
+    assert affinity.holders([2]) == {"b"}
+    assert affinity.cached_blocks("a", [1, 2]) == 1
+    affinity.forget("b")
+    assert affinity.holders([1]) == {"a"}
+    assert affinity.replica_ids == ["a"]
+    check_affinity(affinity)
 
 
 class AffinityMachine(RuleBasedStateMachine):

@@ -28,6 +28,36 @@ def test_inside_the_band_nothing_moves() -> None:
     assert desired(replica(held_blocks=50), replica(held_blocks=40)) == 2
 
 
+@pytest.mark.parametrize("held", [30, 80])
+def test_the_ends_of_the_band_belong_to_it(held: float) -> None:
+    assert desired(*[replica(held_blocks=held)] * 4, target=4) == 4
+
+
+def test_it_grows_and_shrinks_to_the_middle_of_the_band() -> None:
+    # 4 replicas with 90 blocks each need 6.5 of them at 55 %.
+    assert desired(*[replica(held_blocks=90)] * 4, target=4) == 7
+    assert desired(*[replica(held_blocks=25)] * 8, target=8) == 4
+
+
+def test_a_backlog_that_all_replicas_can_work_off_in_time_scales_nothing() -> None:
+    backlog = [replica(held_blocks=50, prefill_tokens_queued=5 * 500)] * 2
+    assert desired(*backlog) == 2
+    # Nor does it shrink below what the backlog needs.
+    assert desired(*[replica(prefill_tokens_queued=5 * 500)] * 4, target=4) == 4
+
+
+def test_waiting_requests_alone_keep_a_replica() -> None:
+    assert desired(replica(waiting_blocks=5), target=1, ongoing=0) == 1
+    assert desired(replica(held_blocks=5, waiting_blocks=5), target=1, ongoing=0) == 1
+
+
+def test_a_queued_request_counts_by_the_prior_while_none_runs() -> None:
+    # 20 requests of 16 blocks: 3.2 replicas' worth of blocks.
+    idle = [replica(requests=0)] * 2
+    assert desired(*idle, target=2, ongoing=20, queued=20) == 4
+    assert desired(*idle, target=2, ongoing=5, queued=5) == 2
+
+
 def test_growth_and_waiting_count_before_they_are_held() -> None:
     assert desired(replica(held_blocks=50, growth_blocks=45), replica(held_blocks=70)) == 3
     assert desired(replica(held_blocks=50, waiting_blocks=45), replica(held_blocks=70)) == 3

@@ -10,13 +10,14 @@ from router.footprint import Footprint
 from router.ledger.occupancy import Occupancy
 from router.ledger.prefixes import PrefixChange
 from router.local_view import LocalView
+from router.score import Speeds
 from tests.router.occupancies import idle
 
 SMALL = Footprint(5, 5, 100, 50)
 
 
-def chooser(*reports: Occupancy, now_s: float = 0.0) -> Chooser:
-    chooser = Chooser(LocalView(), rng=random.Random(0))
+def chooser(*reports: Occupancy, now_s: float = 0.0, speeds: Speeds | None = None) -> Chooser:
+    chooser = Chooser(LocalView(), speeds, rng=random.Random(0))
     for report in reports:
         chooser.view.accept(report, now_s)
     return chooser
@@ -165,15 +166,49 @@ def test_only_the_given_candidates_are_ranked() -> None:
 
 
 def test_the_decision_explains_itself_in_one_line() -> None:
-    line = decided(chooser(idle("a"), idle("b")), "a", "b").log_line(SMALL)
-    assert line["replica"] in ("a", "b")
-    assert line["reason"] == "least_cost"
-    assert {candidate["replica"] for candidate in line["candidates"]} == {"a", "b"}
+    speeds = Speeds(prefill_tokens_per_s=300.0, decode_step_s=0.1, decode_step_s_per_request=0.1)
+    fleet = chooser(idle("a", blocks_free=10, running=2), speeds=speeds)
+    footprint = Footprint(peak_blocks=40, steady_blocks=7, prompt_tokens=100, output_tokens=3)
+    assert decided(fleet, "a", footprint=footprint).log_line(footprint) == {
+        "reason": "least_wait",
+        "replica": "a",
+        "peak_blocks": 40,
+        "steady_blocks": 7,
+        "prompt_tokens": 100,
+        "output_tokens": 3,
+        "candidates": [
+            {
+                "replica": "a",
+                "total_s": 1.083,
+                "memory_s": 0.15,
+                "prefill_s": 0.333,
+                "decode_s": 0.6,
+                "cached_tokens": 0,
+                "fits": False,
+            }
+        ],
+    }
+
+
+def test_a_replica_that_has_gone_is_forgotten_with_its_prefixes() -> None:
+    fleet = chooser(idle("a"), idle("b"))
+    turn = Footprint(25, 25, 640, 50, tuple(range(20)))
+    fleet.sent("earlier", "b", turn, 0.0)
+    fleet.retain({"a"})
+    fleet.view.accept(idle("b"), 0.0)
+    assert {s.cached_tokens for s in decided(fleet, "a", "b", footprint=turn).scores} == {0}
+
+
+def test_a_request_without_hashes_finds_no_prefix() -> None:
+    fleet = chooser(idle("a"))
+    fleet.sent("earlier", "a", Footprint(25, 25, 640, 50, (1, 2)), 0.0)
+    assert decided(fleet, "a").scores[0].cached_tokens == 0
 
 
 def test_in_a_large_fleet_the_holder_of_the_prefix_is_among_the_ranked() -> None:
     ids = [f"r{index}" for index in range(1000)]
     fleet = chooser(*(idle(i) for i in ids))
+    assert len(decided(fleet, *ids).scores) == 48
     history = tuple(range(50))
     fleet.sent("earlier", "r777", Footprint(60, 60, 1600, 50, history), 0.0)
     fleet.view.accept(idle("r777", sequence=2), 1.0)

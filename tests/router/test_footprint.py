@@ -12,7 +12,7 @@ from kernels.blocks import (
     compressed_blocks_bound,
     kept_tokens,
 )
-from router.footprint import Budget, OutputLengths, predict, prefix_hashes
+from router.footprint import Budget, Footprint, OutputQuantiles, predict, prefix_hashes
 
 BLOCK = 32
 
@@ -72,7 +72,13 @@ def test_all_answers_that_may_outgrow_their_bounds_are_compressed() -> None:
     assert four.peak_blocks == 99 + 4 * (one.peak_blocks - 99)
 
 
-def test_what_is_not_compressed_is_told_as_such() -> None:
+def test_a_footprint_has_all_answers_and_the_prompts_hashes() -> None:
+    assert predict(100, 50, None, BLOCK, (1, 2), answers=3) == Footprint(9, 9, 100, 150, (1, 2))
+    compressed = predict(3200, 100, Budget(256, 0.0), BLOCK, (1, 2), answers=2)
+    assert compressed == Footprint(117, 117, 3200, 200, (1, 2))
+
+
+def test_a_request_that_stays_uncompressed_has_that_footprint() -> None:
     short = predict(100, 50, Budget(256, 0.5), BLOCK)
     assert short == predict(100, 50, None, BLOCK)
     one_token = predict(3200, 1, Budget(256, 0.0), BLOCK, most_output_tokens=1)
@@ -85,15 +91,27 @@ def test_what_is_not_compressed_is_told_as_such() -> None:
 def test_expected_outputs_are_quantiles_of_the_last_256(
     lengths: list[int], quantile: float
 ) -> None:
-    outputs = OutputLengths()
+    outputs = OutputQuantiles()
     for length in lengths:
         outputs.note(length)
     recent = sorted(lengths[-256:])
     assert outputs.expected(None, quantile) == recent[int(quantile * len(recent))]
 
 
+def test_outputs_older_than_the_last_256_are_forgotten() -> None:
+    outputs = OutputQuantiles()
+    for length in [*range(150, 300), *range(150)]:
+        outputs.note(length)
+    # 194 to 299, and 0 to 149.
+    assert outputs.expected(None, 0.0) == 0
+    assert outputs.expected(None, 149 / 256) == 149
+    assert outputs.expected(None, 150 / 256) == 194
+    assert outputs.expected(None) == 236
+    assert outputs.expected(None, 1.0) == 299
+
+
 def test_an_output_is_expected_to_end_at_max_tokens() -> None:
-    outputs = OutputLengths(prior_tokens=300)
+    outputs = OutputQuantiles(prior_tokens=300)
     assert outputs.expected(None) == 300
     assert outputs.expected(20) == 20
     outputs.note(10)

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from adakv_worker.config import CompressionConfig
 from adakv_worker.options import RequestOptions
-from router.footprint import Budget, Footprint, OutputLengths, predict, prefix_hashes
+from router.footprint import Budget, Footprint, OutputQuantiles, predict, prefix_hashes
 from serving.config import AppConfig
 from serving.ingress.footprints import FootprintPredictor, OutputCounter, footprint_predictor
 from serving.models.embedded import embedded_model_path
@@ -26,7 +26,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def predictor(tokenizer: Any) -> FootprintPredictor:
-    return FootprintPredictor(tokenizer, COMPRESSION, 32, OutputLengths(prior_tokens=100))
+    return FootprintPredictor(tokenizer, COMPRESSION, 32, OutputQuantiles(prior_tokens=100))
 
 
 async def chat(predictor: FootprintPredictor, **body: Any) -> Footprint | None:
@@ -96,7 +96,7 @@ def counting(
     remembered: int = 512, compression: CompressionConfig | None = COMPRESSION
 ) -> tuple[Counting, FootprintPredictor]:
     tokenizer = Counting()
-    outputs = OutputLengths(prior_tokens=100)
+    outputs = OutputQuantiles(prior_tokens=100)
     return tokenizer, FootprintPredictor(tokenizer, compression, 32, outputs, remembered)
 
 
