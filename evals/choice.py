@@ -1,4 +1,4 @@
-"""What is kept of a cache, and what comes of it."""
+"""A policy with a budget, and the outcome of a sample under it."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -7,10 +7,12 @@ FULL = "full"
 
 
 class Choice(NamedTuple):
-    """A policy and what it keeps. ratio: of the prompt; tokens: entries for each head on average.
+    """A policy and its budget.
 
-    alpha, window_tokens: None takes the preset's own.
-    decode_tokens: what evictions leave while it decodes; None: there are none.
+    tokens: entries per head on average.
+    ratio: share of the prompt.
+    alpha, window_tokens: None for the preset's own.
+    decode_tokens: entries per head that evictions while decoding leave; None for no evictions.
     """
 
     policy: str
@@ -47,13 +49,15 @@ class Choice(NamedTuple):
 
 @dataclass
 class Outcome:
-    """Of one sample under one choice.
+    """Outcome of one sample under one choice.
 
-    predicted: the most likely token for each of the answer's.
-    The rest is of those that come from the compressed cache. surprise: -log p of the answer's own,
-    in nats. agreement: whether the most likely is the full cache's. kl: KL(full || this), in nats.
-    kept_tokens: entries for each head on average, by the engine's own count.
-    said: all that came, what was forced too.
+    predicted: most likely token at each position of the answer.
+    surprise: -log p of each forced token that comes from the compressed cache, in nats.
+    agreement: for each of these, whether the most likely token is the full cache's.
+    kl: for each of these, KL(full || this), in nats.
+    kept_tokens: entries per head on average, as the engine counts them.
+    skipped: reason for which the engine did not compress.
+    tokens: all tokens of the answer, forced ones included.
     """
 
     predicted: list[int] = field(default_factory=list)
@@ -62,4 +66,4 @@ class Outcome:
     kl: list[float] = field(default_factory=list)
     kept_tokens: float | None = None
     skipped: str | None = None
-    said: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)

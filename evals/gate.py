@@ -1,4 +1,4 @@
-"""Whether every preset still answers as when its figures were recorded: a short, fixed run."""
+"""A short, fixed run of every preset, and its comparison with recorded figures."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -20,18 +20,18 @@ PLAN = Plan(
     seed=7,
 )
 RECORDED = Path(__file__).parent / "results" / "gate.jsonl"
-# Processors round differently: a few of the hundred tokens behind a figure are others then.
+# Processors round differently, so a few of the hundred tokens behind a figure differ.
 _AGREEMENT_NOISE = 0.05
 _KL_NOISE, _KL_NOISE_SHARE = 0.02, 0.1
 
 
 def recordable(rows: Iterable[Row]) -> list[Row]:
-    """Without their samples, which nothing is compared by."""
+    """Return rows without their samples, which the comparison does not read."""
     return [replace(row, samples=[]) for row in rows]
 
 
 def moved(recorded: Sequence[Row], now: Sequence[Row]) -> list[str]:
-    """What differs by more than noise, a line each: means over the tasks."""
+    """Return a line for each mean over tasks that differs by more than noise."""
     before, after = _by_preset(recorded), _by_preset(now)
     lines = [f"{name}: not the same tasks" for name in before.keys() ^ after.keys()]
     for name in before.keys() & after.keys():

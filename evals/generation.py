@@ -1,4 +1,4 @@
-"""Long answers whose caches are cut down while they are written, against the whole cache's own."""
+"""Long answers with evictions while decoding, against the full cache's own answers."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -20,7 +20,7 @@ _WISHES = (
 
 
 def requests(source: Source, passage_tokens: int = 160) -> Iterator[Sample]:
-    """Passages of novels and something long to write about each."""
+    """Yield passages of novels, each with something long to write about it."""
     passages = source.passages(corpus.novels())
     for number in range(1 << 30):
         text = passages.take(passage_tokens)
@@ -37,9 +37,9 @@ def run_generation(
     count: int,
     answer_tokens: int,
 ) -> Iterator[list[Row]]:
-    """The rows of all choices, the whole cache's first: after every passage of those so far.
+    """Yield the rows of all choices, the full cache's first, after each passage.
 
-    What the whole cache's model says by itself, greedily, is the answer that all are made to say.
+    The forced answer is the one that the model gives greedily with the full cache.
     """
     every = [Choice(FULL), *choices]
     scores: dict[Choice, list[Score]] = {choice: [] for choice in every}

@@ -1,4 +1,4 @@
-"""Runs tasks under policies and budgets in one engine, a results line for each."""
+"""Runs of tasks under policies and budgets."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -12,9 +12,13 @@ from evals.tasks import samples
 
 
 class Plan(NamedTuple):
-    """policies: labels of presets. budgets: entries for each head; ratios: of the prompt.
+    """What a run measures.
 
-    samples: of each task. questions: of each document, at most.
+    policies: names of presets.
+    budgets: entries per head on average.
+    ratios: shares of the prompt.
+    samples: number of samples of each task.
+    questions: most questions about one document; None for all.
     """
 
     tasks: Sequence[str]
@@ -34,7 +38,7 @@ class Plan(NamedTuple):
 def choices(
     policies: Sequence[str], budgets: Sequence[int], ratios: Sequence[float]
 ) -> list[Choice]:
-    """Every policy with every budget and every ratio."""
+    """Return every policy with every budget and every ratio."""
     return [
         *(Choice(policy, tokens=budget) for policy in policies for budget in budgets),
         *(Choice(policy, ratio=ratio) for policy in policies for ratio in ratios),
@@ -44,15 +48,15 @@ def choices(
 def run(
     engine: Answering, model: str, plan: Plan, earlier: Iterable[Row] = ()
 ) -> Iterator[list[Row]]:
-    """The rows of one task in one mode after the other; the whole cache's is the first.
+    """Yield rows of one task in one mode after the other, the full cache's first.
 
-    After every sample: rows of the samples so far, which take the place of the last.
+    They come after each sample and replace the last rows of that task and mode.
 
     Args:
-        earlier: a run's that was cut short, or had fewer samples or choices: not asked again.
+        earlier: rows of an earlier run; their samples are not asked again.
 
     Raises:
-        ValueError: it was of another model, or of documents of another length.
+        ValueError: the earlier rows are of another model or document length.
     """
     known: dict[tuple[str, str, str, str], dict[str, Score]] = {}
     for one in earlier:
@@ -79,14 +83,18 @@ def _run_task(
     mode: Mode,
     known: Mapping[Choice, Mapping[str, Score]],
 ) -> Iterator[list[Row]]:
-    """Args: known: of every choice, by sample."""
+    """Yield the rows of one task in one mode.
+
+    Args:
+        known: scores of an earlier run, by choice and sample.
+    """
     asked = samples(
         task, engine.tokenizer, plan.document_tokens, plan.samples, plan.seed, plan.questions
     )
     scores = {choice: dict(by_sample) for choice, by_sample in known.items()}
 
     def rows() -> list[Row]:
-        # What an earlier run asked beyond that stays.
+        # Further samples of an earlier run stay.
         order = dict.fromkeys(
             [
                 *(sample.sample_id for sample in asked),
@@ -109,7 +117,7 @@ def _run_task(
         unknown = True
         tokens = tokenize(sample, engine.tokenizer, mode)
         score_sample = _score_free if sample.free_tokens else _score_forced
-        # Whatever is compared is compared with the whole cache.
+        # Each outcome is compared with the full cache's.
         asked_for = [Choice(FULL), *(choice for choice in missing if choice.policy != FULL)]
         for choice, one in score_sample(engine, sample, tokens, asked_for).items():
             scores[choice][sample.sample_id] = one

@@ -1,10 +1,10 @@
-"""What is asked, and how it becomes tokens."""
+"""Samples, and their tokens."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-# `aware`: the first question is part of the prompt that is compressed. `agnostic`: the document is
-# compressed alone, as where one cache serves many questions.
+# `aware`: the compressed prompt includes the first question. `agnostic`: the compressed prompt is
+# the document alone, as for a cache that serves many questions.
 Mode = Literal["aware", "agnostic"]
 MODES: tuple[Mode, ...] = ("aware", "agnostic")
 
@@ -16,14 +16,14 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """Questions about a document, of which the last one's answer counts.
+    """Questions about a document; the last answer counts.
 
-    cluster: shared by samples whose outcomes hang together, as those of one document.
-    turns: empty for a text that is to be gone on with, which is no chat.
-    cue: how the last answer begins, in the assistant's own words, so that small models keep to it.
-    answer: what follows the cue, or the text's continuation.
-    has_answer: whether the answer is right or wrong; else it is a text to be faithful to.
-    free_tokens: if set, no answer is forced: the model says so many tokens of its own.
+    cluster: name shared by samples whose outcomes depend on each other, as those of one document.
+    turns: questions and answers; empty for a text to continue, which is no chat.
+    cue: first words of the last answer, which keep small models to its form.
+    answer: text after the cue, or continuation of the document.
+    has_answer: whether `answer` is the right one, rather than a text to be faithful to.
+    free_tokens: tokens that the model writes itself, with no forced answer; 0 to force `answer`.
     """
 
     task: str
@@ -38,10 +38,11 @@ class Sample:
 
 
 class Tokens(NamedTuple):
-    """prompt: what is prefilled, and compressed.
+    """Tokens of a sample.
 
-    forced: what follows, whatever the model would say.
-    answer: from this one on they are the answer.
+    prompt: tokens that are prefilled and compressed.
+    forced: tokens that follow.
+    answer: index in `forced` at which the answer starts.
     """
 
     prompt: list[int]
@@ -50,21 +51,24 @@ class Tokens(NamedTuple):
 
     @property
     def compressed(self) -> int:
-        """From this one on they come from the compressed cache: the first is the prefill's own."""
+        """Return the index in `forced` from which the compressed cache predicts tokens.
+
+        The prefill predicts the first token.
+        """
         return max(1, self.answer)
 
 
 def tokenize(sample: Sample, tokenizer: Any, mode: Mode) -> Tokens:
-    """The same tokens in the same order in both modes; only where the prompt ends differs."""
+    """Return the tokens of a sample, the same in both modes; only the prompt's end differs."""
     answer = _ids(tokenizer, sample.answer)
     if not sample.turns:
-        # As a server begins a text that is no chat.
+        # A server adds special tokens to a text that is no chat.
         return Tokens(tokenizer.encode(sample.document), answer, 0)
     text = _chat(sample, tokenizer)
     edge = text.index(sample.document) + len(sample.document)
     if mode == "aware":
         edge = _end_of_first_question(sample, tokenizer, text)
-    # As a whole, as a server does it; a token across the edge comes after it.
+    # Encoded as a whole, as a server does; a token across the edge belongs to the second part.
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     begin = sum(end <= edge for _, end in coded["offset_mapping"])
     prompt, asked = coded["input_ids"][:begin], coded["input_ids"][begin:]
@@ -72,14 +76,14 @@ def tokenize(sample: Sample, tokenizer: Any, mode: Mode) -> Tokens:
 
 
 def messages(sample: Sample) -> list[dict[str, str]]:
-    """The conversation up to where the last answer begins, its cue left out."""
-    told: list[dict[str, str]] = []
+    """Return the conversation before the last answer, without its cue."""
+    conversation: list[dict[str, str]] = []
     for number, turn in enumerate(sample.turns):
         content = turn.question if number else f"{sample.document}\n\n{turn.question}"
-        told.append({"role": "user", "content": content})
+        conversation.append({"role": "user", "content": content})
         if number < len(sample.turns) - 1:
-            told.append({"role": "assistant", "content": turn.answer})
-    return told
+            conversation.append({"role": "assistant", "content": turn.answer})
+    return conversation
 
 
 def _chat(sample: Sample, tokenizer: Any) -> str:
@@ -90,7 +94,6 @@ def _chat(sample: Sample, tokenizer: Any) -> str:
 
 
 def _end_of_first_question(sample: Sample, tokenizer: Any, text: str) -> int:
-    # What an assistant is to say next begins behind it.
     if len(sample.turns) == 1:
         return len(text)
     first = _chat(replace(sample, turns=sample.turns[:1], cue=""), tokenizer)

@@ -1,8 +1,8 @@
-"""The bound that Ada-KV rests on (arXiv 2407.11550, theorem 3.1), against true attention outputs.
+"""Ada-KV's bound (arXiv 2407.11550, theorem 3.1) against true attention outputs.
 
-Evicting entries changes a layer's output y by at most 2 C sum_h (1 - kept attention of head h) in
-L1, with C the largest L1 norm of a projected value. Adaptive heads make that as small as it can be
-for the attention that they select by.
+Evicting entries changes a layer's output by at most 2 C sum_h (1 - kept attention of head h) in L1,
+with C the largest L1 norm of a projected value. Adaptive heads minimize the bound for the attention
+that they select by.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +25,7 @@ SELECTIONS = ("true attention", "window")
 
 @dataclass(frozen=True)
 class Eviction:
-    """Of one layer: the L1 change of its output for the last token, and the bound of that."""
+    """L1 change of one layer's output for the last token, and its bound."""
 
     loss: float
     bound: float
@@ -37,7 +37,10 @@ class Eviction:
 
 @dataclass(frozen=True)
 class Case:
-    """One layer of one text. selection: what both select by, as in `SELECTIONS`."""
+    """Evictions of one layer after one text.
+
+    selection: attention that both select by, one of `SELECTIONS`.
+    """
 
     layer: int
     keep_tokens: int
@@ -48,7 +51,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Summary:
-    """How many of the cases are so."""
+    """Counts over cases.
+
+    violations: evictions that exceed their bound.
+    lower_bounds: cases in which adaptive heads have the lower bound.
+    lower_losses: cases in which adaptive heads have the lower loss.
+    """
 
     cases: int
     violations: int
@@ -66,7 +74,7 @@ class Summary:
 
 
 def cases(observations: Iterable[Observation], keep_tokens: Sequence[int]) -> Iterator[Case]:
-    """Of all layers of a text; their queries must reach over SnapKV's window."""
+    """Yield the cases of all layers of a text, which need the queries of SnapKV's window."""
     uniform, adaptive = UniformHeads(), AdaptiveHeads(alpha=0.0)
     snapkv, ada_snapkv = preset("snapkv"), preset("ada_snapkv")
     for observation in observations:
@@ -89,14 +97,14 @@ def cases(observations: Iterable[Observation], keep_tokens: Sequence[int]) -> It
 
 
 def _last_attention(observation: Observation) -> Tensor:
-    """Of the last token's queries: [H, G, n]."""
+    """Return the attention [H, G, n] of the last token."""
     queries = observation.grouped_queries(1).float()
     logits = queries @ read(observation.keys).float().transpose(-1, -2)[:, None]
     return (logits * observation.scale).softmax(dim=-1)[:, :, 0]
 
 
 def _projected_values(observation: Observation) -> Tensor:
-    """What each entry would bring to the output by itself: [H, G, n, hidden]."""
+    """Return the values after the output projection: [H, G, n, hidden]."""
     assert observation.output_weight is not None
     heads, group = observation.num_kv_heads, observation.group_size
     weights = torch.stack([observation.output_weight(head).float() for head in range(heads)])
@@ -105,7 +113,7 @@ def _projected_values(observation: Observation) -> Tensor:
 
 
 def _evicted(attention: Tensor, projected: Tensor, kept: Tensor) -> Eviction:
-    """Of attention [H, G, n] where `kept` [H, n] stay."""
+    """Return the eviction that leaves `kept` [H, n] of attention [H, G, n]."""
     left = attention * kept[:, None]
     change = attention - left / left.sum(dim=-1, keepdim=True)
     loss = torch.einsum("hgn,hgno->o", change, projected).abs().sum()
@@ -114,7 +122,7 @@ def _evicted(attention: Tensor, projected: Tensor, kept: Tensor) -> Eviction:
 
 
 class ObservingModel:
-    """A Hugging Face model in float32 whose layers' queries, keys and values can be had."""
+    """Hugging Face model in float32 that returns its layers' queries, keys and values."""
 
     def __init__(self, path: Any) -> None:
         from transformers import AutoModelForCausalLM
@@ -123,27 +131,27 @@ class ObservingModel:
         self._rotary = Rotary(self._model.model.rotary_emb.inv_freq)
 
     def observations(self, ids: Sequence[int], last: int = 32) -> list[Observation]:
-        """Of each layer after a text.
+        """Return the observation of each layer after a text.
 
         Args:
-            last: how many queries of the text's end.
+            last: number of queries, from the end of the text.
         """
-        asked: list[tuple[Any, Any, Any]] = []
+        inputs: list[tuple[Any, Any, Any]] = []
 
-        def hear(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = kwargs.get("hidden_states", args[0] if args else None)
-            asked.append((module, hidden, kwargs["position_embeddings"]))
+            inputs.append((module, hidden, kwargs["position_embeddings"]))
 
         layers = self._model.model.layers
         hooks = [
-            layer.self_attn.register_forward_pre_hook(hear, with_kwargs=True) for layer in layers
+            layer.self_attn.register_forward_pre_hook(record, with_kwargs=True) for layer in layers
         ]
         try:
             with torch.no_grad():
                 self._model.model(torch.tensor([list(ids)]), use_cache=False)
                 return [
                     _observation(module, hidden[0], rotation, last, number, self._rotary)
-                    for number, (module, hidden, rotation) in enumerate(asked)
+                    for number, (module, hidden, rotation) in enumerate(inputs)
                 ]
         finally:
             for hook in hooks:

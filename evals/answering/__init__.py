@@ -8,15 +8,23 @@ from evals.samples import Sample, Tokens
 
 
 class Answering(Protocol):
-    """Something that answers: what it is made to say, and what it says by itself."""
+    """An engine or a server."""
 
     @property
     def tokenizer(self) -> Any: ...
 
     def outcomes(
         self, sample: Sample, tokens: Tokens, choices: Iterable[Choice]
-    ) -> dict[Choice, Outcome]: ...
+    ) -> dict[Choice, Outcome]:
+        """Force a sample's answer and return the outcomes, the full cache's first."""
+        ...
 
     def answers(
         self, prompt: list[int], begin: list[int], max_tokens: int, choices: Iterable[Choice]
-    ) -> dict[Choice, Outcome]: ...
+    ) -> dict[Choice, Outcome]:
+        """Return the model's own answers as `predicted`.
+
+        Args:
+            begin: tokens forced before the answer.
+        """
+        ...

@@ -1,4 +1,4 @@
-"""Forced answers in a real engine: what it would have said at each token, compressed and not."""
+"""An engine whose answers are forced and whose own choice of each token is recorded."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -19,28 +19,31 @@ _NAME = "evals_name"
 
 
 class Listener(Protocol):
-    """Takes a step's logits for one request."""
+    """Receiver of one request's logits."""
 
     outcome: Outcome
 
-    def hear(self, step: int, logits: Tensor) -> int | None:
-        """Returns the token that is to come; None leaves it to the model."""
+    def next_token(self, step: int, logits: Tensor) -> int | None:
+        """Return the token to force, or None for the model's own."""
         ...
 
 
 class _Beginning:
-    """Forces how an answer begins."""
+    """Listener that forces the beginning of an answer."""
 
     def __init__(self, forced: list[int]) -> None:
         self.outcome = Outcome()
         self._forced = forced
 
-    def hear(self, step: int, logits: Tensor) -> int | None:
+    def next_token(self, step: int, logits: Tensor) -> int | None:
         return self._forced[step] if step < len(self._forced) else None
 
 
 class _Measuring:
-    """Forces a whole answer, and notes what the model would have said."""
+    """Listener that forces a whole answer and records what the model prefers.
+
+    It compares each distribution with the full cache's in `reference`, which the first one fills.
+    """
 
     def __init__(self, tokens: Tokens, reference: list[Tensor], *, is_reference: bool) -> None:
         self.outcome = Outcome()
@@ -48,7 +51,7 @@ class _Measuring:
         self._reference = reference
         self._is_reference = is_reference
 
-    def hear(self, step: int, logits: Tensor) -> int | None:
+    def next_token(self, step: int, logits: Tensor) -> int | None:
         tokens = self._tokens
         if step >= tokens.answer:
             self.outcome.predicted.append(int(logits.argmax()))
@@ -68,7 +71,7 @@ class _Measuring:
 
 
 class ForcedAnswers(AdapterLogitsProcessor):
-    """Has a request say what it is told to, and tells its listener what it would have said."""
+    """Logits processor that forces tokens: it passes a request's logits to its listener."""
 
     listeners: ClassVar[dict[str, Listener]] = {}
 
@@ -85,7 +88,7 @@ class ForcedAnswers(AdapterLogitsProcessor):
 
 
 def _force(listener: Listener, output_ids: list[int], logits: Tensor) -> Tensor:
-    token = listener.hear(len(output_ids), logits)
+    token = listener.next_token(len(output_ids), logits)
     if token is None:
         return logits
     logits.fill_(float("-inf"))
@@ -94,8 +97,11 @@ def _force(listener: Listener, output_ids: list[int], logits: Tensor) -> Tensor:
 
 
 class ForcedEngine:
-    """One engine in this process. Requests begin one after the other and decode together: so that
-    each finds the prompt in the prefix cache, and none shares it with another that is running."""
+    """One engine in this process.
+
+    Requests start one after the other and decode together: each finds the prompt in the prefix
+    cache, and none shares its blocks with a request that still prefills.
+    """
 
     def __init__(
         self,
@@ -104,13 +110,14 @@ class ForcedEngine:
         kv_bytes: int | None = None,
         **options: Any,
     ) -> None:
-        """
+        """Start the engine.
+
         Args:
-            kv_bytes: None takes enough for two whole contexts, and 2 GiB at least.
+            kv_bytes: None for two whole contexts, at least 2 GiB.
         """
         from vllm import LLM
 
-        # Bounds are the process's, and an `LLM` without statistics leaves those of the last engine.
+        # Bounds belong to the process; an `LLM` without statistics leaves the last engine's.
         bound_by(None)
         config = AutoConfig.from_pretrained(model)
         self._llm = LLM(
@@ -140,7 +147,7 @@ class ForcedEngine:
     def outcomes(
         self, sample: Sample, tokens: Tokens, choices: Iterable[Choice]
     ) -> dict[Choice, Outcome]:
-        """Of the same answer under each choice, and of the whole cache, which comes first."""
+        """Force a sample's answer under each choice; the full cache comes first."""
         reference: list[Tensor] = []
         full = Choice(FULL)
 
@@ -154,7 +161,7 @@ class ForcedEngine:
         done = answer([full])
         done |= answer([choice for choice in choices if choice != full])
         for choice, outcome in list(done.items()):
-            # Beside one that keeps its whole cache the engine would free nothing.
+            # Beside a request with the full cache, compression would free nothing.
             if outcome.skipped == "shared_prefix":
                 done |= answer([choice])
         return done
@@ -162,21 +169,21 @@ class ForcedEngine:
     def answers(
         self, prompt: list[int], begin: list[int], max_tokens: int, choices: Iterable[Choice]
     ) -> dict[Choice, Outcome]:
-        """What the model says by itself under each choice, as the outcomes' `predicted`.
+        """Return the model's own answers as `predicted`.
 
         Args:
-            begin: forced before its answer.
+            begin: tokens forced before the answer.
         """
         done: dict[Choice, Outcome] = {}
         for choice in choices:
-            # One by one: beside each other, what keeps its whole cache would let none free any.
+            # One by one: beside a request with the full cache, compression would free nothing.
             begun: dict[Choice, Listener] = {choice: _Beginning(begin)}
-            # A chat format may end a turn within what is forced.
+            # A chat format may end a turn within the forced tokens.
             ends = not begin
             done |= self._answer(prompt, len(begin) + max_tokens, begun, ends_with_eos=ends)
         eos = self.tokenizer.eos_token_id
         for outcome in done.values():
-            answer = outcome.said[len(begin) :]
+            answer = outcome.tokens[len(begin) :]
             outcome.predicted = answer[: answer.index(eos)] if eos in answer else answer
         return done
 
@@ -225,7 +232,7 @@ def _params(max_tokens: int, name: str, choice: Choice, *, ignore_eos: bool) -> 
 
 def _finished(output: Any) -> Outcome:
     outcome = ForcedAnswers.listeners.pop(output.request_id).outcome
-    outcome.said = list(output.outputs[0].token_ids)
+    outcome.tokens = list(output.outputs[0].token_ids)
     proof = (output.kv_transfer_params or {}).get("kv_compression")
     if proof is not None:
         outcome.kept_tokens, outcome.skipped = proof["kept_mean"], proof["skipped"]

@@ -1,4 +1,4 @@
-"""Answers of any OpenAI-compatible server: text alone, no probabilities."""
+"""An OpenAI-compatible server: answers as text, without probabilities."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,11 +12,17 @@ _TIMEOUT_S = 600
 
 
 class HttpServer:
-    """Asks one question after the other. The whole conversation is the prompt that is compressed:
-    over the API nobody can have a document compressed by itself."""
+    """Client of a server, one question at a time.
+
+    The server compresses the whole conversation: the API cannot compress a document alone.
+    """
 
     def __init__(self, base_url: str, tokenizer: Any, api_key: str | None = None) -> None:
-        """Raises httpx.HTTPError: nobody answers there."""
+        """Connect to a server.
+
+        Raises:
+            httpx.HTTPError: the server does not answer.
+        """
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.Client(base_url=base_url, headers=headers, timeout=_TIMEOUT_S)
         self.tokenizer = tokenizer
@@ -28,7 +34,11 @@ class HttpServer:
     def outcomes(
         self, sample: Sample, tokens: Tokens, choices: Iterable[Choice]
     ) -> dict[Choice, Outcome]:
-        """Raises httpx.HTTPError: the server fails, or does not take the choice."""
+        """Ask a sample under each choice; the full cache comes first.
+
+        Raises:
+            httpx.HTTPError: the server fails or refuses a choice.
+        """
         return {
             choice: self._ask(sample, tokens.forced[tokens.answer :], choice)
             for choice in dict.fromkeys([Choice(FULL), *choices])
@@ -37,7 +47,11 @@ class HttpServer:
     def answers(
         self, prompt: list[int], begin: list[int], max_tokens: int, choices: Iterable[Choice]
     ) -> dict[Choice, Outcome]:
-        """What it says after these tokens. Raises httpx.HTTPError, as `outcomes`."""
+        """Return the texts that follow the tokens, as `predicted`.
+
+        Raises:
+            httpx.HTTPError: the server fails or refuses a choice.
+        """
         body: dict[str, Any] = {
             "model": self.model,
             "prompt": [*prompt, *begin],
@@ -47,8 +61,8 @@ class HttpServer:
         answered: dict[Choice, Outcome] = {}
         for choice in choices:
             asked = {**body, "vllm_xargs": choice.xargs()}
-            told = _json(self._client.post("/v1/completions", json=asked))
-            answered[choice] = self._outcome(told, told["choices"][0]["text"])
+            reply = _json(self._client.post("/v1/completions", json=asked))
+            answered[choice] = self._outcome(reply, reply["choices"][0]["text"])
         return answered
 
     def _ask(self, sample: Sample, expected: list[int], choice: Choice) -> Outcome:
@@ -61,23 +75,23 @@ class HttpServer:
         if sample.turns:
             body["messages"] = messages(sample)
             if sample.cue:
-                # As vLLM takes an answer that has begun; other servers may know another way.
+                # vLLM's way to continue an answer; other servers may have another.
                 body["messages"].append({"role": "assistant", "content": sample.cue})
                 body |= {"add_generation_prompt": False, "continue_final_message": True}
-            told = _json(self._client.post("/v1/chat/completions", json=body))
-            text = told["choices"][0]["message"]["content"] or ""
+            reply = _json(self._client.post("/v1/chat/completions", json=body))
+            text = reply["choices"][0]["message"]["content"] or ""
         else:
             body["prompt"] = sample.document
-            told = _json(self._client.post("/v1/completions", json=body))
-            text = told["choices"][0]["text"]
-        outcome = self._outcome(told, text)
-        # Several ways to write it in tokens may be the same text.
+            reply = _json(self._client.post("/v1/completions", json=body))
+            text = reply["choices"][0]["text"]
+        outcome = self._outcome(reply, text)
+        # Different tokens may spell the same text.
         if text == self.tokenizer.decode(expected):
             outcome.predicted = expected
         return outcome
 
-    def _outcome(self, told: dict[str, Any], text: str) -> Outcome:
-        proof = told.get("kv_compression") or {}
+    def _outcome(self, reply: dict[str, Any], text: str) -> Outcome:
+        proof = reply.get("kv_compression") or {}
         return Outcome(
             self.tokenizer.encode(text, add_special_tokens=False),
             kept_tokens=proof.get("kept_mean"),
@@ -87,7 +101,7 @@ class HttpServer:
 
 def _json(response: httpx.Response) -> Any:
     if response.is_error:
-        # Its body says why, which the status alone does not.
+        # The body has the reason.
         raise httpx.HTTPStatusError(
             f"{response.request.url} answers {response.status_code}: {response.text[:500]}",
             request=response.request,

@@ -1,1 +1,1 @@
-"""Our selections against kvpress', an independent implementation, on the same prompts."""
+"""Our selections against those of kvpress, an independent implementation."""

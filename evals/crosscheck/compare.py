@@ -1,4 +1,4 @@
-"""Our half: the same selections from the same prompts, and how they compare."""
+"""Our selections on the prompts of the cross-check, compared with kvpress'."""
 
 import json
 import subprocess
@@ -38,18 +38,18 @@ POLICIES: dict[str, Policy] = {
     "key_diff": preset("key_diff"),
     "streaming_llm": preset("streaming_llm"),
 }
-# What the engine has under the same name with the same parameters, for prompts of up to 516 tokens.
+# Presets that have the same parameters, for prompts of up to 516 tokens.
 _IN_ENGINE = ("expected_attention", "key_norm", "key_diff", "streaming_llm")
 _TIE = 1e-5
 
 
 class Comparison(NamedTuple):
-    """Of one policy at one budget, over all prompts.
+    """Comparison for one policy at one budget, over all prompts.
 
-    common: share of the kept entries that both keep. tied: of the others, the share whose score is
-    that of the last kept one, but for rounding.
-    kl, agreement: of forced answers with the whole cache's; the engine's are None where it has
-    other parameters.
+    common: share of the kept entries that both keep.
+    tied: share of the other entries whose score is the last kept one's, up to rounding.
+    kl, agreement: figures of kvpress' forced answers against the full cache's.
+    engine_kl, engine_agreement: the engine's figures; None where its preset differs.
     """
 
     policy: str
@@ -69,9 +69,10 @@ def compare(
     asked: Sequence[Sample],
     keeps: Sequence[int],
 ) -> list[Comparison]:
-    """
+    """Select with both implementations and compare.
+
     Raises:
-        OSError: kvpress' half fails; with what it said last.
+        OSError: kvpress' program fails; the message has the end of its error output.
     """
     tokens = [tokenize(sample, engine.tokenizer, "aware") for sample in asked]
     theirs = _ask_kvpress(kvpress_python, model, tokens, keeps)
@@ -86,10 +87,10 @@ def compare(
     compared = []
     for name, policy in POLICIES.items():
         for keep in keeps:
-            told = [theirs[f"{number}/{name}/{keep}"] for number in range(len(asked))]
+            answers = [theirs[f"{number}/{name}/{keep}"] for number in range(len(asked))]
             sets = [
                 _compare_sets(policy, layers, keep, one["kept"])
-                for layers, one in zip(observed, told, strict=True)
+                for layers, one in zip(observed, answers, strict=True)
             ]
             in_engine = [
                 found[choice]
@@ -103,8 +104,8 @@ def compare(
                     keep,
                     common=fmean(common for common, _, _ in sets),
                     tied=sum(tied for _, _, tied in sets) / others if others else None,
-                    kl=fmean(fmean(one["kl"]) for one in told),
-                    agreement=fmean(fmean(one["agreement"]) for one in told),
+                    kl=fmean(fmean(one["kl"]) for one in answers),
+                    agreement=fmean(fmean(one["agreement"]) for one in answers),
                     engine_kl=fmean(fmean(one.kl) for one in in_engine) if in_engine else None,
                     engine_agreement=fmean(fmean(one.agreement) for one in in_engine)
                     if in_engine
@@ -130,21 +131,21 @@ def _ask_kvpress(
         command = [str(python), str(script), str(model), str(asked), str(out)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise OSError(f"kvpress' half failed:\n{done.stderr[-2000:]}")
+            raise OSError(f"kvpress' program failed:\n{done.stderr[-2000:]}")
         return torch.load(out, weights_only=True)
 
 
 def _compare_sets(
     policy: Policy, layers: Sequence[Observation], keep: int, theirs: Tensor
 ) -> tuple[float, int, int]:
-    """Share of entries in common; how many only we keep; how many of those are ties."""
+    """Return the share of common entries, the number only we keep, and how many of these tie."""
     ours = policy.select(layers, keep).kept
     only_ours = ours & ~theirs
     common = float((ours & theirs).sum() / ours.sum())
     scores = torch.stack([policy.score(layer).scores for layer in layers])
     candidates = scores.shape[-1]
     edge = scores.masked_fill(~ours[..., :candidates], float("inf"))
-    # Where heads share a budget the edge is the layer's, else the head's.
+    # Heads that share a budget share the cut.
     uniform = isinstance(policy.head_allocation, UniformHeads)
     last = edge.amin(dim=-1, keepdim=True) if uniform else edge.amin(dim=(1, 2), keepdim=True)
     tied = only_ours[..., :candidates] & ((scores - last).abs() <= _TIE * last.abs())

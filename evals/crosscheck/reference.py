@@ -1,6 +1,6 @@
-"""kvpress' half of the cross-check: `python reference.py MODEL ASKED.json OUT.pt`.
+"""Selections of kvpress for the cross-check: `python reference.py MODEL ASKED.json OUT.pt`.
 
-Run by a Python that has kvpress and a transformers that it can work with, and nothing of ours.
+It runs in a Python environment that has kvpress and none of our packages.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _WINDOW = 32
 
 
 def press_of(name: str, ratio: float, keep: int) -> Any:
-    # kvpress counts the window towards a head's floor; ours is a share of what lies before it.
+    # kvpress counts the window towards a head's floor; ours is a share of the rest.
     floor = (_WINDOW + int(0.2 * (keep - _WINDOW)) + 0.5) / keep
     snapkv = SnapKVPress(ratio, window_size=_WINDOW, kernel_size=5)
     expected = ExpectedAttentionPress(ratio)
@@ -43,14 +43,17 @@ def press_of(name: str, ratio: float, keep: int) -> Any:
 
 
 class Compressed:
-    """A model after a prompt, under a press; `kept` [L, H, n] bool."""
+    """A model after a prompt, under a press.
+
+    kept: [L, H, n] bool.
+    """
 
     def __init__(self, model: Any, prompt: list[int], press: Any | None) -> None:
         self._model = model
         self._cache = DynamicCache()
         self._position = len(prompt)
         self._scores: dict[int, Tensor] = {}
-        with self._listening(press), press(model) if press else contextlib.nullcontext():
+        with self._recording_scores(press), press(model) if press else contextlib.nullcontext():
             self.logits = self._forward(torch.tensor([prompt]), torch.arange(len(prompt))[None])
         first: Any = self._cache.layers[0]
         kept_tokens = first.keys.shape[2]
@@ -59,19 +62,19 @@ class Compressed:
         )
 
     @contextlib.contextmanager
-    def _listening(self, press: Any | None) -> Any:
+    def _recording_scores(self, press: Any | None) -> Any:
         scorer = getattr(press, "press", press)
         if scorer is None:
             yield
             return
         score = scorer.score
 
-        def heard(module: Any, *args: Any, **kwargs: Any) -> Tensor:
+        def recorded(module: Any, *args: Any, **kwargs: Any) -> Tensor:
             found = score(module, *args, **kwargs)
             self._scores[module.layer_idx] = found[0].clone()
             return found
 
-        scorer.score = heard
+        scorer.score = recorded
         try:
             yield
         finally:
@@ -94,13 +97,13 @@ class Compressed:
         return done.logits[0, -1].float().log_softmax(-1)
 
     def force(self, tokens: list[int]) -> list[Tensor]:
-        """The distribution of each of these tokens, as they follow."""
-        told = [self.logits]
+        """Return the log-probabilities at each forced token."""
+        distributions = [self.logits]
         for token in tokens[:-1]:
             position = torch.tensor([[self._position]])
-            told.append(self._forward(torch.tensor([[token]]), position))
+            distributions.append(self._forward(torch.tensor([[token]]), position))
             self._position += 1
-        return told
+        return distributions
 
 
 @torch.no_grad()
@@ -108,7 +111,7 @@ def main(model_path: str, asked_path: str, out_path: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
     with open(asked_path) as file:
         asked = json.load(file)
-    told: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for number, one in enumerate(asked["prompts"]):
         prompt, forced, begin = one["prompt"], one["forced"], one["compressed"]
         full = Compressed(model, prompt, None).force(forced)[begin:]
@@ -118,7 +121,7 @@ def main(model_path: str, asked_path: str, out_path: str) -> None:
                 pressed = Compressed(model, prompt, press_of(name, ratio, keep))
                 kept = pressed.kept
                 ours = pressed.force(forced)[begin:]
-                told[f"{number}/{name}/{keep}"] = {
+                found[f"{number}/{name}/{keep}"] = {
                     "kept": kept,
                     "kl": [
                         float((a.exp() * (a - b)).sum()) for a, b in zip(full, ours, strict=True)
@@ -127,7 +130,7 @@ def main(model_path: str, asked_path: str, out_path: str) -> None:
                         int(a.argmax()) == int(b.argmax()) for a, b in zip(full, ours, strict=True)
                     ],
                 }
-    torch.save(told, out_path)
+    torch.save(found, out_path)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""LongBench (arXiv 2308.14508) and RULER (2404.06654), from a folder that the user has."""
+"""LongBench (arXiv 2308.14508) and RULER (2404.06654), read from a folder of the user."""

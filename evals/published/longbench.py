@@ -1,7 +1,7 @@
-"""LongBench's 16 English and code sets, in their published files and by Ada-KV's protocol.
+"""LongBench's 16 English and code sets, scored by Ada-KV's protocol.
 
-A folder with `data/<set>.jsonl`, `config/dataset2prompt.json` and `config/dataset2maxlen.json`, as
-published. An answer's score is its best against any of the right ones.
+They are read from a folder with `data/<set>.jsonl`, `config/dataset2prompt.json` and
+`config/dataset2maxlen.json`, as published. An answer's score is its best over the right answers.
 """
 
 import json
@@ -41,10 +41,11 @@ _CONTEXT = "{context}"
 
 
 def read_longbench(folder: Path, sets: Sequence[str] | None = None) -> Iterator[Question]:
-    """The questions of `sets`, or of all whose file is there.
+    """Yield the questions of `sets`, or of all sets that have a file.
 
     Raises:
-        OSError: a file cannot be read. ValueError: one is not as published.
+        OSError: a file cannot be read.
+        ValueError: a set is unknown, or a file is not as published.
     """
     prompts, lengths = (
         json.loads((folder / "config" / f"dataset2{name}.json").read_text(encoding="utf-8"))
@@ -57,7 +58,7 @@ def read_longbench(folder: Path, sets: Sequence[str] | None = None) -> Iterator[
         raise ValueError(f"{folder / 'data'} has none of LongBench's sets")
     for name in sets or found:
         if name not in prompts or name not in lengths:
-            raise ValueError(f"{folder / 'config'} says nothing of {name}")
+            raise ValueError(f"{folder / 'config'} has no prompt or length for {name}")
         rows = read_lines(folder / "data" / f"{name}.jsonl", ("input", "context", "answers"))
         for number, row in enumerate(rows):
             yield _question(name, number, row, prompts[name], int(lengths[name]))

@@ -1,4 +1,4 @@
-"""Scores from 0 to 1, as LongBench's and RULER's own programs give them."""
+"""Scores from 0 to 1, equal to those of LongBench's and RULER's programs."""
 
 import re
 import string
@@ -11,7 +11,7 @@ _NO_CODE = ("`", "#", "//")
 
 
 def f1(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """Of words, without articles and punctuation, whatever their order."""
+    """Return the F1 score of words without articles and punctuation, in any order."""
     ours, theirs = (_words(text) for text in (prediction, answer))
     common = sum((Counter(ours) & Counter(theirs)).values())
     if common == 0:
@@ -25,19 +25,19 @@ def _words(text: str) -> list[str]:
 
 
 def rouge_l(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """The F-score of the package `rouge`, which differs from others' in how it takes sentences."""
+    """Return ROUGE-L of the package `rouge`, which splits sentences in its own way."""
     from rouge import Rouge
 
     try:
         return float(Rouge().get_scores([prediction], [answer], avg=True)["rouge-l"]["f"])
-    except ValueError:  # One of them has no words.
+    except ValueError:  # A text has no words.
         return 0.0
 
 
 def named_class(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """Whether the class is named; if others are, too, its share of them."""
+    """Return 1 / n if the prediction names the right class among n, else 0."""
     named = [one for one in classes if one in prediction]
-    # LongBench leaves out the one that follows one that it takes out.
+    # LongBench deletes while it iterates, and so skips the class after a deleted one.
     place = 0
     while place < len(named):
         if named[place] in answer and named[place] != answer:
@@ -47,19 +47,19 @@ def named_class(prediction: str, answer: str, classes: Sequence[str] = ()) -> fl
 
 
 def paragraph(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """The share of the numbers in the prediction that are that of "Paragraph 7"."""
+    """Return the share of the prediction's numbers that are n of the answer "Paragraph n"."""
     (number, *_) = re.findall(r"Paragraph (\d+)", answer)
     return count(prediction, number)
 
 
 def count(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """The share of the numbers in the prediction that are the answer."""
+    """Return the share of the prediction's numbers that are the answer."""
     numbers = re.findall(r"\d+", prediction)
     return numbers.count(str(answer)) / len(numbers) if numbers else 0.0
 
 
 def edit_similarity(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
-    """Of the prediction's first line of code, in whole hundredths."""
+    """Return the similarity of the prediction's first line of code, in whole hundredths."""
     from rapidfuzz.fuzz import ratio
 
     lines = prediction.lstrip("\n").split("\n")
@@ -68,10 +68,10 @@ def edit_similarity(prediction: str, answer: str, classes: Sequence[str] = ()) -
 
 
 def all_of(prediction: str, answers: Sequence[str]) -> float:
-    """RULER: the share of the answers that are somewhere in the prediction."""
+    """Return the share of the answers that the prediction contains (RULER)."""
     return sum(answer.lower() in prediction.lower() for answer in answers) / len(answers)
 
 
 def any_of(prediction: str, answers: Sequence[str]) -> float:
-    """RULER's for questions: whether one of the answers is."""
+    """Return 1 if the prediction contains one of the answers, else 0 (RULER's questions)."""
     return float(any(answer.lower() in prediction.lower() for answer in answers))

@@ -1,4 +1,4 @@
-"""What published sets ask, whatever their file format."""
+"""Questions of published sets, independent of file formats."""
 
 import hashlib
 import json
@@ -12,13 +12,15 @@ from evals.samples import Mode
 
 @dataclass(frozen=True)
 class Question:
-    """
-    document: the prompt's first part, which is compressed alone in the mode `agnostic`.
-    rest: what follows it. prefix: how the answer is to begin.
-    in_chat: whether it is put into the model's chat format.
-    one_line: whether the answer ends with its line.
-    may_shorten: whether a prompt that is too long loses its middle; else it is refused.
-    score: of an answer's text, 0 to 1.
+    """One question of a published set.
+
+    document: first part of the prompt, compressed alone in the mode `agnostic`.
+    rest: remaining part of the prompt.
+    score: function from an answer's text to its score, 0 to 1.
+    prefix: first words of the answer.
+    in_chat: whether to put the prompt into the model's chat format.
+    one_line: whether only the first line of the answer counts.
+    may_shorten: whether a prompt that is too long loses its middle instead of being refused.
     """
 
     task: str
@@ -34,19 +36,19 @@ class Question:
 
     @property
     def cluster(self) -> str:
-        """The same for all questions about a document."""
+        """Return a name shared by all questions about the document."""
         return hashlib.sha256(self.document.encode()).hexdigest()[:16]
 
     def prompt(
         self, tokenizer: Any, context_tokens: int, mode: Mode
     ) -> tuple[list[int], list[int]]:
-        """What is prefilled and compressed, and what follows before the answer.
+        """Return the compressed tokens and the tokens between them and the answer.
 
-        A longer one loses its middle, as in LongBench. Then both modes compress all of it but what
-        was behind the document.
+        A prompt that is too long loses its middle, as in LongBench.
 
         Raises:
-            ValueError: it must not be shortened, and is too long; or the chat format changes it.
+            ValueError: the prompt is too long and must not be shortened, or the chat format changes
+                its text.
         """
         text, edge = _shortened(self, tokenizer, context_tokens - self.max_tokens)
         if self.in_chat:
@@ -66,12 +68,12 @@ class Question:
         return self.score(answer.lstrip("\n").split("\n")[0] if self.one_line else answer)
 
 
-# What a chat format may add.
+# Room for the tokens of a chat format.
 _ROOM_TOKENS = 64
 
 
 def _edge_in_chat(chat: str, text: str, edge: int) -> int:
-    # Some chat formats take the space around a message away.
+    # Some chat formats strip a message.
     bare = text.strip()
     if (begin := chat.find(bare)) < 0:
         raise ValueError("the model's chat format changes the prompt")
@@ -79,7 +81,7 @@ def _edge_in_chat(chat: str, text: str, edge: int) -> int:
 
 
 def _shortened(question: Question, tokenizer: Any, room_tokens: int) -> tuple[str, int]:
-    """The prompt, and where in it the document ends."""
+    """Return the prompt and the position at which its document ends."""
     text = question.document + question.rest
     room = room_tokens - _ROOM_TOKENS
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -96,10 +98,10 @@ def _shortened(question: Question, tokenizer: Any, room_tokens: int) -> tuple[st
 
 
 def read_lines(path: Path, needed: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of a JSON Lines file.
+    """Yield the rows of a JSON Lines file.
 
     Raises:
-        ValueError: a row is not JSON, or lacks a field; names file and line.
+        ValueError: a row is not JSON or lacks a field; the message names file and line.
     """
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):

@@ -1,4 +1,4 @@
-"""RULER's tasks, as its own `prepare.py` writes them: `<folder>/<task>/validation.jsonl`."""
+"""RULER's tasks, from `<folder>/<task>/validation.jsonl` as its `prepare.py` writes them."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -8,17 +8,18 @@ from typing import Any
 from evals.published import metrics
 from evals.published.questions import Question, read_lines
 
-# By how a task's name begins.
+# By prefix of the task's name.
 _MAX_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
-# What stands before the question itself in RULER's templates.
+# Text before the question in RULER's templates.
 _QUESTION_MARKS = ("\nWhat ", "\nQuestion: ", "\n\nAnswer the question based on")
 
 
 def read_ruler(folder: Path, tasks: Sequence[str] | None = None) -> Iterator[Question]:
-    """The questions of `tasks`, or of all that are there.
+    """Yield the questions of `tasks`, or of all tasks that have a file.
 
     Raises:
-        OSError: a file cannot be read. ValueError: one is not as RULER writes them.
+        OSError: a file cannot be read.
+        ValueError: a task is unknown, or a file is not as RULER writes it.
     """
     found = sorted(path.parent.name for path in folder.glob("*/validation.jsonl"))
     if not (tasks or found):

@@ -1,4 +1,4 @@
-"""Answers to published questions, under each choice, scored as published."""
+"""Runs of published questions under choices."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,10 +19,10 @@ def run_published(
     context_tokens: int,
     limit: int | None = None,
 ) -> Iterator[list[Row]]:
-    """The rows of one task after the other; the whole cache's is the first.
+    """Yield the rows of one task after the other, the full cache's first.
 
     Args:
-        limit: of each task's questions, its first ones.
+        limit: number of questions of each task; None for all.
     """
     every = list(dict.fromkeys([Choice(FULL), *choices]))
     for task, asked in itertools.groupby(questions, lambda question: question.task):

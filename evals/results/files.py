@@ -8,7 +8,7 @@ from evals.results.scores import Row
 
 
 def finished(parts: Iterable[Sequence[Row]]) -> list[Row]:
-    """The last rows of each task and mode."""
+    """Return the last rows of each task and mode."""
     last = {(rows[0].task, rows[0].mode): rows for rows in parts}
     return [row for rows in last.values() for row in rows]
 
@@ -16,15 +16,15 @@ def finished(parts: Iterable[Sequence[Row]]) -> list[Row]:
 def write_rows(
     parts: Iterable[Sequence[Row]], path: Path, earlier: Iterable[Row] = ()
 ) -> Iterator[Sequence[Row]]:
-    """Writes each part as it comes, so that a run that is cut short keeps what it has.
+    """Write each part as it comes and yield it, so that an interrupted run keeps its results.
 
-    A part takes the place of the last one of the same task and mode.
+    A part replaces the last one of the same task and mode.
 
     Args:
-        earlier: rows that stay where no part takes their place.
+        earlier: rows that stay until a part replaces them.
 
     Raises:
-        OSError: the file cannot be written; before anything is measured.
+        OSError: the file cannot be written; raised before the first part is measured.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     last: dict[tuple[str, str], Sequence[Row]] = {}
@@ -41,7 +41,12 @@ def write_rows(
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Raises ValueError: the file holds something else. OSError: it is not there."""
+    """Read a results file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is no row.
+    """
     try:
         return [Row(**json.loads(line)) for line in path.read_text().splitlines()]
     except (ValueError, TypeError) as error:

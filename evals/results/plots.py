@@ -1,4 +1,4 @@
-"""Fidelity against what is kept, a line for each policy."""
+"""Plots of fidelity against kept entries, a line for each policy."""
 
 import statistics
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ _MEASURES = {"agreement": "top-1 agreement with the whole cache", "exact": "exac
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """One row of axes for each model, mode and length; `path` tells the format by its ending.
+    """Draw a row of axes for each model, mode and length; the suffix of `path` is the format.
 
     Raises:
-        ValueError: there is nothing to draw, or no such format.
+        ValueError: the rows have no forced answers, or the format is unknown.
     """
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
@@ -50,7 +50,7 @@ def _draw_measure(axes: Axes, rows: Sequence[Row], measure: str) -> None:
             )
             for some in cells.values()
         )
-        # The colours come again after ten.
+        # Colours repeat after ten.
         line = "-" if number < 10 else "--"
         axes.plot(*zip(*points, strict=True), line, marker="o", markersize=3, label=policy)
     axes.set_xscale("log", base=2)

@@ -1,4 +1,4 @@
-"""Tables of results, as Markdown."""
+"""Tables of results in Markdown."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,11 +11,13 @@ _MEASURES = ("exact", "agreement", "kl")
 
 
 def report(rows: Sequence[Row], baseline: str | None = None) -> str:
-    """A table for each model, mode and length: policies by what they keep, the mean of all tasks.
+    """Return tables for each model, mode and length: policies by kept entries, means over tasks.
+
+    Policies with adaptive heads are compared with the same policies with uniform heads, on the
+    same samples, by exact answers and KL or by the published score.
 
     Args:
-        baseline: a policy that the others are compared with on the same samples, by exact answers
-            and KL, or by the published score. Adaptive heads are, with even ones, in any case.
+        baseline: another policy that all are compared with.
     """
     parts = []
     for key in dict.fromkeys((row.model, row.mode, row.document_tokens) for row in rows):
@@ -39,12 +41,12 @@ def _by_task(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def _summary(rows: Sequence[Row]) -> str:
-    """Macro means over the tasks."""
+    """Return a table of means over the tasks."""
     samples = sum(one[0].n for _, one in _by_task(rows))
     tasks = ", ".join(task for task, _ in _by_task(rows))
     lines = [f"Mean of {tasks}; {samples} samples.", _table(rows)]
     lines += [
-        f"Answered with the whole cache all the same: {row.policy} {row.kept}, {row.task}, "
+        f"Answered with the full cache: {row.policy} {row.kept}, {row.task}, "
         f"{row.not_compressed} of {row.n}."
         for row in rows
         if row.not_compressed
@@ -68,7 +70,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _best(rows: Sequence[Row]) -> str:
-    """Of each task and budget the policy with the least KL, or with the highest score."""
+    """Return a table of the policy with the least KL or highest score per task and budget."""
     kepts = list(dict.fromkeys(row.kept for row in rows if row.policy != FULL))
     lines = [_line(["", *kepts]), _line(["---"] * (len(kepts) + 1))]
     for task, mine in _by_task(rows):
@@ -80,7 +82,7 @@ def _best(rows: Sequence[Row]) -> str:
 
 
 def _winner(rows: Sequence[Row]) -> str:
-    """Named with its KL, or with its score."""
+    """Return the best policy and its KL or score."""
     losses = [(row.kl, row.policy) for row in rows if row.kl is not None]
     scores = [(row.metric, row.policy) for row in rows if row.metric is not None]
     if not (losses or scores):
@@ -100,7 +102,7 @@ def _cell(rows: Sequence[Row], measures: Sequence[str]) -> str:
 
 
 def _compared(whose: str, rows: Sequence[Row], baselines: Mapping[str, str]) -> list[str]:
-    """A table for each measure: policies against their baselines."""
+    """Return a table for each measure: policies against their baselines."""
     parts = []
     for title, measure in (("Exact", "exact"), ("KL", "kl"), ("Score", "metric")):
         some = [row for row in rows if getattr(row, measure) is not None]
@@ -110,7 +112,7 @@ def _compared(whose: str, rows: Sequence[Row], baselines: Mapping[str, str]) -> 
 
 
 def _against(rows: Sequence[Row], baselines: Mapping[str, str], measure: str) -> list[str]:
-    """Paired differences with their intervals, all tasks together; bold where it is clear."""
+    """Return lines of paired differences over all tasks; clear ones are bold."""
     kepts = list(dict.fromkeys(row.kept for row in rows if row.kept != "all"))
     measured = {row.policy for row in rows}
     lines = []
@@ -131,7 +133,7 @@ def _paired(rows: Sequence[Row], policy: str, baseline: str, kept: str, measure:
 
 
 def _merged(rows: Sequence[Row], policy: str, kept: str) -> Row | None:
-    """All tasks' samples of one cell as one row, with clusters told apart by task."""
+    """Return one cell's samples of all tasks as one row, with clusters named by task."""
     mine = [row for row in rows if (row.policy, row.kept) == (policy, kept)]
     if not mine:
         return None

@@ -1,4 +1,4 @@
-"""Scores of samples, and what they add up to, with intervals over clusters."""
+"""Scores of samples, their means, and intervals over clusters."""
 
 import math
 import statistics
@@ -12,23 +12,26 @@ from evals.choice import Choice, Outcome
 from evals.samples import Sample, Tokens
 
 _RESAMPLES = 2000
-# Of fewer documents an interval says too little.
+# An interval over fewer documents is too uncertain to call a difference clear.
 _ENOUGH_CLUSTERS = 6
-# Reasons for not compressing that leave what was asked for.
+# Reasons for not compressing under which the answer is still the choice's.
 _AS_ASKED = (None, "within_budget", "full_requested")
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one sample under one choice.
+    """Score of one sample under one choice.
 
-    exact: whether every token of the right answer is the most likely one; None where there is none.
-    The rest is None where a server does not tell.
+    exact: whether each token of the right answer is the most likely one; None without a right
+        answer.
     agreement: share of tokens at which the most likely one is the full cache's.
     kl: mean KL(full || this) of the next token, in nats.
     surprise: mean -log p of the answer's tokens, in nats.
-    metric: a published set's own, or a summary's ROUGE-L with the whole cache's, 0 to 1.
-    skipped: why the engine kept everything all the same.
+    kept_tokens: entries per head on average.
+    metric: score of a published set, or ROUGE-L of a summary with the full cache's, 0 to 1.
+    skipped: reason for which the engine kept everything.
+
+    Figures are None where a server does not report them.
     """
 
     sample_id: str
@@ -44,6 +47,7 @@ class Score:
 
 
 def score(sample: Sample, tokens: Tokens, outcome: Outcome, metric: float | None = None) -> Score:
+    """Score a sample by its outcome."""
     expected = tokens.forced[tokens.answer :]
     return Score(
         sample.sample_id,
@@ -68,7 +72,7 @@ class Interval(NamedTuple):
 class Row:
     """One line of a results file: a task under a choice.
 
-    not_compressed: how many samples the engine answered with their whole cache all the same.
+    not_compressed: number of samples that the engine answered with the full cache.
     """
 
     task: str
@@ -95,6 +99,7 @@ class Row:
 def row(
     task: str, mode: str, model: str, document_tokens: int, choice: Choice, scores: Sequence[Score]
 ) -> Row:
+    """Return the means of a task's scores under one choice."""
     return Row(
         task=task,
         mode=mode,
@@ -121,7 +126,12 @@ def interval(
     statistic: Callable[[np.ndarray], float] = lambda sums: float(sums[0] / sums[1]),
     seed: int = 0,
 ) -> Interval:
-    """95 % of the mean, by resampling whole clusters; of paired differences as of single values."""
+    """Return the 95 % interval of the mean, by resampling whole clusters.
+
+    Args:
+        clusters: the cluster of each value.
+        statistic: function from the sum and the count of a resample to its mean.
+    """
     names = sorted(set(clusters))
     index = {name: number for number, name in enumerate(names)}
     sums = np.zeros((len(names), 2))
@@ -135,7 +145,7 @@ def interval(
 
 
 class Difference(NamedTuple):
-    """Of a choice to another on the same samples: the mean, 95 % of it, how many clusters."""
+    """Mean difference of two choices on the same samples, its 95 % interval and clusters."""
 
     mean: float
     interval: Interval
@@ -143,16 +153,17 @@ class Difference(NamedTuple):
 
     @property
     def is_clear(self) -> bool:
+        """Return whether the interval excludes zero and rests on enough clusters."""
         return self.clusters >= _ENOUGH_CLUSTERS and (
             self.interval.low > 0 or self.interval.high < 0
         )
 
 
 def difference(ours: Row, theirs: Row, measure: str) -> Difference:
-    """Of the samples that both have a value for.
+    """Return ours minus theirs over the samples that have the measure in both rows.
 
     Raises:
-        ValueError: they are not of the same samples, or none has.
+        ValueError: the rows are of different samples, or no sample has the measure in both.
     """
     pairs = [(one["sample_id"], one["cluster"]) for one in ours.samples]
     if pairs != [(one["sample_id"], one["cluster"]) for one in theirs.samples]:

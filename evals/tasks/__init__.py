@@ -1,4 +1,4 @@
-"""Tasks after LongBench's and RULER's types, made from open texts with a seed."""
+"""Tasks like LongBench's and RULER's, made from open texts with a seed."""
 
 import random
 from collections import Counter
@@ -41,14 +41,14 @@ def samples(
     seed: int = 0,
     questions: int | None = None,
 ) -> list[Sample]:
-    """The first `count` samples, the same for equal arguments.
+    """Return the first `count` samples of a task, equal for equal arguments.
 
     Args:
-        questions: of each document, at most; None takes all that the task has. Intervals are over
-            documents, so that the same number of samples says more with fewer of each.
+        questions: most questions about one document; None for all of the task. Intervals are over
+            documents: fewer questions about more documents narrow them.
 
     Raises:
-        ValueError: there is no such task.
+        ValueError: the task is unknown.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task '{task}': known are {', '.join(TASKS)}")

@@ -1,4 +1,4 @@
-"""Texts that are gone on with, or told in short: nothing is right, only like the full cache's."""
+"""Texts to continue or summarize: the full cache's answer is the reference."""
 
 import itertools
 from collections.abc import Iterator
@@ -9,22 +9,22 @@ from loadtest.traffic import corpus
 
 _CONTINUED_TOKENS = 32
 _SUMMARY_TOKENS = 64
-# Of a question and the chat format.
+# Room for a question and the chat format.
 _AROUND_TOKENS = 64
 
 
 def continuation(source: Source) -> Iterator[Sample]:
-    """A novel."""
+    """Yield passages of novels to continue."""
     yield from _continued(source, "continuation", corpus.novels())
 
 
 def code_next_lines(source: Source) -> Iterator[Sample]:
-    """Modules of a library, after LCC and RepoBench."""
+    """Yield modules of a library to continue, after LCC and RepoBench."""
     yield from _continued(source, "code", corpus.code())
 
 
 def summaries(source: Source) -> Iterator[Sample]:
-    """LongBench's summaries: scored by how much the whole cache's own summary is the same."""
+    """Yield passages to summarize (LongBench), scored against the full cache's summary."""
     passages = source.passages(corpus.novels())
     for number in itertools.count():
         name = f"summaries-{number}"
@@ -42,10 +42,10 @@ def summaries(source: Source) -> Iterator[Sample]:
 
 
 def _continued(source: Source, task: str, text: str) -> Iterator[Sample]:
-    stretches = source.passages(text)
+    passages = source.passages(text)
     for number in itertools.count():
         ids = source.tokenizer.encode(
-            stretches.take(source.document_tokens + _CONTINUED_TOKENS), add_special_tokens=False
+            passages.take(source.document_tokens + _CONTINUED_TOKENS), add_special_tokens=False
         )
         begin, end = ids[: source.document_tokens], ids[source.document_tokens :]
         yield Sample(

@@ -1,4 +1,4 @@
-"""Questions about real documents: profiles of countries."""
+"""Questions about real documents, profiles of countries."""
 
 import functools
 import lzma
@@ -11,14 +11,14 @@ from evals.tasks.source import Source
 
 _TEXT = Path(__file__).parents[1] / "texts" / "factbook.txt.xz"
 _ASKED = 5
-# Of a question and the chat format.
+# Room for a question and the chat format.
 _AROUND_TOKENS = 64
-# An answer that can be given word by word.
+# A value that an answer can repeat word by word.
 _ANSWER = re.compile(r"[^;:()]{4,40}")
 
 
 def factbook(source: Source) -> Iterator[Sample]:
-    """LongBench's single-document questions: five entries of a country's profile."""
+    """Yield five questions about each country's profile (LongBench's single documents)."""
     names = sorted(_profiles())
     source.rng.shuffle(names)
     for name in names:
@@ -36,13 +36,13 @@ def factbook(source: Source) -> Iterator[Sample]:
 
 
 def _is_answer(source: Source, value: str) -> bool:
-    # One token alone would come from the prefill, whatever was kept.
+    # The prefill alone predicts an answer of one token.
     tokens = source.tokenizer.encode(f" {value}", add_special_tokens=False)
     return _ANSWER.fullmatch(value) is not None and len(tokens) > 1
 
 
 def _beginning(source: Source, lines: list[str]) -> list[str]:
-    """As many whole lines as have room."""
+    """Return as many whole lines as fit the document."""
     room = source.document_tokens - _AROUND_TOKENS
     taken = []
     for line in lines:
@@ -55,7 +55,7 @@ def _beginning(source: Source, lines: list[str]) -> list[str]:
 
 @functools.cache
 def _profiles() -> dict[str, list[str]]:
-    """Lines of entries by country, each `section - entry: text`."""
+    """Return lines `section - entry: text` by country."""
     text = lzma.decompress(_TEXT.read_bytes()).decode()
     profiles = {}
     for part in text.strip().split("\n\n"):

@@ -1,4 +1,4 @@
-"""Learning from examples in the prompt."""
+"""Classification by examples in the prompt."""
 
 import functools
 import itertools
@@ -12,7 +12,7 @@ from evals.tasks.source import Source
 
 _TEXT = Path(__file__).parents[1] / "texts" / "glosses.txt.xz"
 _ASKED = 4
-# Of a question and the chat format.
+# Room for a question and the chat format.
 _AROUND_TOKENS = 80
 
 
@@ -27,13 +27,13 @@ class _Gloss(NamedTuple):
 
 
 def kinds(source: Source) -> Iterator[Sample]:
-    """LongBench's few-shot classification (TREC): words and their kinds, then one without."""
+    """Yield words with their kinds, then one without (LongBench's TREC)."""
     for number in itertools.count():
         drawn = source.rng.sample(_glosses(), source.document_tokens // 8)
         asked, shown = drawn[:_ASKED], drawn[_ASKED:]
         text = "\n".join(_as_many_as_have_room(source, shown))
         for gloss in asked:
-            # An answer of one token alone would come from the prefill, whatever was kept.
+            # The prefill alone would predict an answer of one token.
             question = (
                 "The lines tell what kind of thing each word is. Of what kind is this one? Answer "
                 'with the word, an arrow "->" and the kind, and nothing else.\n'

@@ -1,4 +1,4 @@
-"""Facts to be found in a document again."""
+"""Facts to find in a document."""
 
 import itertools
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ _CITIES = (
     "Davos", "Malmo", "Basel", "Porto", "Dakar", "Busan", "Leeds", "Miami", "Split", "Varna",
 )  # fmt: skip
 _NEEDLES, _ASKED = 8, 4
-# Of a question and the chat format.
+# Room for a question and the chat format.
 _AROUND_TOKENS = 64
 _PAIRS_OF_TOKENS = 14
 _RECALLED_WORDS = 10
 
 
 def needles(source: Source) -> Iterator[Sample]:
-    """RULER's single needles: numbers of cities in a novel, one is asked for."""
+    """Yield novels with numbers of cities, and ask for one (RULER's single needles)."""
     for document in _documents(source):
         keys = source.rng.sample(_CITIES, _NEEDLES)
         facts = {key: _number(source) for key in keys}
@@ -30,7 +30,7 @@ def needles(source: Source) -> Iterator[Sample]:
 
 
 def multi_value_needles(source: Source) -> Iterator[Sample]:
-    """RULER's multi-value needles: three numbers of one city, all are asked for, in order."""
+    """Yield novels with three numbers per city, and ask for all three in order (RULER)."""
     for document in _documents(source):
         keys = source.rng.sample(_CITIES, 3)
         facts = [(key, _number(source)) for _ in range(3) for key in keys]
@@ -47,7 +47,7 @@ def multi_value_needles(source: Source) -> Iterator[Sample]:
 
 
 def multi_turn_needles(source: Source) -> Iterator[Sample]:
-    """One document, question after question: the later ones were unknown when it was compressed."""
+    """Yield conversations about one document, whose later questions follow its compression."""
     for document in _documents(source):
         keys = source.rng.sample(_CITIES, _NEEDLES)
         facts = {key: _number(source) for key in keys}
@@ -61,7 +61,7 @@ def multi_turn_needles(source: Source) -> Iterator[Sample]:
 
 
 def key_values(source: Source) -> Iterator[Sample]:
-    """RULER's multi-key needles: nothing but keys and their values."""
+    """Yield lists of keys and values, and ask for one value (RULER's multi-key needles)."""
     for document in _documents(source):
         count = max(8, (source.document_tokens - _AROUND_TOKENS) // _PAIRS_OF_TOKENS)
         pairs = {_word(source): _number(source) for _ in range(count)}
@@ -73,10 +73,10 @@ def key_values(source: Source) -> Iterator[Sample]:
 
 
 def recall(source: Source) -> Iterator[Sample]:
-    """The words of the document that follow some others."""
-    stretches = source.passages(corpus.novels())
+    """Yield novels, and ask for the words that follow a quotation."""
+    passages = source.passages(corpus.novels())
     for document in _documents(source):
-        text = stretches.take(source.document_tokens - _AROUND_TOKENS)
+        text = passages.take(source.document_tokens - _AROUND_TOKENS)
         words = text.split(" ")
         places = range(_RECALLED_WORDS, len(words) - 2 * _RECALLED_WORDS)
         for place in source.rng.sample(places, _ASKED):
@@ -128,7 +128,7 @@ def _word(source: Source) -> str:
 
 
 def _hidden(source: Source, facts: list[str]) -> str:
-    """A stretch of a novel with the facts at random places, as sentences of their own."""
+    """Return a passage of a novel with the facts as sentences at random places."""
     taken = len(source.tokenizer.encode(" ".join(facts), add_special_tokens=False))
     tokens = max(64, source.document_tokens - _AROUND_TOKENS - taken)
     text = source.passages(corpus.novels()).take(tokens)

@@ -1,4 +1,4 @@
-"""Where documents come from."""
+"""Source of documents."""
 
 import random
 from typing import Any, NamedTuple
@@ -7,23 +7,27 @@ from loadtest.traffic.workloads import Passages
 
 
 class Source(NamedTuple):
-    """document_tokens: how long a document shall be, about."""
+    """Settings that tasks make documents from.
+
+    document_tokens: approximate length of a document.
+    """
 
     tokenizer: Any
     document_tokens: int
     rng: random.Random
 
-    def passages(self, text: str) -> "Stretches":
-        return Stretches(self, Passages(text, self.tokenizer, self.rng))
+    def passages(self, text: str) -> "DecodedPassages":
+        """Return random passages of a text."""
+        return DecodedPassages(self, Passages(text, self.tokenizer, self.rng))
 
 
-class Stretches:
-    """Stretches of one text."""
+class DecodedPassages:
+    """Random passages of one text."""
 
     def __init__(self, source: Source, passages: Passages) -> None:
         self._source = source
         self._passages = passages
 
     def take(self, tokens: int) -> str:
-        """About so many tokens from a random line on, with whole lines but the last."""
+        """Return about `tokens` tokens from a random line on, whole lines but the last."""
         return self._source.tokenizer.decode(self._passages.take(tokens)).strip()

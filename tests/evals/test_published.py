@@ -194,7 +194,7 @@ def test_files_that_are_not_as_published_are_refused(
 def test_what_is_not_there_is_told(longbench: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown sets trek: known are narrativeqa"):
         list(read_longbench(longbench, ["trek"]))
-    with pytest.raises(ValueError, match="says nothing of qasper"):
+    with pytest.raises(ValueError, match="has no prompt or length for qasper"):
         list(read_longbench(longbench, ["qasper"]))
     with pytest.raises(ValueError, match="has no <task>/validation"):
         list(read_ruler(tmp_path / "data"))

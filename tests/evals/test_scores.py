@@ -86,7 +86,7 @@ def test_what_was_answered_with_the_whole_cache_is_told() -> None:
         for reason in (None, "within_budget", "no_room")
     ])  # fmt: skip
     assert full.not_compressed == 1
-    assert "with the whole cache all the same: snapkv 64, task, 1 of 3." in report([full])
+    assert "with the full cache: snapkv 64, task, 1 of 3." in report([full])
 
 
 def test_a_picture_has_a_line_for_each_policy(tmp_path: Path) -> None:
