@@ -1,4 +1,4 @@
-"""Offers a replica's spare blocks, and goes on with the requests of those that lease them."""
+"""Offers a replica's spare memory, and decodes the requests of the borrowers that lease it."""
 
 import asyncio
 import contextlib
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
-# Between a cache's arrival from another node and its request's.
+# Longest wait of a cache from another node for its request.
 _ARRIVED_S = 30.0
 
 
 @dataclass
 class _Held:
-    """A guest, and how far it has come since its proof of compression.
+    """A guest's lease and proof.
 
-    decoded: None until its cache is in the engine.
+    decoded: tokens since its proof; None until its cache is in the engine.
     """
 
     lease: Lease
@@ -41,7 +41,7 @@ class _Held:
         return self.lease.amount if self.lease.resource == "blocks" else 0
 
     def growth_blocks(self, block_size: int) -> int:
-        """What it has leased and does not hold yet."""
+        """Return the blocks that it has leased and does not hold yet."""
         if self.decoded is None:
             return self.leased_blocks
         held = self.proof.held_blocks(self.decoded, block_size)
@@ -49,6 +49,8 @@ class _Held:
 
 
 class Lender:
+    """Runs one background task that offers memory, and takes in guests."""
+
     def __init__(
         self,
         *,
@@ -63,10 +65,10 @@ class Lender:
     ) -> None:
         """
         Args:
-            share: of the blocks that nobody here is going to need.
-            max_requests: with so many there is no offer, whatever blocks are free.
-            folder: in memory, for the caches that come.
-            park_bytes: of the host's memory, for caches that wait for blocks.
+            share: offered part of the blocks that no request here will need.
+            max_requests: number of requests from which on nothing more is offered.
+            folder: folder in memory for caches from other nodes.
+            park_bytes: host memory for caches that wait for blocks.
         """
         self._core = core
         self._load = load
@@ -88,9 +90,9 @@ class Lender:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
-        """Offers nothing any more. Guests stay until their end."""
+        """Withdraw the offer. Guests stay until their end."""
         if self._task is not None:
-            # An offer that is on its way must not come after the withdrawal.
+            # Else an offer on its way could arrive after the withdrawal.
             self._task.cancel()
             await asyncio.wait([self._task])
         for lease_id in list(self._arrived):
@@ -100,17 +102,17 @@ class Lender:
             await self._ledger.withdraw(self._replica_id)
 
     async def place(self, lease: Lease, parcels: Sequence[Any]) -> str:
-        """Puts a cache from another node into files in memory; returns their path.
+        """Write a cache from another node to files in memory, and return their path.
 
-        A call of its own, before `take_in`: what it is called with stays in Ray's object stores for
-        as long as it takes.
+        Separate from `take_in`, because Ray's object stores keep arguments for as long as the call
+        takes.
 
         Args:
             parcels: awaitables of uint8 arrays, one for each tensor-parallel rank.
 
         Raises:
-            LookupError: it has leased from another replica.
-            OSError: there is no room for it.
+            LookupError: the lease is of another replica.
+            OSError: there is no room for the cache.
         """
         self._check_own(lease)
         with contextlib.ExitStack() as stack:
@@ -123,22 +125,22 @@ class Lender:
 
     def _check_own(self, lease: Lease) -> None:
         if lease.lender != self._replica_id:
-            raise LookupError(f"{lease.lender} is not here")
+            raise LookupError(f"the lease is of {lease.lender}, and this is {self._replica_id}")
 
     def _forget(self, lease_id: str) -> None:
-        """A cache whose request has not come."""
+        """Free the files of a cache whose request has not come."""
         if files := self._arrived.pop(lease_id, None):
             files.close()
 
     async def take_in(self, guest: Guest) -> "AsyncGenerator[Decoded, None]":
-        """Yields a guest's outputs until its end; closing it ends the guest.
+        """Yield a guest's outputs until its end. Closing the generator ends the guest.
 
-        Nothing is yielded first, once its cache is here. One that has leased no blocks, but memory
-        to wait in, waits with the engine's other requests until it has them.
+        The first batch is empty: the cache has arrived. A guest that has leased host memory waits
+        with the engine's other requests until the engine has blocks for it.
 
         Raises:
-            LookupError: it has leased from another replica.
-            StateRefused: its cache is not what it needs, or damaged.
+            LookupError: the lease is of another replica.
+            StateRefused: the cache is damaged or not the guest's.
         """
         departure, path, lease = guest
         self._check_own(lease)
@@ -162,20 +164,21 @@ class Lender:
     async def _run(self) -> None:
         while True:
             try:
-                await self._ledger.offer(self._offer())
+                await self._ledger.offer(self.offer())
             except (redis.RedisError, OSError):
-                pass  # The next offer comes soon, and the borrowers tell of a lost store.
+                pass  # The next offer follows soon, and borrowers log a lost store.
             except Exception:
                 logger.exception("cannot offer memory")
             await asyncio.sleep(OFFER_TTL_S / 5)
 
-    def _offer(self) -> Offer:
+    def offer(self) -> Offer:
+        """Return the present offer: lent blocks, and a share of those that can be spared."""
         load = self._load()
         if load.running + load.waiting >= self._max_requests:
             return Offer(self._replica_id, self.lent_blocks, 0)
         size = load.block_size_tokens
         leased = sum(guest.growth_blocks(size) for guest in self._guests.values())
-        # The engine expects growth of guests, too: whichever is more.
+        # The engine's own figure includes growth of guests, too, so the larger one counts.
         growth = max(leased, load.blocks_reserved_growth)
         spare = load.blocks_free - growth - (load.waiting_blocks or 0)
         blocks = self.lent_blocks + max(0, int(self._share * spare))

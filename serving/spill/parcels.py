@@ -1,4 +1,4 @@
-"""A cache between two replicas: from files in memory to arrays that travel, and to files again."""
+"""Caches between two replicas: files in memory, and arrays that travel to another node."""
 
 import contextlib
 import fcntl
@@ -21,11 +21,10 @@ _PREFIX = "adakv-spill-"
 
 
 class Guest(NamedTuple):
-    """What a borrower sends.
+    """A request that a borrower sends to its lender.
 
-    path: of its cache's files in the memory of the lender's node, which last until its first output
-        has come.
-    lease: of the lender's blocks, where it shall go on.
+    path: path of its cache's files in memory of the lender's node, until its first output.
+    lease: lease of the lender's memory.
     """
 
     departure: "Departure"
@@ -34,12 +33,12 @@ class Guest(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of its cache, where its files are."""
+        """Return the size of its cache, on the node of its files."""
         return sum(file.stat().st_size for file in _files(Path(self.path)))
 
 
 class LenderName(NamedTuple):
-    """What a replica is called in the ledger of lent memory, so that borrowers find it."""
+    """Name of a replica in the ledger of lent memory, by which borrowers find it."""
 
     deployment: str
     replica_id: str
@@ -54,11 +53,10 @@ class LenderName(NamedTuple):
 
 
 class StateFiles:
-    """Names for caches' files, in a folder that nobody else can read.
+    """Paths for caches' files, each in a folder that only this user can read.
 
-    Files whose use has ended well are written over by the next ones: to allocate memory takes
-    several times as long as to copy to it. Each folder is locked for as long as its process lives,
-    which replicas in other containers see, too.
+    Paths are reused after success: overwriting a file is several times as fast as allocating its
+    memory. Each folder is locked as long as its process lives, also against other containers.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,7 +66,7 @@ class StateFiles:
 
     @contextlib.contextmanager
     def path(self) -> Iterator[Path]:
-        """One name. If the block fails, somebody may be reading still: its files are removed."""
+        """Yield a path. After an exception its files may still be in use, so they are removed."""
         path = self._idle.pop() if self._idle else self._new()
         try:
             yield path
@@ -78,7 +76,7 @@ class StateFiles:
         self._idle.append(path)
 
     def clear(self) -> None:
-        """Removes what is in no use."""
+        """Remove the files that are not in use."""
         while self._idle:
             self._remove(self._idle.pop())
 
@@ -94,7 +92,7 @@ class StateFiles:
 
 
 def remove_orphans(folder: Path) -> None:
-    """Removes what replicas have left that were killed."""
+    """Remove the files of replicas that were killed."""
     for left in folder.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             lock = os.open(left, os.O_RDONLY)
@@ -106,13 +104,13 @@ def remove_orphans(folder: Path) -> None:
 
 
 def open_parcels(path: Path) -> list[np.ndarray]:
-    """Maps the files of all ranks: nothing is copied, and they may be removed while mapped."""
-    # As plain arrays: a subclass is not pickled without a copy.
+    """Map the files of all ranks without a copy. They may be removed while mapped."""
+    # Plain arrays, because pickling a subclass copies.
     return [np.asarray(np.memmap(file, dtype=np.uint8, mode="r")) for file in _files(path)]
 
 
 def place_parcels(parcels: Sequence[np.ndarray], path: Path) -> None:
-    """Raises OSError: there is no room for them."""
+    """Write the arrays of all ranks to files. Raise OSError if there is no room."""
     for rank, parcel in enumerate(parcels):
         file = _rank_file(path, rank)
         with file.open("r+b" if file.exists() else "wb") as out:
@@ -126,5 +124,5 @@ def _files(path: Path) -> list[Path]:
 
 
 def _rank_file(path: Path, rank: int) -> Path:
-    # As workers name them.
+    # The workers' names.
     return Path(f"{path}.{rank}")
