@@ -17,11 +17,8 @@ STILL = {
     "tests/adakv_worker/gpu/interpreted.py": 3,
     "tests/adakv_worker/gpu/test_attention_bench.py": 4,
     "tests/adakv_worker/gpu/test_backends.py": 1,
-    "tests/kernels/gpu/test_bench.py": 3,
     "tests/loadtest/test_comparison.py": 1,
     "tests/router/lending/test_leases.py": 1,
-    "tests/serving/http/test_encodable.py": 1,
-    "tests/serving/test_config.py": 1,
 }
 
 
