@@ -19,6 +19,7 @@ def main() -> None:
     llm = LLM(
         model=sys.argv[1] if len(sys.argv) > 1 else str(embedded_model_path()),
         max_model_len=4096,
+        kv_cache_memory_bytes=512 << 20,
         enforce_eager=True,
         # The engine's defaults; each request may override them.
         **engine_args({"policy": "auto", "keep_ratio": 0.5, "budget_tokens": 256}),
