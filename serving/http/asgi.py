@@ -20,6 +20,28 @@ _PORTABLE_SCOPE_KEYS = (
 )  # fmt: skip
 
 
+def header(message: Message | Scope, name: bytes) -> bytes:
+    """Return a header of a request or a response's start, empty if missing."""
+    headers: dict[bytes, bytes] = dict(message.get("headers", ()))
+    return headers.get(name, b"")
+
+
+def is_event_stream(start: Message) -> bool:
+    """Return whether a response's start announces server-sent events."""
+    return header(start, b"content-type").startswith(b"text/event-stream")
+
+
+def body_of(message: Message) -> bytes:
+    """Return the part of a body that a message has, perhaps none."""
+    part: bytes = message.get("body", b"")
+    return part
+
+
+def is_last(message: Message) -> bool:
+    """Return whether a body ends with this message."""
+    return not message.get("more_body", False)
+
+
 def portable_scope(scope: Scope) -> dict[str, Any]:
     """Return the part of an HTTP scope that another process can use."""
     return {key: scope[key] for key in _PORTABLE_SCOPE_KEYS if key in scope}
@@ -115,8 +137,8 @@ def _joined(messages: Iterable[Message]) -> list[Message]:
         if last and last["type"] == message["type"] == "http.response.body":
             joined[-1] = {
                 "type": "http.response.body",
-                "body": last.get("body", b"") + message.get("body", b""),
-                "more_body": message.get("more_body", False),
+                "body": body_of(last) + body_of(message),
+                "more_body": not is_last(message),
             }
         else:
             joined.append(message)

@@ -11,7 +11,7 @@ from typing import Any
 
 from adakv_worker.messages import PROOF_KEY
 from serving.http.answer_proofs import AnswerProofs, answering
-from serving.http.asgi import ASGIApp, Message, Receive, Scope, Send
+from serving.http.asgi import ASGIApp, Message, Receive, Scope, Send, body_of, header, is_last
 from serving.http.sse import compact_json, data_of, split_events, with_data
 
 # Events of OpenAI's Responses API that carry the whole answer.
@@ -49,7 +49,7 @@ class _Response:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            if _content_type(message).startswith(b"application/json"):
+            if header(message, b"content-type").startswith(b"application/json"):
                 # The content length is unknown until the proof is in.
                 self._start = message
             else:
@@ -63,8 +63,8 @@ class _Response:
 
     async def _collect(self, message: Message) -> None:
         assert self._start is not None
-        self._body += message.get("body", b"")
-        if message.get("more_body", False):
+        self._body += body_of(message)
+        if not is_last(message):
             return
         body = self._body
         if self._start["status"] == 200 and (summary := self._proofs.summary()) is not None:
@@ -78,8 +78,8 @@ class _Response:
 
     def _add_to_stream(self, message: Message) -> bytes:
         """Return the events that are complete, with proofs; keep the rest for later."""
-        body = self._body + message.get("body", b"")
-        if not message.get("more_body", False):
+        body = self._body + body_of(message)
+        if is_last(message):
             events, self._body = [body], b""
         else:
             events, self._body = split_events(body)
@@ -112,8 +112,3 @@ def _add_to_choices(choices: Iterable[dict[str, Any]], proofs: AnswerProofs) -> 
     for choice in choices:
         if (proof := proofs.of_choice(choice["index"])) is not None:
             choice[PROOF_KEY] = proof
-
-
-def _content_type(start: Message) -> bytes:
-    headers: dict[bytes, bytes] = dict(start.get("headers", ()))
-    return headers.get(b"content-type", b"")

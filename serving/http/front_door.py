@@ -15,7 +15,17 @@ from contextlib import aclosing
 from typing import NamedTuple, Protocol
 
 from serving.http.api_keys import ApiKeys
-from serving.http.asgi import Message, Receive, Scope, Send, portable_scope, run_lifespan
+from serving.http.asgi import (
+    Message,
+    Receive,
+    Scope,
+    Send,
+    body_of,
+    is_event_stream,
+    is_last,
+    portable_scope,
+    run_lifespan,
+)
 from serving.http.failures import BackendFailure, ReplicaLost
 from serving.http.openai_error import error_event, error_messages
 
@@ -188,11 +198,11 @@ class _Exchange:
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise _ClientGone
-            chunks.append(message.get("body", b""))
+            chunks.append(body_of(message))
             size += len(chunks[-1])
             if size > limit:
                 raise _BodyTooLarge
-            if not message.get("more_body", False):
+            if is_last(message):
                 return b"".join(chunks)
 
     async def _forward_until_disconnect(self, body: bytes) -> None:
@@ -243,14 +253,13 @@ class _Exchange:
             if message["type"] == "http.response.start":
                 self._status = message["status"]
                 message = {**message, "headers": self._response_headers(message)}
-            elif not message.get("more_body", False):
+            elif is_last(message):
                 self._complete = True
             await self._send(message)
 
     def _response_headers(self, start: Message) -> list[tuple[bytes, bytes]]:
         headers = list(start.get("headers", ()))
-        kind = dict(headers).get(b"content-type", b"")
-        self._is_event_stream = kind.startswith(b"text/event-stream")
+        self._is_event_stream = is_event_stream(start)
         if self._echo_request_id:
             headers.append((b"x-request-id", self._request_id.encode()))
         return headers

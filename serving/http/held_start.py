@@ -8,7 +8,16 @@ the front door retry a request whose replica dies before the first token.
 from http import HTTPStatus
 from typing import Any
 
-from serving.http.asgi import ASGIApp, Message, Receive, Scope, Send
+from serving.http.asgi import (
+    ASGIApp,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    body_of,
+    is_event_stream,
+    is_last,
+)
 from serving.http.sse import compact_json, data_of, split_events
 
 # Events of OpenAI's Responses API that vLLM sends before it calls the engine.
@@ -53,7 +62,7 @@ class _Response:
     async def send(self, message: Message) -> None:
         if self._refused:
             return
-        if _starts_events(message):
+        if message["type"] == "http.response.start" and is_event_stream(message):
             self._start = message
         elif self._start is None:
             await self._send(message)
@@ -61,9 +70,9 @@ class _Response:
             await self._hold(self._start, message)
 
     async def _hold(self, start: Message, message: Message) -> None:
-        self._body += message.get("body", b"")
+        self._body += body_of(message)
         event = _first_engine_event(self._body)
-        if event is None and message.get("more_body", False):
+        if event is None and not is_last(message):
             return
         self._start = None
         if (error := _error_in(event)) is not None:
@@ -82,13 +91,6 @@ class _Response:
         ]
         await self._send({**start, "status": _status(error["error"]), "headers": headers})
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-def _starts_events(message: Message) -> bool:
-    if message["type"] != "http.response.start":
-        return False
-    headers: dict[bytes, bytes] = dict(message.get("headers", ()))
-    return headers.get(b"content-type", b"").startswith(b"text/event-stream")
 
 
 def _first_engine_event(stream: bytes) -> bytes | None:

@@ -1,21 +1,13 @@
 """OpenAI error objects, in the form that vLLM's own endpoints use."""
 
 import json
-from http import HTTPStatus
 
 from serving.http.asgi import Message
 
 
-def error_body(
-    status: int, message: str, *, type_: str | None = None, param: str | None = None
-) -> bytes:
+def error_body(status: int, message: str, *, type_: str, param: str | None = None) -> bytes:
     """Return the JSON body `{"error": {"message", "type", "param", "code"}}`."""
-    error = {
-        "message": message,
-        "type": type_ or HTTPStatus(status).phrase.replace(" ", "") + "Error",
-        "param": param,
-        "code": status,
-    }
+    error = {"message": message, "type": type_, "param": param, "code": status}
     return json.dumps({"error": error}).encode()
 
 
@@ -23,7 +15,7 @@ def error_messages(
     status: int,
     message: str,
     *,
-    type_: str | None = None,
+    type_: str,
     param: str | None = None,
     headers: dict[str, str] | None = None,
 ) -> list[Message]:

@@ -6,7 +6,19 @@ from typing import Any
 
 import pytest
 
-from serving.http.asgi import Message, Receive, Scope, Send, call_app, portable_scope, run_lifespan
+from serving.http.asgi import (
+    Message,
+    Receive,
+    Scope,
+    Send,
+    body_of,
+    call_app,
+    header,
+    is_event_stream,
+    is_last,
+    portable_scope,
+    run_lifespan,
+)
 
 SCOPE: dict[str, Any] = {"type": "http", "method": "POST", "path": "/", "headers": []}
 
@@ -177,3 +189,31 @@ async def test_start_and_end_of_the_server_are_confirmed() -> None:
         "lifespan.startup.complete",
         "lifespan.shutdown.complete",
     ]
+
+
+def test_optional_fields_of_messages_have_defaults() -> None:
+    assert (body_of({}), is_last({}), header({}, b"a")) == (b"", True, b"")
+    assert (body_of({"body": b"b"}), is_last({"more_body": True})) == (b"b", False)
+    assert is_last({"more_body": False})
+    assert header({"headers": [(b"x", b"1"), (b"a", b"2")]}, b"a") == b"2"
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [(b"text/event-stream", True), (b"text/event-stream; charset=utf-8", True),
+     (b"application/json", False), (b"text/plain", False)],
+)  # fmt: skip
+def test_event_streams_are_recognized_by_their_content_type(kind: bytes, expected: bool) -> None:
+    assert is_event_stream({"headers": [(b"content-type", kind)]}) is expected
+    assert not is_event_stream({"headers": []})
+
+
+async def test_chunks_without_optional_fields_are_joined() -> None:
+    async def terse(scope: Scope, receive: Receive, send: Send) -> None:
+        await _start(send)
+        await send({"type": "http.response.body", "more_body": True})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        await send({"type": "http.response.body"})
+
+    (batch,) = [batch async for batch in call_app(terse, SCOPE, b"")]
+    assert batch[1:] == [{"type": "http.response.body", "body": b"a", "more_body": False}]

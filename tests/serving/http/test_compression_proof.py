@@ -159,3 +159,76 @@ async def test_without_proof_or_success_nothing_changes(client: httpx.AsyncClien
     for kind, events in EVENTS.items():
         response = await client.post("/stream", json={"n": 0, "kind": kind})
         assert response.content == _written(events)
+
+
+async def _through(scope: dict[str, Any], *messages: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what arrives of the messages that an app behind the middleware sends."""
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "test.received"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def sending(scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["type"] == "test.received"
+        _note(1)
+        for message in messages:
+            await send(message)
+
+    await ProofMiddleware(sending)(scope, receive, send)
+    return sent
+
+
+JSON_START = {
+    "type": "http.response.start",
+    "status": 200,
+    "headers": [(b"content-type", b"application/json"), (b"content-length", b"2")],
+}
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [{"type": "websocket"}, {"type": "lifespan"}, {"type": "http", "method": "GET"}],
+)
+async def test_only_posts_get_proofs(scope: dict[str, Any]) -> None:
+    messages = [JSON_START, {"type": "http.response.body", "body": b"{}"}]
+    assert await _through(scope, *messages) == messages
+
+
+async def test_a_json_answer_in_parts_gets_its_proof_at_the_end() -> None:
+    start, body = await _through(
+        {"type": "http", "method": "POST"}, JSON_START,
+        {"type": "http.response.body", "body": b'{"a', "more_body": True},
+        {"type": "http.response.body", "body": b'": 1}', "more_body": True},
+        {"type": "http.response.body"},
+    )  # fmt: skip
+    answer = json.loads(body["body"])
+    assert (answer["a"], set(answer)) == (1, {"a", "kv_compression"})
+    assert dict(start["headers"])[b"content-length"] == str(len(body["body"])).encode()
+    assert len(start["headers"]) == 2
+
+
+async def test_json_that_is_no_object_stays() -> None:
+    _, body = await _through(
+        {"type": "http", "method": "POST"}, JSON_START,
+        {"type": "http.response.body", "body": b"[1]"},
+    )  # fmt: skip
+    assert body["body"] == b"[1]"
+
+
+async def test_other_messages_pass_at_once() -> None:
+    trailers = {"type": "http.response.trailers"}
+    assert await _through({"type": "http", "method": "POST"}, trailers) == [trailers]
+
+
+async def test_the_rest_of_a_stream_goes_out_with_its_last_message() -> None:
+    start = {"type": "http.response.start", "status": 200}
+    half = b'data: {"choices":'
+    *_, first, last = await _through(
+        {"type": "http", "method": "POST"}, start,
+        {"type": "http.response.body", "body": half, "more_body": True},
+        {"type": "http.response.body"},
+    )  # fmt: skip
+    assert (first["body"], last["body"]) == (b"", half)

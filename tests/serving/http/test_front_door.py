@@ -13,6 +13,7 @@ from serving.http.asgi import Message, Scope
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
 from serving.http.front_door import FrontDoor, FrontDoorSettings
 
+QUEUE_FULL = "too many requests are waiting for a replica"
 SSE_START: Message = {
     "type": "http.response.start",
     "status": 200,
@@ -107,7 +108,11 @@ async def test_a_missing_or_wrong_key_is_401(authorization: str | None) -> None:
     backend = ScriptedBackend()
     response = await client(backend, api_keys=("right",)).get("/v1/models", headers=headers)
     assert response.status_code == 401
-    assert error_of(response)["type"] == "AuthenticationError"
+    error = error_of(response)
+    assert (error["type"], error["message"]) == ("AuthenticationError", "missing or wrong API key")
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert response.headers["content-type"] == "application/json"
+    assert int(response.headers["content-length"]) == len(response.content)
     assert backend.calls == []
 
 
@@ -130,7 +135,8 @@ async def test_health_is_200_without_a_key_if_a_replica_answers(method: str) -> 
 async def test_health_is_503_if_no_replica_answers(failure: Exception) -> None:
     response = await client(ScriptedBackend(ping=failure)).get("/health")
     assert response.status_code == 503
-    assert error_of(response)["type"] == "ServiceUnavailable"
+    error = error_of(response)
+    assert (error["type"], error["message"]) == ("ServiceUnavailable", "no replica can answer")
 
 
 async def test_health_is_503_if_a_replica_takes_too_long() -> None:
@@ -168,6 +174,17 @@ async def test_a_replica_gets_the_whole_request() -> None:
     assert scope["query_string"] == b"limit=3&after=x"
     assert scope["raw_path"] == b"/v1/a%2Fb"
     assert dict(scope["headers"])[b"x-custom"] == b"kept"
+
+
+async def test_the_servers_start_and_end_are_confirmed() -> None:
+    incoming: asyncio.Queue[Message] = asyncio.Queue()
+    sent: asyncio.Queue[Message] = asyncio.Queue()
+    door = FrontDoor(ScriptedBackend(), FrontDoorSettings(), logging.getLogger("test"))
+    incoming.put_nowait({"type": "lifespan.startup"})
+    incoming.put_nowait({"type": "lifespan.shutdown"})
+    await door({"type": "lifespan"}, incoming.get, sent.put)
+    assert (await sent.get())["type"] == "lifespan.startup.complete"
+    assert (await sent.get())["type"] == "lifespan.shutdown.complete"
 
 
 async def test_a_websocket_is_closed_as_unsupported() -> None:
@@ -235,20 +252,22 @@ async def test_a_body_of_exactly_the_limit_passes(chunked: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("failure", "retry_after"),
+    ("failure", "retry_after", "message"),
     [
-        (Overloaded(2.5), "3"), (Overloaded(0.0), "0"), (Overloaded(-1.0), "0"),
-        (Overloaded(None), "7"), (NoReplica("none"), "7"),
+        (Overloaded(2.5), "3", QUEUE_FULL), (Overloaded(0.0), "0", QUEUE_FULL),
+        (Overloaded(-1.0), "0", QUEUE_FULL), (Overloaded(None), "7", QUEUE_FULL),
+        (NoReplica("none"), "7", "no replica is available"),
     ],
 )  # fmt: skip
 async def test_a_full_queue_and_no_replica_are_503_at_once(
-    failure: Exception, retry_after: str
+    failure: Exception, retry_after: str, message: str
 ) -> None:
     backend = ScriptedBackend([failure])
     response = await client(backend, retry_after_s=6.5).post("/v1/completions")
     assert response.status_code == 503
     assert response.headers["retry-after"] == retry_after
-    assert error_of(response)["type"] == "ServiceUnavailable"
+    error = error_of(response)
+    assert (error["type"], error["message"]) == ("ServiceUnavailable", message)
     assert len(backend.calls) == 1
 
 
@@ -262,7 +281,9 @@ async def test_a_second_loss_is_503() -> None:
     backend = ScriptedBackend([ReplicaLost()], [ReplicaLost()])
     response = await client(backend).post("/v1/completions")
     assert response.status_code == 503
-    assert error_of(response)["type"] == "ReplicaLost"
+    error = error_of(response)
+    assert error["type"] == "ReplicaLost"
+    assert error["message"] == "the replica that worked on this request died"
     assert response.headers["retry-after"] == "1"
     assert len(backend.calls) == 2
 
@@ -273,7 +294,7 @@ async def test_an_unforeseen_failure_is_500_without_its_text(
     backend = ScriptedBackend([KeyError("secret")])
     response = await client(backend).post("/v1/completions")
     assert response.status_code == 500
-    assert "secret" not in response.text
+    assert error_of(response)["message"] == "internal error"
     assert "secret" in caplog.text
     assert "retry-after" not in response.headers
     assert len(backend.calls) == 1
@@ -310,17 +331,17 @@ class Connection:
 
     def __init__(self, backend: ScriptedBackend) -> None:
         self._door = FrontDoor(backend, FrontDoorSettings(), logging.getLogger("test"))
-        self._incoming: asyncio.Queue[Message] = asyncio.Queue()
+        self.incoming: asyncio.Queue[Message] = asyncio.Queue()
         self.sent: list[Message] = []
         self.started = asyncio.Event()
 
     def start(self, **message: Any) -> asyncio.Task[None]:
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-        self._incoming.put_nowait({"type": "http.request", "body": b"", **message})
-        return asyncio.create_task(self._door(scope, self._incoming.get, self._send))
+        self.incoming.put_nowait({"type": "http.request", "body": b"", **message})
+        return asyncio.create_task(self._door(scope, self.incoming.get, self._send))
 
     def leave(self) -> None:
-        self._incoming.put_nowait({"type": "http.disconnect"})
+        self.incoming.put_nowait({"type": "http.disconnect"})
 
     async def _send(self, message: Message) -> None:
         self.sent.append(message)
@@ -372,3 +393,28 @@ async def test_each_request_is_logged_with_its_outcome(caplog: pytest.LogCapture
         f"request_id={response.headers['x-request-id']} method=POST path=/v1/completions status=200"
     )
     assert line.endswith("outcome=ok")
+
+
+async def test_fields_that_asgi_leaves_optional_may_be_missing() -> None:
+    # The last part of a body may have neither a body nor `more_body`, a start no headers.
+    backend = ScriptedBackend(
+        [[{"type": "http.response.start", "status": 204}, {"type": "http.response.body"}]]
+    )
+    connection = Connection(backend)
+    await connection.start()
+    start, end = connection.sent
+    assert (start["status"], end) == (204, {"type": "http.response.body"})
+    assert backend.calls[0][1] == b""
+
+
+async def test_messages_after_the_request_are_no_disconnect() -> None:
+    release = asyncio.Event()
+    backend = ScriptedBackend([[SSE_START], release, [chunk(b"", more=False)]])
+    connection = Connection(backend)
+    exchange = connection.start()
+    connection.incoming.put_nowait({"type": "http.request", "body": b"", "more_body": False})
+    await connection.started.wait()
+    release.set()
+    async with asyncio.timeout(60):
+        await exchange
+    assert len(connection.sent) == 2

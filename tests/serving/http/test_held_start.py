@@ -61,8 +61,9 @@ async def test_a_stream_that_begins_with_an_error_has_its_status_and_is_json() -
     response = await _post(_app(_event(REFUSED), b"data: [DONE]\n\n"))
     assert response.status_code == 400
     assert response.json() == REFUSED
-    assert response.headers["content-type"] == "application/json"
+    assert response.headers.get_list("content-type") == ["application/json"]
     assert response.headers["x-other"] == "kept"
+    assert int(response.headers["content-length"]) == len(response.content)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,65 @@ async def test_an_event_may_come_in_parts() -> None:
 async def test_other_responses_than_event_streams_are_not_held() -> None:
     response = await _post(_app(_event(REFUSED), media_type="text/plain"))
     assert response.status_code == 200
+
+
+@pytest.mark.parametrize("code", [200, 399, 600, "400"])
+async def test_a_code_that_is_no_error_status_is_ignored(code: Any) -> None:
+    error = {"error": {"message": "no", "type": "NotFoundError", "code": code}}
+    assert (await _post(_app(_event(error)))).status_code == 404
+
+
+async def _sent_through(app: Any, scope: Scope) -> list[Message]:
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await HeldStart(app)(scope, receive, send)
+    return sent
+
+
+async def test_a_refusal_is_a_whole_response_and_nothing_follows_it() -> None:
+    async def refusing(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for _ in range(3):
+            await send({"type": "http.response.body", "body": _event(REFUSED), "more_body": True})
+        await send({"type": "http.response.body"})
+
+    start, body = await _sent_through(refusing, {"type": "http"})
+    assert (start["status"], start["type"]) == (400, "http.response.start")
+    assert body["type"] == "http.response.body"
+    assert (json.loads(body["body"]), body["more_body"]) == (REFUSED, False)
+
+
+async def test_a_stream_that_ends_without_a_body_passes() -> None:
+    start: Message = {
+        "type": "http.response.start",
+        "status": 200,
+        "headers": [(b"content-type", b"text/event-stream")],
+    }
+
+    async def empty(scope: Scope, receive: Receive, send: Send) -> None:
+        await send(start)
+        await send({"type": "http.response.body"})
+
+    assert await _sent_through(empty, {"type": "http"}) == [
+        start,
+        {"type": "http.response.body", "body": b""},
+    ]
+
+
+async def test_other_connections_pass_untouched() -> None:
+    async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": scope["type"], "heard": (await receive())["type"]})
+
+    assert await _sent_through(echo, {"type": "websocket"}) == [
+        {"type": "websocket", "heard": "websocket.connect"}
+    ]
 
 
 class _Died(Exception):
