@@ -53,7 +53,18 @@ def test_health_and_version_need_no_key(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/health/", "/healthz", "/version2", "/", "/docs", "/openapi.json", "/v1/health"]
+    "path",
+    [
+        "/health/",
+        "/healthz",
+        "/version2",
+        "/",
+        "/docs",
+        "/openapi.json",
+        "/ping",
+        "/load",
+        "/metrics",
+    ],
 )
 def test_paths_like_the_open_ones_need_a_key(path: str) -> None:
     assert not _opens("", path)

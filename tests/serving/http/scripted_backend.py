@@ -1,0 +1,102 @@
+"""A backend that plays scripts, and clients of the front door before it."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import httpx
+
+from serving.http.asgi import Message, Scope
+from serving.http.front_door import FrontDoor, FrontDoorSettings
+
+SSE_START: Message = {
+    "type": "http.response.start",
+    "status": 200,
+    "headers": [(b"content-type", b"text/event-stream; charset=utf-8")],
+}
+JSON_START: Message = {**SSE_START, "headers": [(b"content-type", b"application/json")]}
+
+
+def chunk(data: bytes, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": more}
+
+
+WHOLE: list[Message] = [JSON_START, chunk(b"{}", more=False)]
+
+
+class ScriptedBackend:
+    """Plays one script per attempt: batches to yield, exceptions to raise, events to await."""
+
+    def __init__(self, *scripts: list[Any], ping: Exception | asyncio.Event | None = None) -> None:
+        self.scripts = list(scripts)
+        self.ping_result = ping
+        self.calls: list[tuple[Scope, bytes]] = []
+        self.closed = asyncio.Event()
+
+    async def stream(self, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:
+        self.calls.append((scope, body))
+        try:
+            for step in self.scripts[len(self.calls) - 1]:
+                if isinstance(step, Exception):
+                    raise step
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                else:
+                    yield step
+        finally:
+            self.closed.set()
+
+    async def ping(self) -> None:
+        if isinstance(self.ping_result, asyncio.Event):
+            await self.ping_result.wait()
+        elif self.ping_result is not None:
+            raise self.ping_result
+
+
+class Clock:
+    """Time that a test sets."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def client(
+    backend: ScriptedBackend, clock: Clock | None = None, **settings: Any
+) -> httpx.AsyncClient:
+    door = FrontDoor(
+        backend, FrontDoorSettings(**settings), logging.getLogger("test"), clock or Clock()
+    )
+    transport = httpx.ASGITransport(app=door)
+    return httpx.AsyncClient(transport=transport, base_url="http://door")
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == response.status_code
+    return error
+
+
+class Connection:
+    """One request whose client the test controls."""
+
+    def __init__(self, backend: ScriptedBackend) -> None:
+        self._door = FrontDoor(backend, FrontDoorSettings(), logging.getLogger("test"))
+        self.incoming: asyncio.Queue[Message] = asyncio.Queue()
+        self.sent: list[Message] = []
+        self.started = asyncio.Event()
+
+    def start(self, **message: Any) -> asyncio.Task[None]:
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+        self.incoming.put_nowait({"type": "http.request", "body": b"", **message})
+        return asyncio.create_task(self._door(scope, self.incoming.get, self._send))
+
+    def leave(self) -> None:
+        self.incoming.put_nowait({"type": "http.disconnect"})
+
+    async def _send(self, message: Message) -> None:
+        self.sent.append(message)
+        self.started.set()

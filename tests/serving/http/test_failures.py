@@ -1,0 +1,168 @@
+"""The front door before a backend that fails in every way a replica can, and clients that leave."""
+
+import asyncio
+import json
+import logging
+
+import pytest
+
+from serving.http.failures import NoReplica, Overloaded, ReplicaLost
+from tests.serving.http.scripted_backend import (
+    JSON_START,
+    SSE_START,
+    WHOLE,
+    Connection,
+    ScriptedBackend,
+    chunk,
+    client,
+    error_of,
+)
+
+QUEUE_FULL = "too many requests are waiting for a replica"
+
+
+@pytest.mark.parametrize(
+    ("failure", "retry_after", "message"),
+    [
+        (Overloaded(2.5), "3", QUEUE_FULL), (Overloaded(0.0), "0", QUEUE_FULL),
+        (Overloaded(-1.0), "0", QUEUE_FULL), (Overloaded(None), "7", QUEUE_FULL),
+        (NoReplica("none"), "7", "no replica is available"),
+    ],
+)  # fmt: skip
+async def test_a_full_queue_and_no_replica_are_503_at_once(
+    failure: Exception, retry_after: str, message: str
+) -> None:
+    backend = ScriptedBackend([failure])
+    response = await client(backend, retry_after_s=6.5).post("/v1/completions")
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == retry_after
+    error = error_of(response)
+    assert (error["type"], error["message"]) == ("ServiceUnavailable", message)
+    assert len(backend.calls) == 1
+
+
+async def test_a_replica_lost_before_the_first_byte_is_retried_once() -> None:
+    backend = ScriptedBackend([ReplicaLost()], [WHOLE])
+    assert (await client(backend).post("/v1/completions", content=b"same")).status_code == 200
+    assert [body for _, body in backend.calls] == [b"same", b"same"]
+
+
+async def test_a_second_loss_is_503() -> None:
+    backend = ScriptedBackend([ReplicaLost()], [ReplicaLost()])
+    response = await client(backend).post("/v1/completions")
+    assert response.status_code == 503
+    error = error_of(response)
+    assert error["type"] == "ReplicaLost"
+    assert error["message"] == "the replica that worked on this request died"
+    assert response.headers["retry-after"] == "1"
+    assert len(backend.calls) == 2
+
+
+async def test_an_unforeseen_failure_is_500_without_its_text(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backend = ScriptedBackend([KeyError("secret")])
+    response = await client(backend).post("/v1/completions")
+    assert response.status_code == 500
+    assert error_of(response)["message"] == "internal error"
+    assert "secret" in caplog.text
+    assert "retry-after" not in response.headers
+    assert len(backend.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("failure", "type_", "code"),
+    [
+        (ReplicaLost(), "ReplicaLost", 503), (Overloaded(1.0), "ServiceUnavailable", 503),
+        (KeyError("secret"), "InternalServerError", 500),
+    ],
+)  # fmt: skip
+async def test_a_failure_in_mid_stream_ends_the_stream_with_an_error_event(
+    failure: Exception, type_: str, code: int
+) -> None:
+    backend = ScriptedBackend([[SSE_START, chunk(b"data: 1\n\n")], failure])
+    response = await client(backend).post("/v1/completions")
+    first, last = response.text.strip().split("\n\n")
+    assert first == "data: 1"
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["type"], error["code"], error["param"]) == (type_, code, None)
+    assert "secret" not in error["message"]
+    assert len(backend.calls) == 1
+
+
+async def test_a_failure_in_a_json_body_aborts_the_connection() -> None:
+    backend = ScriptedBackend([[JSON_START, chunk(b'{"a":')], ReplicaLost()])
+    with pytest.raises(ConnectionAbortedError):
+        await client(backend).post("/v1/completions")
+
+
+async def test_a_client_that_leaves_closes_the_backend_stream(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    backend = ScriptedBackend([[SSE_START], asyncio.Event()])
+    connection = Connection(backend)
+    exchange = connection.start()
+    await connection.started.wait()
+    connection.leave()
+    async with asyncio.timeout(60):
+        await exchange
+    assert backend.closed.is_set()
+    assert "status=200" in caplog.text
+    assert "outcome=client disconnected" in caplog.text
+
+
+async def test_a_client_that_leaves_before_its_body_is_complete_starts_nothing() -> None:
+    backend = ScriptedBackend()
+    connection = Connection(backend)
+    connection.leave()
+    exchange = connection.start(more_body=True)
+    async with asyncio.timeout(60):
+        await exchange
+    assert (backend.calls, connection.sent) == ([], [])
+
+
+async def test_a_cancelled_request_cancels_the_backend_stream() -> None:
+    backend = ScriptedBackend([[SSE_START], asyncio.Event()])
+    connection = Connection(backend)
+    exchange = connection.start()
+    await connection.started.wait()
+    exchange.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await exchange
+    assert backend.closed.is_set()
+
+
+async def test_each_request_is_logged_with_its_outcome(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    response = await client(ScriptedBackend([WHOLE])).post("/v1/completions")
+    (line,) = [one.message for one in caplog.records if one.name == "test"]
+    assert line.startswith(
+        f"request_id={response.headers['x-request-id']} method=POST path=/v1/completions status=200"
+    )
+    assert line.endswith("outcome=ok")
+
+
+async def test_fields_that_asgi_leaves_optional_may_be_missing() -> None:
+    # The last part of a body may have neither a body nor `more_body`, a start no headers.
+    backend = ScriptedBackend(
+        [[{"type": "http.response.start", "status": 204}, {"type": "http.response.body"}]]
+    )
+    connection = Connection(backend)
+    await connection.start()
+    start, end = connection.sent
+    assert (start["status"], end) == (204, {"type": "http.response.body"})
+    assert backend.calls[0][1] == b""
+
+
+async def test_messages_after_the_request_are_no_disconnect() -> None:
+    release = asyncio.Event()
+    backend = ScriptedBackend([[SSE_START], release, [chunk(b"", more=False)]])
+    connection = Connection(backend)
+    exchange = connection.start()
+    connection.incoming.put_nowait({"type": "http.request", "body": b"", "more_body": False})
+    await connection.started.wait()
+    release.set()
+    async with asyncio.timeout(60):
+        await exchange
+    assert len(connection.sent) == 2
