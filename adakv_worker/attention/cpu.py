@@ -83,7 +83,7 @@ class AdaKVCPUImpl(FoldingImpl, CPUAttentionBackendImpl):
     def _attend_folded(
         self, layer: Any, index: int, query: Tensor, output: Tensor, folded: FoldedDecode
     ) -> None:
-        assert folded.plan is not None
+        assert isinstance(folded.plan, Tensor)
         ops.cpu_attention_with_kv_cache(
             query=query,
             key_cache=folded.pages.keys,

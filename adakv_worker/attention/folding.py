@@ -53,7 +53,7 @@ class FoldedDecode(NamedTuple):
     grown: GrownStep
     pages: Pages
     query_start_loc: Tensor
-    plan: Any = None
+    plan: object = None
     mask: Tensor | None = None
 
     @property

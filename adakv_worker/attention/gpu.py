@@ -244,7 +244,8 @@ class AdaKVTritonImpl(FoldingImpl, triton_attn.TritonAttentionImpl):
     def _attend_folded(
         self, layer: Any, index: int, query: Tensor, output: Tensor, folded: FoldedDecode
     ) -> None:
-        segments: _Segments = folded.plan
+        segments = folded.plan
+        assert isinstance(segments, _Segments)
         triton_attn.unified_attention(
             q=query,
             k=folded.pages.keys,

@@ -1,5 +1,6 @@
 """The parts of our workers and model runners that all platforms share."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -197,7 +198,7 @@ class AdaKVWorkerMixin(WorkerBase):
         if work:
             work.timings = self._timings
 
-    def adakv_timings(self) -> dict[str, Any]:
+    def adakv_timings(self) -> dict[str, object]:
         """Stop recording and return the figures: see `Timings.figures`."""
         assert self._timings is not None, "adakv_start_timings comes first"
         timings, self._timings = self._timings, None
@@ -205,7 +206,9 @@ class AdaKVWorkerMixin(WorkerBase):
             self._work.timings = None
         return timings.figures()
 
-    def _timed(self, measure: Any) -> AbstractContextManager[None]:
+    def _timed(
+        self, measure: Callable[[Timings], AbstractContextManager[None]]
+    ) -> AbstractContextManager[None]:
         return nullcontext() if self._timings is None else measure(self._timings)
 
     @property

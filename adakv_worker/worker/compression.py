@@ -20,7 +20,7 @@ from kernels.transfer import sent
 
 # Bytes of scores held before their layers are copied: a few layers of a long prompt, all of a short
 # one.
-_HELD_BYTES = 4 << 20
+HELD_BYTES = 4 << 20
 
 
 class Window(NamedTuple):
@@ -69,6 +69,7 @@ class Compression:
         tables: PageTables,
         parts: Sequence[LayerParts],
         *,
+        held_bytes: int,
         record: bool,
     ) -> None:
         """
@@ -76,6 +77,7 @@ class Compression:
             blocks: the prompt's blocks.
             rows: the prompt's tokens in the batch.
             earlier: [L, e, Hq, D], the first queries of the window, from earlier chunks.
+            held_bytes: bytes of scores to hold before their layers are copied.
         """
         self._command = command
         self._blocks = sent(blocks, tables.device)
@@ -86,6 +88,7 @@ class Compression:
         self._parts = parts
         self._scored: dict[int, Scored] = {}
         self._held_bytes = 0
+        self._most_held_bytes = held_bytes
         self._kept: dict[int, Tensor] | None = {} if record else None
         self.row = tables.open(command.slabs)
         self._contained = Contained(request_id, command.choice)
@@ -120,7 +123,7 @@ class Compression:
             scored = with_sinks(scored, self._command.sink_tokens)
         self._scored[layer] = scored
         self._held_bytes += sum(t.numel() * t.element_size() for t in scored if t is not None)
-        if self._totals is not None and self._held_bytes >= _HELD_BYTES:
+        if self._totals is not None and self._held_bytes >= self._most_held_bytes:
             self._copy_scored(self._totals)
 
     def finish(self) -> Tensor | None:
@@ -153,7 +156,7 @@ class Compression:
         layers = sorted(self._scored)
         if not layers:
             return
-        at_once = max(1, _HELD_BYTES * len(layers) // max(1, self._held_bytes))
+        at_once = max(1, self._most_held_bytes * len(layers) // max(1, self._held_bytes))
         for first in range(0, len(layers), at_once):
             some = layers[first : first + at_once]
             scored = stacked([self._scored.pop(layer) for layer in some])

@@ -7,7 +7,7 @@ import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,13 +17,14 @@ from adakv_worker.messages import StateRefused
 from adakv_worker.worker.mapped_files import MappedFiles
 from adakv_worker.worker.packed_state import (
     DIGEST_BYTES,
+    CompressedState,
     PackedState,
     StateHeader,
     hash_tokens,
     pack,
     unpack,
 )
-from adakv_worker.worker.requests import CompressedState, CompressionState
+from adakv_worker.worker.requests import CompressionState
 
 _GENERATOR = "generator"
 _LENGTH = struct.Struct("<Q")
@@ -139,14 +140,13 @@ def write_state(
         "header": json.dumps(header),
         "window": json.dumps((0, 0) if window is None else (window.prompt_tokens, window.span)),
     }
+    dtype: torch.dtype = getattr(torch, header.dtype)
+    page_bytes = header.page_tokens * header.head_dim * dtype.itemsize
 
     def room(pages: int) -> tuple[Tensor, Tensor]:
-        dtype = getattr(torch, header.dtype)
-        size = pages * header.page_tokens * header.head_dim * dtype.itemsize
-        # Large parts first, which keeps them aligned.
         sizes = {
-            "keys": size,
-            "values": size,
+            # Large parts first, which keeps them aligned.
+            **dict.fromkeys(("keys", "values"), pages * page_bytes),
             "queries": 0 if window is None else window.queries.nbytes,
             "lens": 4 * header.layers * header.heads,
             "checksum": DIGEST_BYTES,
@@ -168,7 +168,7 @@ def _laid_out(
     path: Path, sizes: dict[str, int], about: dict[str, str], files: MappedFiles
 ) -> dict[str, Tensor]:
     """Return the memory of a file's parts as bytes, with the description written."""
-    described: dict[str, Any] = {"__metadata__": about}
+    described: dict[str, object] = {"__metadata__": about}
     end = 0
     for name, size in sizes.items():
         begin, end = end, end + size

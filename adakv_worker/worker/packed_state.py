@@ -11,11 +11,24 @@ from torch import Tensor
 
 from adakv_worker.messages import StateRefused
 from adakv_worker.worker.compression import Window
-from adakv_worker.worker.requests import CompressedState
 
 DIGEST_BYTES = 16
 # Columns of words that a checksum adds up, at memory speed, before it hashes the sums.
 _COLUMNS = 4096
+
+
+class CompressedState(NamedTuple):
+    """A copy of one request's compressed cache, for a move.
+
+    lens: [L, H] int32. keys, values: [pages, page_tokens * D], layer by layer and head by head,
+    each page packed as in the cache that it comes from.
+    window: queries for the next eviction, of tokens that are already cached.
+    """
+
+    lens: Tensor
+    keys: Tensor
+    values: Tensor
+    window: Window | None = None
 
 
 class StateHeader(NamedTuple):

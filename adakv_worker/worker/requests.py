@@ -1,7 +1,6 @@
 """The compressed requests of one worker: their page tables, and their running watchers."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,9 +8,10 @@ from vllm.logger import init_logger
 
 from adakv_worker import messages
 from adakv_worker.messages import WITHOUT_QUERIES, Answer, Compress, Evict, Kept
-from adakv_worker.worker.compression import Capture, Compression, Window
+from adakv_worker.worker.compression import HELD_BYTES, Capture, Compression, Window
 from adakv_worker.worker.eviction import Eviction
 from adakv_worker.worker.model_parts import LayerParts
+from adakv_worker.worker.packed_state import CompressedState
 from kernels.paging.growth import GrownStep
 from kernels.paging.paged_cache import PagedCache, read_pages, write_pages
 from kernels.paging.pages import PageTables, check_page_tables
@@ -20,22 +20,11 @@ from kernels.paging.pages import PageTables, check_page_tables
 logger = init_logger("vllm.adakv")
 
 
-class CompressedState(NamedTuple):
-    """A copy of one request's compressed cache, for a move.
-
-    lens: [L, H] int32. keys, values: [pages, page_tokens * D], layer by layer and head by head,
-    each page packed as in the cache that it comes from.
-    window: queries for the next eviction, of tokens that are already cached.
-    """
-
-    lens: Tensor
-    keys: Tensor
-    values: Tensor
-    window: Window | None = None
-
-
 class CompressionState:
-    """All compressed requests of one worker, whichever attention backend it has."""
+    """All compressed requests of one worker, whichever attention backend it has.
+
+    held_bytes: bytes of scores that a compression holds before it copies their layers.
+    """
 
     def __init__(
         self,
@@ -48,6 +37,7 @@ class CompressionState:
         self._cache = cache
         self._parts = parts
         self.tables = tables
+        self.held_bytes = HELD_BYTES
         self._rows: dict[str, int] = {}
         self._windows: dict[str, Window] = {}
         self._compressing: dict[str, Compression] = {}
@@ -170,6 +160,7 @@ class CompressionState:
             self._cache,
             self.tables,
             self._parts,
+            held_bytes=self.held_bytes,
             record=self.selections is not None,
         )
         self._compressing[request_id] = compression

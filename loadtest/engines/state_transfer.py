@@ -13,8 +13,8 @@ import torch
 
 from adakv_worker.worker.mapped_files import MappedFiles
 from adakv_worker.worker.moves import CacheKind, rank_file, read_state, write_state
-from adakv_worker.worker.packed_state import StateHeader
-from adakv_worker.worker.requests import CompressedState, CompressionState
+from adakv_worker.worker.packed_state import CompressedState, StateHeader
+from adakv_worker.worker.requests import CompressionState
 from kernels.paging.host_tables import HostTables
 from kernels.paging.layout import PageLayout
 from kernels.paging.paged_cache import PagedCache

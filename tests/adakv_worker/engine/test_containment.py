@@ -146,7 +146,7 @@ def test_an_error_after_some_layers_were_copied(
     layers_copied: int,
 ) -> None:
     # As for a prompt so long that no two layers' scores are held together.
-    monkeypatch.setattr("adakv_worker.worker.compression._HELD_BYTES", 1)
+    monkeypatch.setattr(engine.runner.adakv.state, "held_bytes", 1)
     name = preset(Fault("allocate", spared=layers_copied))
     _compress_beside_others(engine, reference, name)
     assert counted.failures == 1

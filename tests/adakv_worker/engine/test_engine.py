@@ -52,7 +52,7 @@ def test_layers_copied_one_by_one_keep_what_they_keep_together(
 ) -> None:
     ids = prompt(500, seed=62)
     (together,) = engine.run([ids])
-    monkeypatch.setattr("adakv_worker.worker.compression._HELD_BYTES", 1)
+    monkeypatch.setattr(engine.runner.adakv.state, "held_bytes", 1)
     (one_by_one,) = engine.run([ids])
     assert torch.equal(one_by_one.kept, together.kept)
     assert one_by_one.tokens == together.tokens
@@ -227,3 +227,14 @@ def test_a_seed_draws_the_same_whether_a_prompt_comes_in_chunks_or_is_cached(
     assert chunked.tokens == cached.tokens
     (other,) = engine.run([ids], engine.params(max_tokens=20, seed=8, temperature=1.0))
     assert other.tokens != chunked.tokens
+
+
+def test_timings_cover_the_steps_in_which_they_were_recorded(engine: Engine) -> None:
+    engine.llm.collective_rpc("adakv_start_timings")
+    engine.run([prompt(300, seed=98)], engine.params(max_tokens=5))
+    (timings,) = engine.llm.collective_rpc("adakv_timings")
+    counts = [(prefill, decodes) for _, prefill, decodes, _ in timings["steps"]]
+    assert counts == [(300, 0), (0, 1), (0, 1), (0, 1), (0, 1)]
+    assert 0 < timings["compress_s"] < timings["steps"][0][0]
+    assert timings["plan_s"] > 0
+    assert timings["extra_bytes"] > 0

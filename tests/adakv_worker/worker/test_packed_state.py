@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from adakv_worker.worker.compression import Window
 from adakv_worker.worker.packed_state import (
+    CompressedState,
     PackedState,
     StateHeader,
     StateRefused,
@@ -17,7 +18,6 @@ from adakv_worker.worker.packed_state import (
     pack,
     unpack,
 )
-from adakv_worker.worker.requests import CompressedState
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
