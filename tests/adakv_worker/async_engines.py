@@ -1,4 +1,4 @@
-"""Engines in processes of their own with their front ends here, and clients that listen to them."""
+"""Engines in processes of their own, with their front ends and clients in this process."""
 
 import asyncio
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.adakv_worker.engines import prompt
 
 
 class Side:
-    """One engine, and what its clients have been told."""
+    """One engine and its clients."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Side:
 
 
 class Client:
-    """Asks one thing and keeps what it is told; `tokens` of all choices."""
+    """A client with one request; `tokens` are those of all choices."""
 
     _count = 0
 
@@ -106,7 +106,7 @@ class Client:
 
 
 async def idle(side: Side) -> bool:
-    """Whether the engine holds nothing, or will not before long."""
+    """Return whether the engine holds nothing, or will not before long."""
     core = side.core
     for _ in range(200):
         if not core.guests and not core.away and not side.llm.output_processor.request_states:
@@ -116,13 +116,13 @@ async def idle(side: Side) -> bool:
 
 
 async def undisturbed(side: Side, client: Client, **options: Any) -> Client:
-    """Asks the same again."""
+    """Send the same request again."""
     again = Client(side, client.ids, options)
     await again.task
     return again
 
 
 def inside(side: Side, client: Client) -> str:
-    """The name that the front end has for a client's request."""
+    """Return the front end's id of a client's request."""
     (name,) = (one for one in side.llm.output_processor.request_states if client.name in one)
     return name

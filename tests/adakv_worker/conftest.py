@@ -8,7 +8,7 @@ from tests.adakv_worker.engines import Engine, Reference
 
 @pytest.fixture(scope="module")
 def engine(in_process: None, gqa_model: Path) -> Iterator[Engine]:
-    """Compresses to 48 entries, whatever the prompt."""
+    """Return an engine that compresses every prompt to 48 entries."""
     engine = Engine(
         gqa_model,
         {

@@ -16,7 +16,7 @@ VOCABULARY = 320
 
 
 def make_tiny_model(folder: Path, heads: int, kv_heads: int, layers: int = 4) -> Path:
-    """A random Llama with sharp enough logits to tell tokens apart."""
+    """Save a random Llama with sharp enough logits to tell tokens apart."""
     torch.manual_seed(heads * 100 + kv_heads)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32 * heads, intermediate_size=256,
@@ -37,7 +37,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 class Result(NamedTuple):
-    """One finished request. `kept` [L, H, n] bool, or None where nothing was compressed."""
+    """One finished request. `kept` [L, H, n] bool, or None without a compression."""
 
     prompt: list[int]
     tokens: list[int]
@@ -62,7 +62,7 @@ class Engine:
         if compression is not None:
             debug = {"check_invariants": True, "record_selections": True, "min_budget_tokens": 1}
             settings |= engine_args({**debug, **compression})
-        # Bounds are the process's, and an `LLM` without statistics leaves those of the last one.
+        # Bounds belong to the process: drop those of its last engine.
         bound_by(None)
         self.llm = LLM(model=str(model), **{**settings, **options})
         core: Any = self.llm.llm_engine.engine_core
@@ -114,7 +114,7 @@ class Engine:
             use_tqdm=False,
             lora_request=lora_request,
         )
-        # Finished requests are forgotten with the next step; an empty one does it now.
+        # The next step forgets finished requests: this takes an empty one.
         self.flush()
         return [self._result(output) for output in outputs]
 
@@ -148,12 +148,12 @@ class Engine:
             assert not self.runner.adakv.state._windows
 
     def close(self) -> None:
-        """Ends the process groups that all engines of this process share: one engine at a time."""
+        """End the process groups, which all engines of a process share: one engine at a time."""
         self.llm.llm_engine.engine_core.shutdown()
 
 
 class _NoOutput:
-    """The runner's answer to a step without tokens."""
+    """A runner's output for a step without tokens."""
 
     sampled_token_ids: list = []  # noqa: RUF012
     logprobs = pooler_output = num_nans_in_logits = kv_connector_output = None
@@ -163,7 +163,7 @@ class _NoOutput:
 
 
 class Reference:
-    """A Hugging Face model that sees of a prompt's entries only those kept, per layer and head."""
+    """A Hugging Face model that attends to the kept entries of a prompt, per layer and head."""
 
     def __init__(self, model: Path) -> None:
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -184,11 +184,11 @@ class Reference:
     def logprobs(
         self, result: Result, kept_at: Sequence[torch.Tensor | None] | None = None
     ) -> torch.Tensor:
-        """Log-probabilities [len(tokens), V] of the steps that made `result.tokens`.
+        """Return log-probabilities [len(tokens), V] of the steps that made `result.tokens`.
 
         Args:
-            kept_at: for each token what its step saw of the first entries, [L, H, m] bool, None for
-                all; without it `result.kept` counts for all steps after the first.
+            kept_at: for each token the entries of its step among the first m, [L, H, m] bool, None
+                for all; without it `result.kept` counts for all steps after the first.
         """
         ids = torch.tensor([[*result.prompt, *result.tokens[:-1]]])
         n, total = len(result.prompt), ids.shape[1]
@@ -200,7 +200,7 @@ class Reference:
         for layer in range(layers):
             seen = causal.expand(heads, -1, -1).clone()
             for step in range(1, len(result.tokens)):
-                # Steps after the first see the kept entries and everything since.
+                # Steps after the first attend to the kept entries and all later ones.
                 kept = result.kept if kept_at is None else kept_at[step]
                 if kept is not None:
                     heads_kept = kept[layer].repeat_interleave(group, dim=0)

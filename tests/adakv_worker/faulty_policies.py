@@ -1,4 +1,4 @@
-"""Policies that raise an error where a test wants it."""
+"""Policies that raise an error at a chosen stage."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from kernels.policies.scorers.window import WindowScorer
 
 @dataclass
 class Fault:
-    """Raises `error` each time that a policy comes to `stage`, but for the first `spared` times.
+    """Raises `error` whenever a policy reaches `stage`, after the first `spared` times.
 
     layer: where scoring fails.
     evicting: whether it fails in evictions instead of compressions.

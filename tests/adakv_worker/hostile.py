@@ -39,7 +39,7 @@ VALUES: dict[str, Any] = {
 }  # fmt: skip
 BESIDE: list[dict[str, Any]] = [
     {},
-    # Without a seed, by which a prompt of several steps ends a stock engine on a CPU.
+    # Without a seed: with one, a prompt of several steps ends a stock engine on a CPU.
     {"n": 2, "temperature": 1.0},
     {"logprobs": 20},
     {"prompt_logprobs": 3},
@@ -70,7 +70,7 @@ class Hostile(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """refused: with a ValueError, which servers answer with 400. finished, aborted: the others."""
+    """Counts of requests; `refused` ones got a ValueError, which servers answer with 400."""
 
     refused: int = 0
     finished: int = 0
@@ -88,7 +88,7 @@ def each_pair(seed: int) -> list[Hostile]:
     for value in VALUES.values():
         fields = rest.sample(FIELDS, len(FIELDS))
         pairs = zip(itertools.cycle(fields), rest.sample(POLICIES, len(POLICIES)), strict=False)
-        # Bounds and budgets make it get further than a refusal.
+        # With bounds and budgets fewer of them are refused.
         choices: list[Any] = [{"adakv_policy": policy, field: value} for field, policy in pairs]
         choices += [{"adakv_policy": value}, {**_bounded(rest), fields[0]: value}]
         requests += [_beside(extra, rest) for extra in choices]
@@ -122,7 +122,7 @@ def _beside(extra: Any, rest: random.Random) -> Hostile:
 
 
 def start(model: TinyModel) -> Engine:
-    """Start an engine that a request may ask anything of."""
+    """Start an engine that accepts every kind of request."""
     return Engine(
         model.path,
         {"min_budget_tokens": 8, "max_budget_tokens": 400, "max_window_tokens": 64},
@@ -181,7 +181,7 @@ def _add(engine: Engine, name: str, request: Hostile, checked: bool) -> None:
     validated = core.input_processor.process_inputs(
         name, tokens, params, supported_tasks=core.get_supported_tasks(), priority=priority
     )
-    # What moves requests trusts that only a front end says so: admission refuses it elsewhere.
+    # Only a front end may set continuations: admission refuses them from clients.
     extra = {
         field: value for field, value in request.extra_args.items() if field != CONTINUATION_KEY
     }
@@ -191,7 +191,7 @@ def _add(engine: Engine, name: str, request: Hostile, checked: bool) -> None:
 
 def _check_proof(output: Any) -> None:
     proof = (output.kv_transfer_params or {}).get("kv_compression")
-    # A request's options are no reason for its policy to raise.
+    # No options of a request make its policy raise.
     assert proof is None or "failed" not in (proof["fallback"] or ""), proof
 
 

@@ -89,7 +89,7 @@ def gpt2(folder: Path) -> TinyModel:
 
 
 def gpt_j(folder: Path) -> TinyModel:
-    """Make a model that rotates neighbouring dimensions, and a part of each head alone."""
+    """Make a model that rotates neighbouring dimensions, and only a part of each head."""
     torch.manual_seed(_SEED)
     config = GPTJConfig(
         vocab_size=VOCABULARY, n_embd=128, n_layer=3, n_head=4, n_positions=2048, rotary_dim=16,
@@ -173,7 +173,7 @@ def lora(folder: Path) -> tuple[TinyModel, Adapter]:
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     save_file(tensors, adapter / "adapter_model.safetensors")
-    # vLLM's CPU kernels give requests without an adapter the last slot's: an empty one here.
+    # vLLM's CPU kernels apply the last slot's adapter to requests without one: leave it empty.
     options = {"enable_lora": True, "max_lora_rank": _LORA_RANK, "max_loras": 2}
     return base._replace(options=options), Adapter(adapter, _saved(model, folder / "merged"))
 

@@ -9,7 +9,7 @@ from kernels.paging.entries import PagedEntries
 def in_pages(
     entries: Tensor, page_tokens: int, generator: torch.Generator, *, by_dimension: bool = False
 ) -> PagedEntries:
-    """Lay entries [H, n, D] into scattered pages; what lies behind them is not a number.
+    """Put entries [H, n, D] into scattered pages; the rest of the last pages is NaN.
 
     Args:
         by_dimension: whether a page holds one dimension of all its entries after the other.

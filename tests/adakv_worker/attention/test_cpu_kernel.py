@@ -1,4 +1,4 @@
-"""What our backend takes for granted of vLLM's CPU attention kernel."""
+"""Assumptions of our backend about vLLM's CPU attention kernel."""
 
 import pytest
 import torch

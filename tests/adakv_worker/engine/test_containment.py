@@ -1,4 +1,4 @@
-"""Whatever a policy raises: its request finishes, and others notice nothing."""
+"""An error of a policy: its request finishes, and other requests answer as before."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ LAST_LAYER = 2
 
 
 class Counted:
-    """Counts the failures of selections in the statistics that the scheduler makes."""
+    """Count of failed selections in the scheduler's statistics."""
 
     def __init__(self, engine: Engine) -> None:
         self.failures = 0
@@ -79,7 +79,7 @@ def preset(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fault], str]:
     return register
 
 
-# Policies are remembered by their names.
+# Each fault needs a new name: policies are cached by name.
 _numbers = itertools.count()
 
 
@@ -145,7 +145,7 @@ def test_an_error_after_some_layers_were_copied(
     monkeypatch: pytest.MonkeyPatch,
     layers_copied: int,
 ) -> None:
-    # As for a prompt so long that no two layers' scores are held together.
+    # As with a prompt so long that a compression holds the scores of one layer only.
     monkeypatch.setattr(engine.runner.adakv.state, "held_bytes", 1)
     name = preset(Fault("allocate", spared=layers_copied))
     _compress_beside_others(engine, reference, name)
@@ -184,7 +184,7 @@ def test_a_window_whose_beginning_is_lost(
     (request,) = engine.scheduler.requests
     core.step()
     assert engine.runner.adakv.state.window(request) is not None
-    # As if there had been no memory for it.
+    # As without memory for it.
     engine.runner.adakv.state.drop_windows([request])
     run(engine, {"lost": traced})
     assert traced.result is not None
@@ -197,7 +197,7 @@ EVICTING = {
     "scores of the first layer": Fault("score", evicting=True),
     "scores of the last layer": Fault("score", evicting=True, layer=LAST_LAYER),
     "no memory for scores": Fault("score", _out_of_memory, evicting=True),
-    # The first is the compression's.
+    # The first call is the compression's.
     "totals": Fault("totals", spared=1),
     "allocation": Fault("allocate", spared=1),
     "no memory for allocation": Fault("allocate", _out_of_memory, spared=1),

@@ -1,4 +1,4 @@
-"""Everything that vLLM does around a compressed request, on a real engine."""
+"""vLLM's features around compressed requests, on a real engine."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def test_freed_blocks_are_what_the_proof_says(engine: Engine) -> None:
     while proof is None:
         for output in engine.llm.llm_engine.step():
             proof = (output.kv_transfer_params or {}).get("kv_compression")
-    # The blocks go back with the next step, which may need a page more.
+    # The next step frees the blocks, and may take one for a page.
     engine.llm.llm_engine.step()
     held = before - engine.free_blocks
     assert proof["blocks_before"] == 20
@@ -194,19 +194,18 @@ def test_an_exported_cache_can_be_restored_elsewhere(engine: Engine, reference: 
     assert tokens == undisturbed.tokens
 
 
-def test_a_value_out_of_bounds_that_gets_through_harms_nobody(engine: Engine) -> None:
+def test_a_value_out_of_bounds_gets_the_operators_settings(engine: Engine) -> None:
     # The validator of an offline engine does not have the operator's bounds.
     (result,) = engine.run(
         [prompt(300, seed=17)], engine.params(extra_args={"adakv_budget_tokens": 100_001})
     )
     assert result.proof is not None
-    # It gets the operator's settings, and its proof says why.
     assert (result.proof["skipped"], result.proof["kept_mean"]) == (None, 48)
     assert "above this server's most" in result.proof["fallback"]
 
 
 @pytest.mark.parametrize(("keep", "policy"), [(0.5, "defensive"), (0.2, "kv_compress")])
-def test_auto_tells_what_it_was(
+def test_the_proof_of_auto_names_the_preset(
     engine: Engine, reference: Reference, keep: float, policy: str
 ) -> None:
     options = {"adakv_policy": "auto", "adakv_keep_ratio": keep}

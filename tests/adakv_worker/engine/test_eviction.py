@@ -1,4 +1,4 @@
-"""Requests that go on writing while their caches are cut down, on a real engine."""
+"""Requests whose caches are evicted while they decode, on a real engine."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ BOUND = {"adakv_decode_budget_tokens": 48, "adakv_decode_interval_tokens": 32}
 
 
 class Traced:
-    """A request, and what each of its steps saw."""
+    """A request and the entries that each of its steps attended to."""
 
     def __init__(self, engine: Engine, name: str, ids: list[int], params: Any) -> None:
         self._state = engine.runner.adakv.state
@@ -41,7 +41,7 @@ class Traced:
 
 def run(engine: Engine, requests: dict[str, Traced]) -> None:
     core = engine.llm.llm_engine
-    # The asynchronous scheduler has a step's outputs when the next one has been started.
+    # The asynchronous scheduler gets a step's outputs after it has started the next one.
     steps_behind = int(engine.scheduler.scheduler_config.async_scheduling)
     seen: list[dict[str, torch.Tensor | None]] = []
     while core.has_unfinished_requests():
@@ -53,7 +53,7 @@ def run(engine: Engine, requests: dict[str, Traced]) -> None:
 
 
 @pytest.mark.parametrize("policy", PRESETS)
-def test_every_step_sees_exactly_what_was_kept(
+def test_every_step_attends_to_exactly_the_kept_entries(
     engine: Engine, reference: Reference, policy: str
 ) -> None:
     options = {**BOUND, "adakv_policy": policy, "adakv_budget_tokens": 48}
@@ -82,7 +82,7 @@ def test_every_step_sees_exactly_what_was_kept(
         assert_equals_reference(result, reference, 1e-3, traced.kept_at)
 
 
-def test_the_blocks_that_it_holds_stay_as_many(engine: Engine) -> None:
+def test_a_bounded_request_never_holds_more_blocks_than_its_bound(engine: Engine) -> None:
     before = engine.free_blocks
     core = engine.llm.llm_engine
     params = engine.params(max_tokens=600, extra_args=BOUND)
@@ -115,14 +115,14 @@ def test_a_preempted_request_goes_on_within_its_bound(engine: Engine) -> None:
     engine.flush()
     output = outputs[-1]
     assert len(output.outputs[0].token_ids) == 200
-    # Its answer so far was a part of what it was compressed from.
+    # Its answer so far was part of the compressed tokens.
     proof = output.kv_transfer_params["kv_compression"]
     assert proof["original_tokens"] > 400
     assert proof["decode_evictions"] == evicted + (left - 1) // 32
     assert evicted == 3
 
 
-def test_one_that_finds_no_room_after_a_preemption_says_so(
+def test_the_proof_of_a_request_without_room_after_a_preemption(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = engine.llm.llm_engine
@@ -197,7 +197,7 @@ def test_an_operators_bound_fits_any_policy_that_a_request_names() -> None:
         CompressionConfig(decode_budget_tokens=8)
 
 
-def test_others_prompts_come_in_chunks_while_it_evicts(
+def test_other_prompts_arrive_in_chunks_while_a_request_evicts(
     engine: Engine, reference: Reference
 ) -> None:
     bounded = engine.params(max_tokens=90, extra_args={**BOUND, "adakv_budget_tokens": 48})
@@ -218,7 +218,7 @@ def test_others_prompts_come_in_chunks_while_it_evicts(
         assert traced.result.proof["decode_evictions"] == 89 // 32
 
 
-def test_several_answers_to_one_prompt_evict_each_for_itself(engine: Engine) -> None:
+def test_several_answers_to_one_prompt_evict_independently(engine: Engine) -> None:
     before = engine.free_blocks
     params = engine.params(max_tokens=120, n=3, temperature=1.0, seed=5, extra_args={**BOUND})
     (output,) = engine.llm.generate([{"prompt_token_ids": prompt(300)}], params, use_tqdm=False)

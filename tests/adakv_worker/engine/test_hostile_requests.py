@@ -1,4 +1,4 @@
-"""No request ends an engine, leaves anything behind in it, or gets an error that is no 400."""
+"""No request ends an engine, leaves anything behind in it, or gets an error other than 400."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator

@@ -1,4 +1,4 @@
-"""A compressed request that leaves in mid-answer goes on as if it had stayed."""
+"""A compressed request that moves while it decodes answers as if it had stayed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +30,7 @@ class Answer(NamedTuple):
 
 
 class Left(NamedTuple):
-    """A request that has left: its answer so far, all its tokens, and where its cache is."""
+    """A request that has left: its answer so far, all its tokens, and the path of its cache."""
 
     answer: Answer
     tokens: list[int]
@@ -43,13 +43,13 @@ def path(tmp_path: Path) -> str:
 
 
 def run(engine: Engine, name: str, until: int | None = None) -> Answer:
-    """Steps until the request has ended, or has so many tokens."""
+    """Step until the request has ended, or has `until` tokens."""
     core = engine.llm.llm_engine
     answer = Answer([], [], None, None)
     while core.has_unfinished_requests():
         for output in core.step():
             if output.request_id == name:
-                # A proof comes when it has changed.
+                # Outputs have a proof only when it has changed.
                 newest = _answer(output)
                 answer = newest._replace(proof=newest.proof or answer.proof)
         if answer.finish_reason or (until is not None and len(answer.tokens) >= until):
@@ -97,7 +97,7 @@ def go_on(engine: Engine, left: Left, prompt_tokens: int, params: Any, *, staged
 def add_continued(
     engine: Engine, name: str, tokens: list[int], params: Any, continuation: Continuation
 ) -> None:
-    """Past the front end's checks, which let no request say that it is a continuation."""
+    """Add a continuation behind the front end's checks, which refuse those from clients."""
     core = engine.llm.llm_engine
     request = core.input_processor.process_inputs(
         name, {"prompt_token_ids": tokens}, params, supported_tasks=("generate",)
@@ -108,7 +108,7 @@ def add_continued(
 
 @pytest.fixture
 def others(engine: Engine) -> Iterator[None]:
-    """Compressed and uncompressed requests that run all the time."""
+    """Run compressed and uncompressed requests beside the test's own."""
     core = engine.llm.llm_engine
     for number, length in enumerate((300, 20, 700)):
         request = {"prompt_token_ids": prompt(length, seed=900 + number)}
@@ -122,7 +122,7 @@ def others(engine: Engine) -> Iterator[None]:
 @pytest.mark.usefixtures("others")
 def test_it_goes_on_evicting_as_if_it_had_stayed(engine: Engine, after: int, path: str) -> None:
     ids = prompt(500, seed=42)
-    # It evicts with every 32nd token, by the queries of the last 16.
+    # It evicts with every 32nd token, with the queries of the last 16.
     bound = {"adakv_decode_budget_tokens": 48, "adakv_decode_interval_tokens": 32}
     params = engine.params(max_tokens=120, extra_args=bound)
     engine.llm.llm_engine.add_request("staying", {"prompt_token_ids": ids}, params)
@@ -182,7 +182,7 @@ def test_without_its_cache_it_equals_a_new_request_with_all_its_tokens(
     assert anew.proof.original_tokens == 510
 
 
-def test_what_is_not_its_own_or_damaged_is_refused(engine: Engine, path: str) -> None:
+def test_damaged_and_foreign_states_are_refused(engine: Engine, path: str) -> None:
     ids, params = prompt(300, seed=44), engine.params(max_tokens=30)
     left = leave(engine, ids, params, 5, path)
 
@@ -205,13 +205,13 @@ def test_what_is_not_its_own_or_damaged_is_refused(engine: Engine, path: str) ->
     engine.flush()
 
 
-def test_no_request_can_say_itself_that_it_goes_on(engine: Engine) -> None:
+def test_clients_cannot_send_continuations(engine: Engine) -> None:
     params = engine.params(extra_args=Continuation(3, "made-up").as_extra_args())
     with pytest.raises(VLLMValidationError, match="not for requests to say"):
         engine.llm.llm_engine.add_request("forged", {"prompt_token_ids": [5, 6, 7]}, params)
 
 
-def test_only_what_is_compressed_and_here_can_leave(engine: Engine, path: str) -> None:
+def test_only_compressed_requests_of_this_engine_can_leave(engine: Engine, path: str) -> None:
     def export(name: str) -> Any:
         return engine.llm.collective_rpc("adakv_export", args=(name, path, "ada_snapkv"))
 

@@ -28,7 +28,7 @@ def test_preempted_requests_come_back_right(
         assert_equals_reference(result, reference, 1e-3)
     for result in results:
         if result not in undisturbed:
-            # Preempted: what it had generated was part of what it compressed the second time.
+            # Preempted: its second compression included its answer so far.
             assert result.proof is not None
             assert result.proof["original_tokens"] > 400
     engine.assert_nothing_leaked()

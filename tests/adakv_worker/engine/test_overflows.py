@@ -1,4 +1,4 @@
-"""A cache that holds no numbers is compressed to its budget, and disturbs no other request."""
+"""A cache with NaN or infinity is compressed to its budget, and disturbs no other request."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tests.adakv_worker.engines import Engine, prompt
 from tests.adakv_worker.tiny_models import gqa
 
 KEEP = 48
-# A token that no prompt holds by itself.
+# A token that no prompt has by chance.
 POISON = 1
 
 
@@ -28,7 +28,7 @@ def _engine(model: Path, **options: Any) -> Engine:
 
 
 def _overflowing(model: Path, folder: Path, weight: str, value: float) -> Path:
-    """Save a model with a weight of one layer that is no number, or makes such of all tokens."""
+    """Save a model in which a weight of one layer, or an embedding, overflows or is NaN."""
     changed = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
         if weight == "embedding":
@@ -58,7 +58,7 @@ def _run_all_presets(engine: Engine, options: dict[str, Any]) -> None:
     ("weight", "value"),
     [("k_proj", 3e38), ("v_proj", 3e38), ("k_proj", float("nan")), ("v_proj", float("nan"))],
 )
-def test_a_cache_without_numbers_is_compressed_to_its_budget(
+def test_a_cache_with_nan_or_infinity_is_compressed_to_its_budget(
     in_process: None,
     model: Path,
     tmp_path: Path,
@@ -72,7 +72,7 @@ def test_a_cache_without_numbers_is_compressed_to_its_budget(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_tokens_without_numbers_disturb_no_other_request(
+def test_tokens_with_nan_or_infinity_disturb_no_other_request(
     in_process: None, model: Path, tmp_path: Path, value: float
 ) -> None:
     engine = _engine(_overflowing(model, tmp_path, "embedding", value), max_num_seqs=40)

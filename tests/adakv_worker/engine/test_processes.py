@@ -52,8 +52,7 @@ if __name__ == "__main__":
 
 
 class Answers(NamedTuple):
-    """Of the two prompts: at the engine's budget, at one that is above their lengths, and evicting
-    while they are written."""
+    """Answers to two prompts: at the engine's budget, at one above their lengths, and evicting."""
 
     compressed: list[dict[str, Any]]
     whole: list[dict[str, Any]]
@@ -104,7 +103,7 @@ def _assert_as_stock(model: Path, whole: list[dict[str, Any]], ranks: int, compi
 
 
 def test_two_ranks_answer_as_one(model: Path) -> None:
-    # With uniform heads a rank chooses for its heads what one rank would choose for them.
+    # With uniform heads two ranks keep the same entries as one.
     compression = {
         "policy": "snapkv", "budget_tokens": 64, "keep_ratio": 0.0, "check_invariants": True,
     }  # fmt: skip

@@ -19,7 +19,7 @@ from tests.adakv_worker.engines import (
 from tests.adakv_worker.tiny_models import MODELS, TinyModel, gqa, lora, opt
 
 NEED_ROTATION = {"expected_attention", "ada_expected_attention"}
-# Models whose rotation cannot be read, or that have none.
+# Models without a readable rotary embedding.
 WITHOUT_ROTATION = ("opt", "gpt2", "phi3_longrope")
 
 
@@ -95,7 +95,7 @@ def test_scorers_see_the_weights_of_the_output_projection(served: Served) -> Non
 
 
 @pytest.mark.parametrize("preset", sorted(NEED_ROTATION))
-def test_a_preset_that_only_a_request_names_is_answered_with_the_operators(
+def test_a_request_for_an_unsupported_preset_gets_the_operators(
     served: Served, preset: str
 ) -> None:
     if served.name not in WITHOUT_ROTATION:

@@ -44,7 +44,7 @@ def test_the_proof_is_in_kv_transfer_params(url: str) -> None:
     assert proof["skipped"] is None
 
 
-def test_a_request_chooses_for_itself(url: str) -> None:
+def test_a_request_sets_its_own_budget(url: str) -> None:
     answer = _ask(url, vllm_xargs={"adakv_budget_tokens": 128, "adakv_policy": "snapkv"}).json()
     proof = answer["kv_transfer_params"]["kv_compression"]
     assert (proof["policy"], proof["kept_mean"], proof["kept_min"]) == ("snapkv", 128, 128)
@@ -53,7 +53,7 @@ def test_a_request_chooses_for_itself(url: str) -> None:
 
 
 def _metrics(url: str, **labels: str) -> dict[str, float]:
-    """Samples of our metrics, summed over those that have `labels` or do not know them."""
+    """Return our metrics, summed over samples that have `labels` or lack these names."""
     sums: dict[str, float] = {}
     for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=30).text):
         for sample in family.samples:
@@ -63,7 +63,7 @@ def _metrics(url: str, **labels: str) -> dict[str, float]:
     return sums
 
 
-def test_metrics_tell_what_compression_did(url: str) -> None:
+def test_metrics_count_compressions(url: str) -> None:
     _ask(url)
     before = _metrics(url, skipped="no")
     proof = _ask(url).json()["kv_transfer_params"]["kv_compression"]

@@ -1,6 +1,6 @@
-"""CUDA graphs without CUDA: a replay does again what was captured, with the metadata of then.
+"""CUDA graphs without CUDA: a replay repeats the captured calls with their original metadata.
 
-So it sees of a step only what was written where the captured metadata look for it.
+So a replay reads of a step only data written at the captured addresses.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ SIZES = [1, 2, 4]
 
 
 class Graphs:
-    """What has been captured and replayed in an engine."""
+    """Captured and replayed graphs of an engine."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         # Requests in each step that was replayed.
@@ -35,7 +35,7 @@ class Graphs:
         )
 
     def enable(self, runner: Any) -> None:
-        """Before the runner has memory: vLLM for CPUs knows of no graphs."""
+        """Turn graphs on, which vLLM for CPUs lacks; call before the runner has memory."""
         config = runner.compilation_config
         config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
         config.cudagraph_capture_sizes, config.max_cudagraph_capture_size = SIZES, SIZES[-1]
@@ -47,7 +47,7 @@ class Graphs:
             self._capture_v2(runner)
 
     def _capture_v1(self, runner: Any) -> None:
-        # vLLM wraps the model so that what it is given decides on the graph.
+        # vLLM wraps the model, and picks a graph by the batch.
         forward, graphs = runner.model.forward, {}
         folds: list[bool] = []
 
@@ -56,7 +56,7 @@ class Graphs:
             if context.cudagraph_runtime_mode is not CUDAGraphMode.FULL:
                 folds.append(_folds(context.attn_metadata))
                 return forward(**inputs)
-            # What a capture calls must have been called before: a kernel's first call loads it.
+            # A capture may call only kernels that were called before: the first call loads them.
             assert context.batch_descriptor in graphs or folds[-1]
             now = context.attn_metadata, context.slot_mapping, inputs
             captured = graphs.setdefault(context.batch_descriptor, now)
@@ -106,19 +106,19 @@ class _Graph:
 
 
 def _folds(metadata: Any) -> bool:
-    """Whether attention by these metadata has folded rows."""
+    """Return whether attention with these metadata has folded rows."""
     each = metadata.values() if isinstance(metadata, dict) else ()
     steps = [one.step for one in each if isinstance(one, WithStep)]
     return any(step is not None and step.folded is not None for step in steps)
 
 
 def assert_same_places(captured: Any, now: Any) -> None:
-    """Asserts that a step's metadata lie where a graph looks for them."""
+    """Assert that a step's metadata lie at the captured addresses."""
     assert list(_places(captured)) == list(_places(now))
 
 
 def _places(value: Any) -> Iterator[tuple[int, torch.Size]]:
-    """Where all tensors on the device lie."""
+    """Yield address and shape of each tensor."""
     if isinstance(value, Tensor):
         yield value.data_ptr(), value.shape
     elif isinstance(value, dict):

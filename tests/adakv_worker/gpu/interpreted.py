@@ -1,8 +1,8 @@
 """A pytest plugin for machines without a GPU: vLLM's CPU engine takes the GPU's path.
 
-Backends, page layout, page tables and kernels are the GPU's, in Triton's interpreter. What remains
-is CUDA's own: streams, graphs, and FlashAttention's kernels, of which `flash_attention` does what
-they promise. It must be loaded before anything imports vLLM.
+Backends, page layout, page tables and kernels are the GPU's, in Triton's interpreter. It does not
+include streams and graphs; `flash_attention` stands in for FlashAttention's kernels. Load it before
+anything imports vLLM.
 """
 
 import os
@@ -21,9 +21,9 @@ _ENVIRONMENT = {
 }
 
 
-# Set in the environment of worker processes that are to have graphs.
+# Environment variable that gives worker processes graphs.
 GRAPHS = "ADAKV_TEST_GRAPHS"
-# Captures and replays what comes next, if it is there: see `graphs.py`.
+# Captures and replays the next engine's steps, if set: see `graphs.py`.
 graphs: Any = None
 
 
@@ -35,12 +35,12 @@ def take_the_gpus_path() -> None:
     os.environ.update(_ENVIRONMENT)
     from triton.backends import backends
 
-    # vLLM for CPUs uses Triton only where it has a backend for them.
+    # vLLM for CPUs uses Triton only if it has a backend for them.
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False))  # type: ignore[assignment]
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
     from vllm.v1.attention.backends import flash_attn, triton_attn
 
-    # Long sequences of few are split for the device's sake, which takes long here: of two they are.
+    # Small batches of long sequences are split, which is slow here: split batches of two only.
     triton_attn.MIN_LAUNCH_GRID_SIZE_2D = 2
     flash_attn.get_flash_attn_version = lambda *_, **__: 3  # type: ignore[assignment]
     flash_attn.flash_attn_varlen_func = flash_attention  # type: ignore[assignment]
@@ -85,10 +85,10 @@ def _take_the_gpus_worker() -> None:
                 emulated.capture(self)
 
     class Runner(WithGraphs, AdaKVRunnerV1, CPUModelRunner):
-        """The GPU's pages in the CPU's runner."""
+        """The CPU's Model Runner V1 with the GPU's pages."""
 
     class RunnerV2(WithGraphs, AdaKVRunnerV2, CPUModelRunnerV2):
-        """The same in its Model Runner V2."""
+        """The CPU's Model Runner V2 with the GPU's pages."""
 
     cpu_backend.AdaKVCPUBackend = AdaKVFlashBackend  # type: ignore[misc, assignment]
     cpu_worker.AdaKVCPUModelRunner = Runner  # type: ignore[misc, assignment]
@@ -112,7 +112,7 @@ def _take_the_gpus_settings() -> None:
 def store(
     key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, *_: Any
 ) -> None:
-    """vLLM's `reshape_and_cache_flash` of caches [pages, page_tokens, H, D]."""
+    """Do what vLLM's `reshape_and_cache_flash` does with caches [pages, page_tokens, H, D]."""
     page_tokens = key_cache.shape[1]
     for entry, slot in enumerate(slots.tolist()):
         if slot >= 0:
@@ -134,7 +134,7 @@ def flash_attention(
     block_table: Tensor,
     **_: Any,
 ) -> Tensor:
-    """`flash_attn_varlen_func` of paged caches [pages, page_tokens, H, D]."""
+    """Do what `flash_attn_varlen_func` does with paged caches [pages, page_tokens, H, D]."""
     assert causal
     assert int(seqused_k.max()) <= max_seqlen_k
     starts, page_tokens, group = cu_seqlens_q.tolist(), k.shape[1], q.shape[1] // k.shape[2]

@@ -1,4 +1,4 @@
-"""That the comparison compares what can run, at equal bytes."""
+"""The attention bench compares kernels that run, at equal bytes."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Real engines on the GPU's path: each answer is that of a model which sees what was kept."""
+"""Real engines on the GPU's path answer as a reference that attends to the kept entries."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ def reference(model: Path) -> Reference:
     return Reference(model)
 
 
-# Attention in Triton takes long in its interpreter: what is not about attention does without.
+# Triton's attention is slow in its interpreter: only tests of attention use it.
 class Kind(NamedTuple):
     backend: str
     use_v2: bool
@@ -79,7 +79,7 @@ def started(model: Path, kind: Kind, **options: Any) -> Iterator[Engine]:
     with pytest.MonkeyPatch.context() as patch:
         backend = getattr(gpu_backends, f"AdaKV{kind.backend}Backend")
         patch.setattr(cpu_backend, "AdaKVCPUBackend", backend)
-        # What the engine before was given.
+        # It holds the backend of the last engine.
         selector._cached_get_attn_backend.cache_clear()
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(kind.use_v2)))
         patch.setattr(interpreted, "graphs", Graphs(patch) if kind.graphs else None)
@@ -142,7 +142,7 @@ def test_preempted_requests_come_back_right(model: Path, reference: Reference, k
         assert engine.preemptions > 0
     assert [len(result.tokens) for result in results] == [90] * 4
     tokens = [result.proof["original_tokens"] for result in results if result.proof]
-    # What was generated before a preemption was part of what was compressed after it.
+    # A compression after a preemption included the answer so far.
     assert min(tokens) == 90 < max(tokens)
     for result, original in zip(results, tokens, strict=True):
         if original == 90:

@@ -1,4 +1,4 @@
-"""A request that goes on here and is preempted later keeps its prompt and its answer apart."""
+"""A moved request that is preempted later still has its prompt and answer apart."""
 
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ def test_a_preempted_continuation_ends_as_if_it_had_stayed(tmp_path: Path, use_v
     with started(model, Kind("Flash", use_v2)) as engine:
         core: Any = engine.llm.llm_engine
         ids = prompt(20)
-        # It ends with the first of many tokens once its answer is long enough, and is
-        # repelled by what it has answered, but not by its prompt.
+        # It ends with the first of many tokens once its answer is long enough. Its penalties count
+        # the answer, but not the prompt.
         params = engine.params(
             max_tokens=60, min_tokens=30, stop_token_ids=list(range(40, 160)),
             presence_penalty=1.0, frequency_penalty=0.5,
@@ -32,7 +32,7 @@ def test_a_preempted_continuation_ends_as_if_it_had_stayed(tmp_path: Path, use_v
         assert core.reset_prefix_cache(reset_running_requests=True)
         after = run(engine, "arriving")
         assert engine.preemptions == 1
-        # All tokens since it came.
+        # Outputs have all tokens since it arrived.
         assert after.tokens[: len(before.tokens)] == before.tokens
         assert after.tokens == staying.tokens[10:]
         assert len(staying.tokens) < 60

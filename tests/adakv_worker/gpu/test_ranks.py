@@ -9,7 +9,7 @@ from adakv_worker.plugin import engine_args
 from tests.adakv_worker.engines import make_tiny_model, prompt
 from tests.adakv_worker.gpu import interpreted
 
-# With uniform heads a rank chooses for its heads what one rank would choose for them.
+# With uniform heads two ranks keep the same entries as one.
 COMPRESSION = {
     "policy": "snapkv", "budget_tokens": 40, "keep_ratio": 0.0, "window_tokens": 8,
     "min_budget_tokens": 1, "check_invariants": True,

@@ -1,4 +1,4 @@
-"""What happens before the first request, with the GPU's page tables and kernels."""
+"""The warm-up with the GPU's page tables and kernels."""
 
 from adakv_worker.config import CompressionConfig
 from adakv_worker.worker.warm_up import warm_up
@@ -6,7 +6,7 @@ from kernels.gpu.device_tables import DeviceTables
 from tests.adakv_worker.worker.test_warm_up import make_state
 
 
-def test_nobody_is_left() -> None:
+def test_no_request_is_left() -> None:
     state = make_state(80, DeviceTables)
     warm_up(state, CompressionConfig(), 80)
     state.check()

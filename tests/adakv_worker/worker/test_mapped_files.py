@@ -1,4 +1,4 @@
-"""Files that stay mapped are what is on the path now, whatever was there before."""
+"""Mapped files have the content that their path has now."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from adakv_worker.worker.mapped_files import MappedFiles
         max_size=30,
     )
 )
-def test_who_reads_gets_what_was_written_last(
+def test_reads_return_the_last_write(
     tmp_path_factory: pytest.TempPathFactory, uses: list[tuple[str, int, bool]]
 ) -> None:
     folder = tmp_path_factory.mktemp("mapped")
@@ -33,7 +33,7 @@ def test_who_reads_gets_what_was_written_last(
         assert bool((content == number).all())
 
 
-def test_what_is_not_there_cannot_be_read(tmp_path: Path) -> None:
+def test_missing_and_empty_files_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         MappedFiles().read(tmp_path / "nothing")
     (tmp_path / "empty").touch()

@@ -1,4 +1,4 @@
-"""What is read of a loaded model."""
+"""Parts read from a loaded model."""
 
 import pytest
 import torch
@@ -22,6 +22,6 @@ def test_frequencies_are_right_to_the_end_of_the_context(dtype: torch.dtype) -> 
     assert float(((found - FREQUENCIES) * 8192).abs().max()) < 0.02
 
 
-def test_of_several_scalings_it_is_the_first() -> None:
+def test_of_several_scalings_the_first_is_read() -> None:
     found = rotary_frequencies(torch.cat((table(FREQUENCIES), table(FREQUENCIES / 4))))
     assert float(((found - FREQUENCIES) * 8192).abs().max()) < 0.02

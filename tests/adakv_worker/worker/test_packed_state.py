@@ -1,4 +1,4 @@
-"""A state that travels arrives as it left, or is refused."""
+"""A packed state unpacks to equal tensors, or is refused."""
 
 import pickle
 
@@ -30,7 +30,7 @@ def header(dtype: str = "float32") -> StateHeader:
 
 
 def state(dtype: str = "float32", most: int = 300, *, has_window: bool = True) -> CompressedState:
-    """Of 5 layers, with 3 KV heads for 6 query heads."""
+    """Return a random state of 5 layers, with 3 KV heads for 6 query heads."""
     lens = torch.randint(0, most, (5, 3), dtype=torch.int32)
     pages = torch.randn((2, int((-(-lens // 32)).sum()), 32 * 8)).to(DTYPES[dtype])
     window = Window(90, 4, torch.randn((5, 4, 6, 8)).to(DTYPES[dtype])) if has_window else None
@@ -43,7 +43,7 @@ def tensors(state: CompressedState) -> list[torch.Tensor]:
 
 
 def sent(packed: PackedState) -> PackedState:
-    """As through an object store: the arrays come out as views of memory that is read-only."""
+    """Return the state as from an object store: its arrays are views of read-only memory."""
     buffers: list[pickle.PickleBuffer] = []
     text = pickle.dumps(packed, protocol=5, buffer_callback=buffers.append)
     return pickle.loads(text, buffers=[bytes(buffer) for buffer in buffers])
@@ -71,7 +71,7 @@ def test_packing_copies_nothing() -> None:
     assert packed.nbytes == sum(part.numel() * part.element_size() for part in tensors(before))
 
 
-def test_a_state_of_something_else_is_refused_with_what_differs() -> None:
+def test_a_state_with_another_header_is_refused_by_the_field_that_differs() -> None:
     packed = pack(state(), header())
     for name, value in header()._asdict().items():
         other = "another" if isinstance(value, str) else value + 1

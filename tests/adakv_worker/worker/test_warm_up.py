@@ -1,4 +1,4 @@
-"""What happens before the first request leaves nothing behind."""
+"""The warm-up leaves nothing behind."""
 
 from collections.abc import Callable
 
@@ -36,7 +36,7 @@ def make_state(
 
 
 @pytest.mark.parametrize("policy", ["auto", "ada_snapkv", "expected_attention", "snapkv", "full"])
-def test_nobody_is_left(policy: str) -> None:
+def test_no_request_is_left(policy: str) -> None:
     state = make_state(blocks=80)
     warm_up(state, CompressionConfig(policy=policy), 80)
     state.check()
@@ -45,5 +45,5 @@ def test_nobody_is_left(policy: str) -> None:
     assert sorted(rows) == [0, 1, 2, 3]
 
 
-def test_without_room_nothing_happens() -> None:
+def test_too_few_blocks_are_left_alone() -> None:
     warm_up(make_state(blocks=8), CompressionConfig(), 8)

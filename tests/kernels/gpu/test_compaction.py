@@ -47,7 +47,7 @@ class Memory:
         return PagedCache(keys, values)
 
     def rows(self, pool: Tensor) -> Tensor:
-        """All kept entries of `tables` in pool [pages, page_tokens, ...], head after head."""
+        """Return all kept entries of `tables` in pool [pages, page_tokens, ...], head by head."""
         heads = zip(self.tables.flatten(0, 1).long(), self.lens.flatten().tolist(), strict=True)
         return torch.cat([pool[table].flatten(0, 1)[:length] for table, length in heads])
 

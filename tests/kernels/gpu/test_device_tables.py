@@ -165,7 +165,7 @@ def test_steps_without_requests_leave_no_trace(device: torch.device) -> None:
     assert tables.nbytes == before
 
 
-def test_only_heads_short_enough_grow_where_graphs_look(device: torch.device) -> None:
+def test_only_short_enough_heads_grow_where_graphs_read(device: torch.device) -> None:
     layout = PageLayout.blocks_outermost(LAYERS, HEADS).to(device)
     tables = DeviceTables(layout, PAGE, ROWS, graph_columns=2)
     row = tables.place(torch.full((LAYERS, HEADS), 2 * PAGE - 2, dtype=torch.int32), [1, 2, 3])

@@ -48,8 +48,8 @@ def test_numbers_of_every_kind(device: torch.device) -> None:
         check(scores, [count, scores.shape[1] - count])
 
 
-def test_what_was_taken_is_not_taken_again(device: torch.device) -> None:
-    """As Ada-KV selects: entries that are secured are masked out of the second selection."""
+def test_masked_scores_are_not_taken(device: torch.device) -> None:
+    """Ada-KV masks secured entries out of its second selection."""
     scores = torch.rand((1, 300), generator=torch.Generator().manual_seed(0)).to(device)
     first = radix_top_mask(scores, torch.tensor([40], device=device))
     second = radix_top_mask(

@@ -14,7 +14,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def expected(queries: Tensor, keys: Tensor, scale: float, reduction: Reduction) -> Tensor:
-    """Scores [H, n - w] of queries [H, G, w, D] over keys [H, n, D]."""
+    """Return scores [H, n - w] of queries [H, G, w, D] over keys [H, n, D]."""
     window, n = queries.shape[2], keys.shape[1]
     logits = torch.einsum("hgwd,hnd->hgwn", queries.double(), keys.double()) * scale
     future = torch.ones((window, n), dtype=torch.bool, device=keys.device).triu(n - window + 1)
@@ -32,7 +32,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def paged(keys: Tensor, page_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The keys [H, n, D] in a pool of shuffled pages, keys beside values: pool, pages [nb, H]."""
+    """Put keys [H, n, D] into a pool of shuffled pages; return pool and pages [nb, H]."""
     heads, n, dim = keys.shape
     blocks = -(-n // page_tokens)
     generator = torch.Generator().manual_seed(seed)
