@@ -1,4 +1,4 @@
-"""Live knowledge of every replica's KV memory, kept in Redis."""
+"""Routing by live KV-memory occupancy: the ledger of reports, the score and the choice."""
 
 from router.ledger.occupancy import Occupancy, SchemaMismatch
 

@@ -1,18 +1,18 @@
-"""Which replica has probably cached which prefix: what was sent there, least recently used out."""
+"""The prefix blocks that each replica has probably cached."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
 
 
 class PrefixAffinity:
-    """Prefix blocks by replica. Approximate: the replica may have evicted them since."""
+    """Prefix blocks by replica, least recently used first. A replica may have evicted some."""
 
     def __init__(self) -> None:
         self._blocks: dict[str, OrderedDict[int, None]] = {}
         self._holders: dict[int, set[str]] = {}
 
     def note(self, replica_id: str, hashes: Sequence[int], capacity_blocks: int) -> None:
-        """A prompt with these prefix blocks was sent to the replica, which has room for so many."""
+        """Remember prefix blocks that the replica got, `capacity_blocks` in all at most."""
         blocks = self._blocks.setdefault(replica_id, OrderedDict())
         for block in hashes:
             blocks[block] = None
@@ -22,7 +22,7 @@ class PrefixAffinity:
             self._drop_holder(blocks.popitem(last=False)[0], replica_id)
 
     def discard(self, replica_id: str, hashes: Sequence[int]) -> None:
-        """The replica has evicted these blocks."""
+        """Forget blocks that the replica has evicted."""
         blocks = self._blocks.get(replica_id)
         for block in hashes:
             if blocks and block in blocks:
@@ -30,7 +30,7 @@ class PrefixAffinity:
                 self._drop_holder(block, replica_id)
 
     def cached_blocks(self, replica_id: str, hashes: Sequence[int]) -> int:
-        """How many of a prompt's leading blocks the replica probably has."""
+        """Count the leading blocks of a prompt that the replica probably has."""
         blocks = self._blocks.get(replica_id)
         if not blocks:
             return 0
@@ -42,7 +42,7 @@ class PrefixAffinity:
         return count
 
     def holders(self, hashes: Sequence[int]) -> set[str]:
-        """Replicas that hold the most of a prompt's leading blocks."""
+        """Return the replicas that hold the most leading blocks of a prompt."""
         for block in reversed(hashes):
             if holders := self._holders.get(block):
                 return holders
@@ -50,7 +50,7 @@ class PrefixAffinity:
 
     @property
     def replica_ids(self) -> list[str]:
-        """Replicas of which anything is remembered."""
+        """Replicas with remembered blocks."""
         return list(self._blocks)
 
     def forget(self, replica_id: str) -> None:
@@ -65,7 +65,7 @@ class PrefixAffinity:
 
 
 def check_affinity(affinity: PrefixAffinity) -> None:
-    """Asserts that blocks by replica and replicas by block are the same relation."""
+    """Assert that blocks by replica and replicas by block are the same relation."""
     by_replica = {(replica, b) for replica, blocks in affinity._blocks.items() for b in blocks}
     by_block = {(replica, b) for b, holders in affinity._holders.items() for replica in holders}
     assert by_replica == by_block, "blocks and holders differ"

@@ -1,4 +1,4 @@
-"""How many replicas the held and waiting caches need: the arithmetic of the autoscaling policy."""
+"""The arithmetic of the autoscaling policy: the replicas that held and waiting caches need."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,11 @@ from router.score import Speeds
 
 
 class ReplicaDemand(BaseModel):
-    """What one replica tells the autoscaler. Blocks are vLLM KV blocks.
+    """Demand of one replica. Blocks are vLLM KV blocks.
 
-    held_blocks: used, evictable prefix blocks left out. growth_blocks: what running requests will
-    still take. waiting_blocks: what starting the waiting ones takes.
+    held_blocks: used blocks without evictable prefix blocks.
+    growth_blocks: blocks that running requests will still take.
+    waiting_blocks: blocks that waiting requests need to start.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -27,10 +28,10 @@ class ReplicaDemand(BaseModel):
 
 
 class ScalingTargets(BaseModel):
-    """The operator's band and wait.
+    """Band of occupancy and longest wait, as the operator sets them.
 
-    The fleet grows when its occupancy passes `high_occupancy`, to where it would be mid-band, and
-    shrinks when it falls below `low_occupancy`: between the two nothing moves.
+    The fleet grows when its occupancy passes `high_occupancy` and shrinks when it falls below
+    `low_occupancy`, in both cases to the middle of the band.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,13 +39,13 @@ class ScalingTargets(BaseModel):
     low_occupancy: float = Field(default=0.3, ge=0.0, lt=1.0)
     high_occupancy: float = Field(default=0.8, gt=0.0, le=1.0)
     target_wait_s: float = Field(
-        default=5.0, gt=0.0, description="Seconds of queued prefill that a replica may have"
+        default=5.0, gt=0.0, description="Most seconds of queued prefill on a replica"
     )
     prefill_tokens_per_s: float = Field(
-        default=Speeds().prefill_tokens_per_s, gt=0.0, description="Of one replica"
+        default=Speeds().prefill_tokens_per_s, gt=0.0, description="Speed of one replica"
     )
     blocks_per_request: float = Field(
-        default=16.0, gt=0.0, description="Expected of a queued request while none runs"
+        default=16.0, gt=0.0, description="Blocks of a queued request while none runs"
     )
 
     @model_validator(mode="after")
@@ -68,16 +69,16 @@ def desired_replicas(
     queued_requests: float,
     targets: ScalingTargets,
 ) -> int:
-    """Replicas that there should be; bounds and delays around the number are Serve's.
+    """Return the number of replicas that the demand needs. Serve adds bounds and delays.
 
     Args:
-        replicas: those that have reported.
-        target: how many there should have been so far.
-        ongoing_requests: running and queued, as Serve counts them.
-        queued_requests: those that have not reached a replica yet.
+        replicas: demand of those that have reported.
+        target: current target of Serve.
+        ongoing_requests: running and queued requests, as Serve counts them.
+        queued_requests: requests that have reached no replica yet.
     """
     if target == 0:
-        # Nobody can report: any request is reason enough.
+        # Without a replica there are no reports.
         return 1 if ongoing_requests > 0 else 0
     if not replicas:
         return target
@@ -90,10 +91,10 @@ def desired_replicas(
     for_wait = math.ceil(backlog_s / targets.target_wait_s)
     if occupancy > targets.high_occupancy or for_wait > target:
         for_memory = math.ceil(demand / (each * targets.middle))
-        # Twice as many at most: a burst is often over before the new ones are up.
+        # A burst is often over before new replicas have started.
         return max(target + 1, min(max(for_memory, for_wait), 2 * target))
     if occupancy < targets.low_occupancy:
-        # The caches that a removed replica holds must find room elsewhere.
+        # The caches of a removed replica must fit into the others.
         fits = math.ceil(demand / (each * targets.middle))
         return max(1, min(target, max(fits, for_wait)))
     return target
@@ -102,7 +103,7 @@ def desired_replicas(
 def demand_blocks(
     replicas: Sequence[ReplicaDemand], queued_requests: float, targets: ScalingTargets
 ) -> float:
-    """Blocks that all requests hold and will still take, those that are queued included."""
+    """Return the blocks that all requests hold or will take, queued ones included."""
     here = sum(r.held_blocks + r.growth_blocks + r.waiting_blocks for r in replicas)
     requests = sum(r.requests for r in replicas)
     each = here / requests if requests else targets.blocks_per_request

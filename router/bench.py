@@ -1,7 +1,7 @@
-"""`python -m router.bench`: what a decision and a report cost.
+"""`python -m router.bench`: the cost of a decision and of a report.
 
-Decisions are made by the real chooser over fleets that report and are booked all the while; memory
-is what a thousand replicas' reports add to a process.
+The real chooser decides while replicas report and requests are booked. Memory is what the reports
+of a thousand replicas add to a process.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def filled_view(replicas: int, rng: random.Random) -> LocalView:
 
 
 def decision_times_s(replicas: int, decisions: int) -> list[float]:
-    """Seconds of each of so many decisions, prefix look-up and booking included."""
+    """Return the seconds of each decision, prefix look-up and booking included."""
     rng = random.Random(replicas)
     view = filled_view(replicas, rng)
     chooser = Chooser(view, rng=rng)
@@ -69,7 +69,7 @@ def decision_times_s(replicas: int, decisions: int) -> list[float]:
         assert decision is not None
         chooser.sent(number, decision.replica_ids[0], footprint, now)
         times.append(time.perf_counter() - started)
-        # Those that no longer report must not drop out of the measurement.
+        # Replicas without a fresh report would drop out of the measurement.
         if number % 200 == 0:
             for index in range(replicas):
                 view.accept(report(index, number + 2, rng), now)
@@ -77,7 +77,7 @@ def decision_times_s(replicas: int, decisions: int) -> list[float]:
 
 
 def report_cost_s(reports: int) -> tuple[float, float]:
-    """Seconds to write a report and to read one."""
+    """Return the seconds to write a report and to read one."""
     rng = random.Random(1)
     ready = [report(index % 8, index, rng) for index in range(reports)]
     started = time.process_time()
@@ -91,7 +91,7 @@ def report_cost_s(reports: int) -> tuple[float, float]:
 
 
 def added_rss_mib(replicas: int) -> float:
-    """MiB that the reports of so many replicas add to a process, bookings and prefixes too."""
+    """Return the MiB that replicas add to a process, with reports, bookings and prefixes."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_added_rss_mib, (replicas,))
 
@@ -127,7 +127,7 @@ def run(decisions: int) -> dict[str, Any]:
         "added_rss_mib_1000": round(added_rss_mib(1000), 1),
         "report_write_us": round(write_s * 1e6, 1),
         "report_read_us": round(read_s * 1e6, 1),
-        # On change, but ten a second at most.
+        # A replica reports ten times a second at most.
         "report_share_of_a_core": round(10 * write_s, 6),
     }
 

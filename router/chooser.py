@@ -1,4 +1,4 @@
-"""The decision: which replica a request goes to, and why. Knows neither Ray nor Redis."""
+"""The choice of a replica for a request, with its reasons."""
 
 import random
 from collections.abc import Collection, Hashable, Sequence
@@ -10,21 +10,22 @@ from router.ledger.prefixes import PrefixChange
 from router.local_view import LocalView
 from router.score import Score, Speeds, ranked, reason, score
 
-# More replicas than this are not all scored: the best of so many is hardly worse, a decision stays
-# well under a millisecond, and several routers do not all find the same one.
+# Of more replicas a random sample is scored: its best is hardly worse, a decision stays well under
+# a millisecond, and several routers do not all find the same replica.
 _SHORTLIST = 48
+# The most replicas outside the sample that are scored because they hold the prefix.
 _HOLDERS = 8
 
 
 class Decision(NamedTuple):
-    """Replicas by rank, best first, and what led to it."""
+    """Replicas and their scores, best first."""
 
     replica_ids: list[str]
     scores: list[Score]
     reason: str
 
     def log_line(self, footprint: Footprint) -> dict[str, object]:
-        """The decision as one structured line."""
+        """Return the fields of the decision's log line."""
         return {
             "reason": self.reason,
             "replica": self.replica_ids[0],
@@ -48,7 +49,7 @@ class Decision(NamedTuple):
 
 
 class Chooser:
-    """Scores all replicas with fresh reports and keeps account of what was sent where."""
+    """Ranking of replicas by their scores, with bookings and prefixes of the requests sent."""
 
     def __init__(
         self,
@@ -66,13 +67,12 @@ class Chooser:
     def choose(
         self, request_id: Hashable, replica_ids: Sequence[str], footprint: Footprint, now_s: float
     ) -> Decision | None:
-        """Ranks the replicas for a request; None when none of them has reported lately.
+        """Rank the replicas with a fresh report for a request; return None if there are none.
 
-        A replica without a fresh report is left out while others have one. Of many replicas a
-        random few are ranked, and those that hold the request's prefix. The request is booked at
-        the best at once: others that are decided before it has arrived there count with it.
+        Of many replicas this ranks a random sample and those that hold the request's prefix. It
+        books the request on the best at once, so that the next decisions count it.
         """
-        # It may have been decided before, and found its replica full.
+        # An earlier choice may have found its replica full.
         self.view.unbook(request_id)
         hashes = footprint.block_hashes
         views = self.view.views(self._shortlist(replica_ids, hashes), now_s)
@@ -90,14 +90,14 @@ class Chooser:
     def sent(
         self, request_id: Hashable, replica_id: str, footprint: Footprint, now_s: float
     ) -> None:
-        """The request went there, as decided or not."""
+        """Book the request on the replica that got it, as chosen or not."""
         self.view.book(request_id, replica_id, footprint, now_s)
         if footprint.block_hashes:
             capacity = self.view.blocks_total(replica_id)
             self._affinity.note(replica_id, footprint.block_hashes, capacity)
 
     def learn(self, change: PrefixChange) -> None:
-        """A replica tells what its prefix cache really holds, beside what was sent there."""
+        """Correct the affinity by a report of the replica's prefix cache."""
         replica_id = change.replica_id
         if change.cleared:
             self._affinity.forget(replica_id)
@@ -105,13 +105,13 @@ class Chooser:
         self._affinity.note(replica_id, change.stored, self.view.blocks_total(replica_id))
 
     def retain(self, replica_ids: Collection[str]) -> None:
-        """These replicas are there; what is known of all others is forgotten."""
+        """Forget all replicas but these."""
         for gone in {*self.view.replica_ids, *self._affinity.replica_ids}.difference(replica_ids):
             self.view.withdraw(gone)
             self._affinity.forget(gone)
 
     def _shortlist(self, replica_ids: Sequence[str], hashes: Sequence[int]) -> Sequence[str]:
-        # In random order, so that equals are taken in turns.
+        # The random order spreads requests over replicas of equal scores.
         picked = self._rng.sample(replica_ids, min(len(replica_ids), _SHORTLIST))
         if len(picked) < len(replica_ids) and (holders := self._affinity.holders(hashes)):
             others = set(replica_ids).difference(picked)

@@ -1,4 +1,4 @@
-"""`python -m router.inspect`: the live occupancy table, as replicas report it."""
+"""`python -m router.inspect`: the live occupancy table."""
 
 import argparse
 import contextlib
@@ -77,7 +77,7 @@ def _row(report: Report) -> tuple[str, ...]:
 
 
 def _bar(occupancy: Occupancy) -> str:
-    """The replica's blocks as a line: what holds them, and what the running requests will take."""
+    """Draw the replica's blocks: compressed, uncompressed, growth to come, free."""
     total = max(occupancy.blocks_total, 1)
     parts = (
         ("#", occupancy.blocks_compressed),
@@ -87,7 +87,7 @@ def _bar(occupancy: Occupancy) -> str:
     bar, held = "", 0
     for sign, blocks in parts:
         held += blocks
-        # From the running sum, so that rounding never makes the bar longer than the whole.
+        # Rounding the running sum keeps the bar within its width.
         bar += sign * (min(round(BAR_WIDTH * held / total), BAR_WIDTH) - len(bar))
     return bar.ljust(BAR_WIDTH, ".")
 
@@ -95,9 +95,9 @@ def _bar(occupancy: Occupancy) -> str:
 def watch(
     reader: LedgerReader, interval_s: float, draws: int | None, *, json_lines: bool = False
 ) -> None:
-    """Redraws the table until interrupted, or `draws` times; shows and outlives a lost store.
+    """Redraw the table until interrupted, or `draws` times; show a lost store and go on.
 
-    With `json_lines` it prints an object a line instead, and nothing while the store is lost.
+    With `json_lines` print one object per line instead, and nothing while the store is lost.
     """
     drawn = 0
     while True:
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         view = reader.read()
     except (redis.RedisError, ValueError) as error:
-        # The URL may carry a password: name only what went wrong.
+        # The URL may have a password in it.
         print(f"router.inspect: cannot read the store: {error}", file=sys.stderr)
         return 1
     print(as_json(view) if args.json else as_table(view))

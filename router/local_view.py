@@ -7,8 +7,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from router.footprint import Footprint
-from router.ledger.occupancy import Occupancy, SchemaMismatch
-from router.ledger.redis_ledger import REPORT_TTL_S
+from router.ledger.occupancy import REPORT_TTL_S, Occupancy, SchemaMismatch
 from router.score import ReplicaView, Speeds
 
 logger = logging.getLogger(__name__)
@@ -163,7 +162,7 @@ class LocalView:
             self._booked[request_id] = replica_id, now_s
 
     def unbook(self, request_id: Hashable) -> None:
-        """Stop to count a request; reports that show it remain."""
+        """Stop counting a request, except in reports that show it."""
         replica_id, _ = self._booked.pop(request_id, ("", 0.0))
         if known := self._replicas.get(replica_id):
             known.bookings.pop(request_id, None)

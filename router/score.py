@@ -1,8 +1,8 @@
-"""How long a replica would make a request wait: the score that routing compares, in seconds.
+"""The score that routing compares: seconds that a replica costs a request.
 
-Occupancy alone herds (every request goes to the emptiest replica until its report says otherwise),
-and queue lengths are blind to long contexts. So all costs are put into one unit: the seconds before
-the request's first token that this replica adds, and the seconds by which it slows its decoding.
+Routing by occupancy alone sends every request to the emptiest replica until its next report, and
+queue lengths ignore long contexts. So the score adds up seconds: those before the request's first
+token, and those by which company slows its decoding.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from router.footprint import Footprint
 
 
 class Speeds(NamedTuple):
-    """How fast a replica works; only the proportions between them matter.
+    """Speeds of a replica; only their proportions matter.
 
-    prefill_tokens_per_s: prompt tokens computed in a second.
-    decode_step_s: a decode step with one request, seconds.
-    decode_step_s_per_request: what every further request adds to it.
+    prefill_tokens_per_s: prompt tokens computed per second.
+    decode_step_s: seconds of a decode step with one request.
+    decode_step_s_per_request: seconds that every further request adds to a step.
     """
 
     prefill_tokens_per_s: float = 500.0
@@ -25,12 +25,13 @@ class Speeds(NamedTuple):
 
 
 class ReplicaView(NamedTuple):
-    """One replica as routing sees it: its last report, and what was sent there since.
+    """One replica by its last report and the requests booked since.
 
-    room_blocks: free blocks that nobody is going to need: less the growth of running requests, what
-        waiting ones take to start, and what was booked. Negative when overcommitted.
+    room_blocks: free blocks less the growth of running requests, the start of waiting ones, and
+        bookings. Negative when overcommitted.
     used_blocks: blocks of running requests.
-    running, waiting: requests, booked ones among the waiting.
+    running: running requests.
+    waiting: waiting and booked requests.
     prefill_tokens: prompt tokens still to be computed, booked ones included.
     """
 
@@ -44,13 +45,13 @@ class ReplicaView(NamedTuple):
 
 
 class Score(NamedTuple):
-    """What a replica costs a request, in seconds; less is better.
+    """Cost of a request on a replica, in seconds; less is better.
 
-    memory_s: waiting until enough blocks are free.
-    prefill_s: the prompts before it, and its own that no cached prefix saves.
+    memory_s: wait until enough blocks are free.
+    prefill_s: prefill of the prompts before it, and of its own without the cached prefix.
     decode_s: slower decoding in company.
     fits: whether its peak fits into the room.
-    possible: whether it fits into the empty replica.
+    possible: whether its peak fits into the empty replica.
     """
 
     replica_id: str
@@ -67,18 +68,17 @@ class Score(NamedTuple):
 
 
 def score(view: ReplicaView, footprint: Footprint, cached_tokens: int, speeds: Speeds) -> Score:
-    """The cost of sending the request there.
+    """Return the cost of the request on a replica.
 
     Args:
-        cached_tokens: how much of its prompt the replica probably has in its prefix cache.
+        cached_tokens: tokens of the prompt that are probably in the replica's prefix cache.
     """
     company = view.running + view.waiting
     step_s = speeds.decode_step_s + speeds.decode_step_s_per_request * company
     missing = footprint.peak_blocks - view.room_blocks
     memory_s = 0.0
     if missing > 0:
-        # Blocks come back as requests end: each holds its blocks for its whole decoding, and
-        # half of that is over on average.
+        # Requests return their blocks when they end, on average after half of a decoding.
         held_s = max(footprint.output_tokens, 1) * step_s / 2
         memory_s = held_s * missing / max(view.used_blocks, footprint.peak_blocks, 1)
     own = footprint.prompt_tokens - min(cached_tokens, footprint.prompt_tokens)
@@ -96,12 +96,12 @@ def score(view: ReplicaView, footprint: Footprint, cached_tokens: int, speeds: S
 
 
 def ranked(scores: Sequence[Score]) -> list[Score]:
-    """Best first: those that can ever hold the request, by their cost; equals as they come."""
+    """Sort by cost, with replicas that can never hold the request last."""
     return sorted(scores, key=lambda s: (not s.possible, s.total_s))
 
 
 def reason(best: Score, others: Sequence[Score]) -> str:
-    """Why the best is the best, as one word for logs and metrics."""
+    """Return why the best is the best, as one word for logs and metrics."""
     if not best.possible:
         return "fits_nowhere"
     if not best.fits:

@@ -1,4 +1,4 @@
-"""What a replica reports about its KV memory: the schema of the live ledger."""
+"""The occupancy report of a replica: the schema of the live ledger."""
 
 from typing import Annotated, Self
 
@@ -7,19 +7,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 SCHEMA_MAJOR = 1
 SCHEMA_MINOR = 1
 
+# How long a report counts, and its key lives in Redis.
+REPORT_TTL_S = 2.0
+
 Count = Annotated[int, Field(ge=0)]
 
 
 class SchemaMismatch(ValueError):
-    """A report was written under another major version of the schema."""
+    """The report has another major version of the schema."""
 
 
 class Occupancy(BaseModel):
-    """One replica's KV-memory report. Blocks are vLLM KV blocks; all counts are at one instant.
+    """KV-memory report of one replica. Blocks are vLLM KV blocks; all counts are of one instant.
 
-    Fields that the engine cannot know are None (without compression vLLM does not tell which free
-    blocks are evictable prefix blocks, nor which waiting request needs how many blocks). Readers
-    ignore unknown fields, so a minor version may add some; another major version is refused.
+    Fields that the engine does not measure are None: without compression vLLM counts neither
+    evictable prefix blocks nor the blocks of waiting requests. Readers ignore unknown fields, so a
+    minor version may add some; they refuse another major version.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -28,14 +31,12 @@ class Occupancy(BaseModel):
     schema_minor: int = SCHEMA_MINOR
     replica_id: str
     model: str
-    epoch: int = Field(
-        description="Start of this replica's life, ns; a later life has a higher one"
-    )
+    epoch: int = Field(description="Start of this replica's life, ns")
     sequence: Count = Field(description="Reports sent in this epoch")
 
     block_size_tokens: int = Field(gt=0)
     blocks_total: Count
-    blocks_free: Count = Field(description="Allocatable now, evictable prefix blocks included")
+    blocks_free: Count = Field(description="Free blocks, evictable prefix blocks included")
     blocks_evictable: Count | None = None
     blocks_compressed: Count = 0
     blocks_uncompressed: Count = 0
@@ -56,10 +57,10 @@ class Occupancy(BaseModel):
         default=None, description="Computed a second time, since the start of this life"
     )
     decode_evictions: Count | None = Field(
-        default=None, description="Of requests that write long answers, since then"
+        default=None, description="Evictions during decoding, since the start of this life"
     )
     selection_failures: Count | None = Field(
-        default=None, description="Requests whose policy raised an error, since then"
+        default=None, description="Requests whose policy failed, since the start of this life"
     )
     sessions_held: Count = 0
 
@@ -73,18 +74,18 @@ class Occupancy(BaseModel):
 
     @classmethod
     def parse(cls, payload: bytes | str) -> "Occupancy":
-        """Reads a report.
+        """Parse a report.
 
         Raises:
-            SchemaMismatch: written under another major version.
-            pydantic.ValidationError: malformed or self-contradictory.
+            SchemaMismatch: the report has another major version.
+            pydantic.ValidationError: the report is malformed or contradicts itself.
         """
         check_schema(payload)
         return cls.model_validate_json(payload)
 
     @staticmethod
     def claimed_replica_id(payload: bytes | str) -> str | None:
-        """Whose report a malformed one says it is, if it says so."""
+        """Return the replica id in a malformed report, if it has one."""
         try:
             return _Claim.model_validate_json(payload).replica_id
         except ValidationError:
@@ -92,11 +93,11 @@ class Occupancy(BaseModel):
 
 
 def check_schema(payload: bytes | str) -> None:
-    """Raises SchemaMismatch for a report of another major version, ValidationError for none."""
+    """Raise SchemaMismatch for another major version, ValidationError for a missing one."""
     version = _Version.model_validate_json(payload)
     if version.schema_major != SCHEMA_MAJOR:
         raise SchemaMismatch(
-            f"report has schema {version.schema_major}, this reader knows {SCHEMA_MAJOR}"
+            f"report has schema {version.schema_major}, this reader needs {SCHEMA_MAJOR}"
         )
 
 

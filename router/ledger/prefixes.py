@@ -1,4 +1,4 @@
-"""What a replica tells about its prefix cache, where it can."""
+"""The message by which a replica reports changes of its prefix cache."""
 
 from typing import Self
 
@@ -10,7 +10,7 @@ from router.ledger.occupancy import SCHEMA_MAJOR, check_schema
 class PrefixChange(BaseModel):
     """Blocks that a replica has cached or evicted, by `router.footprint.prefix_hashes`.
 
-    cleared: it has evicted all others first.
+    cleared: whether it evicted everything first.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -23,11 +23,11 @@ class PrefixChange(BaseModel):
 
     @classmethod
     def parse(cls, payload: bytes | str) -> Self:
-        """Reads a change.
+        """Parse a change.
 
         Raises:
-            SchemaMismatch: written under another major version.
-            pydantic.ValidationError: malformed.
+            SchemaMismatch: the change has another major version.
+            pydantic.ValidationError: the change is malformed.
         """
         check_schema(payload)
         return cls.model_validate_json(payload)

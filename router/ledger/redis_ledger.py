@@ -20,10 +20,9 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from router.ledger.occupancy import Occupancy, SchemaMismatch
+from router.ledger.occupancy import REPORT_TTL_S, Occupancy, SchemaMismatch
 from router.ledger.prefixes import PrefixChange
 
-REPORT_TTL_S = 2.0
 SOCKET_TIMEOUT_S = 1.0
 
 

@@ -12,9 +12,9 @@ import redis.asyncio
 from pydantic import ValidationError
 from redis.asyncio.client import PubSub
 
-from router.ledger.occupancy import SchemaMismatch
+from router.ledger.occupancy import REPORT_TTL_S, SchemaMismatch
 from router.ledger.prefixes import PrefixChange
-from router.ledger.redis_ledger import REPORT_TTL_S, LedgerKeys, connect
+from router.ledger.redis_ledger import LedgerKeys, connect
 from router.local_view import LocalView
 
 logger = logging.getLogger(__name__)

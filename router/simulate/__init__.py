@@ -1,1 +1,1 @@
-"""A fleet in virtual time: the real score and bookings over replicas with real block accounting."""
+"""A fleet in virtual time, with the real score, bookings and block arithmetic."""

@@ -1,7 +1,7 @@
-"""`python -m router.simulate`: routers compared over a fleet in virtual time.
+"""`python -m router.simulate`: compare routers over a fleet in virtual time.
 
-The chooser, the view and the bookings are the real ones; replicas keep account of real blocks, with
-service times of a live run. All routers get the same requests, seed by seed.
+Chooser, view and bookings are the real ones. Replicas count blocks with the real arithmetic, and
+their service times come from a live run. All routers get the same requests, seed by seed.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from router.simulate.traces import SHAPES, trace
 
 SERVICE_TIMES = Path(__file__).with_name("service_times.json")
 BUDGET = Budget(budget_tokens=256, keep_ratio=0.5)
-# Requests for each replica: enough for a p99 of a small fleet, and no more than time allows.
+# Requests for each replica, by size of the fleet: enough for a p99 in a small fleet.
 _REQUESTS_PER_REPLICA = {2: 200, 8: 60, 64: 30, 256: 15}
 # Two-sided 95 % points of Student's t for 1 to 9 degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Cell(NamedTuple):
-    """One router on one trace, load and fleet; a row for each seed."""
+    """Figures of one router on one trace, load and fleet, by seed."""
 
     trace: str
     load_percent: int
@@ -101,7 +101,7 @@ def run(
 
 
 def table(cells: Sequence[Cell]) -> str:
-    """The routers of one trace, load and fleet, as lines."""
+    """Return the routers of one trace, load and fleet as lines."""
     first = cells[0]
     lines = [f"{first.trace}@{first.load_percent}, {first.replicas} replicas"]
     lines += [
@@ -128,7 +128,7 @@ def _change(ours: list[float], theirs: list[float]) -> float:
 
 
 def _paired(ours: list[float], theirs: list[float]) -> str:
-    """Mean paired difference and its 95 % interval."""
+    """Return the mean paired difference and its 95 % interval."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean = statistics.mean(differences)
     if len(differences) < 2:
@@ -151,7 +151,7 @@ def as_json(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def draw(cells: Sequence[Cell], path: Path) -> None:
-    """p99 wait by fleet size, a panel for each trace and load.
+    """Draw the p99 wait by fleet size, a panel for each trace and load.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,21 +1,21 @@
-"""Runs one trace through one router: an event queue over replicas, arrivals and reports."""
+"""One trace through one router: an event queue of replicas' steps, arrivals and reports."""
 
 import heapq
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from router.footprint import Budget
 from router.simulate.replica import ServiceTimes, SimulatedReplica, check_replica
-from router.simulate.routers import make_router
+from router.simulate.routers import Router, make_router
 from router.simulate.traces import Request
 
-# As the replicas' own reporter: a report follows a change, with this gap at least.
+# The least time between two reports of a replica, as in `serving.reporter`.
 _REPORT_GAP_S = 0.1
 
 
 class Result(NamedTuple):
-    """waits_s: of all requests, ascending."""
+    """Result of a run. waits_s: waits of all requests, ascending."""
 
     waits_s: list[float]
     preemptions: int
@@ -26,7 +26,7 @@ class Result(NamedTuple):
 
 
 class _Events:
-    """(when, order, what, replica index); arrivals come from the trace itself."""
+    """Queue of (time, order, kind, replica index). Arrivals come from the trace."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, str, int]] = []
@@ -42,6 +42,47 @@ class _Events:
             yield when, what, index
 
 
+class _Fleet:
+    """Replicas behind one router, and the events due."""
+
+    def __init__(self, router: Router, replicas: Sequence[SimulatedReplica]) -> None:
+        self._router = router
+        self._replicas = replicas
+        self._events = _Events()
+        self._reported_at_s = [float("-inf")] * len(replicas)
+        self._report_due = [False] * len(replicas)
+
+    def run_until(self, at_s: float) -> float:
+        """Run all events up to this time; return the time of the last one."""
+        now_s = 0.0
+        for now_s, what, index in self._events.until(at_s):
+            if what == "report":
+                self._report_due[index] = False
+                self._reported_at_s[index] = now_s
+                self._router.report(index, now_s)
+            else:
+                self._replicas[index].advance(now_s)
+                self._continue(index, now_s)
+        return now_s
+
+    def arrive(self, request: Request) -> None:
+        now_s = request.arrival_s
+        index = self._router.choose(request, now_s)
+        replica = self._replicas[index]
+        idle = replica.busy_until_s is None
+        replica.add(request, now_s)
+        self._continue(index, now_s, step=idle)
+
+    def _continue(self, index: int, now_s: float, *, step: bool = True) -> None:
+        due_s = self._replicas[index].busy_until_s
+        if step and due_s is not None:
+            self._events.add(due_s, "step", index)
+        if not self._report_due[index]:
+            self._report_due[index] = True
+            at_s = max(now_s, self._reported_at_s[index] + _REPORT_GAP_S)
+            self._events.add(at_s, "report", index)
+
+
 def simulate(
     router_name: str,
     requests: list[Request],
@@ -50,56 +91,27 @@ def simulate(
     budget: Budget | None,
     seed: int,
 ) -> Result:
-    """All requests through a fleet, to the end of the last."""
-    fleet = [SimulatedReplica(f"replica-{index}", times, budget) for index in range(replicas)]
-    router = make_router(router_name, fleet, random.Random(seed), times, budget)
-    events = _Events()
-    reported_at = [float("-inf")] * replicas
-    report_due = [False] * replicas
-
-    def changed(index: int, now_s: float) -> None:
-        if not report_due[index]:
-            report_due[index] = True
-            events.add(max(now_s, reported_at[index] + _REPORT_GAP_S), "report", index)
-
-    def run_until(at_s: float) -> float:
-        now_s = 0.0
-        for when, what, index in events.until(at_s):
-            now_s = when
-            if what == "report":
-                report_due[index] = False
-                reported_at[index] = now_s
-                router.report(index, now_s)
-                continue
-            replica = fleet[index]
-            replica.advance(now_s)
-            if replica.busy_until_s is not None:
-                events.add(replica.busy_until_s, "step", index)
-            changed(index, now_s)
-        return now_s
-
+    """Run all requests through a fleet, to the end of the last."""
+    simulated = [SimulatedReplica(f"replica-{index}", times, budget) for index in range(replicas)]
+    router = make_router(router_name, simulated, random.Random(seed), times, budget)
+    fleet = _Fleet(router, simulated)
     for request in requests:
-        run_until(request.arrival_s)
-        index = router.choose(request, request.arrival_s)
-        idle = fleet[index].busy_until_s is None
-        fleet[index].add(request, request.arrival_s)
-        if idle and (due := fleet[index].busy_until_s) is not None:
-            events.add(due, "step", index)
-        changed(index, request.arrival_s)
-    elapsed_s = run_until(float("inf"))
-    for replica in fleet:
+        fleet.run_until(request.arrival_s)
+        fleet.arrive(request)
+    elapsed_s = fleet.run_until(float("inf"))
+    for replica in simulated:
         check_replica(replica, times.blocks_total)
-    outcomes = [outcome for replica in fleet for outcome in replica.outcomes]
+    outcomes = [outcome for replica in simulated for outcome in replica.outcomes]
     assert len(outcomes) == len(requests), "a request got lost"
     return Result(
         sorted(outcome.wait_s for outcome in outcomes),
-        sum(replica.preemptions for replica in fleet),
+        sum(replica.preemptions for replica in simulated),
         elapsed_s,
     )
 
 
 def capacity_per_s(requests: list[Request], times: ServiceTimes, budget: Budget | None) -> float:
-    """Requests per second that one replica finishes when all of them wait for it."""
+    """Return the requests per second of one replica when all requests arrive at once."""
     at_once = [request._replace(arrival_s=0.0) for request in requests]
     result = simulate("round_robin", at_once, 1, times, budget, seed=0)
     return len(requests) / result.elapsed_s

@@ -1,4 +1,4 @@
-"""One simulated replica: an engine's queue, blocks, prefills, decode batches and preemptions."""
+"""A simulated replica: queue, blocks, prefills, decode batches and preemptions of an engine."""
 
 from collections import OrderedDict, deque
 from typing import NamedTuple
@@ -7,12 +7,12 @@ from kernels.blocks import blocks_for_tokens
 from router.footprint import Budget, Footprint, predict
 from router.simulate.traces import BLOCK_SIZE_TOKENS, Request
 
-# Decode steps that are simulated at once, at most: growth is looked at this often.
+# The most decode steps simulated at once. Requests grow only between such groups of steps.
 _STEPS_AT_ONCE = 8
 
 
 class ServiceTimes(NamedTuple):
-    """What an engine's work takes, from a live run (`python -m loadtest.service_times`)."""
+    """Times of an engine's work, from a live run (`python -m loadtest.service_times`)."""
 
     blocks_total: int
     prefill_tokens_per_s: float
@@ -21,7 +21,7 @@ class ServiceTimes(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """wait_s: first token, less arrival and the request's own prefill."""
+    """End of a request. wait_s: time to the first token without its own prefill."""
 
     wait_s: float
     finished_s: float
@@ -44,13 +44,13 @@ class Running:
         return self.request.output_tokens - self.done_tokens
 
     def blocks_after(self, more_tokens: int) -> int:
-        """Blocks after so many more decoded tokens: a block for each `BLOCK_SIZE_TOKENS`."""
+        """Return the blocks held after so many more decoded tokens."""
         left = self.remaining_tokens - more_tokens
         return self.footprint.steady_blocks - max(0, left) // BLOCK_SIZE_TOKENS
 
 
 class SimulatedReplica:
-    """Advances by itself from event to event; `busy_until_s` is when the next one is due."""
+    """Replica that goes from event to event. busy_until_s: time of the next one."""
 
     def __init__(self, replica_id: str, times: ServiceTimes, budget: Budget | None) -> None:
         self.replica_id = replica_id
@@ -93,7 +93,7 @@ class SimulatedReplica:
             self._begin(now_s)
 
     def advance(self, now_s: float) -> None:
-        """Ends what was due at `now_s` and begins the next step."""
+        """End the step that is due and begin the next one."""
         prefilled, steps = self._doing
         if prefilled is not None:
             self._end_prefill(prefilled, now_s)
@@ -124,7 +124,7 @@ class SimulatedReplica:
             self.busy_until_s = now_s + steps * step_s
 
     def _admissible(self, one: Running) -> bool:
-        # Nothing else runs: it must go on, whatever was predicted.
+        # A request alone on the replica runs even if the prediction does not fit.
         return one.footprint.peak_blocks <= self.free_blocks or not self.running
 
     def _prompt_blocks(self, one: Running) -> int:
@@ -162,7 +162,7 @@ class SimulatedReplica:
             self._finish(one, now_s)
 
     def _make_room(self, steps: int) -> int:
-        """Grows the running requests for the next steps, preempting the latest if it must."""
+        """Grow the running requests for the next steps; preempt the latest if blocks run out."""
         while True:
             needed = sum(max(0, one.blocks_after(steps) - one.blocks) for one in self.running)
             if needed <= self.free_blocks or len(self.running) == 1:
@@ -188,7 +188,7 @@ class SimulatedReplica:
 
 
 def check_replica(replica: SimulatedReplica, blocks_total: int) -> None:
-    """Asserts that every block is held once or free."""
+    """Assert that every block is held once or free."""
     held = sum(one.blocks for one in replica.running)
     prefilling = replica._doing[0]
     held += prefilling.blocks if prefilling else 0

@@ -1,4 +1,4 @@
-"""The routers that are compared. Each sees of the fleet what it would see in a real one."""
+"""The routers to compare. Each sees as much of the fleet as it would in a real one."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from router.score import Speeds
 from router.simulate.replica import ServiceTimes, SimulatedReplica
 from router.simulate.traces import BLOCK_SIZE_TOKENS, Request
 
-# Nothing expires in virtual time: a replica without news sends none.
+# Reports never expire: a simulated replica reports changes only.
 _FOREVER_S = 1e12
 
 
@@ -20,12 +20,12 @@ class Router(Protocol):
     def choose(self, request: Request, now_s: float) -> int: ...
 
     def report(self, index: int, now_s: float) -> None:
-        """The replica's occupancy report arrives."""
+        """Take the replica's occupancy report."""
         ...
 
 
 class _Blind:
-    """Needs no reports: queue lengths are asked for, as Ray Serve does."""
+    """Router without reports, which looks at queue lengths as Ray Serve does."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ ROUTERS = (*_BLIND, "least_occupancy", "ours")
 
 
 class _LeastOccupancy:
-    """The most free blocks by the last reports."""
+    """Router to the replica with the most free blocks by the last reports."""
 
     def __init__(self, fleet: Sequence[SimulatedReplica], rng: random.Random) -> None:
         self._fleet, self._rng = fleet, rng
@@ -77,7 +77,7 @@ class _LeastOccupancy:
 class _Ours:
     """The real chooser and view, fed with reports of the simulated replicas.
 
-    Outputs are expected as the running quantiles tell; of the request's own it knows nothing.
+    It expects outputs by their quantiles and does not see a request's own output length.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class _Ours:
         assert decision is not None
         best = decision.replica_ids[0]
         self._chooser.sent(self._chosen, best, footprint, now_s)
-        # An ingress sees outputs end a little later; the distribution is the same.
+        # An ingress notes outputs a little later, from the same distribution.
         self._outputs.note(request.output_tokens)
         return self._index[best]
 
@@ -146,7 +146,7 @@ def make_router(
     times: ServiceTimes,
     budget: Budget | None,
 ) -> Router:
-    """The router of that name, one of `ROUTERS`."""
+    """Return the router of that name, one of `ROUTERS`."""
     if name == "ours":
         return _Ours(fleet, rng, times, budget)
     if name == "least_occupancy":

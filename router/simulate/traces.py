@@ -1,4 +1,4 @@
-"""Seeded traces of requests: when they come, how long they are, and what they share."""
+"""Seeded traces of requests: their arrivals, lengths and shared prefixes."""
 
 import math
 import random
@@ -10,7 +10,7 @@ MAX_MODEL_TOKENS = 8192
 
 
 class Request(NamedTuple):
-    """One request. block_hashes: its prompt's full blocks, equal for equal prefixes."""
+    """One request. block_hashes: hashes of the prompt's full blocks, equal for equal prefixes."""
 
     arrival_s: float
     prompt_tokens: int
@@ -19,7 +19,7 @@ class Request(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Lengths of a trace: log-normal, as (median tokens, sigma), cut to what the model takes."""
+    """Log-normal lengths of a trace as (median tokens, sigma), cut to the model's context."""
 
     prompt: tuple[float, float]
     output: tuple[float, float]
@@ -36,10 +36,10 @@ SHAPES = {
 
 
 def trace(name: str, count: int, rate_per_s: float, seed: int) -> list[Request]:
-    """`count` requests at a mean rate, by time of arrival.
+    """Return `count` requests at a mean rate, by time of arrival.
 
-    In `bursty` they come in groups at once; in `multi_turn` each is a turn of a conversation whose
-    history is its prompt's prefix, and turns lie some ten seconds apart.
+    In `bursty` they arrive in groups. In `multi_turn` each is a turn of a conversation, with the
+    history as the prompt's prefix and some ten seconds between turns.
     """
     shape = SHAPES[name]
     rng = random.Random(f"{name}/{seed}")

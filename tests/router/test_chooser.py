@@ -127,7 +127,7 @@ def test_affinity_yields_when_the_favoured_replica_is_overloaded() -> None:
     assert decided(fleet, "a", "b", footprint=turn, now_s=1.0).replica_ids[0] == "a"
 
 
-def test_a_replica_that_tells_of_its_cache_is_believed() -> None:
+def test_a_report_of_a_prefix_cache_corrects_the_affinity() -> None:
     fleet = chooser(idle("a"), idle("b"))
     history = tuple(range(20))
     turn = Footprint(25, 25, 640, 50, history)
