@@ -79,7 +79,6 @@ class Borrower:
         self._leaving: set[RequestMove] = set()
         self._left_at = float("-inf")
         self._task: asyncio.Task[None] | None = None
-        self._renewed_at = time.monotonic()
         self._store_lost = False
         self._draining = False
 
@@ -102,10 +101,14 @@ class Borrower:
         self._files.clear()
 
     async def _run(self) -> None:
+        renewed_at = time.monotonic()
         while True:
             await asyncio.sleep(self._settings.interval_s)
+            self._forget_rested()
             try:
-                await self._renew()
+                if time.monotonic() - renewed_at >= LEASE_TTL_S / 3:
+                    renewed_at = time.monotonic()
+                    await self.renew()
                 await self.relieve()
                 self._store_lost = False
             except (redis.RedisError, OSError) as error:
@@ -114,6 +117,10 @@ class Borrower:
                 self._store_lost = True
             except Exception:
                 logger.exception("cannot look for lent memory")
+
+    def _forget_rested(self) -> None:
+        rested_at = time.monotonic() - self._settings.limits.rest_s
+        self._stayed_at = {name: at for name, at in self._stayed_at.items() if at > rested_at}
 
     async def relieve(self) -> None:
         """Start moves of as many requests as the replica lacks room for, where moving pays.
@@ -259,13 +266,12 @@ class Borrower:
         logger.info("spill moved %s", json.dumps(report.log_line() | {"to": lease.resource}))
         self._on_move(report)
 
-    async def _renew(self) -> None:
-        now = time.monotonic()
-        if now - self._renewed_at < LEASE_TTL_S / 3:
-            return
-        self._renewed_at = now
-        rest_s = self._settings.limits.rest_s
-        self._stayed_at = {name: at for name, at in self._stayed_at.items() if now - at < rest_s}
+    async def renew(self) -> None:
+        """Renew all leases, and take those again that the store has forgotten.
+
+        Raises:
+            redis.RedisError: the store is lost.
+        """
         for lease_id, lease in list(self._leases.items()):
             # A store that has forgotten the lease must not lend the same memory again.
             if not await self._ledger.renew(lease_id) and lease_id in self._leases:

@@ -43,7 +43,7 @@ class Pair:
             send=lambda guest: self.send(guest), block_bytes=BLOCK_BYTES,
             settings=SpillSettings(
                 SpillLimits(worth=0.0001, overhead_s=0.0), interval_s=0.05, expected_tokens=64,
-                prefill_tokens_per_s=500.0, first_output_s=5.0, parked_s=20.0,
+                prefill_tokens_per_s=500.0, first_output_s=60.0, parked_s=60.0,
                 bytes_per_s=1e9, folder=folder,
             ),
             on_move=self.reports.append,

@@ -19,6 +19,7 @@ from router.lending.spill_plan import SpillLimits
 from serving.spill.borrower import Borrower
 from serving.spill.move import MoveReport, SpillSettings
 from serving.spill.parcels import Guest
+from serving.vllm_engine.load import EngineLoad
 from tests.adakv_worker.frontend.stub_core import Front
 from tests.adakv_worker.proofs import make_proof
 from tests.serving.spill.spill_pair import KEYS, LOAD
@@ -48,11 +49,16 @@ class Borrowing:
             "expected_tokens": 64, "prefill_tokens_per_s": 500.0, "first_output_s": 60.0,
             "parked_s": 60.0, "bytes_per_s": 1e9, "folder": folder, **changes,
         }  # fmt: skip
+        self.looks = 0
         self.borrower = Borrower(
-            core=self.front.moving, load=lambda: self.load, ledger=ledger, replica_id="borrower",
+            core=self.front.moving, load=self._look, ledger=ledger, replica_id="borrower",
             send=lambda guest: self.send(guest), block_bytes=1000,
             settings=SpillSettings(**settings), on_move=self.reports.put_nowait,
         )  # fmt: skip
+
+    def _look(self) -> EngineLoad:
+        self.looks += 1
+        return self.load
 
     async def asks(self, **fields: Any) -> None:
         await self.front.asks(**{"prompt_token_ids": PROMPT, "proof": make_proof(), **fields})
@@ -204,6 +210,38 @@ async def test_requests_stay_while_the_store_is_lost(tmp_path: Path) -> None:
     with pytest.raises(redis.RedisError):
         await borrowing.borrower.relieve()
     assert not borrowing.front.core.called.is_set()
+
+
+async def test_a_lost_store_costs_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    borrowing = Borrowing(LendingLedger("redis://127.0.0.1:1", KEYS), tmp_path, interval_s=0.001)
+    await borrowing.asks()
+    borrowing.borrower.start()
+    async with asyncio.timeout(60):
+        while borrowing.looks < 5:
+            await asyncio.sleep(0.001)
+    await borrowing.borrower.stop()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "requests stay" in caplog.text
+
+
+async def test_leases_that_the_store_forgets_are_taken_again(
+    ledger: LendingLedger, store: str, tmp_path: Path
+) -> None:
+    borrowing = Borrowing(ledger, tmp_path)
+    borrowing.send = only_arrives
+    await borrowing.asks()
+    await borrowing.borrower.relieve()
+    before = (await ledger.read()).leases
+    with redis.Redis.from_url(store) as client:
+        client.flushall()
+    await borrowing.borrower.renew()
+    assert not (await ledger.read()).leases
+    await lend(ledger)
+    await borrowing.borrower.renew()
+    assert (await ledger.read()).leases == before
+    await borrowing.borrower.stop()
 
 
 async def test_a_replica_that_is_removed_spares_no_cost(

