@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from adakv_worker.messages import Proof
+from serving.http.sse import JsonObject
 
 # Value in a summary if the choices differ and have no mean.
 MIXED = "mixed"
@@ -29,7 +30,7 @@ class AnswerProofs:
         """Keep the proof of one of the prompt's choices in place of an earlier one."""
         self._proofs[request_id, choice] = proof
 
-    def of_choice(self, index: int) -> dict[str, Any] | None:
+    def of_choice(self, index: int) -> JsonObject | None:
         """Return the JSON of a choice's proof, or None without one."""
         for request_id, choices in self._choices.items():
             if index < choices:
@@ -38,12 +39,12 @@ class AnswerProofs:
             index -= choices
         return None
 
-    def summary(self) -> dict[str, Any] | None:
+    def summary(self) -> JsonObject | None:
         """Return the JSON of one proof for all choices together, or None without any."""
         return summary([*self._proofs.values()])
 
 
-def summary(proofs: list[Proof]) -> dict[str, Any] | None:
+def summary(proofs: list[Proof]) -> JsonObject | None:
     """Summarize proofs as JSON with the same keys; a single proof is its own summary.
 
     Equal values stay. Other numbers become their mean, which keeps the ratios between them, except

@@ -42,7 +42,7 @@ def is_last(message: Message) -> bool:
     return not message.get("more_body", False)
 
 
-def portable_scope(scope: Scope) -> dict[str, Any]:
+def portable_scope(scope: Scope) -> Scope:
     """Return the part of an HTTP scope that another process can use."""
     return {key: scope[key] for key in _PORTABLE_SCOPE_KEYS if key in scope}
 

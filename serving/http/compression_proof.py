@@ -7,12 +7,11 @@ chunk with the usage, `response.completed`, `message_delta`.
 
 import json
 from collections.abc import Iterable
-from typing import Any
 
 from adakv_worker.messages import PROOF_KEY
 from serving.http.answer_proofs import AnswerProofs, answering
 from serving.http.asgi import ASGIApp, Message, Receive, Scope, Send, body_of, header, is_last
-from serving.http.sse import compact_json, data_of, split_events, with_data
+from serving.http.sse import JsonObject, compact_json, data_of, split_events, with_data
 
 # Events of OpenAI's Responses API that carry the whole answer.
 _WHOLE_RESPONSE = ("response.completed", "response.incomplete", "response.failed")
@@ -100,7 +99,7 @@ class _Response:
         return with_data(event, data)
 
 
-def _with_proofs(body: bytes, summary: dict[str, Any], proofs: AnswerProofs) -> bytes:
+def _with_proofs(body: bytes, summary: JsonObject, proofs: AnswerProofs) -> bytes:
     answer = json.loads(body)
     if not isinstance(answer, dict):
         return body
@@ -108,7 +107,7 @@ def _with_proofs(body: bytes, summary: dict[str, Any], proofs: AnswerProofs) -> 
     return compact_json({**answer, PROOF_KEY: summary})
 
 
-def _add_to_choices(choices: Iterable[dict[str, Any]], proofs: AnswerProofs) -> None:
+def _add_to_choices(choices: Iterable[JsonObject], proofs: AnswerProofs) -> None:
     for choice in choices:
         if (proof := proofs.of_choice(choice["index"])) is not None:
             choice[PROOF_KEY] = proof

@@ -6,7 +6,6 @@ the front door retry a request whose replica dies before the first token.
 """
 
 from http import HTTPStatus
-from typing import Any
 
 from serving.http.asgi import (
     ASGIApp,
@@ -18,7 +17,7 @@ from serving.http.asgi import (
     is_event_stream,
     is_last,
 )
-from serving.http.sse import compact_json, data_of, split_events
+from serving.http.sse import JsonObject, compact_json, data_of, split_events
 
 # Events of OpenAI's Responses API that vLLM sends before it calls the engine.
 _BEFORE_THE_ENGINE = ("response.created", "response.in_progress")
@@ -82,7 +81,7 @@ class _Response:
             await self._send(start)
             await self._send({**message, "body": self._body})
 
-    async def _refuse(self, start: Message, error: dict[str, Any]) -> None:
+    async def _refuse(self, start: Message, error: JsonObject) -> None:
         body = compact_json(error)
         headers = [
             *((name, value) for name, value in start["headers"] if name != b"content-type"),
@@ -101,12 +100,12 @@ def _first_engine_event(stream: bytes) -> bytes | None:
     return None
 
 
-def _error_in(event: bytes | None) -> dict[str, Any] | None:
+def _error_in(event: bytes | None) -> JsonObject | None:
     data = data_of(event) if event is not None else None
     return data if data is not None and isinstance(data.get("error"), dict) else None
 
 
-def _status(error: dict[str, Any]) -> int:
+def _status(error: JsonObject) -> int:
     """Return the error's own status code, or the one that its type is named after."""
     code = error.get("code")
     if isinstance(code, int) and 400 <= code < 600:

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+JsonObject = dict[str, Any]
+
 _DATA = b"data: "
 
 
@@ -12,16 +14,16 @@ def split_events(stream: bytes) -> tuple[list[bytes], bytes]:
     return [event + b"\n\n" for event in events], rest
 
 
-def data_of(event: bytes) -> dict[str, Any] | None:
+def data_of(event: bytes) -> JsonObject | None:
     """Return the event's JSON object, or None without one."""
     for line in event.split(b"\n"):
         if line.startswith(_DATA + b"{"):
-            data: dict[str, Any] = json.loads(line.removeprefix(_DATA))
+            data: JsonObject = json.loads(line.removeprefix(_DATA))
             return data
     return None
 
 
-def with_data(event: bytes, data: dict[str, Any]) -> bytes:
+def with_data(event: bytes, data: JsonObject) -> bytes:
     """Return the event with its JSON object replaced; other lines stay."""
     lines = [
         _DATA + compact_json(data) if line.startswith(_DATA) else line
@@ -30,6 +32,6 @@ def with_data(event: bytes, data: dict[str, Any]) -> bytes:
     return b"\n".join(lines)
 
 
-def compact_json(value: Any) -> bytes:
+def compact_json(value: object) -> bytes:
     """Return the value as JSON without spaces, in UTF-8."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
