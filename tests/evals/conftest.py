@@ -8,7 +8,7 @@ from serving.models.embedded import embedded_model_path
 
 @pytest.fixture(scope="module")
 def embedded_engine(in_process: None) -> Iterator[ForcedEngine]:
-    """Answers with the embedded model."""
+    """Start an engine of the embedded model."""
     engine = ForcedEngine(embedded_model_path(), 2048, 512 << 20)
     yield engine
     engine.close()

@@ -23,7 +23,7 @@ def engine(in_process: None, gqa_model: Path) -> Iterator[ForcedEngine]:
     engine.close()
 
 
-def test_the_whole_cache_says_what_a_forward_pass_says(
+def test_the_full_cache_predicts_what_a_forward_pass_predicts(
     engine: ForcedEngine, gqa_model: Path
 ) -> None:
     (outcome,) = engine.outcomes(SAMPLE, TOKENS, []).values()
@@ -38,7 +38,7 @@ def test_the_whole_cache_says_what_a_forward_pass_says(
     assert outcome.kl == [0.0] * 10
 
 
-def test_choices_are_measured_against_the_whole_cache(engine: ForcedEngine) -> None:
+def test_choices_are_measured_against_the_full_cache(engine: ForcedEngine) -> None:
     ample, half, little = (Choice("ada_snapkv", tokens=tokens) for tokens in (400, 150, 40))
     outcomes = engine.outcomes(SAMPLE, TOKENS, [ample, half, little])
     assert outcomes[ample].skipped == "within_budget"
@@ -48,7 +48,7 @@ def test_choices_are_measured_against_the_whole_cache(engine: ForcedEngine) -> N
     assert outcomes[Choice(FULL)].kept_tokens == 300
 
 
-def test_the_same_question_has_the_same_outcome_again(engine: ForcedEngine) -> None:
+def test_a_repeated_question_has_the_same_outcome(engine: ForcedEngine) -> None:
     choices = [Choice(policy, tokens=64) for policy in ("snapkv", "kv_compress", "streaming_llm")]
     first, again = (engine.outcomes(SAMPLE, TOKENS, choices) for _ in range(2))
     for choice in choices:

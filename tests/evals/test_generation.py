@@ -1,4 +1,4 @@
-"""Whole answers under evictions, held against the whole cache's own."""
+"""Long answers under evictions, compared with the full cache's."""
 
 import random
 
@@ -11,7 +11,7 @@ from evals.tasks.source import Source
 
 
 @pytest.mark.slow
-def test_long_answers_are_held_against_the_whole_caches_own(embedded_engine: ForcedEngine) -> None:
+def test_long_answers_are_compared_with_the_full_caches(embedded_engine: ForcedEngine) -> None:
     choices = [Choice("ada_snapkv", tokens=64, decode_tokens=tokens) for tokens in (64, 1500)]
     source = Source(embedded_engine.tokenizer, 2048, random.Random(1))
     one, both = run_generation(embedded_engine, "model", source, choices, 2, 300)

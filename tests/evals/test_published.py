@@ -1,4 +1,4 @@
-"""Published sets: their files, their prompts, and their scores."""
+"""Published sets: files, prompts, scores."""
 
 import json
 from collections.abc import Iterable
@@ -30,7 +30,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture
 def longbench(tmp_path: Path) -> Path:
-    """Hand-made rows, as LongBench's files have them."""
+    """Write files of LongBench's format with hand-made rows."""
     prompts = {
         "hotpotqa": "Passages:\n{context}\nQuestion: {input}\nAnswer:",
         "trec": "Kinds of questions.\n{context}\n{input}",
@@ -83,7 +83,7 @@ def test_longbench_is_read_and_asked_as_published(longbench: Path, tokenizer: An
     assert text.endswith("<|im_start|>assistant\n")
     assert begin == []
     assert question.max_tokens == 32
-    # Few-shot and code sets are not put into the chat format.
+    # Few-shot and code sets have no chat format.
     plain, _ = asked["lcc"].prompt(tokenizer, 1024, "aware")
     assert tokenizer.decode(plain) == "Go on with the code:\nx = {1: 2}\nNext line:\n"
 
@@ -112,7 +112,7 @@ def test_a_longer_prompt_loses_its_middle(tokenizer: Any, mode: Any) -> None:
     assert ("What came first?" in tokenizer.decode(begin)) is (mode == "agnostic")
 
 
-def test_a_chat_format_may_take_space_away(tokenizer: Any) -> None:
+def test_a_chat_format_may_strip_the_prompt(tokenizer: Any) -> None:
     class Trimming:
         def apply_chat_template(self, asked: list[dict[str, str]], **_: Any) -> str:
             return f"<user>{asked[0]['content'].strip()}<assistant>"
@@ -133,14 +133,14 @@ def test_longbench_answers_are_scored_as_published(longbench: Path) -> None:
     asked = {question.task: question for question in read_longbench(longbench)}
     assert asked["hotpotqa"].rate("The Austen.") == 1.0
     assert asked["hotpotqa"].rate("Jane") == pytest.approx(2 / 3)
-    # Only the first line counts, and other classes that it names share the point.
+    # Only the first line counts; classes that it names share the point.
     assert asked["trec"].rate("\nCity\nFood") == 1.0
     assert asked["trec"].rate("City or Food") == 0.5
     assert asked["trec"].rate("Village") == 0.0
     assert asked["lcc"].rate("# a comment\nprint(y)") == 0.88
 
 
-def test_metrics_by_hand() -> None:
+def test_metrics_equal_scores_computed_by_hand() -> None:
     assert metrics.count("There are 7, not 8", "7") == 0.5
     assert metrics.count("none", "7") == 0.0
     assert metrics.paragraph("It is paragraph 12.", "Paragraph 12") == 1.0
@@ -150,7 +150,7 @@ def test_metrics_by_hand() -> None:
     assert metrics.any_of("the Thames", ["Seine", "thames"]) == 1.0
 
 
-def test_a_class_that_is_part_of_the_right_one_takes_nothing() -> None:
+def test_a_class_whose_name_is_part_of_the_right_one_costs_nothing() -> None:
     assert metrics.named_class("a food market", "food market", ["food", "food market"]) == 1.0
 
 
@@ -191,7 +191,7 @@ def test_files_that_are_not_as_published_are_refused(
         list(read_longbench(longbench))
 
 
-def test_what_is_not_there_is_told(longbench: Path, tmp_path: Path) -> None:
+def test_missing_sets_tasks_and_settings_are_named(longbench: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown sets trek: known are narrativeqa"):
         list(read_longbench(longbench, ["trek"]))
     with pytest.raises(ValueError, match="has no prompt or length for qasper"):
@@ -202,7 +202,7 @@ def test_what_is_not_there_is_told(longbench: Path, tmp_path: Path) -> None:
 
 
 class Parrot:
-    """Says the prompt's last words, and with a compressed cache nothing."""
+    """Engine that repeats the answers with the full cache and is silent with a compressed one."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

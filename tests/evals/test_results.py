@@ -1,4 +1,4 @@
-"""Results files while they are written."""
+"""Results files: written part by part, resumed."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -19,7 +19,7 @@ from serving.models.embedded import embedded_model_path
 
 
 def parts() -> Iterator[list[Row]]:
-    """Two samples of one task, and one of another before the run breaks off."""
+    """Yield rows of two samples of one task and one of another, then interrupt the run."""
     one, other = (replace(read_rows(RECORDED)[0], task=task) for task in ("one", "other"))
     yield [replace(one, n=1)]
     yield [replace(one, n=2)]
@@ -27,7 +27,7 @@ def parts() -> Iterator[list[Row]]:
     raise KeyboardInterrupt
 
 
-def test_a_run_that_is_cut_short_keeps_what_it_has(tmp_path: Path) -> None:
+def test_an_interrupted_run_keeps_its_results(tmp_path: Path) -> None:
     path = tmp_path / "new" / "rows.jsonl"
     writing = write_rows(parts(), path)
     for expected in ([("one", 1)], [("one", 2)], [("one", 2), ("other", 1)]):
@@ -39,21 +39,21 @@ def test_a_run_that_is_cut_short_keeps_what_it_has(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_of_each_task_the_last_rows_count() -> None:
+def test_the_last_rows_of_each_task_count() -> None:
     first, second = (read_rows(RECORDED)[0] for _ in range(2))
     later = replace(first, n=9)
     other = replace(second, mode="agnostic")
     assert finished([[first], [other], [later]]) == [later, other]
 
 
-def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_fails_before_the_first_measurement(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         next(write_rows(parts(), tmp_path / "file" / "rows.jsonl"))
 
 
-class Writing:
-    """Answers that count the samples they are asked for."""
+class Recording:
+    """Engine that records the samples it is asked."""
 
     tokenizer: Any = None
 
@@ -73,13 +73,13 @@ class Writing:
         return found
 
 
-def test_a_run_goes_on_where_it_was_cut_short(tmp_path: Path) -> None:
+def test_a_resumed_run_asks_only_missing_samples(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     plan = Plan(["code"], ["aware", "agnostic"], ["snapkv"], [64], [], 256, 3)
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
 
     def resumed(plan: Plan, parts: int | None = None) -> list[tuple[str, list[str]]]:
-        engine = Writing()
+        engine = Recording()
         engine.tokenizer = tokenizer
         earlier = read_rows(path) if path.exists() else []
         writing = write_rows(run(engine, "model", plan, earlier), path, earlier)
@@ -95,7 +95,7 @@ def test_a_run_goes_on_where_it_was_cut_short(tmp_path: Path) -> None:
         (mode, policy, 3) for mode in ("aware", "agnostic") for policy in ("full", "snapkv")
     ]
     assert resumed(plan) == []
-    # Another policy and another sample: what is there stays.
+    # A run with another policy and another sample asks only these.
     more = resumed(plan._replace(policies=["snapkv", "ada_snapkv"], samples=4, modes=["aware"]))
     assert [choices for _, choices in more] == [["full", "ada_snapkv"]] * 3 + [
         ["full", "snapkv", "ada_snapkv"]
@@ -106,9 +106,9 @@ def test_a_run_goes_on_where_it_was_cut_short(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_fewer_questions_of_a_document_take_nothing_away(tmp_path: Path) -> None:
+def test_a_resumed_run_with_fewer_questions_keeps_earlier_samples(tmp_path: Path) -> None:
     plan = Plan(["needles"], ["aware"], ["snapkv"], [64], [], 256, 5)
-    engine = Writing()
+    engine = Recording()
     engine.tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
     earlier = finished(run(engine, "model", plan))
     assert [row.clusters for row in earlier] == [2, 2]
@@ -116,8 +116,8 @@ def test_fewer_questions_of_a_document_take_nothing_away(tmp_path: Path) -> None
     assert [(row.n, row.clusters) for row in rows] == [(6, 3)] * 2
 
 
-def test_results_of_another_model_are_no_beginning(tmp_path: Path) -> None:
+def test_results_of_another_model_cannot_be_resumed(tmp_path: Path) -> None:
     earlier = read_rows(RECORDED)
     plan = Plan(["code"], ["aware"], ["snapkv"], [64], [], 256, 3)
     with pytest.raises(ValueError, match="the results so far are of"):
-        next(run(Writing(), "another", plan, earlier))
+        next(run(Recording(), "another", plan, earlier))

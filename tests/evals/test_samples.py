@@ -1,4 +1,4 @@
-"""What is asked: the same in every mode, for every seed, and as long as was wanted."""
+"""Samples and their tokens: repeatable, of the requested length, the same in both modes."""
 
 from typing import Any
 
@@ -26,14 +26,14 @@ def test_a_seed_makes_the_same_samples_each_time(tokenizer: Any, task: str) -> N
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("tokens", [400, 1500])
-def test_documents_are_as_long_as_was_wanted(tokenizer: Any, task: str, tokens: int) -> None:
+def test_documents_have_the_requested_length(tokenizer: Any, task: str, tokens: int) -> None:
     for sample in samples(task, tokenizer, tokens, 3):
         prompt = tokenize(sample, tokenizer, "aware").prompt
         assert 0.7 * tokens < len(prompt) < 1.3 * tokens
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_both_modes_are_of_the_same_text(tokenizer: Any, task: str) -> None:
+def test_both_modes_have_the_same_tokens(tokenizer: Any, task: str) -> None:
     for sample in samples(task, tokenizer, 400, 3):
         aware, agnostic = (tokenize(sample, tokenizer, mode) for mode in MODES)
         assert aware.prompt + aware.forced == agnostic.prompt + agnostic.forced
@@ -48,7 +48,9 @@ def test_both_modes_are_of_the_same_text(tokenizer: Any, task: str) -> None:
 
 @pytest.mark.parametrize("task", sorted(TASKS.keys() - _NOTHING_TO_FIND))
 @pytest.mark.parametrize("tokens", [300, 800])
-def test_what_is_asked_for_is_in_the_document(tokenizer: Any, task: str, tokens: int) -> None:
+def test_the_document_contains_the_answer_and_the_question_does_not(
+    tokenizer: Any, task: str, tokens: int
+) -> None:
     for sample in samples(task, tokenizer, tokens, 6):
         for part in sample.answer.strip().split(", "):
             assert part in sample.document
@@ -66,19 +68,19 @@ def test_later_questions_are_not_compressed_with_the_document(tokenizer: Any) ->
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_answers_outlast_what_comes_from_the_prefill(tokenizer: Any, task: str) -> None:
+def test_the_compressed_cache_predicts_part_of_every_answer(tokenizer: Any, task: str) -> None:
     for sample in samples(task, tokenizer, 400, 8):
         if not sample.free_tokens:
             tokens = tokenize(sample, tokenizer, "aware")
             assert len(tokens.forced) > tokens.compressed
 
 
-def test_fewer_questions_of_more_documents(tokenizer: Any) -> None:
+def test_a_limit_on_questions_takes_more_documents(tokenizer: Any) -> None:
     every = samples("needles", tokenizer, 400, 12)
     assert len({sample.cluster for sample in every}) == 3
     few = samples("needles", tokenizer, 400, 6, questions=2)
     assert len({sample.cluster for sample in few}) == 3
-    # The same as without a limit, so that a run may go on with another.
+    # A subset of the samples without a limit, so that a run can be resumed with another limit.
     assert {sample.sample_id for sample in few} <= {sample.sample_id for sample in every}
 
 

@@ -1,4 +1,4 @@
-"""Ada-KV's bound on outputs that are computed, with random and with a model's attention."""
+"""Ada-KV's bound on computed outputs, with random attention and with a model's."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def test_no_eviction_changes_more_than_the_bound(
     assert Summary.of(true).lower_bounds == len(true)
 
 
-def test_a_models_layers_keep_to_it(gqa_model: Path) -> None:
+def test_a_models_layers_respect_the_bound(gqa_model: Path) -> None:
     model = ObservingModel(gqa_model)
     observations = model.observations(prompt(300, seed=5))
     found = Summary.of(list(cases(observations, [64, 128])))
@@ -46,7 +46,7 @@ def test_a_models_layers_keep_to_it(gqa_model: Path) -> None:
     assert found.violations == 0
 
 
-def test_observations_are_what_the_model_computes(gqa_model: Path) -> None:
+def test_observations_equal_the_models_cache(gqa_model: Path) -> None:
     model, ids = ObservingModel(gqa_model), prompt(80, seed=1)
     first = model.observations(ids)[0]
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Evictions while decoding: the counts, and what is selected among uneven heads."""
+"""Evictions while decoding: counts, and selections among heads of different lengths."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_the_counts_are_those_of_a_step_by_step_count(
 
 
 @given(st.data())
-def test_what_one_layer_lacks_the_others_get(data: st.DataObject) -> None:
+def test_clipped_numbers_keep_their_sum_and_limits(data: st.DataObject) -> None:
     most = data.draw(st.lists(st.integers(0, 50), min_size=1, max_size=8))
     least = [data.draw(st.integers(0, high)) for high in most]
     wanted = [data.draw(st.integers(0, 60)) for _ in most]
@@ -52,7 +52,9 @@ def test_what_one_layer_lacks_the_others_get(data: st.DataObject) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_the_total_is_conserved_whatever_the_heads_hold(name: str, data: st.DataObject) -> None:
+def test_the_total_is_conserved_for_heads_of_different_lengths(
+    name: str, data: st.DataObject
+) -> None:
     policy = preset(name)
     window = policy.scorer.window_tokens
     layers, heads = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
@@ -78,7 +80,7 @@ def test_the_total_is_conserved_whatever_the_heads_hold(name: str, data: st.Data
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_even_heads_keep_what_a_prompt_would(name: str) -> None:
+def test_heads_of_one_length_keep_the_entries_that_a_prompt_keeps(name: str) -> None:
     policy = preset(name)
     n, keep = 200, 120
     m = n - policy.scorer.window_tokens

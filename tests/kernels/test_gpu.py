@@ -12,7 +12,7 @@ pytestmark = pytest.mark.heavy
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU itself")
-def test_the_kernels_agree_with_their_references() -> None:
+def test_gpu_kernels_agree_with_their_references_in_the_interpreter() -> None:
     folder = Path(__file__).parent / "gpu"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)],

@@ -1,4 +1,4 @@
-"""Hugging Face publishes a package of the same name, which transformers probes for."""
+"""The name `kernels` is also that of a Hugging Face package that transformers probes for."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Every fast path against its reference, on random input."""
+"""Each fast path against its reference, on random input."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_reduced_window_attention(
 
 @pytest.mark.parametrize("reduction", ["mean", "max", "squares"])
 @pytest.mark.parametrize("window", [8, 200])
-def test_attention_over_many_keys_is_made_in_parts(window: int, reduction: Reduction) -> None:
+def test_attention_over_many_keys_is_computed_in_parts(window: int, reduction: Reduction) -> None:
     generator = _generator(window)
     queries = torch.randn((2, 2, window, 256), generator=generator)
     keys = torch.randn((2, 40_003, 256), generator=generator)

@@ -1,4 +1,4 @@
-"""Selections against brute force, against published implementations, and against their promises."""
+"""Selections against brute force, published implementations and their own contract."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_every_preset_conserves_the_total_and_keeps_the_window(name: str, keep: 
     assert torch.equal(policy.select(layers, keep).kept, selection.kept)
 
 
-def test_a_budget_below_the_window_is_refused_with_the_way_out() -> None:
+def test_a_budget_below_the_window_is_refused_with_a_remedy() -> None:
     with pytest.raises(ValueError, match="raise the budget or lower the window"):
         preset("snapkv").select(observations(1, 2, 1, 100, 8, seed=0), 31)
 

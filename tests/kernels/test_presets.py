@@ -122,7 +122,7 @@ def test_policies_that_clients_once_chose_are_forgotten() -> None:
     assert chosen() is None
 
 
-def test_a_scorer_that_is_none_is_refused_by_the_policy() -> None:
+def test_a_policy_refuses_an_incomplete_scorer_and_a_class() -> None:
     class Incomplete:
         window_tokens = 0
 

@@ -1,4 +1,4 @@
-"""Scorers against their papers' formulas, written out entry by entry."""
+"""Scorers against the formulas of their papers, entry by entry."""
 
 import math
 
@@ -137,7 +137,9 @@ def test_defensive(observation: Observation) -> None:
         assert bool((scores[head, secured] > expected.amax()).all())
 
 
-def test_the_second_stage_goes_by_the_projected_value(observation: Observation) -> None:
+def test_the_second_stage_ranks_by_the_norm_of_the_projected_value(
+    observation: Observation,
+) -> None:
     stage = ProjectedValues(first_stage_ratio=0.5, epsilon=0.01)
     scores = torch.rand((1, HEADS, N), generator=torch.Generator().manual_seed(5))
     kept = torch.zeros_like(scores, dtype=torch.bool)
@@ -211,7 +213,7 @@ def test_random_scores_are_each_heads_own(observation: Observation) -> None:
     scorer = RandomScorer(window_tokens=WINDOW)
     together = scorer.score(observation)
     assert not torch.equal(together[0], together[1])
-    # Heads that hold different entries are observed one by one.
+    # While decoding, each head is an observation of its own.
     keys = observation.keys[:1]
     first, second = (
         scorer.score(observation._replace(keys=keys, first_head=head)) for head in (0, 1)
