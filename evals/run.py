@@ -95,26 +95,21 @@ def _run_task(
 
     def rows() -> list[Row]:
         # Further samples of an earlier run stay.
-        order = dict.fromkeys(
-            [
-                *(sample.sample_id for sample in asked),
-                *(n for known in scores.values() for n in known),
-            ]
-        )
+        names = [one.sample_id for one in asked] + [one for done in scores.values() for one in done]
         return [
             row(
                 task, mode, model, plan.document_tokens, choice,
-                [by_sample[name] for name in order if name in by_sample],
+                [by_sample[name] for name in dict.fromkeys(names) if name in by_sample],
             )
             for choice, by_sample in scores.items()
         ]  # fmt: skip
 
-    unknown = False
+    has_asked = False
     for sample in asked:
         missing = [choice for choice, found in scores.items() if sample.sample_id not in found]
         if not missing:
             continue
-        unknown = True
+        has_asked = True
         tokens = tokenize(sample, engine.tokenizer, mode)
         score_sample = _score_free if sample.free_tokens else _score_forced
         # Each outcome is compared with the full cache's.
@@ -122,7 +117,7 @@ def _run_task(
         for choice, one in score_sample(engine, sample, tokens, asked_for).items():
             scores[choice][sample.sample_id] = one
         yield rows()
-    if not unknown:
+    if not has_asked:
         yield rows()
 
 

@@ -86,13 +86,7 @@ class PromptCost(NamedTuple):
     keep_tokens: int
     compress_s: float
     prefill_floor_s: float
-
-    @property
-    def share_of_prefill_floor(self) -> float:
-        return self.compress_s / self.prefill_floor_s
-
-    def row(self) -> Row:
-        return {**self._asdict(), "share_of_prefill_floor": self.share_of_prefill_floor}
+    share_of_prefill_floor: float
 
 
 def seconds(call: Callable[[], object], *, graph: bool = False) -> float:
@@ -109,9 +103,8 @@ def ceilings() -> Ceilings:
     source = torch.randn(1 << 29, device="cuda")
     target = torch.empty_like(source)
     copied = 2 * source.numel() * source.element_size() / seconds(lambda: target.copy_(source))
-    size = 8192
-    a, b = torch.randn((2, size, size), device="cuda", dtype=DTYPE)
-    return Ceilings(copied, 2 * size**3 / seconds(lambda: a @ b))
+    a, b = torch.randn((2, 8192, 8192), device="cuda", dtype=DTYPE)
+    return Ceilings(copied, 2 * len(a) ** 3 / seconds(lambda: a @ b))
 
 
 class Prompt:
@@ -238,7 +231,8 @@ class Bench(NamedTuple):
             compact_paged(kept, prompt.cache, prompt.source, tables, lens)
 
         prefill_s = 2 * PARAMETERS * tokens / limits.flops_per_s
-        return PromptCost(tokens, keep, self.layers * self.timer(layer), prefill_s)
+        compress_s = self.layers * self.timer(layer)
+        return PromptCost(tokens, keep, compress_s, prefill_s, compress_s / prefill_s)
 
     def _layout(self, layers: int) -> PageLayout:
         layout = PageLayout.blocks_outermost(layers, self.heads)
@@ -260,17 +254,15 @@ def report(lengths: Sequence[int], requests: int) -> dict[str, object]:
             flush=True,
         )
     prompts = [bench.prompt_cost(n, max(WINDOW, n // 4), limits) for n in lengths]
-    for prompt in prompts:
-        print(
-            f"a prompt of {prompt.tokens}: compressed in {prompt.compress_s * 1e3:.2f} ms, "
-            f"{prompt.share_of_prefill_floor:.2%} of its prefill's floor"
-        )
+    for tokens, _, compress_s, _, share in prompts:
+        print(f"a prompt of {tokens}: compressed in {compress_s * 1e3:.2f} ms, ", end="")
+        print(f"{share:.2%} of its prefill's floor")
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         **limits._asdict(),
         "kernels": rows,
-        "prompts": [prompt.row() for prompt in prompts],
+        "prompts": [prompt._asdict() for prompt in prompts],
         **reports_of_others(limits),
     }
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evals.answering.engine import ForcedEngine
-from evals.choice import Choice
+from evals.choice import Choice, Outcome
 from evals.samples import Sample, Tokens, tokenize
 from evals.theory import ObservingModel
 from kernels.policies.head_allocations.adaptive import AdaptiveHeads
@@ -84,35 +84,49 @@ def compare(
         )
         for sample, one in zip(asked, tokens, strict=True)
     ]
-    compared = []
-    for name, policy in POLICIES.items():
-        for keep in keeps:
-            answers = [theirs[f"{number}/{name}/{keep}"] for number in range(len(asked))]
-            sets = [
-                _compare_sets(policy, layers, keep, one["kept"])
-                for layers, one in zip(observed, answers, strict=True)
-            ]
-            in_engine = [
-                found[choice]
-                for found in outcomes
-                if (choice := Choice(name, tokens=keep)) in found
-            ]
-            others = sum(other for _, other, _ in sets)
-            compared.append(
-                Comparison(
-                    name,
-                    keep,
-                    common=fmean(common for common, _, _ in sets),
-                    tied=sum(tied for _, _, tied in sets) / others if others else None,
-                    kl=fmean(fmean(one["kl"]) for one in answers),
-                    agreement=fmean(fmean(one["agreement"]) for one in answers),
-                    engine_kl=fmean(fmean(one.kl) for one in in_engine) if in_engine else None,
-                    engine_agreement=fmean(fmean(one.agreement) for one in in_engine)
-                    if in_engine
-                    else None,
-                )
-            )
-    return compared
+    return [
+        _compare(
+            Choice(name, tokens=keep),
+            observed,
+            [theirs[f"{number}/{name}/{keep}"] for number in range(len(asked))],
+            outcomes,
+        )
+        for name in POLICIES
+        for keep in keeps
+    ]
+
+
+def _compare(
+    choice: Choice,
+    observed: Sequence[Sequence[Observation]],
+    answers: Sequence[dict[str, Any]],
+    outcomes: Sequence[dict[Choice, Outcome]],
+) -> Comparison:
+    """Compare one choice over all prompts.
+
+    Args:
+        observed: layers of each prompt.
+        answers: kvpress' results for each prompt.
+        outcomes: the engine's for each prompt.
+    """
+    assert choice.tokens is not None
+    policy = POLICIES[choice.policy]
+    sets = [
+        _compare_sets(policy, layers, choice.tokens, one["kept"])
+        for layers, one in zip(observed, answers, strict=True)
+    ]
+    in_engine = [found[choice] for found in outcomes if choice in found]
+    others = sum(other for _, other, _ in sets)
+    return Comparison(
+        choice.policy,
+        choice.tokens,
+        common=fmean(common for common, _, _ in sets),
+        tied=sum(tied for _, _, tied in sets) / others if others else None,
+        kl=fmean(fmean(one["kl"]) for one in answers),
+        agreement=fmean(fmean(one["agreement"]) for one in answers),
+        engine_kl=fmean(fmean(one.kl) for one in in_engine) if in_engine else None,
+        engine_agreement=fmean(fmean(one.agreement) for one in in_engine) if in_engine else None,
+    )
 
 
 def _ask_kvpress(
