@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +28,24 @@ class Written(NamedTuple):
     evictions: int
     text: str
 
+    def report(self, arm: str) -> str:
+        return (
+            f"{arm}: {self.tokens} tokens, {self.tokens_per_s} tokens/s, "
+            f"{self.evictions} evictions, blocks held {self.held_blocks}\n{self.text}\n"
+        )
+
+
+def arms(policy: str | None, decode_budget: int) -> dict[str, dict[str, Any]]:
+    """Return the request options of both arms."""
+    chosen = {"adakv_policy": policy} if policy else {}
+    return {
+        "unbounded": {"adakv_policy": "full"},
+        "bounded": {**chosen, "adakv_decode_budget_tokens": decode_budget},
+    }
+
 
 def write(llm: Any, prompt: list[int], tokens: int, options: dict[str, Any]) -> Written:
-    """Has one answer of `tokens` tokens written, greedily."""
+    """Write one answer of `tokens` tokens, greedily."""
     from vllm import SamplingParams
 
     pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
@@ -45,24 +61,22 @@ def write(llm: Any, prompt: list[int], tokens: int, options: dict[str, Any]) -> 
     elapsed = time.perf_counter() - started
     (answer,) = outputs[-1].outputs
     proof = outputs[-1].kv_transfer_params["kv_compression"]
-    # With the last step it has given its blocks back.
-    held = held[1:-1]
     return Written(
         len(answer.token_ids),
         round(tokens / elapsed, 2),
-        held[:: max(1, len(held) // _POINTS)],
+        # The first step is the prompt's; the last one frees the blocks.
+        at_equal_distances(held[1:-1]),
         proof["decode_evictions"],
         answer.text,
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.long_answer", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=4000)
-    parser.add_argument("--decode-budget", type=int, default=512)
-    parser.add_argument("--policy", default=None, help="without it the default")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    args = parser.parse_args(argv)
+def at_equal_distances(held: Sequence[int]) -> list[int]:
+    """Return some of the values, `_POINTS` to twice as many where there are enough."""
+    return list(held[:: max(1, len(held) // _POINTS)])
+
+
+def _embedded_llm(max_model_len: int) -> Any:
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -73,29 +87,28 @@ def main(argv: list[str] | None = None) -> int:
     from adakv_worker.plugin import engine_args
     from serving.models.embedded import embedded_model_path
 
-    llm = LLM(
-        model=str(embedded_model_path()), dtype="float32", max_model_len=args.tokens + 512,
+    return LLM(
+        model=str(embedded_model_path()), dtype="float32", max_model_len=max_model_len,
         block_size=32, kv_cache_memory_bytes=1 << 30, enforce_eager=True, **engine_args({}),
     )  # fmt: skip
-    tokenizer: Any = llm.get_tokenizer()
-    prompt = tokenizer.apply_chat_template(
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m loadtest.long_answer", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=4000)
+    parser.add_argument("--decode-budget", type=int, default=512)
+    parser.add_argument("--policy", default=None, help="without it the default")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args(argv)
+    llm = _embedded_llm(args.tokens + 512)
+    prompt = llm.get_tokenizer().apply_chat_template(
         [{"role": "user", "content": _QUESTION}], add_generation_prompt=True, return_dict=False
     )
-    policy = {"adakv_policy": args.policy} if args.policy else {}
-    arms = {
-        "unbounded": {"adakv_policy": "full"},
-        "bounded": {**policy, "adakv_decode_budget_tokens": args.decode_budget},
-    }
     figures = {}
-    for name, options in arms.items():
+    for name, options in arms(args.policy, args.decode_budget).items():
         written = write(llm, prompt, args.tokens, options)
         figures[name] = written._asdict()
-        print(
-            f"{name}: {written.tokens} tokens, {written.tokens_per_s} tokens/s, "
-            f"{written.evictions} evictions, blocks held {written.held_blocks}\n"
-            f"{written.text}\n",
-            flush=True,
-        )
+        print(written.report(name), flush=True)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0

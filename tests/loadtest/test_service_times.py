@@ -1,5 +1,11 @@
+import shutil
+from pathlib import Path
 from typing import Any
 
+import httpx
+import pytest
+
+from loadtest.servers.processes import vllm_serve
 from loadtest.service_times import fitted, measure, one_replica
 from tests.loadtest.fake_client import fake_client
 
@@ -25,3 +31,21 @@ def test_one_replica_is_measured() -> None:
     config = {"applications": [{"name": "llm", "args": {"replica": {"count": 4, "cpus": 1}}}]}
     (application,) = one_replica(config)["applications"]
     assert application == {"name": "llm", "args": {"replica": {"count": 1, "cpus": 1}}}
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+async def test_a_real_server_is_measured(gqa_model: Path, tmp_path: Path) -> None:
+    from tests.adakv_worker.tiny_models import add_tokenizer
+
+    model = shutil.copytree(gqa_model, tmp_path / "model")
+    add_tokenizer(model)
+    engine = {
+        "dtype": "float32", "max_model_len": 1024, "block_size": 32, "enforce_eager": True,
+        "kv_cache_memory_bytes": 64 << 20,
+    }  # fmt: skip
+    with vllm_serve(str(model), "tiny", engine, 1, tmp_path / "log") as url:
+        async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+            times = await measure(client, repeat=1, company=(1, 4), prompt_sentences=5)
+    assert times["prefill_tokens_per_s"] > 0
+    assert times["decode_step_s"] > 0
