@@ -1,8 +1,8 @@
 """`python -m loadtest.compare configs/compare/laptop.yaml`: arms side by side at equal KV memory.
 
 Each repetition starts every arm's deployment anew, puts all loads on it with Locust and stops it.
-The folder that comes out has the report and everything it was made from; the same command goes on
-where an interrupted one has stopped.
+The output folder has the report and everything it was made from. The same command continues an
+interrupted comparison.
 """
 
 import argparse
@@ -24,7 +24,7 @@ _FROZEN = "config.yaml"
 
 
 def compare(path: Path, folder: Path, command: list[str]) -> int:
-    """Runs what is left of one comparison. Returns how many units crashed, in all.
+    """Run the rest of a comparison; return how many of its units crashed in all.
 
     Raises:
         ValueError: the folder belongs to another configuration.
@@ -34,21 +34,21 @@ def compare(path: Path, folder: Path, command: list[str]) -> int:
     runs, every = Runs(folder, config), units(config)
     crashes = 0
     for number, unit in enumerate(every, start=1):
-        told = f"[{number}/{len(every)}] repetition {unit.repetition + 1}, {unit.arm}"
+        label = f"[{number}/{len(every)}] repetition {unit.repetition + 1}, {unit.arm}"
         if runs.is_done(unit):
-            print(f"{told}: done before", flush=True)
+            print(f"{label}: done before", flush=True)
         else:
-            print(f"{told}: starting", flush=True)
+            print(f"{label}: starting", flush=True)
             began = time.monotonic()
-            crashed = runs.run(unit, functools.partial(_tell, told))
-            print(f"{told}: {_outcome(runs, unit, crashed)}, {time.monotonic() - began:.0f} s")
+            crashed = runs.run(unit, functools.partial(_print_line, label))
+            print(f"{label}: {_outcome(runs, unit, crashed)}, {time.monotonic() - began:.0f} s")
         crashes += runs.read(unit).crashed is not None
         write_report(config, runs, folder, command)
     print(f"report: {folder / 'report.html'}")
     return crashes
 
 
-def _tell(unit: str, line: str) -> None:
+def _print_line(unit: str, line: str) -> None:
     print(f"{unit}: {line}", flush=True)
 
 
@@ -60,7 +60,7 @@ def _outcome(runs: Runs, unit: Unit, crashed: str | None) -> str:
 
 
 def _claim(folder: Path, config: CompareConfig) -> None:
-    """Notes whose runs the folder holds, so that another configuration's are never mixed in."""
+    """Write the configuration into the folder, and refuse one with runs of another."""
     folder.mkdir(parents=True, exist_ok=True)
     frozen, mine = folder / _FROZEN, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     if frozen.exists() and frozen.read_text() != mine:

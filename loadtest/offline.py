@@ -1,8 +1,8 @@
 """`python -m loadtest.offline`: stock vLLM against compression at the same KV bytes, without HTTP.
 
-Every arm is an engine in a process of its own, all of the same vLLM, model, thread count and KV
-bytes; rounds alternate between the arms. What compression holds beside the KV blocks is taken off
-its KV bytes. With `--out` it writes the same report as `loadtest.compare`.
+Every arm is an engine in a process of its own, all with the same vLLM, model, thread count and KV
+bytes; rounds alternate between the arms. An arm that compresses gets fewer KV bytes, by what it
+holds beside the KV blocks. With `--out` it writes the same report as `loadtest.compare`.
 """
 
 import argparse
@@ -24,17 +24,17 @@ from loadtest.engines.folded_attention import folded_over_dense
 from loadtest.engines.process import EngineProcess
 
 KV_BYTES = 190 << 20
-# For page tables and scores of the arms that compress: three blocks of the default model. The
-# report shows what they really took.
+# Page tables and scores of the arms that compress: three blocks of the default model. The report
+# shows the bytes that they took.
 RESERVED_BYTES = 3 * 1_474_560
-# And for the queries of evictions, which all requests of a mix collect at the same time.
+# With the queries of evictions, which all requests of a mix collect at the same time.
 RESERVED_EVICTING_BYTES = 19 * 1_474_560
 REQUESTS = 12
 MIXES = ("1500/192", "512/512")
-# Long answers, whose caches ours cuts down while it writes; not part of the default run.
+# Long answers, whose caches shrink while they are written; not part of the default run.
 EVICTING_MIXES = ("256/2000",)
 BUDGETS = (512, 256, 128)
-# That of the published comparisons.
+# The policy of the comparisons in the docs.
 POLICY = "ada_snapkv"
 _COLUMNS = {
     "name": "arm", "tokens_per_s": "tokens/s", "ratio_to_stock": "ratio", "bound": "bound",
@@ -48,7 +48,7 @@ def _name(policy: str, budget: int) -> str:
 
 
 def _budget(name: str) -> int | None:
-    """Of the arm of this name; None for those that compress nothing."""
+    """Return the budget of the arm of this name; None for those that compress nothing."""
     budget = name.rpartition("-")[2]
     return int(budget) if budget.isdigit() else None
 
@@ -130,7 +130,7 @@ def _medians(turns: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _reserved_bytes(mixes: Iterable[str]) -> int:
-    """Taken off the KV bytes of the arms that compress."""
+    """Return the bytes taken off the KV memory of the arms that compress."""
     return RESERVED_EVICTING_BYTES if set(mixes) & set(EVICTING_MIXES) else RESERVED_BYTES
 
 
@@ -157,8 +157,8 @@ def _print(mix: str, summary: dict[str, Any], names: list[str], reserved_bytes: 
 
 
 def run(mixes: list[str], ours: list[str], repeat: int, threads: int) -> dict[str, Any]:
-    """Measures stock vLLM and the arms of ours, by name, on each mix."""
-    # What ours costs where it does nothing, the other mixes tell.
+    """Measure stock vLLM and our arms, by name, on each mix."""
+    # The price of the arm that keeps everything shows in the other mixes.
     off = ["off"] if set(mixes) - set(EVICTING_MIXES) else []
     names = ["stock", *off, *ours]
     result: dict[str, Any] = {"mixes": {}}
@@ -196,7 +196,7 @@ def run(mixes: list[str], ours: list[str], repeat: int, threads: int) -> dict[st
 
 
 def write_report(result: dict[str, Any], repeat: int, folder: Path, command: list[str]) -> None:
-    """Writes what `run` returned as `results.json`, `report.md`, `report.html` and plots."""
+    """Write the result of `run` as `results.json`, `report.md`, `report.html` and plots."""
     folder.mkdir(parents=True, exist_ok=True)
     sections = []
     for mix, summary in result["mixes"].items():
@@ -215,7 +215,7 @@ def write_report(result: dict[str, Any], repeat: int, folder: Path, command: lis
 
 
 def _rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The arms of a mix, each with what the report has columns for."""
+    """Return the arms of a mix with the values of the report's columns."""
     rows = []
     for name, figures in summary.items():
         if not isinstance(figures, dict) or "tokens_per_s" not in figures:

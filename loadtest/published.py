@@ -2,8 +2,8 @@
 
 256 prompts of 6,000 tokens with 500 to generate, all at once, on Llama-3.1-8B's shape with random
 weights: stock vLLM, stock with an fp8 KV cache, compression off, and from a half of the prompt to a
-64th, which is bounded while decoding as well; all with the same KV bytes. What compression holds
-beside the KV blocks is taken off its own. One engine runs at a time, in a process of its own.
+64th, which is bounded while decoding as well; all with the same KV bytes. An arm that compresses
+gets fewer, by what it holds beside the KV blocks. One engine runs at a time, in its own process.
 
 S_max, what stock would gain if decoding took no time, comes first. Published is 5.18 at a 64th.
 """
@@ -34,7 +34,7 @@ class Load(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """What all arms share. beside_bytes: taken off the KV bytes of those that compress."""
+    """The settings of all arms. beside_bytes: taken off the KV bytes of those that compress."""
 
     model: str
     engine: dict[str, Any]
@@ -45,6 +45,7 @@ class Setup(NamedTuple):
 
 
 def compression_of(arm: str, setup: Setup) -> dict[str, Any] | None:
+    """Return the arm's compression settings; None for stock vLLM."""
     if arm.startswith("stock"):
         return None
     if arm == "off":
@@ -52,7 +53,7 @@ def compression_of(arm: str, setup: Setup) -> dict[str, Any] | None:
     share = _SHARES[arm]
     if share < 64:
         return {"policy": setup.policy, "budget_tokens": _LEAST_BUDGET, "keep_ratio": 1 / share}
-    # Of so little, a window and the first tokens are always a part.
+    # The window and the first tokens are always kept.
     budget = max(-(-setup.load.prompt_tokens // share), 64)
     return {
         "policy": setup.policy, "budget_tokens": budget, "keep_ratio": 0.0,
@@ -72,7 +73,7 @@ def start(arm: str, kv_bytes: int, setup: Setup, log: IO[str]) -> EngineProcess:
 
 
 def run_arm(arm: str, kv_bytes: int, setup: Setup, repeat: int, log: IO[str]) -> dict[str, Any]:
-    """Medians of one arm's rounds; of stock also what its prefills take.
+    """Return medians of one arm's rounds; for stock also the time of its prefills.
 
     Raises:
         RuntimeError: its engine died.
@@ -94,7 +95,7 @@ def run_arm(arm: str, kv_bytes: int, setup: Setup, repeat: int, log: IO[str]) ->
 
 
 def compare(figures: dict[str, Any], stock: dict[str, Any]) -> dict[str, Any]:
-    """The arm's figures with its ratio to stock, and the bound of that: see docs/compression.md."""
+    """Return the arm's figures with its ratio to stock and the bound of that ratio."""
     gain = figures["decode_tokens_per_s"] / stock["decode_tokens_per_s"]
     limit = bound(stock["elapsed_s"], stock["prefill_s"], gain)
     ratio = figures["tokens_per_s"] / stock["tokens_per_s"]
@@ -108,7 +109,7 @@ def compare(figures: dict[str, Any], stock: dict[str, Any]) -> dict[str, Any]:
 def run(
     kv_bytes: int, arms: list[str], setup: Setup, repeat: int, log: IO[str]
 ) -> dict[str, dict[str, Any]]:
-    """All arms at one size of KV memory, stock first; those that fail say so."""
+    """Measure all arms at one size of KV memory, stock first; an arm that fails has its error."""
     load = setup.load
     print(
         f"\n{kv_bytes / (1 << 30):g} GiB of KV, {load.requests} prompts of {load.prompt_tokens} "

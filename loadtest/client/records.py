@@ -1,4 +1,4 @@
-"""What a load test notes of each request, and what its records add up to."""
+"""The record of each request of a load test, and the figures of all records."""
 
 import json
 import math
@@ -14,9 +14,10 @@ from loadtest.client.stream import StreamedAnswer
 
 @dataclass
 class Record:
-    """One request. Times in seconds; `at_s` is when it was sent, from the start of the test.
+    """One request. Times are in seconds.
 
-    late_s: how much later that was than an open loop wanted.
+    at_s: when it was sent, from the start of the test.
+    late_s: how much later than planned, in an open loop.
     ttft_s: to the first text. tpot_s: for each token after the first. itl_s: from text to text.
     error: why it failed or was cut, else None.
     """
@@ -46,6 +47,7 @@ class Record:
         self.cached_tokens, self.kv_compression = answer.cached_tokens, answer.proof
 
     def line(self) -> str:
+        """Return the record as a line of JSON."""
         return json.dumps(asdict(self))
 
 
@@ -54,10 +56,10 @@ def _rounded(seconds: float) -> float:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a JSONL file.
+    """Read the records of a JSONL file.
 
     Raises:
-        ValueError, TypeError: it holds something else.
+        ValueError, TypeError: a line is no record.
         OSError: it cannot be read.
     """
     return [Record(**json.loads(line)) for line in path.read_text().splitlines()]
@@ -65,12 +67,13 @@ def read_records(path: Path) -> list[Record]:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request must keep to count for goodput; None is no limit."""
+    """The limits within which a request counts for goodput; None is no limit."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
 
     def met_by(self, record: Record) -> bool:
+        """Return whether a request succeeded within all limits."""
         pairs = ((record.ttft_s, self.ttft_s), (record.tpot_s, self.tpot_s))
         return record.error is None and all(
             limit is None or (value is not None and value <= limit) for value, limit in pairs
@@ -78,7 +81,7 @@ class Limits:
 
 
 def summary(records: Sequence[Record], limits: Limits | None = None) -> dict[str, Any]:
-    """Figures of a test: rates over the wall time from the first sending to the last end."""
+    """Return the figures of a test, with rates from the first sending to the last end."""
     done = [record for record in records if record.error is None]
     began = min((record.at_s for record in records), default=0.0)
     ended = max((record.at_s + record.e2e_s for record in records), default=0.0)
@@ -111,7 +114,7 @@ def summary(records: Sequence[Record], limits: Limits | None = None) -> dict[str
 
 
 def percentile(values: Iterable[float], quantile: float) -> float | None:
-    """The smallest value that at least this share does not exceed; None of nothing."""
+    """Return the smallest value that at least this share does not exceed; None without values."""
     ordered = sorted(values)
     if not ordered:
         return None

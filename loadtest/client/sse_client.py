@@ -9,7 +9,7 @@ from loadtest.client.stream import StreamedAnswer
 
 
 class StreamTiming(NamedTuple):
-    """Times of one answer. `ttft_s` runs from sending to the first chunk that carries text."""
+    """Times of one answer. ttft_s: from sending to the first chunk with text."""
 
     ttft_s: float
     total_s: float
@@ -19,7 +19,7 @@ class StreamTiming(NamedTuple):
 async def timed_completion(
     client: httpx.AsyncClient, model: str, prompt: str, output_tokens: int
 ) -> StreamTiming:
-    """Streams exactly `output_tokens` tokens from `/v1/completions`.
+    """Stream exactly `output_tokens` tokens from `/v1/completions`.
 
     Raises:
         RuntimeError: the stream broke, or another number of tokens came.

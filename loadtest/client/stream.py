@@ -12,11 +12,11 @@ class StreamBroken(RuntimeError):
 
 
 class StreamedAnswer:
-    """Collects one stream line by line. Times are the caller's clock, in seconds.
+    """One stream, collected line by line. Times are those of the caller's clock, in seconds.
 
-    token_ids: if the request wanted them. usage: the server's own count, once it has come.
-    proof: `kv_compression`, from servers that compress. finished: whether the stream came to its
-    regular end.
+    token_ids: empty unless the request asked for them. usage: the server's own counts.
+    proof: `kv_compression`, from servers that compress. finished: whether the stream ended
+    regularly.
     """
 
     def __init__(self, started_s: float) -> None:
@@ -29,10 +29,10 @@ class StreamedAnswer:
         self.finished = False
 
     def take(self, line: str, now_s: float) -> None:
-        """Takes a line of the stream that came at `now_s`.
+        """Add a line of the stream that came at `now_s`.
 
         Raises:
-            StreamBroken: it tells of an error.
+            StreamBroken: the line is an error.
         """
         if not line.startswith(_DATA):
             return
@@ -57,12 +57,12 @@ class StreamedAnswer:
 
     @property
     def ttft_s(self) -> float | None:
-        """From sending to the first text."""
+        """The time from sending to the first text."""
         return self._text_at_s[0] - self._started_s if self._text_at_s else None
 
     @property
     def itl_s(self) -> list[float]:
-        """Between one piece of text and the next."""
+        """The times between one piece of text and the next."""
         times = self._text_at_s
         return [later - earlier for earlier, later in itertools.pairwise(times)]
 
@@ -83,5 +83,5 @@ class StreamedAnswer:
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that the server had cached, if it tells."""
+        """Prompt tokens from the server's prefix cache; 0 if it reports none."""
         return (self.usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0

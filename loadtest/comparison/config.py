@@ -1,4 +1,4 @@
-"""What is compared: a base deployment, arms that differ from it, and loads that all of them get."""
+"""The configuration of a comparison: a base deployment, arms that differ from it, and loads."""
 
 import copy
 from pathlib import Path
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loadtest.traffic.workloads import WORKLOADS
 
-# They name files.
+# Arms and loads name files.
 _NAME = r"^[\w.-]+$"
 
 
@@ -29,7 +29,7 @@ class ArmConfig(_Section):
 
 
 class LoadConfig(_Section):
-    """One load. `users` is the concurrency of a closed loop, or the most open ones of an open."""
+    """One load. users: the concurrency of a closed loop, or the most sessions of an open one."""
 
     name: str = Field(pattern=_NAME)
     workload: str
@@ -45,7 +45,7 @@ class LoadConfig(_Section):
 
     @property
     def has_bound(self) -> bool:
-        """Whether it is a closed loop of single turns of one size."""
+        """Return whether this is a closed loop of single turns of one size."""
         return self.rate_per_s is None and self.workload not in ("chat", "mixed")
 
     @model_validator(mode="after")
@@ -81,11 +81,15 @@ class CompareConfig(_Section):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises pydantic.ValidationError, yaml.YAMLError or OSError."""
+        """Read a file.
+
+        Raises:
+            pydantic.ValidationError, yaml.YAMLError, OSError: it is not a valid comparison.
+        """
         return cls.model_validate(yaml.safe_load(path.read_text()))
 
     def deployment(self, arm: str) -> dict[str, Any]:
-        """The arm's configuration of `serve run`."""
+        """Return the arm's configuration of `serve run`."""
         config = yaml.safe_load(self.base.read_text())
         (application,) = config["applications"]
         kv_bytes = self.kv_bytes(arm)

@@ -1,4 +1,4 @@
-"""From what was run to figures: medians over repetitions, ratios, and the bound."""
+"""The figures of a comparison from its runs: medians over repetitions, ratios, and the bound."""
 
 import statistics
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from loadtest.comparison.order import Unit
 from loadtest.comparison.runs import LoadRun, Runs, prefill_only, units
 from loadtest.servers.occupancy import Look
 
-# Of these the median over the repetitions is told; of all others the list.
+# Figures that an arm reports as the median over its repetitions.
 _MEDIANS = (
     "tokens_per_s", "requests_per_s", "elapsed_s", "ttft_p50_s", "ttft_p95_s", "ttft_p99_s",
     "tpot_p50_s", "tpot_p95_s", "itl_p50_s", "itl_p95_s", "e2e_p50_s", "e2e_p95_s",
@@ -21,10 +21,10 @@ _MEDIANS = (
 
 
 def arm_figures(config: CompareConfig, runs: Runs) -> list[dict[str, Any]]:
-    """One object for each arm and load, in the configuration's order.
+    """Return one object for each arm and load, in the configuration's order.
 
     Ratios are taken within a repetition; `ratio_to_stock` is their median. An arm that crashed has
-    `crashed`, and figures of what it did before.
+    `crashed`, and the figures of its runs before.
     """
     done = {unit: runs.read(unit) for unit in units(config) if runs.is_done(unit)}
     rows = []
@@ -57,7 +57,7 @@ def arm_figures(config: CompareConfig, runs: Runs) -> list[dict[str, Any]]:
 
 
 def output_tokens_equal(rows: Sequence[dict[str, Any]], load: str) -> bool:
-    """Whether all arms wrote equally many tokens in each repetition of a load."""
+    """Return whether all arms wrote equally many tokens in each repetition of a load."""
     written = [row["written"] for row in rows if row["workload"] == load]
     repetitions = {repetition for one in written for repetition in one}
     return all(
@@ -74,9 +74,9 @@ def _one_run(run: LoadRun, load: LoadConfig) -> dict[str, Any]:
 
 
 def _from_ledger(looks: Sequence[Look]) -> dict[str, Any]:
-    """Peaks over time, and the decode rate at the peak batch.
+    """Return peaks over time, and the decode rate at the peak batch.
 
-    That is the best of its rates, which are of some seconds each: those without a prefill in them.
+    Replicas report rates over some seconds; the best one at the peak has no prefill in it.
     """
     totals = [_sums(look) for look in looks if look.loads]
     if not totals:
@@ -109,6 +109,7 @@ class Moment(NamedTuple):
 
 
 def over_time(looks: Sequence[Look]) -> list[Moment]:
+    """Add up the replicas at each look that has any."""
     sums = [(look.at_s, _sums(look)) for look in looks if look.loads]
     return [
         Moment(
@@ -150,7 +151,7 @@ def _ratio(
 def _prefill_s(
     config: CompareConfig, load: LoadConfig, runs: Sequence[dict[str, LoadRun]]
 ) -> float | None:
-    """Seconds that one prompt of the load takes the reference alone."""
+    """Return the seconds that the reference takes for one prompt of the load alone."""
     times = [
         record.ttft_s
         for loads in runs

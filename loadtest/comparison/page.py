@@ -1,4 +1,4 @@
-"""The report that all comparisons write: one page as Markdown and as HTML in a single file."""
+"""The report of a comparison: one page as Markdown, and as HTML with its pictures in one file."""
 
 import base64
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 _TEMPLATES = Path(__file__).parent / "templates"
-# With two digits after the point; other counts are rounded.
+# Columns with two digits after the point; other counts are rounded.
 _FINE = ("tokens_per_s", "bound", "good_share", "blocks_per_request")
 
 
@@ -25,10 +25,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """
+    """What the templates show.
+
     columns: titles by the rows' keys.
     reference: the arm that ratios are taken against.
-    environments: more than one, where something was changed before a comparison went on.
+    environments: more than one where something changed between the parts of a comparison.
     plots of the sections: names of PNG files in the page's folder.
     """
 
@@ -42,11 +43,12 @@ class Page:
     command: list[str]
 
     def cells(self, section: Section) -> list[list[str]]:
+        """Return the text of a section's table, row by row."""
         return [[_cell(row, column) for column in self.columns] for row in section.rows]
 
 
 def write_page(page: Page, folder: Path) -> None:
-    """Writes `report.md` and `report.html`; the pictures are there."""
+    """Write `report.md` and `report.html` into the folder, which has the pictures."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), trim_blocks=True, lstrip_blocks=True,
         autoescape=lambda name: name is not None and ".html" in name,
@@ -72,5 +74,5 @@ def _cell(row: dict[str, Any], column: str) -> str:
 
 
 def _embedded(name: str, folder: Path) -> str:
-    """A picture as a data URL, so that the page is one file."""
+    """Return a picture as a data URL."""
     return "data:image/png;base64," + base64.b64encode((folder / name).read_bytes()).decode()

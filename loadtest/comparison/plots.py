@@ -17,7 +17,7 @@ _DPI = 110
 def draw(
     config: CompareConfig, runs: Runs, rows: Sequence[dict[str, Any]], folder: Path
 ) -> dict[str, list[str]]:
-    """Writes PNG files into `folder`; returns their names by load."""
+    """Write PNG files into `folder`; return their names by load."""
     done = {unit: runs.read(unit) for unit in units(config) if runs.is_done(unit)}
     pictures: dict[str, list[str]] = {}
     for load in config.loads:
@@ -41,7 +41,7 @@ def draw(
 
 
 def throughput(load: str, reference: str, rows: Sequence[dict[str, Any]]) -> Figure:
-    """A bar for each arm, its spread over repetitions, and the bound as a line above it."""
+    """Draw a bar for each arm, its spread over repetitions, and the bound as a line above it."""
     figure = Figure(figsize=(7, 3.6), layout="constrained", dpi=_DPI)
     axes = figure.subplots()
     for x, row in enumerate(rows):
@@ -81,7 +81,7 @@ def _cumulative(axes: Axes, label: str, values: list[float]) -> None:
 
 
 def _time(load: LoadConfig, by_arm: dict[str, list[LoadRun]]) -> Figure:
-    """The first repetition of each arm."""
+    """Draw the first repetition of each arm over time."""
     figure = Figure(figsize=(9, 6), layout="constrained", dpi=_DPI)
     above, middle, below = figure.subplots(3, 1, sharex=True)
     for arm, runs in by_arm.items():

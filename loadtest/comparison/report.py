@@ -20,7 +20,7 @@ _COLUMNS = {
 
 
 def write_report(config: CompareConfig, runs: Runs, folder: Path, command: list[str]) -> None:
-    """Writes what there is so far; a comparison that goes on overwrites it."""
+    """Write the report of all runs so far, over an earlier one."""
     rows = arm_figures(config, runs)
     every = units(config)
     complete = all(runs.is_done(unit) for unit in every)

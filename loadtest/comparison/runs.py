@@ -1,4 +1,4 @@
-"""Runs the arms of a comparison one after the other, and remembers which are done."""
+"""The runs of a comparison: arms one after the other, with a record of those that are done."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ from loadtest.servers.ports import free_port
 from loadtest.servers.processes import serve_run
 
 _LOOK_EVERY_S = 0.5
-# Far from the seeds of the loads themselves, whose prompts are cached by then.
+# Far from the seeds of the loads themselves, whose prompts are cached already.
 _OTHER_PROMPTS = 500_000
 _LOCUSTFILE = Path(__file__).parents[1] / "locustfile.py"
 
@@ -35,9 +35,9 @@ class LoadRun:
 
 @dataclass(frozen=True)
 class UnitRun:
-    """crashed: why the unit did not come to its end, or None; `loads` has what came before.
+    """crashed: why the unit ended early, or None; `loads` has what came before.
 
-    environment: where and with what it ran.
+    environment: its machine and versions.
     """
 
     loads: dict[str, LoadRun]
@@ -51,23 +51,24 @@ def units(config: CompareConfig) -> list[Unit]:
 
 
 class Runs:
-    """The folder `runs` of a comparison: one for each unit, with `done.json` once it is over."""
+    """The folder `runs` of a comparison: one for each unit, with `done.json` when it is over."""
 
     def __init__(self, folder: Path, config: CompareConfig) -> None:
         self._folder = folder / "runs"
         self._config = config
 
     def is_done(self, unit: Unit) -> bool:
+        """Return whether the unit ran before, crashed or not."""
         return (self._of(unit) / "done.json").exists()
 
     def run(self, unit: Unit, progress: Callable[[str], None] = lambda line: None) -> str | None:
-        """Starts the arm, puts all loads on it, stops it. Returns why it crashed, if it did.
+        """Start the arm, put all loads on it, stop it; return why it crashed, if it did.
 
         Args:
-            progress: told of each load as it begins and ends.
+            progress: gets a line when a load begins and when it ends.
         """
         folder = self._of(unit)
-        # What an interrupted attempt has left is of no use.
+        # An interrupted attempt may have left files.
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         config = self._config.deployment(unit.arm)
@@ -90,7 +91,7 @@ class Runs:
         return crashed
 
     def read(self, unit: Unit) -> UnitRun:
-        """What a unit that is done has brought."""
+        """Return the results of a unit that is done."""
         folder = self._of(unit)
         loads = {}
         for load in self._loads(unit):
@@ -146,7 +147,7 @@ class Runs:
                 sys.executable, "-m", "locust", "-f", str(_LOCUSTFILE), "--headless", *flags,
                 stdout=log, stderr=log, env=os.environ,
             )  # fmt: skip
-            # 1: some requests failed, which the records tell.
+            # 1: some requests failed; the records have the reasons.
             if await process.wait() not in (0, 1):
                 tail = log_path.read_text(errors="replace").strip()[-500:]
                 raise RuntimeError(f"{load.name}: Locust ended with {process.returncode}: {tail}")
@@ -161,7 +162,7 @@ def _in_short(records: list[Record]) -> str:
 
 
 def prefill_only(load: LoadConfig) -> LoadConfig:
-    """A few prompts of the same size, one at a time, for a single token: what prefills take."""
+    """Return a load of a few prompts of the same size, one at a time, for a single token each."""
     return load.model_copy(
         update={
             "name": f"{load.name}.prefill", "output_tokens": 1, "users": 1, "rate_per_s": None,

@@ -1,4 +1,4 @@
-"""Models of a known shape without weights, for speed does not depend on what the weights say."""
+"""Models of a known shape without weights: speed does not depend on the weights."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ SHAPES: dict[str, dict[str, Any]] = {
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
         },
     },
-    # To see the program run.
+    # For a quick run.
     "tiny": {
         **_LLAMA, "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -31,7 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_shape(name: str, folder: Path) -> Path:
-    """Writes a model of this shape to `folder`: a configuration, and nothing else."""
+    """Write a model of this shape to `folder`: only its configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SHAPES[name], indent=2) + "\n")
     return folder

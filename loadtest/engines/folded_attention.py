@@ -1,4 +1,4 @@
-"""The attention kernel with KV heads folded into the batch, against itself unfolded."""
+"""The attention kernel with KV heads folded into the batch, against the same kernel unfolded."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ REQUESTS, KV_HEADS, GROUP, DIM, PAGE, LENGTH = 8, 3, 3, 64, 32, 512
 
 
 def folded_over_dense(rounds: int = 30) -> float:
-    """Seconds of folded attention over dense attention at equal lengths, one thread."""
+    """Return the time of folded attention over dense attention at equal lengths, on one thread."""
     torch.set_num_threads(1)
     pages = REQUESTS * KV_HEADS * LENGTH // PAGE
     blocks = pages // KV_HEADS

@@ -1,4 +1,4 @@
-"""What moving a compressed cache costs by itself: no engine, no step to wait for, no other load."""
+"""The cost of moving a compressed cache by itself: no engine, no step to wait for, no load."""
 
 import mmap
 import statistics
@@ -26,10 +26,10 @@ _REQUEST = "request"
 
 
 class Transfer(NamedTuple):
-    """Of one cache, in milliseconds.
+    """The move of one cache, in milliseconds.
 
-    memcpy_ms: of as many bytes to fresh memory, as a copy has to have it.
-    memcpy_again_ms: to memory in use already, and partly in the processor's caches.
+    memcpy_ms: a copy of as many bytes to fresh memory, as a move makes it.
+    memcpy_again_ms: a copy to memory in use already, and partly in the processor's caches.
     """
 
     bytes: int
@@ -49,12 +49,12 @@ class Transfer(NamedTuple):
 
 
 def measure(kept_tokens: int, repeat: int, folder: Path, *, through_ray: bool) -> Transfer:
-    """Medians of moving one request's cache of `kept_tokens` entries for each head.
+    """Return medians of moving one request's cache with `kept_tokens` entries for each head.
 
     Args:
-        folder: in memory.
-        through_ray: takes the bytes through Ray's object store, as between nodes; else as between
-            replicas of one node, where the file itself is what moves.
+        folder: a folder in memory.
+        through_ray: sends the bytes through Ray's object store, as between nodes; else the file
+            itself moves, as between replicas of one node.
     """
     slabs = list(range(-(-kept_tokens // _PAGE_TOKENS)))
     here, there = _worker(len(slabs)), _worker(len(slabs))
@@ -63,7 +63,7 @@ def measure(kept_tokens: int, repeat: int, folder: Path, *, through_ray: bool) -
     pages = torch.randn((len(slabs) * lens.numel(), _PAGE_TOKENS * _DIM))
     here.restore(_REQUEST, CompressedState(lens, pages, pages), slabs)
     rounds = []
-    # Of two workers.
+    # Each worker has its own.
     files, arrived_files = MappedFiles(), MappedFiles()
     with tempfile.TemporaryDirectory(dir=folder) as mine:
         left, arrived = Path(mine) / "left", Path(mine) / "arrived"
@@ -78,12 +78,12 @@ def measure(kept_tokens: int, repeat: int, folder: Path, *, through_ray: bool) -
             rounds.append((size, export_ms, move_ms, restore_ms, *_memcpy_ms(size)))
     for worker in (here, there):
         worker.check()
-    # The first warms up.
+    # The first round warms up.
     return Transfer(*map(statistics.median, zip(*rounds[1:], strict=True)))
 
 
 def _worker(blocks: int) -> CompressionState:
-    """Without an engine; its pages are packed as vLLM's AVX2 kernels pack them."""
+    """Make a worker's state without an engine, with pages packed as vLLM's AVX2 kernels do."""
     pages = blocks * _LAYERS * _HEADS
     keys, values = torch.zeros((pages, 2, _PAGE_TOKENS * _DIM)).unbind(1)
     cache = PagedCache(
@@ -114,7 +114,7 @@ def _restore(
 
 
 def _memcpy_ms(size: int) -> tuple[float, float]:
-    """To memory that the system has just given, and once more to the same."""
+    """Time a copy to memory fresh from the system, and another one to the same memory."""
     source = torch.ones(size, dtype=torch.uint8)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     with mmap.mmap(-1, size, flags=flags) as fresh:

@@ -21,7 +21,7 @@ class Look(NamedTuple):
 
 
 class OccupancyWatch:
-    """Look after look."""
+    """The looks so far, and the reports of the latest one."""
 
     def __init__(self) -> None:
         self.looks: list[Look] = []
@@ -35,7 +35,7 @@ class OccupancyWatch:
 async def occupancy_watch(
     store_url: str, application: str, interval_s: float
 ) -> AsyncIterator[OccupancyWatch]:
-    """Watches a store for the duration of the block."""
+    """Watch a store for the duration of the block."""
     watch = OccupancyWatch()
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "router.inspect", "--url", store_url, "--app", application,

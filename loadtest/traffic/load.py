@@ -1,4 +1,4 @@
-"""The state of one running load test: what is asked next, and what has been answered."""
+"""The state of one running load test: the next session, and the answers so far."""
 
 import random
 import time
@@ -10,7 +10,7 @@ from loadtest.traffic.workloads import Session
 
 
 class Due(NamedTuple):
-    """A session, and when it shall begin: seconds from the start, None for at once."""
+    """A session, and when it begins: seconds from the start, None for at once."""
 
     session: Session
     at_s: float | None
@@ -38,17 +38,17 @@ class Schedule:
 
     @classmethod
     def replay(cls, sessions: list[Session]) -> Self:
-        """Sessions that know their times; the first that is timed begins at once."""
+        """Make a schedule of recorded times; the first session after the warm-up begins at once."""
         schedule = cls(sessions)
         schedule._is_recorded = True
         return schedule
 
     def untimed(self) -> Session | None:
-        """The next session, to begin at once; None when there are no more."""
+        """Return the next session, to begin at once; None when there are no more."""
         return next(self._sessions, None)
 
     def next(self) -> Due | None:
-        """The next session at its time; None when there are no more."""
+        """Return the next session at its time; None when there are no more."""
         session = self.untimed()
         if session is None:
             return None
@@ -65,10 +65,10 @@ class Schedule:
 
 
 class Load:
-    """Shared by all users of a process. Knows neither Locust nor HTTP.
+    """The load that all users of a process share; independent of Locust and HTTP.
 
-    The warm-up comes first, and nothing else until it has been answered; then the time of the test
-    begins.
+    The warm-up comes first, and nothing else until all of it is answered; then the clock of the
+    test starts.
     """
 
     def __init__(
@@ -92,23 +92,23 @@ class Load:
         self._started = time.perf_counter()
 
     def start(self) -> None:
-        """The time of the test runs from now on."""
+        """Start the clock of the test."""
         self._started = time.perf_counter()
 
     def elapsed_s(self) -> float:
         return time.perf_counter() - self._started
 
     def must_wait(self) -> bool:
-        """Whether the last requests of the warm-up are still to be answered."""
+        """Return whether warm-up requests are still open; start the clock after the last one."""
         if not self._is_warm and self._begun >= self._warmup and self._active == 0:
             self._is_warm, self._begun = True, 0
             self.start()
         return not self._is_warm and self._begun >= self._warmup
 
     def next_session(self) -> Due | None:
-        """What to do next, unless it `must_wait`; None when nothing is left.
+        """Return what to do next, unless it `must_wait`; None when nothing is left.
 
-        Each is to be ended by `end_session`.
+        The caller ends each with `end_session`.
         """
         due = None
         if not self._is_warm:
@@ -127,7 +127,7 @@ class Load:
         return due
 
     def begin_request(self) -> bool:
-        """Whether another request may be sent now; each is to be ended by `end_request`."""
+        """Return whether another request may be sent now; the caller ends it with `end_request`."""
         if self._is_enough():
             return False
         self._begun += 1
@@ -135,17 +135,18 @@ class Load:
         return True
 
     def end_request(self, record: Record) -> bool:
-        """Keeps the record and returns whether it counts: whether it was not of the warm-up."""
+        """Keep the record and return whether it counts; those of the warm-up do not."""
         self._active -= 1
         if self._is_warm:
             self.records.append(record)
         return self._is_warm
 
     def end_session(self) -> None:
+        """Count a session of `next_session` as over."""
         self._open_sessions -= 1
 
     def is_over(self) -> bool:
-        """Whether nothing is left to do and nothing is being done."""
+        """Return whether nothing is left to do and nothing is being done."""
         if self._active or not self._is_warm:
             return False
         return self._is_enough() or (self._exhausted and self._open_sessions == 0)

@@ -1,4 +1,4 @@
-"""Replays recorded traffic: when requests came, how long they were, what they shared."""
+"""Recorded traffic: when requests came, how long they were, which prefixes they shared."""
 
 import functools
 import random
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from loadtest.traffic import corpus
 from loadtest.traffic.workloads import Passages, Session, Tokenizer, Turn
 
-# What a hash of the Mooncake traces stands for.
+# Tokens for each hash of the Mooncake traces.
 _MOONCAKE_BLOCK_TOKENS = 512
 
 
@@ -38,7 +38,7 @@ class _MooncakeRow(BaseModel):
 def read_trace(
     path: Path, tokenizer: Tokenizer, context_tokens: int, scale: float | None = None
 ) -> list[Session]:
-    """The requests of a JSONL trace in order of time, one session each.
+    """Return the requests of a JSONL trace in order of time, one session each.
 
     Args:
         scale: factor on all lengths; None for 1, or less where the longest would not fit.
@@ -67,7 +67,7 @@ def read_trace(
         else:
             at_s, ids = row.at_s, text.of_session(row.session or f"row {number}", prompt_tokens)
         if len(ids) < prompt_tokens:
-            # What the row's hashes leave open.
+            # The hashes may cover less than the prompt.
             ids = ids + text.take(f"filler {number}", prompt_tokens - len(ids))
         turn = Turn(ids[:prompt_tokens], output_tokens)
         replayed.append(Session(f"trace-{number}", (turn,), chat=False, at_s=at_s))
@@ -105,7 +105,7 @@ class _Texts:
     def of_session(self, session: str, tokens: int) -> list[int]:
         known = self._sessions.get(session, [])
         if len(known) < tokens:
-            # Grown by another stretch, so that what was there stays the beginning.
+            # A session grows by another stretch, so that earlier prompts stay its beginning.
             known = known + self.take(f"{session} {len(known)}", tokens - len(known))
             self._sessions[session] = known
         return known[:tokens]

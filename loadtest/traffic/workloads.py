@@ -1,4 +1,4 @@
-"""What a load test asks: sessions of turns, from real text, the same for equal seeds."""
+"""The workloads: sessions of turns from real text, the same for equal seeds."""
 
 import math
 import random
@@ -19,12 +19,12 @@ _QUESTIONS = (
     "Which words show what the author thinks of the persons?",
     "What would be different if the last paragraph came first?",
 )
-# Left for the chat template, the instruction and the numbering around a passage.
+# Tokens of the chat template, the instruction and the numbering around a passage.
 _AROUND_TOKENS = 64
 
 
 class Tokenizer(Protocol):
-    """What a workload needs of a tokenizer of transformers."""
+    """The part of a transformers tokenizer that a workload uses."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
@@ -42,7 +42,7 @@ class Session(NamedTuple):
     """Turns that follow each other, each with all before it as history.
 
     chat: whether they are chat messages; else plain completions.
-    at_s: when the first is due, from the start; None for when the load says.
+    at_s: when the first is due, from the start; None where the load decides.
     """
 
     session_id: str
@@ -53,19 +53,19 @@ class Session(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Lengths of a workload; of `mixed` and of sessions they are what is most common."""
+    """Lengths of a workload; for `mixed` and sessions the most common ones."""
 
     prompt_tokens: int
     output_tokens: int
 
     @classmethod
     def of_context(cls, context_tokens: int) -> "Sizes":
-        """Five eighths of the context to read, an eighth to write."""
+        """Return five eighths of the context to read and an eighth to write."""
         return cls(context_tokens * 5 // 8, context_tokens // 8)
 
 
 class Passages:
-    """Stretches of a text, cut by tokens, none twice for one seed while the text lasts."""
+    """Random stretches of a text, cut by tokens."""
 
     def __init__(self, text: str, tokenizer: Tokenizer, rng: random.Random) -> None:
         self._text = text
@@ -74,29 +74,29 @@ class Passages:
         self._number = 0
 
     def take(self, tokens: int) -> list[int]:
-        """The ids of `tokens` tokens from a random paragraph or line on."""
+        """Return the ids of `tokens` tokens from a random paragraph or line on."""
         start = self._text.find("\n", self._rng.randrange(len(self._text))) + 1
         characters = 6 * tokens
         ids: list[int] = []
-        # Mostly once; a tokenizer of longer tokens needs more.
+        # Mostly one round; a tokenizer of longer tokens needs more.
         while len(ids) < tokens:
             stretch = self._text[start : start + characters]
             while len(stretch) < characters:
-                # The text is a ring.
+                # After the end comes the beginning.
                 stretch += self._text[: characters - len(stretch)]
             ids = self._tokenizer.encode(stretch, add_special_tokens=False)
             characters *= 2
         return ids[:tokens]
 
     def text(self, tokens: int) -> str:
-        """`take` as text, after a number, so that prompts that begin with it share no block."""
+        """Return a stretch as text after a random number, so that prompts share no block."""
         self._number += 1
         serial = f"{self._rng.randrange(10**6)}.{self._number}: "
         return serial + self._tokenizer.decode(self.take(max(1, tokens - _AROUND_TOKENS)))
 
 
 class Source(NamedTuple):
-    """What a workload is made from."""
+    """The inputs of a workload."""
 
     tokenizer: Tokenizer
     sizes: Sizes
@@ -108,7 +108,7 @@ class Source(NamedTuple):
 
 
 def long_document_qa(source: Source) -> Iterator[Session]:
-    """A long passage and a question about it."""
+    """Yield a long passage with a question about it."""
     passages, sizes = source.passages(corpus.novels()), source.sizes
     for number in _numbers():
         passage = passages.text(sizes.prompt_tokens)
@@ -118,7 +118,7 @@ def long_document_qa(source: Source) -> Iterator[Session]:
 
 
 def summarize(source: Source) -> Iterator[Session]:
-    """A long passage to be summarized, with twice the answer."""
+    """Yield a long passage to be summarized, with twice the answer."""
     passages, sizes = source.passages(corpus.novels()), source.sizes
     for number in _numbers():
         prompt = f"{passages.text(sizes.prompt_tokens)}\n\nSummarize this passage in ten sentences."
@@ -126,7 +126,7 @@ def summarize(source: Source) -> Iterator[Session]:
 
 
 def chat(source: Source) -> Iterator[Session]:
-    """Conversations of up to six turns about a passage, which fill the prompt size at their end."""
+    """Yield conversations of up to six turns about a passage, with a full prompt at the end."""
     passages, sizes = source.passages(corpus.novels()), source.sizes
     per_turn = max(1, sizes.output_tokens // 2)
     for number in _numbers():
@@ -140,7 +140,7 @@ def chat(source: Source) -> Iterator[Session]:
 
 
 def code(source: Source) -> Iterator[Session]:
-    """A file's beginning to be completed, with half the answer."""
+    """Yield the beginning of a file to be completed, with half the answer."""
     passages, sizes = source.passages(corpus.code()), source.sizes
     for number in _numbers():
         turn = Turn(f"{passages.text(sizes.prompt_tokens)}", max(1, sizes.output_tokens // 2))
@@ -148,9 +148,9 @@ def code(source: Source) -> Iterator[Session]:
 
 
 def mixed(source: Source) -> Iterator[Session]:
-    """Lengths with a long tail: log-normal, sigma 1 for prompts and 0.7 for answers.
+    """Yield lengths with a long tail: log-normal, sigma 1 for prompts and 0.7 for answers.
 
-    Their medians are a quarter of the sizes; what exceeds the context is cut.
+    Their medians are a quarter of the sizes; the context cuts them.
     """
     passages, sizes = source.passages(corpus.novels()), source.sizes
     for number in _numbers():
@@ -164,7 +164,7 @@ def mixed(source: Source) -> Iterator[Session]:
 
 
 def synthetic(source: Source) -> Iterator[Session]:
-    """Exactly the prompt's and the answer's sizes, for comparison with published set-ups."""
+    """Yield exactly the sizes of prompt and answer, for comparison with published set-ups."""
     passages, sizes = source.passages(corpus.novels()), source.sizes
     for number in _numbers():
         ids = passages.take(sizes.prompt_tokens)
@@ -190,7 +190,7 @@ def sessions(
     sizes: Sizes | None = None,
     seed: int = 0,
 ) -> Iterator[Session]:
-    """An endless stream of sessions, the same for equal arguments.
+    """Return an endless stream of sessions, the same for equal arguments.
 
     Args:
         context_tokens: the longest that prompt and answer may be together.
@@ -214,7 +214,7 @@ def sessions(
 def request_body(
     session: Session, turn: int, answers: list[str], model: str
 ) -> tuple[str, dict[str, Any]]:
-    """Path and JSON body of a session's turn, `answers` being those to the turns before."""
+    """Return path and JSON body of a session's turn after the answers to the turns before."""
     asked = session.turns[turn]
     body: dict[str, Any] = {"model": model, "max_tokens": asked.output_tokens, "temperature": 0}
     if not session.chat:

@@ -16,10 +16,10 @@ Status = Callable[[dict[str, Any]], int]
 def fake_client(
     asked: list[dict[str, Any]], status: Status = lambda body: 200
 ) -> httpx.AsyncClient:
-    """A client of a server of the model "fake", which keeps the completions it is asked for."""
+    """Return a client of a server with the model "fake"; `asked` gets every completion's body."""
 
     async def answer(request: httpx.Request) -> httpx.Response:
-        # As a socket would, it lets others run.
+        # Let other tasks run, like a socket.
         await asyncio.sleep(0)
         if request.url.path == "/v1/models":
             return httpx.Response(200, json={"data": [{"id": "fake"}]})

@@ -1,4 +1,4 @@
-"""A small OpenAI server whose answers come when the test wants them."""
+"""A small OpenAI server for tests, with delays and failures on request."""
 
 import json
 import threading
@@ -14,7 +14,7 @@ TEXTS = ("one", " two", " three")
 
 @dataclass
 class Served:
-    """One request: what was asked, and when it came and its texts left, on the machine's clock."""
+    """One request: its body, and when it came and its texts left, on the machine's clock."""
 
     body: dict[str, Any]
     came_s: float
@@ -23,9 +23,10 @@ class Served:
 
 @dataclass
 class FakeOpenAI:
-    """Answers every completion with `TEXTS`; every request whose number is in `failing` with 503.
+    """A server that answers every completion with `TEXTS`.
 
-    before_headers_s, between_texts_s: how long it lets its clients wait.
+    before_headers_s, between_texts_s: how long its clients wait.
+    failing: numbers of the requests that it answers with 503.
     """
 
     before_headers_s: float = 0.0
@@ -44,7 +45,7 @@ class FakeOpenAI:
 
 
 def completion_lines(body: dict[str, Any], tokens: int) -> Iterator[str]:
-    """The stream of one answer, a text a line, with its usage in the last event."""
+    """Yield the stream of one answer: an event for each text, and the usage in the last one."""
     chat = "messages" in body
     for text in TEXTS:
         yield _event({"choices": [{"delta": {"content": text}} if chat else {"text": text}]})
@@ -59,7 +60,7 @@ def _event(event: dict[str, Any]) -> str:
 
 @contextmanager
 def serving(fake: FakeOpenAI) -> Iterator[FakeOpenAI]:
-    """Serves it at `fake.url` for the duration of the block."""
+    """Serve at `fake.url` for the duration of the block."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

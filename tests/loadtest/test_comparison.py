@@ -1,4 +1,4 @@
-"""The comparison from its configuration to its report, over runs that have been made before."""
+"""The comparison from its configuration to its report, over runs of earlier days."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ CONFIG: dict[str, Any] = {
 def write_unit(
     folder: Path, unit: str, seconds: float, crashed: str | None = None, python: str = "3.11"
 ) -> None:
-    """Two requests of 10 tokens each in so many seconds, decoding at 20 tokens / second."""
+    """Write the files of a unit: two requests of 10 tokens in `seconds`."""
     path = folder / "runs" / unit
     path.mkdir(parents=True)
     (path / "done.json").write_text(
@@ -68,7 +68,7 @@ def run(folder: Path, config: dict[str, Any] = CONFIG) -> tuple[int, Path]:
     return compare.main([str(path), "--out", str(folder / "out")]), folder / "out" / "mine"
 
 
-def test_the_report_tells_medians_ratios_and_the_bound(tmp_path: Path) -> None:
+def test_the_report_has_medians_ratios_and_the_bound(tmp_path: Path) -> None:
     for unit, seconds in (("0-stock", 8.0), ("0-small", 5.0), ("1-small", 4.0), ("1-stock", 8.0)):
         write_unit(tmp_path / "out" / "mine", unit, seconds)
     code, folder = run(tmp_path)
@@ -106,7 +106,7 @@ def test_an_arm_that_crashed_is_reported(tmp_path: Path) -> None:
     assert "small: no memory was left" in (folder / "report.md").read_text()
 
 
-def test_a_comparison_that_went_on_with_something_else_says_so(tmp_path: Path) -> None:
+def test_a_comparison_of_mixed_environments_has_a_warning(tmp_path: Path) -> None:
     for unit, python in (("0-stock", "3.11"), ("0-small", "3.11"), ("1-small", "3.12")):
         write_unit(tmp_path / "out" / "mine", unit, 8.0, python=python)
     write_unit(tmp_path / "out" / "mine", "1-stock", 8.0, python="3.12")

@@ -1,4 +1,4 @@
-"""What is asked next, and when a test is over."""
+"""The order of a load test's sessions, and when it is over."""
 
 import random
 

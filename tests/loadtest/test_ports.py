@@ -1,4 +1,4 @@
-"""Ports that are given out once, whoever asks."""
+"""Free ports are given out once on a machine."""
 
 import random
 import socket

@@ -1,4 +1,4 @@
-"""The published set-up, as small as it still says something."""
+"""The published set-up at its smallest."""
 
 import json
 from pathlib import Path

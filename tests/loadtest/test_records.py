@@ -1,4 +1,4 @@
-"""Streams read line by line, and what records add up to."""
+"""Streams read line by line, and the figures of records."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ def data(**event: object) -> str:
     return f"data: {json.dumps(event)}\n"
 
 
-def test_a_stream_tells_times_and_counts() -> None:
+def test_a_stream_yields_times_and_counts() -> None:
     answer = StreamedAnswer(started_s=10.0)
     answer.take(data(choices=[{"delta": {"role": "assistant", "content": ""}}]), 10.5)
     for text, at_s in (("a", 11.0), ("b", 11.25), ("c", 12.0)):
@@ -41,7 +41,7 @@ def test_an_error_in_a_stream_breaks_it() -> None:
         StreamedAnswer(0.0).take(data(error={"message": "the replica died"}), 1.0)
 
 
-def test_a_summary_counts_what_was_done_and_what_was_not(tmp_path: Path) -> None:
+def test_a_summary_counts_successes_and_failures(tmp_path: Path) -> None:
     records = [
         Record("a", 0, at_s=1.0, ttft_s=0.5, tpot_s=0.1, e2e_s=2.0, output_tokens=16),
         Record("b", 0, at_s=2.0, ttft_s=3.0, tpot_s=0.1, e2e_s=4.0, output_tokens=24),
@@ -76,7 +76,7 @@ def test_goodput_is_of_requests_that_succeed_within_every_limit(
     assert (figures["good_share"], figures["goodput_requests_per_s"]) == (good, good / 2)
 
 
-def test_of_nothing_there_are_no_percentiles() -> None:
+def test_without_records_there_are_no_percentiles() -> None:
     assert summary([])["ttft_p50_s"] is None
 
 
