@@ -70,6 +70,20 @@ def test_what_is_uncertain_adds_up_by_its_variance(
     assert _lives(unsure, lengths).peak_tokens() == exact + math.ceil(spread)
 
 
+@given(LIVES.filter(len), st.integers(1, 50), st.integers(1, 400), st.integers(1, 300))
+def test_uncertainty_counts_beside_another_request_too(
+    lives: list[Life], tokens: int, low: int, end: int
+) -> None:
+    lengths = OutputLengths(prior_tokens=low)
+    lengths.note(1 << 9, low + 100)
+    unsure = [life._replace(due=0, left=1000, max_tokens=1 << 9) for life in lives]
+    # All are there until the first end: the others' expected one, or the certain one's.
+    first = min(low + 50, end)
+    exact = sum(life.tokens for life in lives) + tokens + (len(lives) + 1) * first
+    with_other = _lives(unsure, lengths).peak_with(_sure(tokens, end), (end, 0.0))
+    assert with_other == exact + math.ceil(50 * math.sqrt(len(lives)))
+
+
 def _to_come(
     lengths: OutputLengths, answered: int, left: int, due: int = 0, max_tokens: int = 1000
 ) -> tuple[float, float]:

@@ -285,3 +285,13 @@ def test_lengths_are_learnt_from_answers_that_ended_by_themselves(small: CoreCon
     fake.finish()
     # A client that leaves says nothing of how long answers are.
     assert fake.manager.admission.output_lengths.one_to_come(life) == (20, 0)
+    # Unless the front end has found a stop string.
+    for seed in range(70):
+        fake.add(40, 300, seed, {}, stops_after=200)
+        (request,) = fake.scheduler.requests.values()
+        request.sampling_params.stop = ["the end"]
+        while request.num_output_tokens < 3:
+            fake.step()
+        fake.abort(0)
+    fake.finish()
+    assert fake.manager.admission.output_lengths.one_to_come(life) == (3, 0)
