@@ -165,7 +165,6 @@ def _package(module: str) -> str:
         ("kernels.blocks", "torch numpy vllm ray"),
         ("router", "torch vllm ray"),
         ("router.inspect", "torch vllm ray"),
-        ("adakv_worker.config", "vllm ray"),
         ("serving.config", "vllm"),
         ("loadtest.compare", "torch vllm ray"),
         ("serving.models.embedded", "torch vllm ray"),
