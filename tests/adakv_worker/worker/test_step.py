@@ -16,11 +16,13 @@ from adakv_worker.messages import (
     answer_of,
     attach_commands,
 )
+from adakv_worker.worker.compression import Capture as CopiedQueries
 from adakv_worker.worker.moves import CacheKind, Moves
 from adakv_worker.worker.ranks import Ranks
 from adakv_worker.worker.step import Row, StepWork
 from adakv_worker.worker.timings import Timings
 from kernels.paging.growth import GrownStep
+from kernels.paging.host_tables import HostTables
 from kernels.policies.presets import PolicyChoice
 from tests.adakv_worker.worker.test_warm_up import DIM, HEADS, LAYERS, PAGE, make_state
 
@@ -58,12 +60,19 @@ class Builder(FoldingBuilder):
         return FoldedDecode(requests, grown, self.pages, torch.arange(requests * HEADS + 1))
 
 
+class GraphTables(HostTables):
+    """Tables whose requests all fit CUDA graphs."""
+
+    def fits_graphs(self, rows: list[int]) -> bool:
+        return True
+
+
 class Worker:
     """A step work with everything around it."""
 
     def __init__(self) -> None:
         self.batch, self.builder = Batch({"a": [1, 2, 3, 4, 10, 11], "b": [5]}), Builder()
-        state = make_state(20)
+        state = make_state(20, GraphTables)
         kind = CacheKind("m", "float32", PAGE, LAYERS, HEADS, DIM, 0, 1, state.packing)
         nothing = torch.empty(0)
         self.work = StepWork(
@@ -134,10 +143,18 @@ def test_rows_out_of_order_are_refused(worker: Worker) -> None:
     assert worker.work.step is None
 
 
-def test_graphs_replay_no_step_that_watches(worker: Worker) -> None:
+def test_graphs_replay_only_steps_without_watchers(worker: Worker) -> None:
     output = SchedulerOutput.make_empty()
+    assert worker.work.run(output, worker.work.may_replay)
     attach_commands(output, NOTHING._replace(capture={"b": Capture(40, 16)}))
     assert not worker.work.run(output, worker.work.may_replay)
+
+
+def test_watchers_read_their_own_rows_of_the_batch(worker: Worker) -> None:
+    step = worker.step({"a": 20, "b": 10}, {"a": 0, "b": 0}, capture={"b": Capture(10, 4)})
+    (capture,) = step.watchers
+    assert isinstance(capture, CopiedQueries)
+    assert (capture.start, capture.stop) == (20 + 6, 20 + 10)
 
 
 def test_granted_blocks_become_slabs_of_compressed_requests_only(worker: Worker) -> None:
