@@ -22,6 +22,7 @@ from loadtest.comparison.plots import throughput
 from loadtest.comparison.provenance import environment
 from loadtest.engines.folded_attention import folded_over_dense
 from loadtest.engines.process import EngineProcess
+from serving.models.embedded import embedded_model_path
 
 KV_BYTES = 190 << 20
 # Page tables and scores of the arms that compress: three blocks of the default model. The report
@@ -29,6 +30,10 @@ KV_BYTES = 190 << 20
 RESERVED_BYTES = 3 * 1_474_560
 # With the queries of evictions, which all requests of a mix collect at the same time.
 RESERVED_EVICTING_BYTES = 19 * 1_474_560
+ENGINE = {
+    "dtype": "float32", "max_model_len": 3072, "block_size": 32, "enforce_eager": True,
+    "max_num_batched_tokens": 2048, "max_num_seqs": 16, "enable_prefix_caching": True,
+}  # fmt: skip
 REQUESTS = 12
 MIXES = ("1500/192", "512/512")
 # Long answers, whose caches shrink while they are written; not part of the default run.
@@ -58,11 +63,14 @@ def _start(name: str, threads: int, reserved_bytes: int, log: IO[str]) -> Engine
     if (budget := _budget(name)) is not None:
         policy = name.rpartition("-")[0] or POLICY
         compression = {"policy": policy, "budget_tokens": budget, "keep_ratio": 0}
+    kv_bytes = KV_BYTES - (reserved_bytes if budget is not None else 0)
     settings = {
-        "kv_bytes": KV_BYTES - (reserved_bytes if budget is not None else 0),
+        "model": str(embedded_model_path()),
+        "engine": {**ENGINE, "kv_cache_memory_bytes": kv_bytes},
         "compression": compression,
+        "text": True,
     }
-    return EngineProcess(name, "loadtest.engines.offline_arm", settings, threads, log)
+    return EngineProcess(name, settings, threads, log)
 
 
 def _bound(stock: dict[str, Any], ours: dict[str, Any]) -> float:

@@ -25,6 +25,10 @@ PUBLISHED = 5.18
 _SHARES = {"half": 2, "quarter": 4, "eighth": 8, "sixteenth": 16, "64th": 64}
 ARMS = ("stock", "stock-fp8", "off", *_SHARES)
 _LEAST_BUDGET = 32
+_FIGURES = (
+    "elapsed_s", "output_tokens", "tokens_per_s", "decode_tokens_per_s", "peak_running", "blocks",
+    "preemptions",
+)  # fmt: skip
 
 
 class Load(NamedTuple):
@@ -68,8 +72,9 @@ def start(arm: str, kv_bytes: int, setup: Setup, log: IO[str]) -> EngineProcess:
         engine["kv_cache_dtype"] = "fp8"
     settings = {
         "model": setup.model, "engine": engine, "compression": compression_of(arm, setup),
+        "text": False,
     }  # fmt: skip
-    return EngineProcess(arm, "loadtest.engines.published_arm", settings, setup.threads, log)
+    return EngineProcess(arm, settings, setup.threads, log)
 
 
 def run_arm(arm: str, kv_bytes: int, setup: Setup, repeat: int, log: IO[str]) -> dict[str, Any]:
@@ -84,8 +89,9 @@ def run_arm(arm: str, kv_bytes: int, setup: Setup, repeat: int, log: IO[str]) ->
         engine.ask({**load, "requests": 2, "output_tokens": 8, "seed": -1})
         rounds = [engine.ask({**load, "seed": turn}) for turn in range(repeat)]
         figures: dict[str, Any] = {
-            key: statistics.median(each[key] for each in rounds) for key in rounds[0]
+            key: statistics.median(each[key] for each in rounds) for key in _FIGURES
         }
+        figures["beside_bytes"] = statistics.median(each["extra_bytes"] for each in rounds)
         if arm == "stock":
             alone = engine.ask({**load, "output_tokens": 1, "seed": repeat})
             figures["prefill_s"] = alone["elapsed_s"]
@@ -167,7 +173,7 @@ def _engine(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": "bfloat16" if cuda else "float32", "block_size": 16 if cuda else 32,
         "max_model_len": length + 1, "max_num_seqs": args.requests if cuda else 16,
         "max_num_batched_tokens": 8192, "enforce_eager": not cuda, "skip_tokenizer_init": True,
-        "disable_log_stats": True, "enable_prefix_caching": True,
+        "enable_prefix_caching": True,
     }  # fmt: skip
     if args.model is None:
         engine["load_format"] = "dummy"

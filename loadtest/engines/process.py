@@ -9,11 +9,9 @@ from typing import IO, Any
 
 
 class EngineProcess:
-    """`python -m MODULE SETTINGS`, which answers each line that it reads with one of its own."""
+    """`loadtest.engines.arm`, which answers each line that it reads with one of its own."""
 
-    def __init__(
-        self, name: str, module: str, settings: dict[str, Any], threads: int, log: IO[str]
-    ) -> None:
+    def __init__(self, name: str, settings: dict[str, Any], threads: int, log: IO[str]) -> None:
         self._name = name
         variables = {
             **os.environ,
@@ -25,7 +23,7 @@ class EngineProcess:
         if settings["compression"] is None:
             variables["VLLM_PLUGINS"] = ""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(settings)],
+            [sys.executable, "-m", "loadtest.engines.arm", json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -34,7 +32,7 @@ class EngineProcess:
         )
 
     def ask(self, command: dict[str, Any]) -> dict[str, Any]:
-        """Raises RuntimeError when the engine process has died."""
+        """Return the answer to a command; raise RuntimeError if the engine process has died."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with suppress(BrokenPipeError):
@@ -47,6 +45,7 @@ class EngineProcess:
         raise RuntimeError(f"the engine of arm {self._name} died: see the log")
 
     def stop(self) -> None:
+        """Let the engine end by itself."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()

@@ -1,0 +1,162 @@
+"""One arm of `loadtest.offline` or `loadtest.published`: an engine that answers a round per line.
+
+Counts come from vLLM's own statistics of each step, and what compression takes from our worker's
+timings; the engine runs in this process, stock or not.
+"""
+
+import json
+import random
+import sys
+import time
+from pydoc_data import topics
+from typing import Any
+
+from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import SchedulerIterationDetails
+
+from loadtest.engines.rounds import Compression, Step, step_figures
+
+
+class StepCounts(StatLoggerBase):
+    """vLLM's counts of the last step, and all preemptions since the last reset."""
+
+    def __init__(self) -> None:
+        self.details: SchedulerIterationDetails | None = None
+        self.preemptions = 0
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, *_args: Any, **_kwargs: Any
+    ) -> None:
+        if scheduler_stats is not None:
+            self.details = scheduler_stats.iteration_details
+        if iteration_stats is not None:
+            self.preemptions += iteration_stats.num_preempted_reqs
+
+    def log_engine_initialized(self) -> None:
+        pass
+
+    def take_step(self, seconds: float) -> Step | None:
+        """Return the last step that was not taken yet; None where nothing was computed."""
+        details, self.details = self.details, None
+        if details is None:
+            return None
+        return Step.of(
+            seconds,
+            details.num_ctx_tokens,
+            details.num_generation_requests,
+            details.num_generation_tokens,
+        )
+
+
+class Engine:
+    """vLLM with or without compression."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        """
+        Args:
+            settings: `model`; `engine`, vLLM's arguments; `compression`, None for stock vLLM;
+                `text`, whether prompts are text instead of random tokens.
+        """
+        arguments = {
+            **settings["engine"],
+            "disable_log_stats": False,
+            "enable_logging_iteration_details": True,
+        }
+        self._compresses = settings["compression"] is not None
+        if self._compresses:
+            from adakv_worker.plugin import engine_args
+
+            arguments |= engine_args(settings["compression"])
+        self._text = settings["text"]
+        self._counts = StepCounts()
+        self._engine = LLMEngine.from_engine_args(
+            EngineArgs(model=settings["model"], **arguments),
+            stat_loggers=[lambda *_: self._counts],
+        )
+        core: Any = self._engine.engine_core
+        self._scheduler = core.engine_core.scheduler
+
+    def round(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Answer all requests of a command; return the round's figures."""
+        self._add(command)
+        self._counts.preemptions = 0
+        if self._compresses:
+            self._engine.collective_rpc("adakv_start_timings")
+        steps: list[Step] = []
+        held: list[float] = []
+        tokens = peak_running = 0
+        pool = self._scheduler.kv_cache_manager.block_pool
+        blocks = pool.num_gpu_blocks - 1
+        started = last = time.perf_counter()
+        while self._engine.has_unfinished_requests():
+            outputs: Any = self._engine.step()
+            now = time.perf_counter()
+            tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
+            running = len(self._scheduler.running)
+            peak_running = max(peak_running, running)
+            if step := self._counts.take_step(now - last):
+                steps.append(step)
+                last = now
+                if running and not step.prefill_tokens:
+                    held.append((blocks - pool.get_num_free_blocks()) / running)
+        elapsed = time.perf_counter() - started
+        return {
+            "tokens_per_s": tokens / elapsed,
+            "output_tokens": tokens,
+            "elapsed_s": elapsed,
+            "peak_running": peak_running,
+            "blocks": blocks,
+            "blocks_per_request": sum(held) / max(len(held), 1),
+            "preemptions": self._counts.preemptions,
+            **step_figures(steps, self._compression()),
+        }
+
+    def _compression(self) -> Compression:
+        if not self._compresses:
+            return Compression()
+        timings: dict[str, Any] = self._engine.collective_rpc("adakv_timings")[0]
+        return Compression(
+            timings["compress_s"], timings["evict_s"], timings["plan_s"], timings["extra_bytes"]
+        )
+
+    def _add(self, command: dict[str, Any]) -> None:
+        bound = command.get("decode_budget_tokens")
+        params = SamplingParams(
+            temperature=0, max_tokens=command["output_tokens"], ignore_eos=True, detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            extra_args={"adakv_decode_budget_tokens": bound} if bound else None,
+        )  # fmt: skip
+        make = self._text_prompts if self._text else self._random_prompts
+        prompts = make(command["requests"], command["prompt_tokens"], command["seed"])
+        for number, ids in enumerate(prompts):
+            name = f"{command['seed']}-{number}"
+            self._engine.add_request(name, {"prompt_token_ids": ids}, params)
+
+    def _random_prompts(self, count: int, length: int, seed: int) -> list[list[int]]:
+        rng = random.Random(seed)
+        vocabulary = self._engine.model_config.get_vocab_size()
+        return [[rng.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
+
+    def _text_prompts(self, count: int, length: int, seed: int) -> list[list[int]]:
+        """Return distinct stretches of the Python manual, `length` tokens each."""
+        text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
+        tokenizer: Any = self._engine.get_tokenizer()
+        stretch = 8 * length
+        prompts = []
+        for number in range(count):
+            start = ((seed + 1) * 97 + number * 31) * 1009 % (len(text) - stretch)
+            ids = tokenizer.encode(f"{seed}.{number} " + text[start : start + stretch])
+            prompts.append(ids[:length])
+        return prompts
+
+
+def main() -> None:
+    engine = Engine(json.loads(sys.argv[1]))
+    for line in sys.stdin:
+        print(json.dumps(engine.round(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
