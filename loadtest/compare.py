@@ -10,6 +10,7 @@ import functools
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -75,7 +76,9 @@ def _in_a_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(
+    argv: list[str] | None = None, run: Callable[[Path, Path, list[str]], int] = compare
+) -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtest.compare", description=__doc__)
     parser.add_argument("configs", type=Path, nargs="+", help="comparisons, such as those shipped")
     parser.add_argument("--out", type=Path, default=Path("results"), help="a folder for each in it")
@@ -84,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     crashes = 0
     for path in args.configs:
         try:
-            crashes += compare(path, args.out / path.stem, command)
+            crashes += run(path, args.out / path.stem, command)
         except (ValueError, yaml.YAMLError, OSError) as error:
             print(f"loadtest.compare: {path}: {_in_a_line(error)}", file=sys.stderr)
             return 2

@@ -58,10 +58,7 @@ def _event(event: dict[str, Any]) -> str:
     return f"data: {json.dumps(event)}\n\n"
 
 
-@contextmanager
-def serving(fake: FakeOpenAI) -> Iterator[FakeOpenAI]:
-    """Serve at `fake.url` for the duration of the block."""
-
+def _handler(fake: FakeOpenAI) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             card = {"id": "fake", "max_model_len": 1024, "root": "fake"}
@@ -94,7 +91,13 @@ def serving(fake: FakeOpenAI) -> Iterator[FakeOpenAI]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    return Handler
+
+
+@contextmanager
+def serving(fake: FakeOpenAI) -> Iterator[FakeOpenAI]:
+    """Serve at `fake.url` for the duration of the block."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(fake))
     fake.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

@@ -165,14 +165,12 @@ def test_a_bad_comparison_is_refused_in_a_line(
 
 
 def test_an_interruption_says_how_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Runs, "run", interrupted)
-    code, _ = run(tmp_path)
-    assert code == 130
+    assert compare.main(["mine.yaml", "--out", str(tmp_path)], interrupted) == 130
     assert "interrupted; the same command goes on" in capsys.readouterr().err
 
 
