@@ -1,7 +1,7 @@
 """The state of all replicas as one router sees it: their last reports, and its own bookings."""
 
 import logging
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 from pydantic import ValidationError
@@ -75,8 +75,8 @@ class _Replica:
                 break
             del self.bookings[request_id]
 
-    def bookings_after(self, at_s: float) -> Iterator[_Booking]:
-        return (booking for booking in self.bookings.values() if booking.at_s > at_s)
+    def bookings_after(self, at_s: float) -> dict[Hashable, _Booking]:
+        return {key: booking for key, booking in self.bookings.items() if booking.at_s > at_s}
 
 
 class LocalView:
@@ -174,7 +174,7 @@ class LocalView:
             known = self._replicas.get(replica_id)
             if known is None or now_s - known.seen_at_s > self._ttl_s:
                 continue
-            bookings = list(known.bookings_after(now_s - _BOOKING_LIFE_S))
+            bookings = known.bookings_after(now_s - _BOOKING_LIFE_S).values()
             views.append(
                 ReplicaView(
                     replica_id,
@@ -221,12 +221,17 @@ class LocalView:
 
 def check_local_view(view: LocalView) -> None:
     """Assert that each request is booked once, and that old entries are gone."""
+    last_s = max((at_s for _, at_s in view._booked.values()), default=0.0)
     for replica_id, known in view._replicas.items():
-        for request_id in known.bookings:
-            elsewhere = view._booked.get(request_id, (replica_id, 0.0))[0]
-            assert elsewhere == replica_id, f"{request_id} is booked at {elsewhere}, too"
-    times = [at_s for _, at_s in view._booked.values()]
-    assert times == sorted(times), "bookings are out of order"
-    assert not times or times[0] > times[-1] - _BOOKING_LIFE_S, "an ended booking is remembered"
+        for request_id in known.bookings_after(last_s - _BOOKING_LIFE_S):
+            booked_at = view._booked.get(request_id, (replica_id, 0.0))[0]
+            assert booked_at == replica_id, f"{request_id} is booked twice"
+        _check_booked([booking.at_s for booking in known.bookings.values()])
+    _check_booked([at_s for _, at_s in view._booked.values()])
     seen = [known.seen_at_s for known in view._replicas.values()]
     assert not seen or min(seen) >= max(seen) - view._silence_s, "a silent replica is remembered"
+
+
+def _check_booked(at_s: list[float]) -> None:
+    assert at_s == sorted(at_s), "bookings are out of order"
+    assert not at_s or at_s[0] > at_s[-1] - _BOOKING_LIFE_S, "an ended booking is remembered"

@@ -77,6 +77,14 @@ def test_a_booking_ends_by_itself(now_s: float, room: int) -> None:
     assert view_of(view, 1.0).room_blocks == 70, "a look at the view ended a booking"
 
 
+def test_bookings_on_a_silent_replica_do_not_pile_up() -> None:
+    view = LocalView()
+    view.accept(idle("r1"), 0.0)
+    for second in range(10):
+        view.book(f"request-{second}", "r1", BIG, float(second))
+        check_local_view(view)
+
+
 def test_a_report_counts_for_its_time_to_live() -> None:
     view = LocalView(ttl_s=2)
     view.accept(idle("r1"), 1.0)

@@ -1,6 +1,7 @@
-"""The simulation: nothing is lost in it, it repeats itself, and its command writes what it says."""
+"""The simulation: it loses nothing, repeats itself, and its command writes its figures."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 from router.footprint import Budget
 from router.simulate.__main__ import main
 from router.simulate.fleet import capacity_per_s, simulate
-from router.simulate.replica import ServiceTimes
-from router.simulate.routers import ROUTERS
+from router.simulate.replica import ServiceTimes, SimulatedReplica
+from router.simulate.routers import ROUTERS, make_router
 from router.simulate.traces import SHAPES, trace
 
 TIMES = ServiceTimes(545, 600.0, 0.03, 0.004)
@@ -51,6 +52,29 @@ def test_every_request_ends_and_every_block_comes_back(
     assert result.waits_s == sorted(result.waits_s)
     assert result.elapsed_s >= requests[-1].arrival_s
     assert result == simulate(router, requests, 3, times, BUDGET, seed)
+
+
+@pytest.mark.parametrize("name", ["power_of_two", "least_queue", "least_occupancy", "ours"])
+def test_routers_avoid_a_busy_replica(name: str) -> None:
+    fleet = [SimulatedReplica(f"r{index}", TIMES, BUDGET) for index in range(2)]
+    router = make_router(name, fleet, random.Random(0), TIMES, BUDGET)
+    first, second, third = trace("poisson", 3, 2.0, seed=0)
+    for _ in range(2):
+        fleet[0].add(first, 0.0)
+    router.report(0, 0.0)
+    assert router.choose(second, 1.0) == 1
+    fleet[1].add(second, 1.0)
+    for _ in range(4):
+        fleet[1].add(third, 1.0)
+    router.report(1, 1.0)
+    assert router.choose(third, 2.0) == 0
+
+
+def test_round_robin_takes_turns() -> None:
+    fleet = [SimulatedReplica(f"r{index}", TIMES, BUDGET) for index in range(3)]
+    router = make_router("round_robin", fleet, random.Random(0), TIMES, BUDGET)
+    (request,) = trace("poisson", 1, 2.0, seed=0)
+    assert [router.choose(request, 0.0) for _ in range(5)] == [0, 1, 2, 0, 1]
 
 
 def test_little_memory_preempts_and_compression_helps() -> None:
