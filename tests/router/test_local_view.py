@@ -92,6 +92,46 @@ def test_a_report_counts_for_its_time_to_live() -> None:
     assert not view.views(["r1"], 3.01)
 
 
+def test_silent_and_unknown_replicas_are_left_out() -> None:
+    view = LocalView(ttl_s=2)
+    view.accept(idle("silent"), 0.0)
+    view.accept(idle("r1"), 3.0)
+    seen = view.views(["unknown", "silent", "r1"], 3.0)
+    assert [each.replica_id for each in seen] == ["r1"]
+
+
+def test_every_dropped_report_counts() -> None:
+    view = LocalView()
+    other = occupancy().model_copy(update={"schema_major": 2}).model_dump_json()
+    for dropped, payload in enumerate([b"{", other, b"[]", other], 1):
+        assert view.receive(payload, 0.0) is None
+        assert view.dropped == dropped
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        # Fields are missing, or the replica is.
+        b'{"schema_major": 1, "replica_id": "r1"}',
+        b'{"schema_major": 1, "running": -1}',
+    ],
+)
+def test_only_a_contradiction_of_a_known_replica_means_quarantine(payload: bytes) -> None:
+    view = LocalView()
+    view.accept(occupancy("r1"), 0.0)
+    assert view.receive(payload, 0.0) is None
+    assert view.quarantined == 0
+    assert view.views(["r1"], 0.0)
+
+
+def test_every_quarantine_counts_once_until_it_ends() -> None:
+    view = LocalView()
+    wrong = occupancy("r1").model_copy(update={"running": -1}).model_dump_json()
+    for now_s, quarantined in ((0.0, 1), (29.0, 1), (58.0, 1), (88.0, 2)):
+        view.receive(wrong, now_s)
+        assert view.quarantined == quarantined
+
+
 def test_replicas_that_fell_silent_are_forgotten() -> None:
     view = LocalView()
     for life in range(100):
