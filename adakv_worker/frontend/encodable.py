@@ -1,6 +1,7 @@
-"""Strings that UTF-8 cannot encode: JSON allows half of a surrogate pair, and Python reads it.
+"""Finds strings that UTF-8 cannot encode.
 
-Such a string reaches neither an engine's process nor its client.
+JSON allows half of a surrogate pair and Python reads it, but it can be sent neither to an engine's
+process nor to a client.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ PROBLEM = "half of a surrogate pair, which UTF-8 cannot encode"
 def unencodable(value: Any, name: str = "") -> str | None:
     """Return the path of the first string in nested dicts and lists that UTF-8 cannot encode.
 
-    The path starts with `name`, as in `messages[1].content`; for a key it is its dict's.
+    The path starts with `name`, as in `messages[1].content`. A key has the path of its dict.
     """
     waiting = [(name, value)]
     while waiting:

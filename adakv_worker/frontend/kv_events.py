@@ -1,8 +1,9 @@
-"""vLLM's KV events: which prefix blocks an engine has cached and evicted."""
+"""Follows vLLM's KV events: prefix blocks that an engine caches and evicts."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import msgspec
@@ -21,10 +22,10 @@ from vllm.v1.core.kv_cache_utils import ExternalBlockHash
 
 from kernels.blocks import prefix_hash
 
-# Below vLLM's own logger, so that its settings show it.
+# A child of vLLM's logger, so that vLLM's settings apply.
 logger = init_logger("vllm.adakv")
 
-# A publisher looks for questions between two batches, or ten times a second.
+# A publisher answers between two batches, or ten times a second.
 _REPLAY_S = 5.0
 
 
@@ -36,7 +37,7 @@ class Batch(NamedTuple):
 
 
 class CacheChange(NamedTuple):
-    """Prefix blocks by `kernels.blocks.prefix_hash`. cleared: all others are gone."""
+    """Prefix blocks by `kernels.blocks.prefix_hash`. cleared: all other blocks are gone."""
 
     stored: list[int]
     removed: list[int]
@@ -44,14 +45,14 @@ class CacheChange(NamedTuple):
 
 
 class PrefixNames:
-    """Names an engine's cached blocks by their tokens; the engine's own hashes are salted."""
+    """Names of an engine's cached blocks by their tokens. The engine's own hashes are salted."""
 
     def __init__(self) -> None:
         self._names: dict[ExternalBlockHash, int] = {}
 
     def change(self, events: Iterable[KVCacheEvent]) -> CacheChange:
-        """What one batch of events changes."""
-        # In order, and the last word on a block counts.
+        """Take one batch of events, and return what it changes."""
+        # A block's last event counts.
         present: dict[int, bool] = {}
         cleared = False
         for event in events:
@@ -69,7 +70,7 @@ class PrefixNames:
         return CacheChange(stored, removed, cleared)
 
     def _store(self, event: BlockStored) -> list[int]:
-        # Adapters, images and salts make other blocks of the same tokens: nobody asks for those.
+        # Adapters, images and salts give the same tokens other blocks, which the router leaves out.
         if event.lora_name or any(event.extra_keys or ()):
             return []
         parent = 0
@@ -88,20 +89,29 @@ class PrefixNames:
 
 
 class EventSockets(NamedTuple):
-    """Where an engine publishes its events, and where it repeats those that were lost."""
+    """Endpoints where an engine publishes its events, and where it repeats lost ones.
+
+    folder: folder of endpoints that are Unix sockets of this engine, or None.
+    """
 
     events: str
     replay: str
+    folder: TemporaryDirectory[str] | None = None
+
+    def remove(self) -> None:
+        """Remove the folder, once the engine has ended."""
+        if self.folder is not None:
+            self.folder.cleanup()
 
 
 class CacheFollower:
-    """Turns published batches of events into changes; finds by their numbers which were lost."""
+    """Turns published batches of events into changes, and asks again for lost batches."""
 
     def __init__(self, replay: Callable[[int], Awaitable[list[Batch]]]) -> None:
         """
         Args:
-            replay: returns what the engine still has of its batches from a number on, in order;
-                raises TimeoutError or zmq.ZMQError where it does not answer.
+            replay: returns the batches from a number on that the engine still has, in order.
+                Raises TimeoutError or zmq.ZMQError if the engine does not answer.
         """
         self._replay = replay
         self._decoder = msgspec.msgpack.Decoder(KVEventBatch)
@@ -110,11 +120,11 @@ class CacheFollower:
         self._newest = -1
 
     async def take(self, batch: Batch) -> list[CacheChange]:
-        """Return what a published batch changes, and what those lost before it do."""
+        """Return the changes of a published batch, after those of batches lost before it."""
         restarted = batch.number <= self._newest
         self._newest = batch.number
         if restarted:
-            # Another publisher counts anew: nothing is known of its engine's cache.
+            # A restarted engine counts from 0 again, and its cache is empty.
             self._expected = batch.number
             return [self._forget(), *self._read([batch])]
         if batch.number > self._expected:
@@ -139,21 +149,21 @@ class CacheFollower:
             try:
                 changes.append(self._names.change(self._decoder.decode(payload).events))
             except msgspec.MsgspecError as error:
-                logger.warning("KV events that cannot be read: %s", error)
+                logger.warning("cannot read KV events: %s", error)
                 changes.append(self._forget())
         return [change for change in changes if any(change)]
 
     def _forget(self) -> CacheChange:
-        """Start over: a block that was evicted unnoticed would be believed in for ever."""
+        """Start over, because a block may have been evicted unnoticed."""
         self._names = PrefixNames()
         return CacheChange([], [], cleared=True)
 
 
 async def cache_changes(sockets: EventSockets) -> AsyncGenerator[CacheChange, None]:
-    """Follow the publisher of an engine of this machine, until cancelled."""
+    """Yield the changes of an engine on this machine, until closed."""
     context = zmq.asyncio.Context()
     socket = context.socket(zmq.SUB)
-    follower = CacheFollower(partial(_replayed, context, sockets.replay))
+    follower = CacheFollower(partial(replayed, context, sockets.replay))
     try:
         socket.connect(sockets.events)
         socket.subscribe(b"")
@@ -166,10 +176,10 @@ async def cache_changes(sockets: EventSockets) -> AsyncGenerator[CacheChange, No
         context.term()
 
 
-async def _replayed(context: zmq.asyncio.Context, endpoint: str, start: int) -> list[Batch]:
+async def replayed(context: zmq.asyncio.Context, endpoint: str, start: int) -> list[Batch]:
     """Ask a publisher for its batches from number `start` on."""
     batches: list[Batch] = []
-    # One question has many answers, of which a REQ socket takes one.
+    # A REQ socket takes only one of the many answers.
     with context.socket(zmq.DEALER) as socket:
         socket.linger = 0
         socket.connect(endpoint)

@@ -1,4 +1,4 @@
-"""Names, texts and buckets of compression's metrics, on vLLM's endpoint and on Ray's."""
+"""Names, descriptions and buckets of compression's metrics, on vLLM's and on Ray's endpoint."""
 
 REQUESTS = ("adakv_requests", "Completed prompts by policy and reason not to compress")
 ORIGINAL_TOKENS = ("adakv_original_tokens", "Prompt tokens before compression")

@@ -1,4 +1,4 @@
-"""Prometheus metrics of compression, beside vLLM's own on `/metrics` of `vllm serve`."""
+"""Prometheus metrics of compression, on `/metrics` of `vllm serve` beside vLLM's own."""
 
 import functools
 from typing import Any, NamedTuple, Self
@@ -18,6 +18,8 @@ _LABELS = ("model_name", "engine")
 
 
 class _Metrics(NamedTuple):
+    """Metrics of this process. Each name can be registered once, but engines come and go."""
+
     requests: Counter
     original_tokens: Counter
     kept_tokens: Counter
@@ -30,7 +32,7 @@ class _Metrics(NamedTuple):
     @classmethod
     @functools.cache
     def registered(cls) -> Self:
-        """The process's: a name can be registered once, and engines come and go."""
+        """Return the metrics, registered by the first call."""
         return cls(
             Counter(*metric_names.REQUESTS, (*_LABELS, "policy", "skipped")),
             Counter(*metric_names.ORIGINAL_TOKENS, _LABELS),
@@ -44,8 +46,11 @@ class _Metrics(NamedTuple):
 
 
 class CompressionLogger(StatLoggerBase):
-    """vLLM's front end makes one for each engine; so it also tells the front end the bounds that
-    requests are held to."""
+    """Records compression of one engine.
+
+    vLLM's front end creates it with the engine's configuration, before the first request. So it
+    also sets the bounds of requests there.
+    """
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         config = compression_config(vllm_config.additional_config)

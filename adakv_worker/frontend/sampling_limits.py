@@ -1,4 +1,4 @@
-"""Sampling parameters that vLLM's workers raise errors of: an error there ends the engine."""
+"""Refuses sampling parameters that raise errors in vLLM's workers, which end the engine."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.sample.logit_bias import (
 
 
 def check_for(config: VllmConfig) -> Callable[[SamplingParams], None]:
-    """Return what raises ValueError for parameters that an engine's workers do not take."""
+    """Return a function that raises ValueError for parameters that the workers cannot run."""
     on_v2 = config.use_v2_model_runner
     lora_on_cpu = config.lora_config is not None and current_platform.is_cpu()
 
@@ -22,7 +22,7 @@ def check_for(config: VllmConfig) -> Callable[[SamplingParams], None]:
         if on_v2:
             check_sizes(params)
         if lora_on_cpu and params.prompt_logprobs is not None:
-            raise ValueError("prompt_logprobs: this server has none, for it uses LoRA on a CPU")
+            raise ValueError("prompt_logprobs: not available on a CPU server with LoRA")
 
     return check
 
@@ -31,7 +31,7 @@ def check_sizes(params: SamplingParams) -> None:
     """Raise ValueError if the parameters of a request are larger than Model Runner V2 has room for.
 
     Args:
-        params: as they are sent to the engine, with the tokens of stop and bad words.
+        params: parameters as the engine gets them, with the tokens of stop and bad words.
     """
     words = params.bad_words_token_ids or []
     stops = params.all_stop_token_ids if params.min_tokens > 0 else ()

@@ -1,4 +1,4 @@
-"""The requests that a front end has sent to its engine core, and an `AsyncLLM` that keeps them."""
+"""Requests that a front end has sent to its engine core, and an `AsyncLLM` that books them."""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -13,31 +13,31 @@ from adakv_worker.messages import continuation_in
 
 
 class SentRequests:
-    """Requests that an engine core has been sent and that have not ended, oldest first.
+    """Live requests of an engine core, by the engine core's names, oldest first.
 
-    They go by the engine core's names. The scheduler's statistics cover those that it had received
-    by then; a step with a long prefill takes seconds, and what comes meanwhile is `unseen`.
+    The scheduler's statistics cover the requests that it had received by then. A step with a long
+    prefill takes seconds; requests sent meanwhile are `unseen`.
     """
 
     def __init__(self) -> None:
-        # Prompt tokens that each still had to compute when it was sent.
+        # Prompt tokens to compute, by request.
         self._live: dict[str, int] = {}
         self._unanswered: set[str] = set()
-        # Sent since the last one that statistics covered; the ended ones among them keep the order.
+        # Requests sent after the last one that statistics covered. Ended ones stay for the order.
         self._unseen: dict[str, None] = {}
 
     def send(self, request_id: str, prefill_tokens: int) -> None:
-        """Add a request that is about to be sent."""
+        """Add a request, before it is sent."""
         self._live[request_id] = prefill_tokens
         self._unanswered.add(request_id)
         self._unseen[request_id] = None
 
     def answer(self, request_id: str) -> None:
-        """Note that a request has got an output: its prefill is over."""
+        """Note that a request has an output, so that its prefill is over."""
         self._unanswered.discard(request_id)
 
     def end(self, request_id: str) -> None:
-        """Remove a request that has ended, or that could not be sent."""
+        """Remove a request that has ended or could not be sent."""
         self._live.pop(request_id, None)
         self._unanswered.discard(request_id)
         self._drop_ended()
@@ -50,7 +50,7 @@ class SentRequests:
             self._drop_ended()
 
     def unseen(self) -> list[str]:
-        """Return the live requests that were sent after the last one that statistics cover."""
+        """Return the live requests that statistics do not cover yet."""
         return [request_id for request_id in self._unseen if request_id in self._live]
 
     def newest_but(self, count: int) -> list[str]:
@@ -62,7 +62,7 @@ class SentRequests:
         return [self._live[request_id] for request_id in request_ids]
 
     def unanswered(self, *, but: Iterable[str] = ()) -> list[str]:
-        """Return the live requests without an output yet, except those of `but`."""
+        """Return the live requests without an output, except those of `but`."""
         left = self._unanswered.difference(but)
         return [request_id for request_id in self._live if request_id in left]
 
@@ -76,7 +76,7 @@ def _anything_goes(params: SamplingParams) -> None:
 
 
 class BookedCore:
-    """Stands in for vLLM's `EngineCoreClient` and books what is sent through it."""
+    """Stands in for vLLM's `EngineCoreClient` and books the requests sent through it."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class BookedCore:
     ) -> None:
         """
         Args:
-            check: raises ValueError for parameters that the engine's workers do not take.
+            check: raises ValueError for parameters that the engine's workers cannot run.
         """
         self._core = core
         self._sent = sent
@@ -98,7 +98,7 @@ class BookedCore:
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         if request.sampling_params is not None:
             self._check(request.sampling_params)
-        # Before it is sent: its first output may come before the socket's future is done.
+        # The first output may come before the call below returns.
         self._sent.send(request.request_id, _prefill_tokens(request))
         try:
             await self._core.add_request_async(request)
@@ -122,23 +122,23 @@ class BookedCore:
 
 
 class BookedLLM(AsyncLLM):
-    """vLLM's `AsyncLLM` with a book of sent requests; one that cannot be added leaves no trace."""
+    """vLLM's `AsyncLLM` with a book of sent requests. One that cannot be added leaves no trace."""
 
     engine_core: Any
     _sent: SentRequests | None = None
 
     @property
     def sent(self) -> SentRequests:
-        """The requests that its engine core works on."""
+        """The live requests of its engine core."""
         assert self._sent is not None, "made inside an event loop"
         return self._sent
 
     def _stand_in(self, core: BookedCore) -> Any:
-        """Return what the front end is to take for its engine core's client."""
+        """Return the client that the front end uses."""
         return core
 
     def _run_output_handler(self) -> None:
-        # The first that uses the client after it is made.
+        # vLLM calls this first after it has made the client.
         if self._sent is None:
             self._sent = SentRequests()
             check = check_for(self.vllm_config)
@@ -149,8 +149,8 @@ class BookedLLM(AsyncLLM):
         try:
             await super()._add_request(request, *args, **kwargs)
         except BaseException:
-            # vLLM has it in its output processor, and aborts only what has been added. The engine
-            # may have it, too: a client can leave while it is being sent.
+            # vLLM's output processor has it but would not abort it, and the engine may have it
+            # too, as when the client left while the request was sent.
             with contextlib.suppress(Exception):
                 await self.abort(request.request_id, internal=True)
             raise
@@ -159,7 +159,7 @@ class BookedLLM(AsyncLLM):
 def _prefill_tokens(request: EngineCoreRequest) -> int:
     continuation = continuation_in(request.sampling_params)
     if continuation is not None and continuation.state is not None:
-        # It comes with its cache.
+        # Its cache comes with it.
         return 0
     if request.prompt_token_ids is not None:
         return len(request.prompt_token_ids)

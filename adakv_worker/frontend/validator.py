@@ -1,6 +1,6 @@
-"""Validates sampling parameters at admission, where an error becomes a 400.
+"""Refuses requests at admission, where an error becomes a 400.
 
-The `adakv_*` values of requests, and what could not be sent to the engine's process.
+It checks the `adakv_*` values, and that all parameters can be sent to the engine's process.
 """
 
 import dataclasses
@@ -20,19 +20,21 @@ from adakv_worker.frontend.encodable import PROBLEM, unencodable
 from adakv_worker.messages import CONTINUATION_KEY
 from adakv_worker.options import RequestOptions
 
+# One for the process, because vLLM loads the class below from an entry point and calls its class
+# method without a configuration; the front end never creates an object of it.
 _config: CompressionConfig | None = None
 
 
 def bound_by(config: CompressionConfig | None) -> None:
-    """Holds this process's requests to the operator's bounds; None: to none."""
+    """Set the operator's bounds for requests of this process. None removes them."""
     global _config
     _config = config
 
 
 class RequestOptionsValidator(ForModelRunnerV1, ForModelRunnerV2):
-    """Touches no logits: being one is how vLLM lets a plug-in validate sampling parameters.
+    """Logits processor that changes no logits, because vLLM lets those validate parameters.
 
-    An installed plug-in must be one for the model runner at hand, or vLLM does not start.
+    It has both bases because vLLM only starts with plug-ins for its present model runner.
     """
 
     def __init__(self, vllm_config: VllmConfig, *_: Any) -> None:
@@ -40,10 +42,9 @@ class RequestOptionsValidator(ForModelRunnerV1, ForModelRunnerV2):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Raise ValueError for an unknown option, a bad value, or one out of bounds.
+        """Raise ValueError for an unknown option, or a bad value or one out of bounds.
 
-        Also for a string that cannot be encoded and a number that is too large: vLLM would fail to
-        send it, and answer 500.
+        Raise it too for strings and numbers that vLLM would fail to send and answer with 500.
         """
         for name, value in _texts(sampling_params):
             if (where := unencodable(value, name)) is not None:
@@ -52,7 +53,7 @@ class RequestOptionsValidator(ForModelRunnerV1, ForModelRunnerV2):
             raise ValueError(f"{field} has a whole number of more than 64 bits")
         if sampling_params.extra_args:
             if CONTINUATION_KEY in sampling_params.extra_args:
-                raise ValueError(f"{CONTINUATION_KEY} is not for requests to say")
+                raise ValueError(f"{CONTINUATION_KEY} cannot be set by requests")
             options = RequestOptions.of(sampling_params.extra_args)
             options.budget(_config or CompressionConfig(min_budget_tokens=1))
 
@@ -70,7 +71,7 @@ class RequestOptionsValidator(ForModelRunnerV1, ForModelRunnerV2):
 
 
 def _texts(params: SamplingParams) -> Iterator[tuple[str, Any]]:
-    """Yield what holds strings of the client's, by the name that the client knows."""
+    """Yield values with strings, by the client's names for them."""
     yield "stop", params.stop
     yield "bad_words", params.bad_words
     yield "vllm_xargs", params.extra_args
@@ -80,17 +81,17 @@ def _texts(params: SamplingParams) -> Iterator[tuple[str, Any]]:
 
 
 def _too_large(params: SamplingParams) -> str | None:
-    """Return the first field, by the client's name, with a number that cannot be sent."""
+    """Return the first field with a number that cannot be sent, by the client's name for it."""
     if _is_sent(params):
         return None
-    # vLLM looks at `extra_args` itself.
+    # vLLM checks `extra_args` itself.
     fields = (name for name in params.__struct_fields__ if not _is_sent(getattr(params, name)))
     return next(fields, "sampling_params")
 
 
 def _is_sent(value: Any) -> bool:
     try:
-        # What msgpack has no type for is vLLM's own to send.
+        # vLLM has its own encoding for types that msgpack lacks.
         msgspec.msgpack.encode(value, enc_hook=lambda _: None)
     except OverflowError:
         return False

@@ -1,15 +1,15 @@
-"""Memory that replicas lend to each other: what is offered, and what is leased of it."""
+"""Offers and leases of memory that replicas lend to each other."""
 
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-# `blocks`: KV blocks of the lender, where a request goes on. `host_bytes`: of its host's memory,
-# where a cache waits.
+# `blocks`: KV blocks of the lender, for a request that goes on at once. `host_bytes`: memory of the
+# lender's host, for a cache that waits for blocks.
 Resource = Literal["blocks", "host_bytes"]
 
 
 class Offer(NamedTuple):
-    """What a lender would have lent out in all, its guests of now included."""
+    """The most that a lender lends in all, present leases included."""
 
     lender: str
     blocks: int
@@ -20,7 +20,7 @@ class Offer(NamedTuple):
 
 
 class Lease(NamedTuple):
-    """`amount` of a lender's resource, a borrower's until it gives it back or lets it end."""
+    """`amount` of a lender's resource, held by a borrower until it gives it back or it expires."""
 
     lease_id: str
     lender: str
@@ -30,7 +30,7 @@ class Lease(NamedTuple):
 
 
 class Lending(NamedTuple):
-    """All offers and leases at one instant, those left out that have ended."""
+    """All offers and leases at one instant that have not expired."""
 
     offers: list[Offer]
     leases: list[Lease]
@@ -42,7 +42,7 @@ class Lending(NamedTuple):
         return _sum(lease for lease in self.leases if lease.borrower == borrower)[resource]
 
     def room(self, resource: Resource = "blocks") -> dict[str, int]:
-        """What can still be leased, by lender. One that has lowered its offer may have none."""
+        """Return what can still be leased of each lender; at least 0 after a lowered offer."""
         return {
             offer.lender: max(0, offer.of(resource) - self.lent(offer.lender, resource))
             for offer in self.offers
@@ -57,13 +57,13 @@ def _sum(leases: Iterable[Lease]) -> dict[Resource, int]:
 
 
 def check_lending(lending: Lending) -> None:
-    """Asserts what holds while no lender has lowered its offer or gone away."""
+    """Assert the invariants that hold while no lender has lowered or withdrawn its offer."""
     lenders = [offer.lender for offer in lending.offers]
     assert len(set(lenders)) == len(lenders), "a lender offers twice"
     ids = [lease.lease_id for lease in lending.leases]
     assert len(set(ids)) == len(ids), "a lease was given twice"
     for lease in lending.leases:
-        assert lease.lender in lenders, "a lease of what nobody offers"
+        assert lease.lender in lenders, "a lease without an offer"
         assert lease.lender != lease.borrower, "a replica borrows from itself"
         assert lease.amount > 0, "a lease of nothing"
     for offer in lending.offers:

@@ -1,11 +1,11 @@
-"""The ledger of lent memory in Redis. Every operation is one script: none sees half of another.
+"""The ledger of lent memory in Redis. Every operation is one script, and so is atomic.
 
 Keys, under `{prefix}:{application}:lending:`, all hashes but the last two, which are sorted sets:
-    offers, leases            what is offered by lender, what is leased by lease id, as JSON
-    offer_ends, lease_ends    when they end, ms of Redis' own clock
+    offers, leases            offers by lender and leases by lease id, as JSON
+    offer_ends, lease_ends    their expiry times, in ms of Redis' own clock
 
-Each script first removes what has ended. So nothing depends on a replica's clock, on its living, or
-on anybody to clean up behind it; a jump of Redis' clock ends leases early or late, never twice.
+Each script first removes expired entries. So nothing depends on replicas' clocks, and a replica
+that dies needs no clean-up. A jump of Redis' clock only makes leases expire earlier or later.
 """
 
 import json
@@ -89,11 +89,11 @@ class LendingKeys(NamedTuple):
 
 
 class LendingLedger:
-    """Lender's, borrower's and onlooker's access. Not safe for use from several event loops.
+    """Access of lenders, borrowers and inspectors, for one event loop.
 
-    Every method raises `redis.RedisError` when the store is unreachable or slower than
-    `SOCKET_TIMEOUT_S`. What was asked for may have been done all the same: `take` with the same id
-    again finds the lease, and what nobody asks for again ends by itself.
+    Every method raises `redis.RedisError` if the store is unreachable or slower than
+    `SOCKET_TIMEOUT_S`. The store may have done the operation all the same: a repeated `take` with
+    the same id finds the lease, and without one it expires.
     """
 
     def __init__(self, url: str, keys: LedgerKeys) -> None:
@@ -108,40 +108,41 @@ class LendingLedger:
         self._scripts = {body: self._client.register_script(_BEGIN + body) for body in bodies}
 
     async def offer(self, offer: Offer, ttl_s: float = OFFER_TTL_S) -> None:
-        """Offers, or changes what is offered. To be repeated before `ttl_s` is over.
+        """Add or change a lender's offer for `ttl_s`. Repeat the call before they are over.
 
-        Less than is lent already ends no lease; there is no new one then until some have ended.
+        An offer below what is lent ends no lease, but allows no new one.
         """
         payload = json.dumps({"blocks": offer.blocks, "host_bytes": offer.host_bytes})
         await self._run(_OFFER, offer.lender, payload, _ms(ttl_s))
 
     async def withdraw(self, lender: str) -> None:
-        """Offers nothing any more: leases of it cannot be renewed, and end when they end."""
+        """Remove a lender's offer. Its leases cannot be renewed, and expire."""
         await self._run(_WITHDRAW, lender)
 
     async def take(self, lease: Lease, ttl_s: float = LEASE_TTL_S) -> bool:
-        """Leases, if so much of the lender's offer is left. The id is the borrower's choice.
+        """Add a lease if enough of the lender's offer is left. The borrower chooses its id.
 
-        Returns whether the lease is there, also when it was before.
+        Returns whether the lease exists, also if it existed before.
 
         Raises:
-            ValueError: it is of nothing, or of the borrower's own.
+            ValueError: the amount is not positive, or the borrower is the lender.
         """
         if lease.amount <= 0 or lease.lender == lease.borrower:
-            raise ValueError(f"not a lease: {lease}")
+            raise ValueError(f"not a lease, which needs an amount and two replicas: {lease}")
         fields = lease._asdict()
         lease_id = fields.pop("lease_id")
         return await self._run(_TAKE, lease_id, json.dumps(fields), _ms(ttl_s)) == 1
 
     async def renew(self, lease_id: str, ttl_s: float = LEASE_TTL_S) -> bool:
-        """Makes a lease last `ttl_s` from now; False: it has ended, or its lender is gone."""
+        """Make a lease last `ttl_s` from now. Return False if it or its offer has ended."""
         return await self._run(_RENEW, lease_id, _ms(ttl_s)) == 1
 
     async def give_back(self, lease_id: str) -> bool:
-        """Ends a lease; False: it had ended before."""
+        """End a lease. Return False if it had ended before."""
         return await self._run(_GIVE_BACK, lease_id) == 1
 
     async def read(self) -> Lending:
+        """Return all offers and leases."""
         offers, leases = cast(list[list[bytes]], await self._run(_READ))
         return Lending(
             sorted(Offer(name, **fields) for name, fields in _items(offers)),

@@ -1,4 +1,4 @@
-"""Which compressed requests leave a replica that runs out of blocks, and for where. Pure."""
+"""Chooses the requests that leave a replica short of blocks, and their lenders. Pure."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from router.lending.leases import Resource
 class Candidate(NamedTuple):
     """A compressed request whose state can move.
 
-    blocks: what it holds, and frees when it leaves.
-    peak_blocks: what it will hold at its expected end.
-    state_bytes: of its cache as it travels, at most.
-    tokens: what a recompute would prefill, prompt and answer so far.
-    tokens_left: what its answer is expected to bring still.
-    moves: how often it has moved.
-    settled_s: how long ago it came here, or began.
+    blocks: blocks that it holds, and frees when it leaves.
+    peak_blocks: the most blocks that it will hold until its expected end.
+    state_bytes: size of its cache, at most.
+    tokens: tokens that a recompute would prefill, prompt and answer so far.
+    tokens_left: tokens that its answer is expected to add.
+    moves: number of its moves so far.
+    settled_s: time since it came back, infinite before its first move.
     """
 
     request_id: str
@@ -32,8 +32,8 @@ class Candidate(NamedTuple):
 class Peer(NamedTuple):
     """A replica that lends.
 
-    blocks, host_bytes: what can still be leased of it.
-    bytes_per_s: how fast a state gets there, export and restore included, as measured.
+    blocks, host_bytes: memory of it that can still be leased.
+    bytes_per_s: measured speed of a move to it, export and restore included.
     """
 
     replica_id: str
@@ -43,7 +43,7 @@ class Peer(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A request's way: `blocks` of the peer, where it goes on, or `host_bytes`, where it waits."""
+    """A request's destination: `blocks` of a peer to go on in, or `host_bytes` to wait in."""
 
     request_id: str
     replica_id: str
@@ -53,14 +53,14 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True)
 class SpillLimits:
-    """What keeps moves worth their cost, and requests from moving to and fro.
+    """Limits that keep moves worth their cost, and requests from moving back and forth.
 
-    moves_of_a_request: before it stays where it is.
-    rest_s: after a move before the next.
-    moves_at_once: of one replica.
-    worth: how many times as long a recompute must take as the move.
-    spare_blocks: of a peer, left to its own requests.
-    overhead_s: of a move of no bytes at all.
+    moves_of_a_request: most moves of one request.
+    rest_s: time between two moves of a request.
+    moves_at_once: most moves of one plan.
+    worth: least ratio of the duration of a recompute to that of the move.
+    spare_blocks: blocks of a peer that stay with its own requests.
+    overhead_s: duration of a move of no bytes.
     """
 
     moves_of_a_request: int = 2
@@ -79,14 +79,16 @@ def plan_spill(
     limits: SpillLimits,
     pressing_blocks: int = 0,
 ) -> list[Move]:
-    """Moves that free `needed_blocks`, or as many as moving frees at less cost than preempting.
+    """Return moves that free `needed_blocks`, or as many as are cheaper than recomputes.
 
-    First those that cost the fewest bytes for each block and token for which they would hold it;
-    each to the peer with the most room, if that is enough for all it will ever hold, so that it
-    need not move again. While `pressing_blocks`, which are going to be preempted for, are not free,
-    others wait in the memory of some peer's host: for less than that it would only be another one
-    that waits. Of what was chosen, none is left that is not needed. Equal arguments give equal
-    moves.
+    Candidates with the fewest bytes per block and remaining token come first. Each goes to the peer
+    with the most room, if that is enough for its peak, so that it need not move again. If no peer
+    has the blocks, it waits in the memory of a peer's host, but only until `pressing_blocks` are
+    free: the engine preempts for those, and for others it would only wait in another's place.
+    Moves that turn out unnecessary are left out. Equal arguments give equal moves.
+
+    Args:
+        pressing_blocks: blocks that running requests are about to be preempted for.
     """
     room = {peer.replica_id: peer for peer in peers}
     chosen: list[tuple[Candidate, Move]] = []
@@ -107,12 +109,12 @@ def plan_spill(
 
 
 def recompute_s(candidate: Candidate, prefill_tokens_per_s: float) -> float:
-    """What a preemption would cost."""
+    """Return the duration of a recompute after a preemption."""
     return candidate.tokens / prefill_tokens_per_s
 
 
 def move_s(candidate: Candidate, peer: Peer, limits: SpillLimits) -> float:
-    """What a move costs; a cache that waits does so where it will be used."""
+    """Return the duration of a move. A cache that waits does so at its destination."""
     return limits.overhead_s + candidate.state_bytes / peer.bytes_per_s
 
 
@@ -127,7 +129,7 @@ def _may_move(candidate: Candidate, limits: SpillLimits) -> bool:
 
 
 class _Way(NamedTuple):
-    """What a move would take of a peer, which keeps `spare` for itself."""
+    """An amount of a peer's resource, beside `spare` that the peer keeps."""
 
     resource: Resource
     amount: int
@@ -168,7 +170,7 @@ def _without(peer: Peer, move: Move) -> Peer:
 
 
 def _needed(chosen: list[tuple[Candidate, Move]], excess: int) -> list[tuple[Candidate, Move]]:
-    """Leaves out what was chosen for too little, once something larger came after it."""
+    """Leave out moves that later, larger ones made unnecessary."""
     kept = []
     for candidate, move in chosen:
         if candidate.blocks <= excess:

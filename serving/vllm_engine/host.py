@@ -141,6 +141,8 @@ class VllmHost:
 
     def shutdown(self) -> None:
         self.engine.shutdown()
+        if self._kv_events is not None:
+            self._kv_events.remove()
 
 
 def _check(config: VllmConfig, movable: bool) -> bool:

@@ -84,12 +84,15 @@ def with_kv_events(engine_args: dict[str, Any]) -> tuple[dict[str, Any], EventSo
     engine_args = {**engine_args, "kv_events_config": config}
     if not config.enable_kv_cache_events or config.publisher != "zmq":
         return engine_args, None
-    folder = tempfile.mkdtemp(prefix="adakv-")
-    if "endpoint" not in given:
-        config.endpoint = f"ipc://{folder}/kv-events"
-    if config.replay_endpoint is None:
-        config.replay_endpoint = f"ipc://{folder}/kv-replay"
-    return engine_args, EventSockets(_local(config.endpoint), _local(config.replay_endpoint))
+    folder = None
+    if "endpoint" not in given or config.replay_endpoint is None:
+        folder = tempfile.TemporaryDirectory(prefix="adakv-")
+        if "endpoint" not in given:
+            config.endpoint = f"ipc://{folder.name}/kv-events"
+        config.replay_endpoint = config.replay_endpoint or f"ipc://{folder.name}/kv-replay"
+    assert config.replay_endpoint is not None
+    sockets = EventSockets(_local(config.endpoint), _local(config.replay_endpoint), folder)
+    return engine_args, sockets
 
 
 def _local(endpoint: str) -> str:

@@ -207,7 +207,7 @@ def test_damaged_and_foreign_states_are_refused(engine: Engine, path: str) -> No
 
 def test_clients_cannot_send_continuations(engine: Engine) -> None:
     params = engine.params(extra_args=Continuation(3, "made-up").as_extra_args())
-    with pytest.raises(VLLMValidationError, match="not for requests to say"):
+    with pytest.raises(VLLMValidationError, match="cannot be set by requests"):
         engine.llm.llm_engine.add_request("forged", {"prompt_token_ids": [5, 6, 7]}, params)
 
 

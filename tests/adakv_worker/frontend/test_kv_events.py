@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import zmq.asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.distributed.kv_events import (
@@ -23,6 +24,7 @@ from adakv_worker.frontend.kv_events import (
     EventSockets,
     PrefixNames,
     cache_changes,
+    replayed,
 )
 from router.footprint import prefix_hashes
 
@@ -166,15 +168,24 @@ def sockets() -> Iterator[EventSockets]:
         yield EventSockets(f"ipc://{folder}/events", f"ipc://{folder}/replay")
 
 
+async def published(sockets: EventSockets, last: int) -> None:
+    """Wait until the publisher's thread has published a batch."""
+    with zmq.asyncio.Context() as context:
+        async with asyncio.timeout(60):
+            while last not in [one.number for one in await replayed(context, sockets.replay, 0)]:
+                pass
+
+
 @pytest.mark.parametrize(("kept", "is_cleared"), [(100, False), (1, True)])
 async def test_a_follower_that_comes_late_catches_up_with_vllm_s_publisher(
     sockets: EventSockets, kept: int, is_cleared: bool
 ) -> None:
-    publisher = ZmqEventPublisher(0, *sockets, buffer_steps=kept)
+    publisher = ZmqEventPublisher(0, sockets.events, sockets.replay, buffer_steps=kept)
     changes = cache_changes(sockets)
     try:
         for event in (stored(TOKENS), removed(101)):
             publisher.publish(KVEventBatch(ts=0.0, events=[event]))
+        await published(sockets, last=1)
         first = asyncio.ensure_future(anext(changes))
         async with asyncio.timeout(60):
             # A subscription takes a moment to arrive: published until then is lost, too.

@@ -76,11 +76,17 @@ def test_kv_events_get_sockets_of_this_replica_alone() -> None:
     (args, sockets), (_, others) = first, second
     assert sockets is not None
     assert others is not None
-    assert len({*sockets, *others}) == 4
-    assert all(one.startswith("ipc://") for one in (*sockets, *others))
+    endpoints = [sockets.events, sockets.replay, others.events, others.replay]
+    assert len(set(endpoints)) == 4
+    assert all(one.startswith("ipc://") for one in endpoints)
     events = args["kv_events_config"]
     assert isinstance(events, KVEventsConfig)
-    assert (events.endpoint, events.replay_endpoint) == tuple(sockets)
+    assert [events.endpoint, events.replay_endpoint] == endpoints[:2]
+    folders = [Path(one.removeprefix("ipc://")).parent for one in endpoints]
+    assert all(folder.is_dir() for folder in folders)
+    sockets.remove()
+    others.remove()
+    assert not any(folder.exists() for folder in folders)
 
 
 def test_the_operators_endpoints_of_kv_events_stay() -> None:
@@ -88,7 +94,7 @@ def test_the_operators_endpoints_of_kv_events_stay() -> None:
     args, sockets = with_kv_events({"kv_events_config": {"enable_kv_cache_events": True, **given}})
     assert args["kv_events_config"].endpoint == "tcp://*:5557"
     assert sockets is not None
-    assert tuple(sockets) == ("tcp://127.0.0.1:5557", "tcp://127.0.0.1:5558")
+    assert sockets == ("tcp://127.0.0.1:5557", "tcp://127.0.0.1:5558", None)
 
 
 @pytest.mark.parametrize(
