@@ -386,6 +386,20 @@ async def test_a_request_is_not_asked_again_before_the_engine_has_reported_that_
     await borrowing.borrower.stop()
 
 
+async def test_one_plan_is_carried_out_before_the_next_is_made(
+    ledger: LendingLedger, tmp_path: Path
+) -> None:
+    borrowing = Borrowing(ledger, tmp_path)
+    # The workers never write the cache.
+    borrowing.front.core.answer = None
+    await borrowing.asks()
+    await borrowing.borrower.relieve()
+    await borrowing.asks(name="other")
+    await borrowing.borrower.relieve()
+    assert len((await ledger.read()).leases) == 1
+    await borrowing.borrower.stop()
+
+
 async def test_a_client_that_leaves_ends_its_request_at_the_lender(
     ledger: LendingLedger, tmp_path: Path
 ) -> None:
