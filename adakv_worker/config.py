@@ -10,12 +10,12 @@ from kernels.policies.presets import AUTO, DEFAULT_POLICY, PRESETS, PolicyChoice
 
 CONFIG_KEY = "adakv"
 FULL = "full"
-# Characters of a request's own text in a message.
+# Most characters of a request's own text in a message.
 SHOWN_CHARACTERS = 64
 
 
 class CompressionConfig(BaseModel):
-    """`additional_config["adakv"]` of the engine. What is kept of n tokens: see `kept_tokens`."""
+    """`additional_config["adakv"]` of an engine. `kept_tokens` says what is kept of n tokens."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -89,7 +89,7 @@ class CompressionConfig(BaseModel):
 def check_bound(
     choice: PolicyChoice, budget_tokens: int | None, interval_tokens: int | None
 ) -> None:
-    """Raises ValueError if the policy needs more; the text names the setting without its prefix."""
+    """Raise ValueError if the policy needs more; the text names the setting without its prefix."""
     window = choice.build().scorer.window_tokens
     if budget_tokens is not None and budget_tokens < window + SINK_TOKENS:
         raise ValueError(
@@ -103,7 +103,7 @@ def check_bound(
 
 
 def check_policy_name(name: str) -> None:
-    """Raises ValueError, naming the known ones, if there is no such policy."""
+    """Raise ValueError, with the known names, if there is no such policy."""
     if name not in (FULL, AUTO, *PRESETS):
         known = ", ".join(sorted([*PRESETS, FULL, AUTO]))
         raise ValueError(f"unknown policy {shown(name)}: known are {known}")
@@ -115,7 +115,7 @@ def shown(text: str) -> str:
 
 
 def compression_config(additional_config: Any) -> CompressionConfig | None:
-    """The settings inside an engine's `additional_config`, or None where compression is off.
+    """Return the settings in an engine's `additional_config`, or None if compression is off.
 
     Raises:
         pydantic.ValidationError: unknown keys or bad values.

@@ -1,4 +1,4 @@
-"""What one request gets: the operator's settings, and its own options laid over them."""
+"""What one request gets: the operator's settings, overridden by its own options."""
 
 import difflib
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ from kernels.policies.presets import PolicyChoice
 
 
 class RequestBudget(BaseModel):
-    """What one request gets: the operator's settings with its own laid over them.
+    """What one request gets: the operator's settings, overridden by its own options.
 
-    limit: most that it may keep, whatever it asks for.
-    unsupported: presets that the model does not support, for `auto` to choose another.
+    limit: most entries that it may keep, whatever it asks for.
+    unsupported: presets that do not work with the model; `auto` chooses another.
     fallback: why it gets another policy or budget than it asked for, or None.
     """
 
@@ -42,7 +42,7 @@ class RequestBudget(BaseModel):
         return kept_tokens(num_tokens, self.budget_tokens, self.keep_ratio, self.decode, self.limit)
 
     def choice_for(self, keep_tokens: int, num_tokens: int) -> PolicyChoice:
-        """Return the policy where so much of a prompt stays: `auto` is one of two."""
+        """Return the policy for a prompt of which so many entries stay: `auto` is one of two."""
         return self.choice.for_budget(keep_tokens, num_tokens, self.unsupported)
 
     def why_less(self, num_tokens: int) -> str | None:
@@ -69,7 +69,7 @@ class RequestOptions(BaseModel):
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None) -> "RequestOptions":
-        """Reads the values.
+        """Read the values.
 
         Raises:
             ValueError: an unknown name or a bad value; the text names it as the request did.
@@ -95,13 +95,13 @@ class RequestOptions(BaseModel):
         return options
 
     def budget(self, config: CompressionConfig) -> RequestBudget:
-        """Lay the options over the operator's settings.
+        """Return the operator's settings, overridden by the options.
 
-        A request that names a budget or a ratio gets exactly that, up to the operator's limit; one
-        that names neither gets the operator's.
+        A request that names a budget or a ratio gets exactly that, up to the operator's limit; a
+        request that names neither gets the operator's.
 
         Raises:
-            ValueError: the operator's bounds forbid it, or the policy does not take it.
+            ValueError: the operator's bounds forbid an option, or the policy does not take it.
         """
         self._check_named(config)
         budget = self._laid_over(config)
@@ -110,7 +110,7 @@ class RequestOptions(BaseModel):
         return budget
 
     def _check_named(self, config: CompressionConfig) -> None:
-        """Check what the request names by itself."""
+        """Check each option by itself."""
         whole = self.policy == FULL or self.keep_ratio == 1.0
         if whole and config.policy != FULL and not config.allow_full:
             name = "adakv_policy" if self.policy == FULL else "adakv_keep_ratio"
@@ -172,7 +172,7 @@ class RequestOptions(BaseModel):
             check_bound(choice, own, interval)
         except ValueError as error:
             raise ValueError(f"{CONFIG_KEY}_{error}") from None
-        # The operator's are for the operator's policy; another one may need more.
+        # The operator's bound fits the operator's policy; another policy may need more.
         window = choice.build().scorer.window_tokens
         return DecodeBound(
             own or max(config.decode_budget_tokens or 0, window + SINK_TOKENS),
@@ -187,11 +187,11 @@ def budget_of(
 ) -> RequestBudget:
     """Return what a request gets, whatever it asks for.
 
-    What the operator's bounds forbid, or the model does not support, is answered with the
-    operator's own settings, and `fallback` names the reason.
+    Where the operator's bounds or the model forbid an option, the request gets the operator's own
+    settings, and `fallback` names the reason.
 
     Args:
-        unsupported: presets that the model does not support, with the reason.
+        unsupported: presets that do not work with the model, with the reason.
     """
     options = RequestOptions()
     try:
@@ -211,7 +211,7 @@ def budget_of(
 
 
 def _keep_limit(config: CompressionConfig) -> KeepLimit | None:
-    """Return the most that requests may keep; the operator's own settings always may."""
+    """Return the most that requests may keep; the operator's own settings are always allowed."""
     if config.policy == FULL or (config.allow_full and config.max_budget_tokens is None):
         return None
     own = max(config.budget_tokens, _window_of(config.default_choice) + SINK_TOKENS)
@@ -236,9 +236,9 @@ def _window_of(choice: PolicyChoice) -> int:
 
 
 def _check_resulting(budget: RequestBudget, config: CompressionConfig) -> None:
-    """Check what all options come to together: one may raise another.
+    """Check the options together: one may raise another.
 
-    The operator's own settings are within the operator's bounds, whatever those are.
+    The operator's own settings are always within the operator's bounds.
     """
     own = RequestOptions()._laid_over(config)
     if config.max_budget_tokens is not None:
@@ -261,7 +261,7 @@ def _check_resulting(budget: RequestBudget, config: CompressionConfig) -> None:
 
 
 def _if_same(value: Any, name: str, default: str) -> Any:
-    # The operator's fine settings belong to the operator's policy.
+    # The operator's fine-tuning belongs to the operator's policy.
     return value if name == default else None
 
 

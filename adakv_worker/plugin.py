@@ -1,10 +1,10 @@
-"""vLLM's entry point: tells it about the compressed cache. Changes nothing where that is off."""
+"""vLLM's plug-in entry point: registers the compressed cache. No effect where that is off."""
 
 from typing import Any
 
 
 def register() -> None:
-    """Runs in every vLLM process, possibly more than once."""
+    """Register cache and backends. vLLM calls this in each process, maybe more than once."""
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -29,11 +29,11 @@ def register() -> None:
 
 
 def engine_args(config: dict[str, Any], *, asynchronous: bool | None = None) -> dict[str, Any]:
-    """The engine arguments that turn compression on with these settings.
+    """Return the engine arguments that turn compression on with these settings.
 
     Args:
-        asynchronous: whether steps are scheduled before the last one's outputs are there. None: on
-            CUDA they are. On CPUs they never are.
+        asynchronous: whether to schedule steps before the last one's outputs arrive; None: on CUDA.
+            CPUs never do.
     """
     from vllm.platforms import current_platform
 

@@ -45,7 +45,7 @@ from kernels.blocks import blocks_for_tokens
 _BLOCK = 32
 _PROMPT_TOKENS = 1500
 _OUTPUT_TOKENS = 192
-# The schedulers do not see these lengths in advance.
+# The schedulers cannot see the output lengths in advance.
 _MAX_TOKENS = 1024
 _BUDGET = 256
 _TOKEN, _STOP = 7, 2
@@ -79,8 +79,8 @@ class Side:
         self._random = random.Random(0)
         self._count = itertools.count()
         self._scenario = Scenario("fcfs", 0)
-        # Where memory is what lacks: how many blocks are left free, those taken out of the pool for
-        # that, and how many the next step gets back by itself, of prompts compressed in the last.
+        # Where memory is lacking: the number of blocks left free, the blocks taken out of the pool
+        # for that, and the number that the next step frees of prompts compressed in the last.
         self._free_blocks = 0
         self._taken: list[Any] = []
         self._returning = 0
@@ -100,7 +100,7 @@ class Side:
         self.scheduler.add_request(request)
 
     def step(self, at_most: int | None = None) -> Step:
-        """Take one step; at its end so many requests end that `at_most` go on running."""
+        """Take one step, in which all but `at_most` requests end."""
         began = time.thread_time()
         output = self.scheduler.schedule()
         scheduled = time.thread_time()
@@ -112,10 +112,10 @@ class Side:
         return Step(seconds * 1e3, begun, len(output.preempted_req_ids or ()))
 
     def _answer(self, output: SchedulerOutput, at_most: int | None) -> ModelRunnerOutput:
-        # All that run, the oldest first: steps have room for any number of prompts.
+        # All running requests, the oldest first: a step has room for any number of prompts.
         names = list(output.num_scheduled_tokens)
         surplus = 0 if at_most is None else max(0, len(names) - at_most)
-        # Outputs shall differ in length.
+        # Outputs differ in length.
         ending = set(self._random.sample(names[: max(surplus, len(names) // 2)], surplus))
         tokens = [[_STOP if name in ending else _TOKEN] for name in names]
         answer = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, tokens)
@@ -126,7 +126,7 @@ class Side:
         return answer
 
     def fill(self, running: int) -> None:
-        """Get `running` requests to run whose ages are spread, with output lengths learnt."""
+        """Start `running` requests of different ages, after others have taught output lengths."""
         self._set_seats(running + _SPARE_SEATS)
         for _ in range(_ENDED_BEFORE):
             self.add(_BLOCK, int(self._random.triangular(_OUTPUT_TOKENS / 2, _OUTPUT_TOKENS * 1.5)))
@@ -152,7 +152,7 @@ class Side:
         self.advance(ends=False)
 
     def advance(self, *, ends: bool, begins: bool = True) -> Step:
-        """Take a step with which one request begins, if one has ended, and one ends."""
+        """Take a step in which one request begins, if one has ended, and one ends."""
         running = self._scenario.running
         missing = running - len(self.scheduler.running)
         while len(self.scheduler.waiting) < max(self._scenario.waiting, missing):
@@ -170,7 +170,7 @@ class Side:
         self.scheduler.max_num_running_reqs = self.scheduler.max_num_active_reqs = seats
 
     def _most_growth(self) -> int:
-        """Return more blocks than a decode step takes and fewer than a waiting request needs."""
+        """Return a count between what a decode step takes and what a waiting request needs."""
         phases = Counter(request.num_tokens % _BLOCK for request in self.scheduler.running)
         return max(phases.values(), default=0) + _BLOCK // 2
 
@@ -230,7 +230,7 @@ def measure(
     gc.disable()
     try:
         for _ in range(rounds):
-            # The step after a prefill still has work of it to do.
+            # The step after a prefill still frees its blocks.
             turns(1, counted=False, ends=False, begins=False)
             turns(steps, ends=False, begins=False)
             turns(1, counted=False, ends=True)
