@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
+from adakv_worker.core.answer_lengths import AnswerLengths
 from adakv_worker.core.lives import LifeTable
-from adakv_worker.core.output_lengths import OutputLengths
 from adakv_worker.core.request import CompressedRequest
 from kernels.blocks import blocks_for_tokens
 
@@ -80,7 +80,7 @@ class Admission:
             blocks: blocks of all requests, which the manager changes.
             prefilling, compressed: the manager's requests of these kinds, which it changes.
         """
-        self.output_lengths = OutputLengths(_PRIOR_OUTPUT_TOKENS)
+        self.answer_lengths = AnswerLengths(_PRIOR_OUTPUT_TOKENS)
         self.most_blocks = 0
         self._pool = pool
         self._block_size = block_size
@@ -120,7 +120,7 @@ class Admission:
 
     def growth_blocks(self) -> int:
         """Return the blocks that the running requests will take besides, at their peak."""
-        lives = self._lives.lives(self.output_lengths, self._step)
+        lives = self._lives.lives(self.answer_lengths, self._step)
         peak = blocks_for_tokens(lives.peak_tokens(), self._block_size)
         return max(0, peak - self._shared_blocks() - self._used_blocks)
 
@@ -166,10 +166,10 @@ class Admission:
         if (waits := self._holds.known(request_id)) is not None:
             return waits
         life = request.life
-        to_come = self.output_lengths.one_to_come(life)
+        to_come = self.answer_lengths.one_to_come(life)
         if not room:
             return self._holds.decide(request_id, fits=False, own_steps=int(to_come[0]))
-        running = self._lives.lives(self.output_lengths, self._step)
+        running = self._lives.lives(self.answer_lengths, self._step)
         peak = blocks_for_tokens(running.peak_with(life, to_come), self._block_size)
         fits = peak <= blocks or peak - self._shared_blocks() <= blocks
         return self._holds.decide(request_id, fits=fits, own_steps=int(to_come[0]))

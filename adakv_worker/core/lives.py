@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from adakv_worker.core.output_lengths import Floats, OutputLengths
+from adakv_worker.core.answer_lengths import AnswerLengths, Floats
 from adakv_worker.core.plan import Life
 
 
@@ -16,7 +16,7 @@ class Lives:
     counts with the bound until it ends.
     """
 
-    def __init__(self, table: Floats, lengths: OutputLengths) -> None:
+    def __init__(self, table: Floats, lengths: AnswerLengths) -> None:
         """
         Args:
             table: [fields of `Life`, R], with the number of bits of `max_tokens` in its place.
@@ -107,7 +107,7 @@ class LifeTable:
             self._rows[:, place] = self._rows[:, len(self._names)]
             self._names[place], self._places[last] = last, place
 
-    def lives(self, lengths: OutputLengths, step: int) -> Lives:
+    def lives(self, lengths: AnswerLengths, step: int) -> Lives:
         """Return the lives of all requests as of a step."""
         table = self._rows[:-1, : len(self._names)].copy()
         tokens, _, answered, left, due, _ = table

@@ -30,7 +30,7 @@ class Life(NamedTuple):
     answered: tokens of its answer so far.
     left: most tokens that may still come.
     due: least tokens that will still come, whatever the answer is.
-    max_tokens: its own limit, by which `OutputLengths` groups requests.
+    max_tokens: its own limit, by which `AnswerLengths` groups requests.
     """
 
     tokens: int

@@ -227,7 +227,7 @@ class AdaKVSchedulerMixin(Scheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         if self._manager is not None and _ended_by_itself(request):
-            lengths = self._manager.admission.output_lengths
+            lengths = self._manager.admission.answer_lengths
             lengths.note(request.max_tokens, request.num_output_tokens)
         self._recomputes.forget(request.request_id)
         self._to_take_up.pop(request.request_id, None)

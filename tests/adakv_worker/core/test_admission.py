@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adakv_worker.core.admission import Holds
+from adakv_worker.core.answer_lengths import AnswerLengths
 from adakv_worker.core.lives import LifeTable, Lives
-from adakv_worker.core.output_lengths import OutputLengths
 from adakv_worker.core.plan import UNBOUNDED, Life
 
 
@@ -18,14 +18,14 @@ def _sure(tokens: int, to_come: int, most: int = UNBOUNDED) -> Life:
     return Life(tokens, most, answered=0, left=to_come, due=to_come, max_tokens=to_come)
 
 
-LENGTHS = OutputLengths(prior_tokens=100)
+LENGTHS = AnswerLengths(prior_tokens=100)
 LIVES = st.lists(st.builds(_sure, st.integers(1, 50), st.integers(0, 300)), max_size=12)
 BOUNDED = st.lists(
     st.builds(_sure, st.integers(1, 50), st.integers(0, 300), st.integers(50, 200)), max_size=12
 )
 
 
-def _lives(lives: list[Life], lengths: OutputLengths) -> Lives:
+def _lives(lives: list[Life], lengths: AnswerLengths) -> Lives:
     table = LifeTable()
     for index, life in enumerate(lives):
         table.put(str(index), life, 0)
@@ -61,7 +61,7 @@ def test_the_peak_with_another_counts_up_to_its_end(lives: list[Life], other: Li
 def test_what_is_uncertain_adds_up_by_its_variance(
     lives: list[Life], low: int, others: int
 ) -> None:
-    lengths = OutputLengths(prior_tokens=low)
+    lengths = AnswerLengths(prior_tokens=low)
     lengths.note(1 << 9, low + 100)
     unsure = [life._replace(due=0, left=1000, max_tokens=1 << 9) for life in lives]
     # Two lengths that have been seen, 100 apart, deviate by 50 from their mean.
@@ -74,25 +74,25 @@ def test_what_is_uncertain_adds_up_by_its_variance(
 def test_uncertainty_counts_beside_another_request_too(
     lives: list[Life], tokens: int, low: int, end: int
 ) -> None:
-    lengths = OutputLengths(prior_tokens=low)
+    lengths = AnswerLengths(prior_tokens=low)
     lengths.note(1 << 9, low + 100)
     unsure = [life._replace(due=0, left=1000, max_tokens=1 << 9) for life in lives]
     # All are there until the first end: the others' expected one, or the certain one's.
     first = min(low + 50, end)
     exact = sum(life.tokens for life in lives) + tokens + (len(lives) + 1) * first
     with_other = _lives(unsure, lengths).peak_with(_sure(tokens, end), (end, 0.0))
-    assert with_other == exact + math.ceil(50 * math.sqrt(len(lives)))
+    assert with_other == max(exact + math.ceil(50 * math.sqrt(len(lives))), tokens + end)
 
 
 def _to_come(
-    lengths: OutputLengths, answered: int, left: int, due: int = 0, max_tokens: int = 1000
+    lengths: AnswerLengths, answered: int, left: int, due: int = 0, max_tokens: int = 1000
 ) -> tuple[float, float]:
     life = Life(0, UNBOUNDED, answered, left, due, max_tokens)
     return tuple(round(value, 6) for value in lengths.one_to_come(life))
 
 
 def test_outputs_are_as_long_as_the_last_ones_that_were_longer() -> None:
-    lengths = OutputLengths(prior_tokens=100, remembered=3)
+    lengths = AnswerLengths(prior_tokens=100, remembered=3)
     assert _to_come(lengths, 30, left=1000) == (70, 0)
     assert _to_come(lengths, 0, left=60) == (60, 0)
     for tokens in (10, 20, 60):
@@ -108,13 +108,13 @@ def test_outputs_are_as_long_as_the_last_ones_that_were_longer() -> None:
 
 
 def test_what_is_assumed_first_counts_among_the_lengths_that_were_seen() -> None:
-    lengths = OutputLengths(prior_tokens=512)
+    lengths = AnswerLengths(prior_tokens=512)
     lengths.note(1000, 8)
     assert _to_come(lengths, 0, left=1000)[0] == 260
 
 
 def test_requests_for_a_token_say_nothing_of_long_answers() -> None:
-    lengths = OutputLengths(prior_tokens=512)
+    lengths = AnswerLengths(prior_tokens=512)
     for _ in range(100):
         lengths.note(1, 1)
         lengths.note(8, 8)
@@ -124,7 +124,7 @@ def test_requests_for_a_token_say_nothing_of_long_answers() -> None:
 
 
 def test_what_a_request_says_of_its_length_is_believed() -> None:
-    lengths = OutputLengths(prior_tokens=10)
+    lengths = AnswerLengths(prior_tokens=10)
     certain = Life(0, UNBOUNDED, answered=0, left=700, due=700, max_tokens=700)
     at_least = Life(0, UNBOUNDED, answered=0, left=700, due=300, max_tokens=700)
     assert lengths.one_to_come(certain) == (700, 0)
@@ -132,7 +132,7 @@ def test_what_a_request_says_of_its_length_is_believed() -> None:
 
 
 def test_a_mixture_of_classes_is_what_each_says() -> None:
-    lengths = OutputLengths(prior_tokens=10)
+    lengths = AnswerLengths(prior_tokens=10)
     lengths.note(100, 90)
     short = Life(0, UNBOUNDED, 0, left=100, due=0, max_tokens=100)
     long = Life(0, UNBOUNDED, 0, left=1000, due=0, max_tokens=1000)
@@ -142,7 +142,7 @@ def test_a_mixture_of_classes_is_what_each_says() -> None:
 
 @given(st.lists(st.integers(1, 600), max_size=80), st.data())
 def test_many_answers_are_expected_as_each_is(ended: list[int], data: st.DataObject) -> None:
-    lengths = OutputLengths(prior_tokens=100)
+    lengths = AnswerLengths(prior_tokens=100)
     for tokens in ended:
         lengths.note(data.draw(st.sampled_from([100, 1000])), tokens)
     answers = st.builds(
@@ -159,7 +159,7 @@ def test_many_answers_are_expected_as_each_is(ended: list[int], data: st.DataObj
 @given(st.data())
 def test_lives_go_on_by_themselves(data: st.DataObject) -> None:
     table, known = LifeTable(), {}
-    lengths = OutputLengths(prior_tokens=10)
+    lengths = AnswerLengths(prior_tokens=10)
     for step in range(data.draw(st.integers(1, 40))):
         name = data.draw(st.sampled_from("abcdefghijklmnopqrstuvwxyz"))
         if data.draw(st.booleans()):

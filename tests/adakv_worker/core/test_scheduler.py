@@ -277,14 +277,14 @@ def test_lengths_are_learnt_from_answers_that_ended_by_themselves(small: CoreCon
         fake.add(40, 300, seed, {}, stops_after=20)
     fake.finish()
     life = Life(0, UNBOUNDED, answered=0, left=300, due=0, max_tokens=300)
-    assert fake.manager.admission.output_lengths.one_to_come(life) == (20, 0)
+    assert fake.manager.admission.answer_lengths.one_to_come(life) == (20, 0)
     for seed in range(70):
         fake.add(40, 300, seed, {}, stops_after=200)
         fake.step()
         fake.abort(0)
     fake.finish()
     # A client that leaves says nothing of how long answers are.
-    assert fake.manager.admission.output_lengths.one_to_come(life) == (20, 0)
+    assert fake.manager.admission.answer_lengths.one_to_come(life) == (20, 0)
     # Unless the front end has found a stop string.
     for seed in range(70):
         fake.add(40, 300, seed, {}, stops_after=200)
@@ -294,4 +294,4 @@ def test_lengths_are_learnt_from_answers_that_ended_by_themselves(small: CoreCon
             fake.step()
         fake.abort(0)
     fake.finish()
-    assert fake.manager.admission.output_lengths.one_to_come(life) == (3, 0)
+    assert fake.manager.admission.answer_lengths.one_to_come(life) == (3, 0)

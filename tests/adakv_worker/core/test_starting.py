@@ -128,7 +128,7 @@ def _crowded(free: int, running: int = 20) -> Core:
 def _learn(core: Core, *lengths: int) -> None:
     for _ in range(64 // len(lengths)):
         for length in lengths:
-            core.admission.output_lengths.note(1000, length)
+            core.admission.answer_lengths.note(1000, length)
 
 
 def test_a_request_starts_where_all_will_fit_until_it_ends() -> None:
@@ -150,7 +150,7 @@ def test_uncertain_lengths_need_more_room_than_certain_ones() -> None:
     _learn(uncertain, 10, 370)
     # Both expect 190 tokens of each answer.
     means = [
-        core.admission.output_lengths.one_to_come(core.compressed["r0"].life._replace(answered=0))
+        core.admission.answer_lengths.one_to_come(core.compressed["r0"].life._replace(answered=0))
         for core in (certain, uncertain)
     ]
     assert [mean for mean, _ in means] == [190, 190]

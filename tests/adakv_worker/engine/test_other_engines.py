@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from adakv_worker.core.output_lengths import OutputLengths
+from adakv_worker.core.answer_lengths import AnswerLengths
 from tests.adakv_worker.engines import Engine, Reference, assert_equals_reference, prompt
 
 
@@ -15,7 +15,7 @@ def test_preempted_requests_come_back_right(
         kv_cache_memory_bytes=40 * 32 * 2 * 4 * 2 * 32 * 4, max_model_len=800,
     )  # fmt: skip
     # Admission expects short answers.
-    engine.manager.admission.output_lengths = OutputLengths(prior_tokens=2)
+    engine.manager.admission.answer_lengths = AnswerLengths(prior_tokens=2)
     results = engine.run(
         [prompt(400, seed=300 + number) for number in range(5)],
         engine.params(max_tokens=250, ignore_eos=False),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from vllm.v1.attention import selector
 
-from adakv_worker.core.output_lengths import OutputLengths
+from adakv_worker.core.answer_lengths import AnswerLengths
 from tests.adakv_worker.engine.test_eviction import Traced, run
 from tests.adakv_worker.engines import (
     Engine,
@@ -136,7 +136,7 @@ def test_preempted_requests_come_back_right(model: Path, reference: Reference, k
     # 30 blocks of 16 KiB: four of these prompts compressed and grown do not fit together.
     with started(model, kind, kv_cache_memory_bytes=30 << 14, max_model_len=256) as engine:
         # Admission expects short answers.
-        engine.manager.admission.output_lengths = OutputLengths(prior_tokens=2)
+        engine.manager.admission.answer_lengths = AnswerLengths(prior_tokens=2)
         prompts = [prompt(90, seed=30 + number) for number in range(4)]
         results = engine.run(prompts, engine.params(max_tokens=90, ignore_eos=False))
         assert engine.preemptions > 0

@@ -76,7 +76,7 @@ class _Ended:
         return self._sums
 
 
-class OutputLengths:
+class AnswerLengths:
     """Lengths of the last answers that ended, by class of `max_tokens`.
 
     A class has all `max_tokens` of one number of bits: clients that ask for one token, for eight
