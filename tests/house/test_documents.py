@@ -18,6 +18,8 @@ _PATH = re.compile(rf"`((?:{_FOLDERS})/[\w./-]*)`")
 _LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)")
 _COMMAND = re.compile(r"python3? -m ((?:adakv_worker|evals|kernels|loadtest|router|serving)[\w.]*)")
 
+_ROW = re.compile(r"^\| `(\w+\.py)` \|", re.MULTILINE)
+
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
 
@@ -39,6 +41,14 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_commands_in_a_document_exist(path: Path) -> None:
     for name in _COMMAND.findall(path.read_text()):
         assert name in modules() or f"{name}.__main__" in modules(), name
+
+
+def test_the_structure_page_lists_the_files_of_each_folder() -> None:
+    text = (ROOT / "docs" / "structure.md").read_text()
+    sections = re.findall(r"^### `([\w/]+)/`\n(.*?)(?=^###|\Z)", text, re.MULTILINE | re.DOTALL)
+    listed = {f"{folder}/{name}" for folder, body in sections for name in _ROW.findall(body)}
+    files = {str(path.relative_to(ROOT)) for path in modules().values() if path.stem != "__init__"}
+    assert listed == files
 
 
 def test_installed_commands_and_plug_ins_exist() -> None:
