@@ -232,3 +232,16 @@ async def test_the_rest_of_a_stream_goes_out_with_its_last_message() -> None:
         {"type": "http.response.body"},
     )  # fmt: skip
     assert (first["body"], last["body"]) == (b"", half)
+
+
+@pytest.mark.parametrize("kind", ["response.completed", "response.incomplete", "response.failed"])
+async def test_however_a_response_ends_its_last_event_has_the_proof(kind: str) -> None:
+    start = {"type": "http.response.start", "status": 200}
+    event = b'data: {"type":"%s","response":{"text":"\xc3\xa9"}}\n\n' % kind.encode()
+    _, body = await _through(
+        {"type": "http", "method": "POST"}, start, {"type": "http.response.body", "body": event}
+    )
+    data = json.loads(body["body"].removeprefix(b"data: "))
+    assert data["response"].pop("kv_compression") is not None
+    assert data == {"type": kind, "response": {"text": "\xe9"}}
+    assert b"\xc3\xa9" in body["body"]

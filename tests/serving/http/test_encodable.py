@@ -78,3 +78,10 @@ def test_a_valid_body_is_not_parsed() -> None:
     for escaped in (True, False):
         body = json.dumps({"prompt": text}, ensure_ascii=escaped).encode()
         assert not is_suspicious(body)
+
+
+@pytest.mark.parametrize("code", [0xD800, 0xDBFF, 0xDC00, 0xDFFF])
+def test_every_half_is_found_raw_and_escaped(code: int) -> None:
+    for text in (chr(code), rf"\u{code:x}", rf"\u{code:X}"):
+        body = f'{{"a": "{text}"}}'.encode("utf-8", "surrogatepass")
+        assert unencodable_field(body) == "a"

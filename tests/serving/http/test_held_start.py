@@ -73,6 +73,7 @@ async def test_a_stream_that_begins_with_an_error_has_its_status_and_is_json() -
         ({"type": "NotFoundError", "message": "no"}, 404),
         ({"type": "internal_error", "message": "no"}, 500),
         ({"type": "overloaded", "code": "busy"}, 500),
+        ({"type": "overloaded", "code": 429}, 429),
     ],
 )
 async def test_an_error_without_a_status_has_that_of_its_type(error: Any, status: int) -> None:

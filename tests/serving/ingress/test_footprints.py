@@ -153,18 +153,22 @@ async def test_bounds_choices_and_output_limits_change_the_footprint() -> None:
     bounded = CompressionConfig(
         budget_tokens=256, keep_ratio=0.0, decode_budget_tokens=128, decode_interval_tokens=64
     )
-    bound = RequestOptions.of(None).budget(bounded).decode
-    assert bound is not None
+    asked = RequestOptions.of(None).budget(bounded)
+    budget = Budget(asked.budget_tokens, asked.keep_ratio, asked.decode, asked.limit)
     _, predictor = counting(compression=bounded)
-    for options, most, answers in (({}, None, 1), ({"n": 3}, None, 3), ({"max_tokens": 80}, 80, 1)):
-        expected = predict(
-            601, most or 100, Budget(256, 0.0, bound), 32,
-            answers=answers, most_output_tokens=most,
-        )  # fmt: skip
-        footprint = await completion(predictor, prompt="x" * 600, **options)
+
+    async def predicted(length: int, **options: Any) -> Footprint:
+        footprint = await completion(predictor, prompt="x" * (length - 1), **options)
         assert footprint is not None
-        assert footprint._replace(block_hashes=()) == expected
-    assert predict(601, 100, Budget(256, 0.0), 32) != predict(601, 100, Budget(256, 0.0, bound), 32)
+        return footprint._replace(block_hashes=())
+
+    assert await predicted(601) == predict(601, 100, budget, 32)
+    assert await predicted(601) != predict(601, 100, budget._replace(decode=None), 32)
+    assert await predicted(601, n=3) == predict(601, 100, budget, 32, answers=3)
+    # An answer with a limit stays within the bound, so that the prompt stays uncompressed.
+    short = await predicted(61, max_tokens=20)
+    assert short == predict(61, 20, budget, 32, most_output_tokens=20)
+    assert short != predict(61, 20, budget, 32)
 
 
 async def test_other_paths_have_no_footprint() -> None:
