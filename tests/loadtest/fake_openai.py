@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -78,8 +78,10 @@ def _handler(fake: FakeOpenAI) -> type[BaseHTTPRequestHandler]:
                     if served.texts_s:
                         time.sleep(fake.between_texts_s)
                     served.texts_s.append(time.perf_counter())
-                self.wfile.write(line.encode())
-                self.wfile.flush()
+                # A client may leave in the middle when its test ends.
+                with suppress(ConnectionError):
+                    self.wfile.write(line.encode())
+                    self.wfile.flush()
 
         def _answer(self, status: int, body: dict[str, Any]) -> None:
             data = json.dumps(body).encode()

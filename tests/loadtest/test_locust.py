@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -119,15 +120,18 @@ def test_locusts_events_are_the_times_of_the_records(run: Run) -> None:
 
 @pytest.mark.slow
 def test_a_shape_decides_how_many_users_ask(tmp_path: Path) -> None:
-    with serving(FakeOpenAI()) as fake:
+    with serving(FakeOpenAI(between_texts_s=0.1)) as fake:
         run = locust(
             tmp_path, [FOLDER / "locustfile.py", FOLDER / "shapes" / "ramp.py"],
             "--host", fake.url, "--prompt-tokens", "50", "--output-tokens", str(TOKENS),
-            "--ramp", "1:3:3",
+            "--ramp", "1:5:4",
         )  # fmt: skip
     assert run.status == 0, run.errors
-    for event in ("updating to 1 users", "updating to 3 users", "stopping"):
-        assert f"Shape test {event}" in run.errors
+    users = list(map(int, re.findall(r"Shape test updating to (\d) users", run.errors)))
+    # Locust asks once a second.
+    assert len(users) >= 2
+    assert users == sorted(set(users))
+    assert "Shape test completed" in run.errors
     assert run.records
 
 
