@@ -204,6 +204,26 @@ async def test_a_request_stays(
     assert not borrowing.front.core.called.is_set()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"blocks_free": 10, "waiting": 1, "waiting_blocks": 11},
+        {"blocks_free": 10, "blocks_reserved_growth": 11},
+        {"blocks_free": 10, "running": 11},
+    ],
+    ids=["waiting requests", "reserved growth", "one more block for each"],
+)
+async def test_a_request_leaves_for_each_need_of_blocks(
+    ledger: LendingLedger, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    borrowing = Borrowing(ledger, tmp_path)
+    borrowing.load = LOAD._replace(**changes)
+    await borrowing.asks()
+    await borrowing.borrower.relieve()
+    assert len((await ledger.read()).leases) == 1
+    await borrowing.borrower.stop()
+
+
 async def test_requests_stay_while_the_store_is_lost(tmp_path: Path) -> None:
     borrowing = Borrowing(LendingLedger("redis://127.0.0.1:1", KEYS), tmp_path)
     await borrowing.asks()
@@ -383,6 +403,22 @@ async def test_a_request_is_not_asked_again_before_the_engine_has_reported_that_
     borrowing.load = SHORT
     await borrowing.borrower.relieve()
     assert len((await ledger.read()).leases) == 2
+    await borrowing.borrower.stop()
+
+
+async def test_moves_of_a_request_that_has_ended_are_forgotten(
+    ledger: LendingLedger, tmp_path: Path
+) -> None:
+    borrowing = Borrowing(ledger, tmp_path, limits={"moves_of_a_request": 1})
+    borrowing.send = is_gone
+    await borrowing.asks()
+    await borrowing.borrower.relieve()
+    await borrowing.moved()
+    await borrowing.over()
+    await borrowing.front.moving.abort_requests_async(["asked"])
+    await borrowing.asks()
+    await borrowing.borrower.relieve()
+    assert len((await ledger.read()).leases) == 1
     await borrowing.borrower.stop()
 
 
