@@ -64,7 +64,7 @@ def engine_options(config: AppConfig, on_cpus: bool | None = None) -> dict[str, 
     }
     if config.routing.policy == "occupancy":
         options["request_router_config"] = RequestRouterConfig.model_validate(
-            {"request_router_class": "serving.ingress.occupancy_router:OccupancyRouter"}
+            {"request_router_class": "serving.ingress.served_router:ServedRouter"}
         )
     if replica.placement_group_bundles:
         # vLLM's Ray executor puts one worker into each bundle; the replica shares the first.

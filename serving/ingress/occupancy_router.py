@@ -1,4 +1,4 @@
-"""The request router that Ray Serve loads: by occupancy if known, else power of two choices."""
+"""The request router: by occupancy if known, else power of two choices."""
 
 import random
 from typing import ClassVar, TypeVar
@@ -22,7 +22,7 @@ class OccupancyRouter(RequestRouter):
     """
 
     # Set by the ingress of this process; None in a process without one. It is a class attribute
-    # because Serve creates the routers itself, by the name of the class.
+    # because Serve creates the routers itself, as instances of `ServedRouter`.
     routing: ClassVar[Routing | None] = None
     # Set by a replica of this process that spills.
     membership: ClassVar[Membership | None] = None

@@ -2,14 +2,15 @@
 
 import json
 import logging
-import pickle
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import cloudpickle
 import pytest
 from ray.serve._private.common import (
     DeploymentHandleSource,
@@ -23,6 +24,7 @@ from router.chooser import Chooser
 from router.footprint import Footprint
 from router.lending.leases import Lease
 from router.local_view import LocalView
+from serving.app import engine_options
 from serving.config import AppConfig
 from serving.ingress.occupancy_router import OccupancyRouter
 from serving.ingress.routing import Routing, configured_routing
@@ -134,8 +136,19 @@ async def test_replicas_that_are_gone_are_forgotten(
     assert set(view.replica_ids) == {"one", "three"}
 
 
-def test_serve_loads_the_very_class_that_the_ingress_sets_the_routing_of() -> None:
-    assert pickle.loads(cloudpickle.dumps(OccupancyRouter)) is OccupancyRouter
+def test_routers_in_another_process_have_what_is_set_there(tmp_path: Path) -> None:
+    config = engine_options(AppConfig(), on_cpus=True)["request_router_config"]
+    sent = tmp_path / "class"
+    sent.write_bytes(config.get_serialized_request_router_cls())
+    other_process = f"""
+import pathlib, cloudpickle
+from serving.ingress.occupancy_router import OccupancyRouter
+OccupancyRouter.routing, OccupancyRouter.membership = "routing", "membership"
+router = cloudpickle.loads(pathlib.Path({str(sent)!r}).read_bytes())
+print(router.__name__, router.routing, router.membership)
+"""
+    output = subprocess.check_output([sys.executable, "-c", other_process], text=True)
+    assert output.split() == ["ServedRouter", "routing", "membership"]
 
 
 def test_routing_is_configured_or_left_to_serve() -> None:
