@@ -1,6 +1,6 @@
 """Ask a running server (`make serve`) about a long text, with a budget for this request.
 
-Usage: python examples/chat.py [URL], after `pip install openai`.
+Usage: python examples/chat.py [URL]
 """
 
 import sys
