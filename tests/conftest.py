@@ -16,10 +16,13 @@ _HERE = Path(__file__).parent
 # Whatever uses one of these fixtures, or lies in one of these folders, starts an engine.
 _ENGINE_FIXTURES = {"in_process", "gqa_model"}
 _ENGINE_FOLDERS = {_HERE / "adakv_worker" / "engine", _HERE / "adakv_worker" / "gpu"}
+# One process runs a file: the longest go first, so that the other process is not left idle.
+_LONGEST_FILES = {"test_gate.py", "test_processes.py", "test_gpu_path.py"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that start an engine or the running application, for `make test-fast`."""
+    """Mark tests that start an engine or the running application, and put the longest first."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST_FILES)
     for item in items:
         if _HERE / "system" in item.path.parents:
             item.add_marker("cluster")
