@@ -1,6 +1,7 @@
 """The operator's settings of the compression."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -14,10 +15,30 @@ FULL = "full"
 SHOWN_CHARACTERS = 64
 
 
-class CompressionConfig(BaseModel):
-    """`additional_config["adakv"]` of an engine. `kept_tokens` says what is kept of n tokens."""
+def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
+    """Return an error message that names the nearest known key."""
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.4)
+    hint = f": did you mean '{near[0]}'?" if near else ""
+    return f"unknown key '{key}' in {where}{hint}"
+
+
+class Section(BaseModel):
+    """A part of the configuration that refuses unknown keys and names the nearest known one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key in values:
+                if key not in cls.model_fields:
+                    raise ValueError(unknown_key_message(str(key), cls.model_fields, cls.__name__))
+        return values
+
+
+class CompressionConfig(Section):
+    """`additional_config["adakv"]` of an engine. `kept_tokens` says what is kept of n tokens."""
 
     enabled: bool = True
     policy: str = Field(default=DEFAULT_POLICY, description="A preset's name, `auto` or `full`")

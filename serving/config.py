@@ -1,40 +1,16 @@
 """The application's configuration, as written under `args:` in `configs/*.yaml`."""
 
-import difflib
-from collections.abc import Iterable
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
-from adakv_worker.config import CompressionConfig
+from adakv_worker.config import CompressionConfig, Section, unknown_key_message
 from router import DEFAULT_KEY_PREFIX, DEFAULT_STORE_PORT
 from router.score import Speeds
 
 # vLLM's defaults; for the second the larger one, which vLLM takes on large GPUs.
 _DEFAULT_BLOCK_SIZE_TOKENS = 16
 _DEFAULT_MAX_NUM_SEQS = 1024
-
-
-def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
-    """Return an error message that names the nearest known key."""
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.4)
-    hint = f": did you mean '{near[0]}'?" if near else ""
-    return f"unknown key '{key}' in {where}{hint}"
-
-
-class Section(BaseModel):
-    """A part of the configuration that refuses unknown keys and names the nearest known one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_keys(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            for key in values:
-                if key not in cls.model_fields:
-                    raise ValueError(unknown_key_message(str(key), cls.model_fields, cls.__name__))
-        return values
 
 
 class ModelConfig(Section):

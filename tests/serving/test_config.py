@@ -35,6 +35,10 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
         ({"modle": {}}, "unknown key 'modle' in AppConfig: did you mean 'model'?"),
         ({"replica": {"cont": 1}}, "unknown key 'cont' in ReplicaConfig: did you mean 'count'?"),
         (
+            {"compression": {"budget": 1}},
+            "unknown key 'budget' in CompressionConfig: did you mean 'budget_tokens'?",
+        ),
+        (
             {"engine": {"max_model_length": 5}},
             "unknown key 'max_model_length' in engine (vllm.AsyncEngineArgs): "
             "did you mean 'max_model_len'?",
