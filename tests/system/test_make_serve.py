@@ -1,6 +1,5 @@
 """`make serve` as a newcomer runs it: its own Ray, no key; and a fleet that grows and shrinks."""
 
-import argparse
 import asyncio
 import os
 import signal
@@ -15,7 +14,8 @@ import psutil
 import pytest
 import yaml
 
-from loadtest.autoscaling import drive
+from loadtest.autoscaling import Phases, drive
+from loadtest.servers.occupancy import occupancy_watch
 from loadtest.servers.ports import free_port
 from serving.models.embedded import embedded_model_path
 from tests.system.deployment import ROOT, eventually
@@ -88,9 +88,16 @@ def test_a_model_from_a_folder_answers_without_a_key(served: Served) -> None:
     assert answer.choices[0].message.content
 
 
+async def _load(served: Served, phases: Phases) -> dict[str, Any]:
+    async with (
+        httpx.AsyncClient(base_url=served.base_url, timeout=300) as client,
+        occupancy_watch(served.store_url, "llm", interval_s=0.5) as watch,
+    ):
+        return await drive(client, watch, phases)
+
+
 def test_the_fleet_grows_under_load_and_shrinks_without(served: Served) -> None:
-    load = argparse.Namespace(clients=8, high_s=75, limit_s=400)
-    result: dict[str, Any] = asyncio.run(drive(served.base_url, served.store_url, "llm", load))
+    result = asyncio.run(_load(served, Phases(clients=10, high_s=90, limit_s=400)))
     assert result["failed"] == []
     assert result["most_replicas"] == 2
     assert result["last_replicas"] == 1
