@@ -45,7 +45,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     url = f"http://127.0.0.1:{http_port}"
     process = _make_serve(path, log)
     try:
-        eventually(lambda: _is_healthy(url, process), 300, f"`make serve`:\n{_end_of(log)}")
+        try:
+            eventually(lambda: _is_healthy(url, process), 300, "`make serve`")
+        except AssertionError:
+            print(_end_of(log))
+            raise
         yield Served(url, f"redis://127.0.0.1:{store_port}")
         family = [process, *process.children(recursive=True)]
         # As Ctrl-C does: to the whole process group.
@@ -63,8 +67,13 @@ def _make_serve(config: Path, log: Path) -> psutil.Popen:
         return psutil.Popen(
             ["make", "serve", f"CONFIG={config}"],
             cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=_heed_ctrl_c,
         )  # fmt: skip
+
+
+def _heed_ctrl_c() -> None:
+    """Undo what a shell sets for its background jobs: they ignore SIGINT, and so do children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _is_healthy(url: str, process: psutil.Popen) -> bool:
