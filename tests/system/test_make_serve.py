@@ -37,9 +37,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     application = config["applications"][0]
     application["args"]["store"] = {"port": store_port}
     application["args"]["model"] = {"path": str(embedded_model_path()), "name": "mine"}
-    application["deployments"][0]["autoscaling_config"] |= {
-        "max_replicas": 2, "downscale_delay_s": 5,
-    }  # fmt: skip
+    scaling = application["deployments"][0]["autoscaling_config"]
+    scaling |= {"max_replicas": 2, "downscale_delay_s": 5}
+    # Low enough for ten clients to reach on any machine.
+    scaling["policy"]["policy_kwargs"] |= {"high_occupancy": 0.5, "target_wait_s": 2}
     path, log = folder / "cluster.yaml", folder / "log"
     path.write_text(yaml.safe_dump(config))
     url = f"http://127.0.0.1:{http_port}"
