@@ -4,7 +4,15 @@ from typing import Any
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from adakv_worker.frontend import metric_names
+from adakv_worker.frontend.metric_names import (
+    DECODE_EVICTIONS,
+    OF_COMPRESSED,
+    REQUESTS,
+    SELECTION_FAILURES,
+    Metric,
+    amounts,
+    request_labels,
+)
 from adakv_worker.messages import Proof
 from router.ledger.occupancy import Occupancy
 
@@ -14,22 +22,24 @@ class CompressionMetrics:
 
     def __init__(self) -> None:
         labels: Any = ("policy", "skipped")  # Ray annotates a tuple of one.
-        self._requests = Counter(*metric_names.REQUESTS, labels)
-        self._original = Counter(*metric_names.ORIGINAL_TOKENS)
-        self._kept = Counter(*metric_names.KEPT_TOKENS)
-        self._freed = Counter(*metric_names.FREED_BLOCKS)
-        self._share = Histogram(*metric_names.KEPT_SHARE, metric_names.SHARE_BUCKETS)
-        self._blocks = Histogram(*metric_names.BLOCKS_AFTER, metric_names.BLOCK_BUCKETS)
+        self._requests = Counter(REQUESTS.name, REQUESTS.description, labels)
+        self._held = {metric: _make(metric) for metric in OF_COMPRESSED}
 
     def note(self, proof: Proof) -> None:
         """Count one prompt."""
-        self._requests.inc(tags={"policy": proof.policy, "skipped": proof.skipped or "no"})
-        if proof.compressed:
-            self._original.inc(proof.original_tokens)
-            self._kept.inc(proof.kept_mean)
-            self._freed.inc(proof.freed_blocks)
-            self._share.observe(proof.kept_share)
-            self._blocks.observe(proof.blocks_after)
+        self._requests.inc(tags=request_labels(proof))
+        for metric, amount in amounts(proof).items():
+            held = self._held[metric]
+            if isinstance(held, Counter):
+                held.inc(amount)
+            else:
+                held.observe(amount)
+
+
+def _make(metric: Metric) -> Counter | Histogram:
+    if metric.buckets is None:
+        return Counter(metric.name, metric.description)
+    return Histogram(metric.name, metric.description, list(metric.buckets))
 
 
 class OccupancyMetrics:
@@ -52,8 +62,8 @@ class OccupancyMetrics:
             "adakv_recomputed_tokens",
             "Tokens computed again, after a preemption or a cache lost in a move",
         )
-        self._evictions = _Total(*metric_names.DECODE_EVICTIONS)
-        self._failures = _Total(*metric_names.SELECTION_FAILURES)
+        self._evictions = _Total(DECODE_EVICTIONS.name, DECODE_EVICTIONS.description)
+        self._failures = _Total(SELECTION_FAILURES.name, SELECTION_FAILURES.description)
 
     def note(self, occupancy: Occupancy) -> None:
         """Show one report."""

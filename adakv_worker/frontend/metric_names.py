@@ -1,15 +1,54 @@
-"""Names, descriptions and buckets of compression's metrics, on vLLM's and on Ray's endpoint."""
+"""Metrics of compression, on vLLM's and on Ray's endpoint: names, descriptions and amounts."""
 
-REQUESTS = ("adakv_requests", "Completed prompts by policy and reason not to compress")
-ORIGINAL_TOKENS = ("adakv_original_tokens", "Prompt tokens before compression")
-KEPT_TOKENS = ("adakv_kept_tokens", "Mean entries kept of them")
-FREED_BLOCKS = ("adakv_freed_blocks", "Blocks that compression gave back")
-DECODE_EVICTIONS = ("adakv_decode_evictions", "Evictions while decoding, of long answers")
-SELECTION_FAILURES = (
+from typing import NamedTuple
+
+from adakv_worker.messages import Proof
+
+
+class Metric(NamedTuple):
+    """A counter, or with `buckets` a histogram."""
+
+    name: str
+    description: str
+    buckets: tuple[float, ...] | None = None
+
+
+REQUESTS = Metric("adakv_requests", "Completed prompts by policy and reason not to compress")
+DECODE_EVICTIONS = Metric("adakv_decode_evictions", "Evictions while decoding, of long answers")
+SELECTION_FAILURES = Metric(
     "adakv_selection_failures",
     "Requests that kept recent entries because their policy raised an error",
 )
-KEPT_SHARE = ("adakv_kept_share", "Share of a compressed prompt that was kept")
-BLOCKS_AFTER = ("adakv_blocks_after", "Blocks held after compression")
-SHARE_BUCKETS = [0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
-BLOCK_BUCKETS = [float(2**power) for power in range(13)]
+ORIGINAL_TOKENS = Metric("adakv_original_tokens", "Prompt tokens before compression")
+KEPT_TOKENS = Metric("adakv_kept_tokens", "Mean entries kept of them")
+FREED_BLOCKS = Metric("adakv_freed_blocks", "Blocks that compression gave back")
+KEPT_SHARE = Metric(
+    "adakv_kept_share",
+    "Share of a compressed prompt that was kept",
+    (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+)
+BLOCKS_AFTER = Metric(
+    "adakv_blocks_after",
+    "Blocks held after compression",
+    tuple(float(2**power) for power in range(13)),
+)
+# The metrics of compressed prompts, without a label of their own.
+OF_COMPRESSED = (ORIGINAL_TOKENS, KEPT_TOKENS, FREED_BLOCKS, KEPT_SHARE, BLOCKS_AFTER)
+
+
+def request_labels(proof: Proof) -> dict[str, str]:
+    """Return the labels with which `REQUESTS` counts a prompt."""
+    return {"policy": proof.policy, "skipped": proof.skipped or "no"}
+
+
+def amounts(proof: Proof) -> dict[Metric, float]:
+    """Return what a prompt adds to each of `OF_COMPRESSED`; nothing if it was not compressed."""
+    if not proof.compressed:
+        return {}
+    return {
+        ORIGINAL_TOKENS: proof.original_tokens,
+        KEPT_TOKENS: proof.kept_mean,
+        FREED_BLOCKS: proof.freed_blocks,
+        KEPT_SHARE: proof.kept_share,
+        BLOCKS_AFTER: proof.blocks_after,
+    }
