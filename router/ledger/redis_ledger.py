@@ -10,8 +10,7 @@ Channels, under the same prefix:
 Ages come from Redis' remaining time to live, so the clocks of machines need not agree.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import redis
 import redis.asyncio
@@ -58,15 +57,15 @@ class LedgerKeys(NamedTuple):
         return f"{self.prefix}:{self.application}:replica:{replica_id}"
 
 
-def connect(url: str) -> redis.asyncio.Redis:
-    """Return a client of which every call takes `SOCKET_TIMEOUT_S` at most.
+def connect(url: str, timeout_s: float = SOCKET_TIMEOUT_S) -> redis.asyncio.Redis:
+    """Return a client whose calls take `timeout_s` at most, without redis-py's seconds of retries.
 
-    redis-py would retry for seconds, and a report that late is worth nothing.
+    A report that late would be worth nothing.
     """
     return redis.asyncio.Redis.from_url(
         url,
-        socket_timeout=SOCKET_TIMEOUT_S,
-        socket_connect_timeout=SOCKET_TIMEOUT_S,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
         retry=AsyncRetry(NoBackoff(), 0),
     )
 
@@ -130,10 +129,10 @@ class LedgerReader:
             for replica_id in ids:
                 pipe.get(self._keys.replica(replica_id))
                 pipe.pttl(self._keys.replica(replica_id))
-            answers = iter(pipe.execute())
+            answers = pipe.execute()
         reports: list[Report] = []
         dropped = 0
-        for replica_id, payload, remaining_ms in _triples(ids, answers):
+        for replica_id, payload, remaining_ms in zip(ids, answers[::2], answers[1::2], strict=True):
             if payload is None:
                 self._client.srem(self._keys.members, replica_id)
                 continue
@@ -147,8 +146,3 @@ class LedgerReader:
 
     def close(self) -> None:
         self._client.close()
-
-
-def _triples(ids: list[str], answers: Iterator[Any]) -> Iterator[tuple[str, bytes | None, int]]:
-    for replica_id in ids:
-        yield replica_id, next(answers), next(answers)

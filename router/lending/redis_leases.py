@@ -11,12 +11,7 @@ that dies needs no clean-up. A jump of Redis' clock only makes leases expire ear
 import json
 from typing import Any, NamedTuple, cast
 
-import redis
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-
-from router.ledger.redis_ledger import SOCKET_TIMEOUT_S, LedgerKeys
+from router.ledger.redis_ledger import SOCKET_TIMEOUT_S, LedgerKeys, connect
 from router.lending.leases import Lease, Lending, Offer
 
 OFFER_TTL_S = 5.0
@@ -91,19 +86,14 @@ class LendingKeys(NamedTuple):
 class LendingLedger:
     """Access of lenders, borrowers and inspectors, for one event loop.
 
-    Every method raises `redis.RedisError` if the store is unreachable or slower than
-    `SOCKET_TIMEOUT_S`. The store may have done the operation all the same: a repeated `take` with
-    the same id finds the lease, and without one it expires.
+    Every method raises `redis.RedisError` if the store is unreachable or takes longer than
+    `timeout_s`. The store may have done the operation all the same: a repeated `take` with the same
+    id finds the lease, and without one it expires.
     """
 
-    def __init__(self, url: str, keys: LedgerKeys) -> None:
+    def __init__(self, url: str, keys: LedgerKeys, timeout_s: float = SOCKET_TIMEOUT_S) -> None:
         self._keys = LendingKeys.of(keys)
-        self._client = redis.asyncio.Redis.from_url(
-            url,
-            socket_timeout=SOCKET_TIMEOUT_S,
-            socket_connect_timeout=SOCKET_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-        )
+        self._client = connect(url, timeout_s)
         bodies = (_OFFER, _WITHDRAW, _TAKE, _RENEW, _GIVE_BACK, _READ)
         self._scripts = {body: self._client.register_script(_BEGIN + body) for body in bodies}
 

@@ -17,7 +17,6 @@ STILL = {
     "tests/adakv_worker/gpu/test_attention_bench.py": 4,
     "tests/adakv_worker/gpu/test_backends.py": 1,
     "tests/loadtest/test_comparison.py": 1,
-    "tests/router/lending/test_leases.py": 1,
 }
 
 

@@ -22,23 +22,20 @@ NAMES = ("a", "b", "c")
 TTL_S, OFFER_TTL_S, JUMP_S = 50, 310, 30
 
 
-@pytest.fixture(scope="module", autouse=True)
-def patient() -> Iterator[None]:
-    """Machines that run tests stall at times; how long a store may be silent is not tested here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("router.lending.redis_leases.SOCKET_TIMEOUT_S", 60.0)
-        yield
+def lending_ledger(url: str) -> LendingLedger:
+    """Return a ledger that a stall of the test's machine does not fail."""
+    return LendingLedger(url, KEYS, timeout_s=60.0)
 
 
 @pytest.fixture
 async def ledger(store_url: str, client: redis.Redis) -> AsyncIterator[LendingLedger]:
-    ledger = LendingLedger(store_url, KEYS)
+    ledger = lending_ledger(store_url)
     yield ledger
     await ledger.close()
 
 
 def let_pass(client: redis.Redis, seconds: float) -> None:
-    """As if the server's clock had jumped: what ends, ends so much earlier or later."""
+    """Shift the ends of all offers and leases, as a jump of the server's clock does."""
     for ends in (LendingKeys.of(KEYS).offer_ends, LendingKeys.of(KEYS).lease_ends):
         for name in cast(list[bytes], client.zrange(ends, 0, -1)):
             client.zincrby(ends, -1000 * seconds, name)
@@ -123,14 +120,14 @@ def test_borrowers_at_the_same_time_never_get_more_than_is_offered(
     client.flushall()
 
     async def take(number: int, amount: int) -> bool:
-        ledger = LendingLedger(store_url, KEYS)
+        ledger = lending_ledger(store_url)
         try:
             return await ledger.take(lease(f"lease-{number}", amount, borrower=f"b{number}"))
         finally:
             await ledger.close()
 
     async def race() -> list[bool]:
-        ledger = LendingLedger(store_url, KEYS)
+        ledger = lending_ledger(store_url)
         await ledger.offer(Offer("a", offered, 0))
         given = await asyncio.gather(*(take(*each) for each in enumerate(amounts)))
         lending = await ledger.read()
@@ -140,7 +137,7 @@ def test_borrowers_at_the_same_time_never_get_more_than_is_offered(
         return given
 
     given_to = asyncio.run(race())
-    # Nobody was turned away for whom there would have been room at the end.
+    # Every refused amount is larger than what is left at the end.
     left = offered - sum(a for a, got in zip(amounts, given_to, strict=True) if got)
     assert all(got or amount > left for amount, got in zip(amounts, given_to, strict=True))
 
@@ -167,13 +164,13 @@ class LendingLives(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        # Each with the seconds that are left to it.
+        # Seconds until the end, beside each offer and lease.
         self.offers: dict[str, tuple[Offer, int]] = {}
         self.leases: dict[str, tuple[Lease, int]] = {}
         self.client = redis.Redis.from_url(self.url)
         self.client.flushall()
         self.runner = asyncio.Runner()
-        self.ledger = LendingLedger(self.url, KEYS)
+        self.ledger = lending_ledger(self.url)
         for lender in NAMES:
             self.offer(lender, 20, 20)
 
@@ -236,7 +233,7 @@ class LendingLives(RuleBasedStateMachine):
     @rule(jumps=st.sampled_from((-1, 0, 1, 1, 2)))
     def time_passes(self, jumps: int) -> None:
         let_pass(self.client, jumps * JUMP_S)
-        # What had ended has gone with the read that follows each step: it does not come back.
+        # The read after each step has removed ended ones, so that a jump back restores none.
         self.offers = {
             name: (offer, end - jumps * JUMP_S) for name, (offer, end) in self.offers.items()
         }
