@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from adakv_worker.config import check_policy_name
 from loadtest.comparison.bound import bound
+from loadtest.comparison.order import interleaved
 from loadtest.comparison.page import Page, Section, write_page
 from loadtest.comparison.plots import throughput
 from loadtest.comparison.provenance import environment
@@ -82,21 +83,19 @@ def run_mix(arms: dict[str, EngineProcess], mix: str, repeat: int) -> dict[str, 
     prompt_tokens, output_tokens = (int(part) for part in mix.split("/"))
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     width = max(map(len, arms))
-    for turn in range(repeat):
-        # The order flips each time, so that drift of the machine falls on all.
-        for name in list(arms) if turn % 2 == 0 else reversed(arms):
-            done = arms[name].ask(
-                {
-                    "requests": REQUESTS,
-                    "prompt_tokens": prompt_tokens,
-                    "output_tokens": output_tokens,
-                    "seed": turn,
-                    "decode_budget_tokens": _budget(name) if mix in EVICTING_MIXES else None,
-                }
-            )
-            rounds[name].append(done)
-            rate = f"{done['tokens_per_s']:6.1f} tokens/s"
-            print(f"{mix}, round {turn + 1}/{repeat}, {name:{width}}: {rate}", flush=True)
+    for turn, name in interleaved(arms, repeat):
+        done = arms[name].ask(
+            {
+                "requests": REQUESTS,
+                "prompt_tokens": prompt_tokens,
+                "output_tokens": output_tokens,
+                "seed": turn,
+                "decode_budget_tokens": _budget(name) if mix in EVICTING_MIXES else None,
+            }
+        )
+        rounds[name].append(done)
+        rate = f"{done['tokens_per_s']:6.1f} tokens/s"
+        print(f"{mix}, round {turn + 1}/{repeat}, {name:{width}}: {rate}", flush=True)
     return _summary(rounds)
 
 
@@ -178,15 +177,7 @@ def run(mixes: list[str], ours: list[str], repeat: int, threads: int) -> dict[st
         arms = {name: _start(name, threads, reserved, log) for name in names}
         try:
             for name, arm in arms.items():
-                arm.ask(
-                    {
-                        "requests": 2,
-                        "prompt_tokens": 300,
-                        "output_tokens": 8,
-                        "seed": -1,
-                        "decode_budget_tokens": None,
-                    }
-                )
+                arm.ask({"requests": 2, "prompt_tokens": 300, "output_tokens": 8, "seed": -1})
                 print(f"{name}: engine ready", flush=True)
             for mix in mixes:
                 result["mixes"][mix] = run_mix(arms, mix, repeat)

@@ -1,5 +1,6 @@
 """The workloads: sessions of turns from real text, the same for equal seeds."""
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -110,7 +111,7 @@ class Source(NamedTuple):
 def long_document_qa(source: Source) -> Iterator[Session]:
     """Yield a long passage with a question about it."""
     passages, sizes = source.passages(corpus.novels()), source.sizes
-    for number in _numbers():
+    for number in itertools.count():
         passage = passages.text(sizes.prompt_tokens)
         question = source.rng.choice(_QUESTIONS)
         prompt = f"{passage}\n\nThis was a passage of a novel. {question}"
@@ -120,7 +121,7 @@ def long_document_qa(source: Source) -> Iterator[Session]:
 def summarize(source: Source) -> Iterator[Session]:
     """Yield a long passage to be summarized, with twice the answer."""
     passages, sizes = source.passages(corpus.novels()), source.sizes
-    for number in _numbers():
+    for number in itertools.count():
         prompt = f"{passages.text(sizes.prompt_tokens)}\n\nSummarize this passage in ten sentences."
         yield Session(f"summary-{number}", (Turn(prompt, 2 * sizes.output_tokens),))
 
@@ -129,7 +130,7 @@ def chat(source: Source) -> Iterator[Session]:
     """Yield conversations of up to six turns about a passage, with a full prompt at the end."""
     passages, sizes = source.passages(corpus.novels()), source.sizes
     per_turn = max(1, sizes.output_tokens // 2)
-    for number in _numbers():
+    for number in itertools.count():
         count = source.rng.randint(3, 6)
         history = (count - 1) * (per_turn + _AROUND_TOKENS)
         opening = passages.text(max(2 * _AROUND_TOKENS, sizes.prompt_tokens - history))
@@ -142,8 +143,8 @@ def chat(source: Source) -> Iterator[Session]:
 def code(source: Source) -> Iterator[Session]:
     """Yield the beginning of a file to be completed, with half the answer."""
     passages, sizes = source.passages(corpus.code()), source.sizes
-    for number in _numbers():
-        turn = Turn(f"{passages.text(sizes.prompt_tokens)}", max(1, sizes.output_tokens // 2))
+    for number in itertools.count():
+        turn = Turn(passages.text(sizes.prompt_tokens), max(1, sizes.output_tokens // 2))
         yield Session(f"code-{number}", (turn,), chat=False)
 
 
@@ -153,7 +154,7 @@ def mixed(source: Source) -> Iterator[Session]:
     Their medians are a quarter of the sizes; the context cuts them.
     """
     passages, sizes = source.passages(corpus.novels()), source.sizes
-    for number in _numbers():
+    for number in itertools.count():
         answer = _log_normal(source.rng, sizes.output_tokens / 4, 0.7)
         answer = min(answer, source.context_tokens // 4)
         prompt = _log_normal(source.rng, sizes.prompt_tokens / 4, 1.0)
@@ -166,7 +167,7 @@ def mixed(source: Source) -> Iterator[Session]:
 def synthetic(source: Source) -> Iterator[Session]:
     """Yield exactly the sizes of prompt and answer, for comparison with published set-ups."""
     passages, sizes = source.passages(corpus.novels()), source.sizes
-    for number in _numbers():
+    for number in itertools.count():
         ids = passages.take(sizes.prompt_tokens)
         serial = source.tokenizer.encode(f"{source.rng.random()} ", add_special_tokens=False)
         ids[: len(serial)] = serial[: len(ids)]
@@ -227,13 +228,6 @@ def request_body(
         ]
     messages.append({"role": "user", "content": asked.prompt})
     return "/v1/chat/completions", {**body, "messages": messages}
-
-
-def _numbers() -> Iterator[int]:
-    number = 0
-    while True:
-        yield number
-        number += 1
 
 
 def _log_normal(rng: random.Random, median: float, sigma: float) -> int:
