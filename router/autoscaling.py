@@ -89,14 +89,13 @@ def desired_replicas(
     occupancy = demand / (each * target)
     backlog_s = sum(r.prefill_tokens_queued for r in replicas) / targets.prefill_tokens_per_s
     for_wait = math.ceil(backlog_s / targets.target_wait_s)
+    wanted = max(for_wait, math.ceil(demand / (each * targets.middle)))
     if occupancy > targets.high_occupancy or for_wait > target:
-        for_memory = math.ceil(demand / (each * targets.middle))
         # A burst is often over before new replicas have started.
-        return max(target + 1, min(max(for_memory, for_wait), 2 * target))
+        return max(target + 1, min(wanted, 2 * target))
     if occupancy < targets.low_occupancy:
         # The caches of a removed replica must fit into the others.
-        fits = math.ceil(demand / (each * targets.middle))
-        return max(1, min(target, max(fits, for_wait)))
+        return max(1, min(target, wanted))
     return target
 
 

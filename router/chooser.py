@@ -10,8 +10,8 @@ from router.ledger.prefixes import PrefixChange
 from router.local_view import LocalView
 from router.score import Score, Speeds, ranked, reason, score
 
-# Of more replicas a random sample is scored: its best is hardly worse, a decision stays well under
-# a millisecond, and several routers do not all find the same replica.
+# Most replicas in the random sample that is scored. Its best is hardly worse than the fleet's, a
+# decision stays well under a millisecond, and routers do not all pick the same replica.
 _SHORTLIST = 48
 # The most replicas outside the sample that are scored because they hold the prefix.
 _HOLDERS = 8
@@ -69,7 +69,7 @@ class Chooser:
     ) -> Decision | None:
         """Rank the replicas with a fresh report for a request; return None if there are none.
 
-        Of many replicas this ranks a random sample and those that hold the request's prefix. It
+        In a large fleet it ranks a random sample and replicas that hold the request's prefix. It
         books the request on the best at once, so that the next decisions count it.
         """
         # An earlier choice may have found its replica full.
@@ -119,6 +119,4 @@ class Chooser:
         return picked
 
     def _cached_tokens(self, replica_id: str, hashes: Sequence[int]) -> int:
-        if not hashes:
-            return 0
         return self._affinity.cached_blocks(replica_id, hashes) * self._block_size_tokens

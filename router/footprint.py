@@ -82,7 +82,7 @@ def predict(
         return uncompressed
     kept = kept_tokens(prompt_tokens, *budget)
     slabs = compressed_blocks_bound(kept, 0, block_size_tokens)
-    # The scheduler does not know how long an answer will be either.
+    # The scheduler decides by the longest possible answer, too.
     outgrows_bound = budget.decode is not None and (
         most_output_tokens is None or prompt_tokens + most_output_tokens > budget.decode.most_tokens
     )

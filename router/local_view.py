@@ -52,7 +52,7 @@ class _Replica:
         waiting = report.waiting_blocks or 0
         self.room_blocks = report.blocks_free - report.blocks_reserved_growth - waiting
         self.running, self.waiting = report.running, report.waiting
-        # With fewer tokens than before a step has ended; with more the same step still runs.
+        # A step's end lowers the number of tokens; arrivals raise it while the same step runs.
         same_step = 0 < self.prefill_tokens <= report.prefill_tokens_queued
         if not (same_life and same_step):
             self.prefill_since_s = now_s
@@ -65,7 +65,7 @@ class _Replica:
             # Requests wait for memory, so perhaps no prefill runs.
             return self.prefill_tokens
         done = min(_STEP_TOKENS, int((now_s - self.prefill_since_s) * tokens_per_s))
-        # A replica that is idle by a guess is worse than one that reports so.
+        # A replica that is only estimated to be idle ranks below one that reports it.
         return max(int(_DOUBT * self.prefill_tokens), self.prefill_tokens - done)
 
     def drop_bookings(self, before_s: float) -> None:
@@ -108,8 +108,8 @@ class LocalView:
         self.dropped = 0
         self.quarantined = 0
 
-    def receive(self, payload: bytes | str, now_s: float) -> str | None:
-        """Take a report; return the replica's id, or None if the report was dropped.
+    def receive(self, payload: bytes | str, now_s: float) -> None:
+        """Take a report, or drop and count it if it is malformed or of another major version.
 
         A report that contradicts itself (a negative count, more free blocks than blocks) puts its
         replica into quarantine, during which its reports are ignored.
@@ -118,13 +118,11 @@ class LocalView:
             report = Occupancy.parse(payload)
         except SchemaMismatch:
             self.dropped += 1
-            return None
         except ValidationError as error:
             self.dropped += 1
             self._suspect(payload, error, now_s)
-            return None
-        self.accept(report, now_s)
-        return report.replica_id
+        else:
+            self.accept(report, now_s)
 
     def accept(self, report: Occupancy, now_s: float) -> None:
         """Take a parsed report, unless it is older than the replica's last one."""

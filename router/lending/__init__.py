@@ -1,1 +1,1 @@
-"""Memory that replicas lend to each other: offers, leases in Redis, and who moves where."""
+"""Memory that replicas lend to each other: offers, leases in Redis, and plans of moves."""

@@ -1,4 +1,4 @@
-"""Chooses the requests that leave a replica short of blocks, and their lenders. Pure."""
+"""The plan of which requests leave a replica short of blocks, and for which lenders."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass

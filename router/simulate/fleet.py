@@ -101,13 +101,9 @@ def simulate(
     elapsed_s = fleet.run_until(float("inf"))
     for replica in simulated:
         check_replica(replica, times.blocks_total)
-    outcomes = [outcome for replica in simulated for outcome in replica.outcomes]
-    assert len(outcomes) == len(requests), "a request got lost"
-    return Result(
-        sorted(outcome.wait_s for outcome in outcomes),
-        sum(replica.preemptions for replica in simulated),
-        elapsed_s,
-    )
+    waits_s = sorted(wait_s for replica in simulated for wait_s in replica.waits_s)
+    assert len(waits_s) == len(requests), "a request got lost"
+    return Result(waits_s, sum(replica.preemptions for replica in simulated), elapsed_s)
 
 
 def capacity_per_s(requests: list[Request], times: ServiceTimes, budget: Budget | None) -> float:

@@ -20,13 +20,6 @@ class ServiceTimes(NamedTuple):
     decode_step_s_per_request: float
 
 
-class Outcome(NamedTuple):
-    """End of a request. wait_s: time to the first token without its own prefill."""
-
-    wait_s: float
-    finished_s: float
-
-
 class Running:
     """A request in a replica."""
 
@@ -50,7 +43,11 @@ class Running:
 
 
 class SimulatedReplica:
-    """Replica that goes from event to event. busy_until_s: time of the next one."""
+    """Replica that goes from event to event.
+
+    busy_until_s: time of the next event.
+    waits_s: times to the first token of ended requests, without their own prefills.
+    """
 
     def __init__(self, replica_id: str, times: ServiceTimes, budget: Budget | None) -> None:
         self.replica_id = replica_id
@@ -58,7 +55,7 @@ class SimulatedReplica:
         self.running: list[Running] = []
         self.free_blocks = times.blocks_total
         self.preemptions = 0
-        self.outcomes: list[Outcome] = []
+        self.waits_s: list[float] = []
         self.busy_until_s: float | None = None
         self._times = times
         self._budget = budget
@@ -98,7 +95,7 @@ class SimulatedReplica:
         if prefilled is not None:
             self._end_prefill(prefilled, now_s)
         elif steps:
-            self._end_decode(steps, now_s)
+            self._end_decode(steps)
         self._begin(now_s)
 
     def _begin(self, now_s: float) -> None:
@@ -110,14 +107,13 @@ class SimulatedReplica:
             one.blocks = max(one.footprint.peak_blocks if not one.done_tokens else 0, held)
             self.free_blocks -= one.blocks
             self._doing = (one, 0)
-            tokens = self._tokens_to_compute(one)
+            prefill_s = self._tokens_to_compute(one) / times.prefill_tokens_per_s
             if one.waited_s is None:
-                own_s = tokens / times.prefill_tokens_per_s
-                one.waited_s = -own_s
-            self.busy_until_s = now_s + tokens / times.prefill_tokens_per_s
+                one.waited_s = -prefill_s
+            self.busy_until_s = now_s + prefill_s
         elif self.running:
             steps = min(_STEPS_AT_ONCE, *(one.remaining_tokens for one in self.running))
-            steps = self._make_room(max(1, steps))
+            self._make_room(steps)
             batch = len(self.running) - 1
             step_s = times.decode_step_s + times.decode_step_s_per_request * batch
             self._doing = (None, steps)
@@ -149,19 +145,19 @@ class SimulatedReplica:
         while len(self._cached) > max(0, self.free_blocks):
             self._cached.popitem(last=False)
         if one.remaining_tokens <= 0:
-            self._finish(one, now_s)
+            self._finish(one)
         else:
             self.running.append(one)
 
-    def _end_decode(self, steps: int, now_s: float) -> None:
+    def _end_decode(self, steps: int) -> None:
         for one in self.running:
             one.done_tokens += steps
         ended = [one for one in self.running if one.remaining_tokens <= 0]
         self.running = [one for one in self.running if one.remaining_tokens > 0]
         for one in ended:
-            self._finish(one, now_s)
+            self._finish(one)
 
-    def _make_room(self, steps: int) -> int:
+    def _make_room(self, steps: int) -> None:
         """Grow the running requests for the next steps; preempt the latest if blocks run out."""
         while True:
             needed = sum(max(0, one.blocks_after(steps) - one.blocks) for one in self.running)
@@ -170,7 +166,6 @@ class SimulatedReplica:
             self._preempt(self.running.pop())
         for one in self.running:
             self._resize(one, max(one.blocks, one.blocks_after(steps)))
-        return steps
 
     def _preempt(self, one: Running) -> None:
         self.preemptions += 1
@@ -182,9 +177,9 @@ class SimulatedReplica:
         self.free_blocks -= blocks - one.blocks
         one.blocks = blocks
 
-    def _finish(self, one: Running, now_s: float) -> None:
+    def _finish(self, one: Running) -> None:
         self._resize(one, 0)
-        self.outcomes.append(Outcome(max(0.0, one.waited_s or 0.0), now_s))
+        self.waits_s.append(max(0.0, one.waited_s or 0.0))
 
 
 def check_replica(replica: SimulatedReplica, blocks_total: int) -> None:

@@ -1,4 +1,4 @@
-"""The routers to compare. Each sees as much of the fleet as it would in a real one."""
+"""The routers to compare. Each reads only what it could read of a real fleet."""
 
 import random
 from collections.abc import Callable, Sequence

@@ -96,7 +96,7 @@ def test_a_booking_ends_with_the_report_that_must_show_it() -> None:
     fleet = chooser(idle("a"), idle("b"))
     fleet.sent("earlier", "a", Footprint(90, 90, 5000, 50), 0.0)
     assert decided(fleet, "a", "b").replica_ids[0] == "b"
-    # Made before the request arrived: it cannot know of it.
+    # Made before the request arrived, and so without it.
     fleet.view.accept(idle("a", sequence=2), 0.1)
     assert decided(fleet, "a", "b", now_s=0.1).replica_ids[0] == "b"
     fleet.view.accept(idle("a", sequence=3), 0.5)

@@ -16,9 +16,9 @@ async def test_reports_are_kept_and_followed(any_store_url: str) -> None:
     arrived = asyncio.Event()
 
     class View(LocalView):
-        def receive(self, payload: bytes | str, now_s: float) -> str | None:
+        def receive(self, payload: bytes | str, now_s: float) -> None:
             arrived.set()
-            return super().receive(payload, now_s)
+            super().receive(payload, now_s)
 
     view = View()
     writer = LedgerWriter(any_store_url, KEYS, ttl_s=600)

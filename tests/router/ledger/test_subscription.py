@@ -33,10 +33,10 @@ class Follower(LocalView):
         self.received_at_s: list[float] = []
         self.records: list[logging.LogRecord] = []
 
-    def receive(self, payload: bytes | str, now_s: float) -> str | None:
+    def receive(self, payload: bytes | str, now_s: float) -> None:
         self.received_at_s.append(now_s)
         self._woken.set()
-        return super().receive(payload, now_s)
+        super().receive(payload, now_s)
 
     def learn(self, change: PrefixChange) -> None:
         self.changes.append(change)

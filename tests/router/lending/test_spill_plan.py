@@ -1,4 +1,4 @@
-"""Who leaves a full replica, for where, and whether that beats a recompute."""
+"""Which requests leave a full replica, for which lenders, and when a recompute is cheaper."""
 
 from dataclasses import replace
 from typing import Any
@@ -132,10 +132,10 @@ def test_whatever_comes_a_plan_keeps_its_promises(
             cost = move_s(moved, one, LIMITS)
             assert cost * LIMITS.worth <= recompute_s(moved, SPEED) * (1 + 1e-9)
     freed = [by_id[move.request_id].blocks for move in moves]
-    # Each of them is needed, if they free enough at all.
+    # If they free enough, each is needed.
     if sum(freed) >= needed:
         assert all(sum(freed) - one < needed for one in freed)
-    # And which comes first in the list does not matter.
+    # The order of the arguments plays no part.
     again = plan_spill(needed, candidates[::-1], peers[::-1], SPEED, LIMITS, pressing)
     assert again == moves
     parks = [by_id[move.request_id].blocks for move in moves if move.resource == "host_bytes"]
