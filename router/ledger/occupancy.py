@@ -62,7 +62,6 @@ class Occupancy(BaseModel):
     selection_failures: Count | None = Field(
         default=None, description="Requests whose policy failed, since the start of this life"
     )
-    sessions_held: Count = 0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
