@@ -1,7 +1,7 @@
-"""One streamed completion, timed as a client sees it."""
+"""Streamed completions, timed as a client sees them."""
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -14,6 +14,21 @@ class StreamTiming(NamedTuple):
     ttft_s: float
     total_s: float
     output_tokens: int
+
+
+async def streamed(client: httpx.AsyncClient, body: dict[str, Any]) -> StreamedAnswer:
+    """Return the whole answer to a completion that asks for a stream.
+
+    Raises:
+        StreamBroken: the server ended the stream with an error.
+        httpx.HTTPError: the server refused or the connection failed.
+    """
+    answer = StreamedAnswer(time.perf_counter())
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            answer.take(line, time.perf_counter())
+    return answer
 
 
 async def timed_completion(
@@ -35,11 +50,7 @@ async def timed_completion(
         "stream_options": {"include_usage": True},
     }
     started = time.perf_counter()
-    answer = StreamedAnswer(started)
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            answer.take(line, time.perf_counter())
+    answer = await streamed(client, body)
     ended = time.perf_counter()
     if answer.ttft_s is None or answer.output_tokens != output_tokens:
         raise RuntimeError(f"asked for {output_tokens} tokens, received {answer.output_tokens}")

@@ -1,13 +1,12 @@
 """Answers as token ids, and how many of them are those of other answers."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import httpx
 
-from loadtest.client.stream import StreamedAnswer
+from loadtest.client.sse_client import streamed
 
 # Two logits that are closer may change places with the order of additions.
 _TIE = 1e-4
@@ -34,12 +33,8 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
         httpx.HTTPError, StreamBroken: the server failed it.
     """
     if body.get("stream"):
-        streamed = StreamedAnswer(time.perf_counter())
-        async with client.stream("POST", "/v1/completions", json=body) as response:
-            response.raise_for_status()
-            async for line in response.aiter_lines():
-                streamed.take(line, time.perf_counter())
-        return Answer(streamed.token_ids, streamed.ttft_s, streamed.tpot_s, [])
+        answer = await streamed(client, body)
+        return Answer(answer.token_ids, answer.ttft_s, answer.tpot_s, [])
     response = await client.post("/v1/completions", json=body)
     response.raise_for_status()
     (choice,) = response.json()["choices"]
