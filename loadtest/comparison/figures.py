@@ -1,14 +1,14 @@
 """The figures of a comparison from its runs: medians over repetitions, ratios, and the bound."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from loadtest.client.records import Limits, summary
 from loadtest.comparison.bound import bound
 from loadtest.comparison.config import CompareConfig, LoadConfig
 from loadtest.comparison.order import Unit
-from loadtest.comparison.runs import LoadRun, Runs, prefill_only, units
+from loadtest.comparison.runs import LoadRun, UnitRun, prefill_only
 from loadtest.servers.occupancy import Look
 
 # Figures that an arm reports as the median over its repetitions.
@@ -20,13 +20,12 @@ _MEDIANS = (
 )  # fmt: skip
 
 
-def arm_figures(config: CompareConfig, runs: Runs) -> list[dict[str, Any]]:
+def arm_figures(config: CompareConfig, done: Mapping[Unit, UnitRun]) -> list[dict[str, Any]]:
     """Return one object for each arm and load, in the configuration's order.
 
     Ratios are taken within a repetition; `ratio_to_stock` is their median. An arm that crashed has
     `crashed`, and the figures of its runs before.
     """
-    done = {unit: runs.read(unit) for unit in units(config) if runs.is_done(unit)}
     rows = []
     for load in config.loads:
         each = {

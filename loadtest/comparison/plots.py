@@ -1,6 +1,6 @@
 """The pictures of a comparison."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,19 @@ from matplotlib.figure import Figure
 
 from loadtest.comparison.config import CompareConfig, LoadConfig
 from loadtest.comparison.figures import over_time
-from loadtest.comparison.runs import LoadRun, Runs, units
+from loadtest.comparison.order import Unit
+from loadtest.comparison.runs import LoadRun, UnitRun
 
 _DPI = 110
 
 
 def draw(
-    config: CompareConfig, runs: Runs, rows: Sequence[dict[str, Any]], folder: Path
+    config: CompareConfig,
+    done: Mapping[Unit, UnitRun],
+    rows: Sequence[dict[str, Any]],
+    folder: Path,
 ) -> dict[str, list[str]]:
     """Write PNG files into `folder`; return their names by load."""
-    done = {unit: runs.read(unit) for unit in units(config) if runs.is_done(unit)}
     pictures: dict[str, list[str]] = {}
     for load in config.loads:
         by_arm: dict[str, list[LoadRun]] = {arm: [] for arm in config.arms}

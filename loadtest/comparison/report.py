@@ -21,11 +21,12 @@ _COLUMNS = {
 
 def write_report(config: CompareConfig, runs: Runs, folder: Path, command: list[str]) -> None:
     """Write the report of all runs so far, over an earlier one."""
-    rows = arm_figures(config, runs)
     every = units(config)
-    complete = all(runs.is_done(unit) for unit in every)
+    done = {unit: runs.read(unit) for unit in every if runs.is_done(unit)}
+    rows = arm_figures(config, done)
+    complete = len(done) == len(every)
     equal = {load.name: output_tokens_equal(rows, load.name) for load in config.loads}
-    environments = _distinct([runs.read(unit).environment for unit in every if runs.is_done(unit)])
+    environments = _distinct([run.environment for run in done.values()])
     results = {
         "arms": rows,
         "output_tokens_equal": equal,
@@ -35,7 +36,7 @@ def write_report(config: CompareConfig, runs: Runs, folder: Path, command: list[
         "environments": environments,
     }
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    plots = draw(config, runs, rows, folder)
+    plots = draw(config, done, rows, folder)
     sections = []
     for load in config.loads:
         mine = [row for row in rows if row["workload"] == load.name]
