@@ -21,7 +21,7 @@ import yaml
 
 from loadtest.client.sse_client import timed_completion
 from loadtest.comparison.order import interleaved
-from loadtest.servers.processes import serve_run, vllm_serve
+from loadtest.servers.processes import serve_run, vllm_serve, with_args
 
 OURS, PLAIN = "ours", "plain"
 THREADS = 1
@@ -99,10 +99,13 @@ def summary(rounds: Mapping[str, list[Round]]) -> dict[str, Any]:
 def one_replica(config: dict[str, Any]) -> dict[str, Any]:
     """Return the deployment with the engine that plain vLLM runs too: only the doors differ."""
     (application,) = config["applications"]
-    args = application["args"]
-    replica = {**args.get("replica", {}), "count": 1, "cpus": 1, "cpu_threads": THREADS}
-    args = {**args, "compression": {"enabled": False}, "replica": replica}
-    return {**config, "applications": [{**application, "args": args}]}
+    replica = {
+        **application["args"].get("replica", {}),
+        "count": 1,
+        "cpus": 1,
+        "cpu_threads": THREADS,
+    }
+    return with_args(config, compression={"enabled": False}, replica=replica)
 
 
 def _model_of(base_url: str) -> tuple[str, str]:

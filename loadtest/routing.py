@@ -25,7 +25,7 @@ from loadtest.client.sse_client import timed_completion
 from loadtest.comparison.order import interleaved
 from loadtest.servers.occupancy import Look, OccupancyWatch, ReplicaLoad, occupancy_watch
 from loadtest.servers.ports import free_port
-from loadtest.servers.processes import serve_run
+from loadtest.servers.processes import serve_run, with_args
 from loadtest.traffic.corpus import SENTENCE
 
 OURS, THEIRS = "ours", "power_of_two"
@@ -151,9 +151,7 @@ async def compare(clusters: Mapping[str, Cluster], mix: Mix, pairs: int) -> dict
 
 def deployment(config: dict[str, Any], policy: str) -> dict[str, Any]:
     """Return the configuration with another routing policy."""
-    (application,) = config["applications"]
-    args = {**application["args"], "routing": {"policy": policy}}
-    return {**config, "applications": [{**application, "args": args}]}
+    return with_args(config, routing={"policy": policy})
 
 
 def run(config: dict[str, Any], mix: Mix, pairs: int) -> dict[str, list[Round]]:

@@ -18,7 +18,7 @@ import httpx
 import yaml
 
 from loadtest.client.sse_client import timed_completion
-from loadtest.servers.processes import serve_run
+from loadtest.servers.processes import serve_run, with_args
 from loadtest.traffic.corpus import SENTENCE
 
 _COMPANY = (1, 2, 4, 8, 16)
@@ -79,9 +79,7 @@ async def _step_s(client: httpx.AsyncClient, model: str, company: int, turn: int
 def one_replica(config: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration with a single replica."""
     (application,) = config["applications"]
-    args = application["args"]
-    args = {**args, "replica": {**args.get("replica", {}), "count": 1}}
-    return {**config, "applications": [{**application, "args": args}]}
+    return with_args(config, replica={**application["args"].get("replica", {}), "count": 1})
 
 
 async def _measure_at(base_url: str, repeat: int) -> dict[str, float]:

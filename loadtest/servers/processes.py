@@ -92,15 +92,14 @@ def serve_run(
     store_port: int | None = None,
     ray_address: str | None = None,
 ) -> Iterator[str]:
-    """Run `serve run` on a copy of `config` with free ports; yield its base URL.
+    """Run `serve run` on `config` with free ports; yield its base URL.
 
     Args:
         ray_address: address of a running cluster; None starts one.
     """
     http_port, store_port = free_port(), store_port or free_port()
-    config = {**config, "http_options": {"host": "127.0.0.1", "port": http_port}}
-    (application,) = config["applications"]
-    application["args"] = {**application["args"], "store": {"port": store_port}}
+    config = with_args(config, store={"port": store_port})
+    config["http_options"] = {"host": "127.0.0.1", "port": http_port}
     with tempfile.TemporaryDirectory(prefix="adakv-loadtest-") as folder:
         path = Path(folder) / "cluster.yaml"
         path.write_text(yaml.safe_dump(config))
@@ -110,6 +109,13 @@ def serve_run(
             base_url = f"http://127.0.0.1:{http_port}"
             wait_until_healthy(base_url, process, log_path)
             yield base_url
+
+
+def with_args(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return a copy of a configuration of `serve run` with these args of its application."""
+    (application,) = config["applications"]
+    args = {**application["args"], **changes}
+    return {**config, "applications": [{**application, "args": args}]}
 
 
 def ray_environment() -> dict[str, str]:
