@@ -21,7 +21,6 @@ class Proofs:
         # Requests whose proof goes with their next output, and those where it goes with each.
         self._changed: set[str] = set()
         self._always: set[str] = set()
-        # First proofs of requests, until they are taken.
         self._new: list[Proof] = []
         self._counts = {"decode_evictions": 0, "selection_failures": 0}
 
@@ -86,19 +85,15 @@ class Proofs:
 
     def attach(self, outputs: Mapping[int, EngineCoreOutputs]) -> None:
         """Attach proofs to a request's last output, and to the next one after a change."""
-        if not self._proofs and not self._always:
-            return
-        due = self._changed | self._always
         for batch in outputs.values():
             for output in batch.outputs:
-                ends = output.finish_reason is not None
-                if not ends and output.request_id not in due:
-                    continue
-                if proof := self._proofs.get(output.request_id):
+                request_id, ends = output.request_id, output.finish_reason is not None
+                is_due = ends or request_id in self._changed or request_id in self._always
+                if is_due and (proof := self._proofs.get(request_id)):
                     output.kv_transfer_params = with_proof(proof)
-                    self._changed.discard(output.request_id)
+                    self._changed.discard(request_id)
                 if ends:
-                    self.forget(output.request_id)
+                    self.forget(request_id)
 
     def forget(self, request_id: str) -> None:
         """Drop a request that has ended."""
