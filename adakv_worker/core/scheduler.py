@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -132,22 +133,21 @@ class AdaKVSchedulerMixin(Scheduler):
         It is planned anew when its tokens have changed: one of an asynchronous step may still come
         after the request was preempted.
         """
-        if self._manager is None or request.sampling_params is None:
+        params = request.sampling_params
+        if self._manager is None or params is None:
             return None
         planned = self._manager.requests.get(request.request_id)
         if planned is None or planned.start_tokens != request.num_tokens:
-            planned = self._new_plan(request)
+            planned = self._new_plan(request, params)
             self._manager.consider(request.request_id, planned)
         return planned
 
-    def _new_plan(self, request: Request) -> CompressedRequest:
-        params = request.sampling_params
+    def _new_plan(self, request: Request, params: SamplingParams) -> CompressedRequest:
         # Servers refuse at admission what is out of bounds. `vllm.LLM` does not have the operator's
         # bounds there, and a request must not end the engine.
-        extra_args = params.extra_args if params is not None else None
-        budget = budget_of(extra_args, self._adakv, self._unsupported)
+        budget = budget_of(params.extra_args, self._adakv, self._unsupported)
         remaining_outputs = request.max_tokens - request.num_output_tokens
-        outputs = _outputs_of(request)
+        outputs = _outputs_of(request, params)
         continuation = self._to_take_up.get(request.request_id)
         if continuation is not None and continuation.state is not None:
             assert continuation.proof is not None
@@ -185,12 +185,12 @@ class AdaKVSchedulerMixin(Scheduler):
 
         Model Runner V2 drops preempted requests, and later gets them as new ones.
         """
-        begun = {}
+        take_ups = {}
         for request in output.scheduled_new_reqs:
             if continuation := self._to_take_up.get(request.req_id):
-                begun[request.req_id] = TakeUp(continuation.prompt_tokens, continuation.state)
+                take_ups[request.req_id] = TakeUp(continuation.prompt_tokens, continuation.state)
                 self._to_take_up[request.req_id] = Continuation(continuation.prompt_tokens)
-        return begun
+        return take_ups
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -238,7 +238,6 @@ class AdaKVSchedulerMixin(Scheduler):
         finished = super().finish_requests(*args, **kwargs)
         for request in finished:
             self._proofs.forget(request.request_id)
-            self._to_take_up.pop(request.request_id, None)
         return finished
 
 
@@ -264,14 +263,11 @@ def _ended_by_itself(request: Request) -> bool:
     )
 
 
-def _outputs_of(request: Request) -> Outputs:
-    params = request.sampling_params
+def _outputs_of(request: Request, params: SamplingParams) -> Outputs:
     answered = request.num_output_tokens
-    least = 0
-    if params is not None:
-        # Benchmarks set the length of an answer.
-        to_the_end = params.ignore_eos and not params.stop and not params.stop_token_ids
-        least = request.max_tokens if to_the_end else params.min_tokens
+    # Benchmarks set the length of an answer.
+    to_the_end = params.ignore_eos and not params.stop and not params.stop_token_ids
+    least = request.max_tokens if to_the_end else params.min_tokens
     return Outputs(answered, max(0, least - answered), request.max_tokens)
 
 
