@@ -93,20 +93,16 @@ def require_classes(config: VllmConfig) -> None:
 
     Such an engine would start and compress nothing.
     """
-    scheduler = config.scheduler_config
-    for setting, cls in (
-        ("scheduler_cls", _resolved(scheduler.scheduler_cls)),
-        ("worker_cls", _resolved(config.parallel_config.worker_cls)),
-    ):
+    scheduler = _resolved(config.scheduler_config.scheduler_cls)
+    worker = _resolved(config.parallel_config.worker_cls)
+    for setting, cls in (("scheduler_cls", scheduler), ("worker_cls", worker)):
         names = {base.__module__.partition(".")[0] for base in getattr(cls, "__mro__", ())}
         if "adakv_worker" not in names:
             raise ValueError(
                 f"adakv: additional_config turns compression on, but {setting} is not one of "
                 "adakv_worker's (see docs/compression.md)"
             )
-    if scheduler.async_scheduling and not issubclass(
-        _resolved(scheduler.scheduler_cls), AsyncScheduler
-    ):
+    if config.scheduler_config.async_scheduling and not issubclass(scheduler, AsyncScheduler):
         raise ValueError(
             "adakv: async_scheduling needs scheduler_cls adakv_worker.scheduler.AdaKVAsyncScheduler"
         )

@@ -21,7 +21,7 @@ def check_blocks(manager: AdaKVManager) -> None:
     used = sum(1 for block in pool.blocks if block.ref_cnt > 0 and not block.is_null)
     # The null block is neither free nor used.
     assert pool.get_num_free_blocks() + used == pool.num_gpu_blocks - 1, "blocks are lost"
-    check_sums(manager)
+    _check_sums(manager)
     for request_id, request in manager.requests.items():
         assert (request.phase is Phase.WHOLE) == (not request.plan.active)
         # One that arrives with its cache may still wait for slabs.
@@ -31,7 +31,7 @@ def check_blocks(manager: AdaKVManager) -> None:
             _check_slabs(manager, request_id)
 
 
-def check_sums(manager: AdaKVManager) -> None:
+def _check_sums(manager: AdaKVManager) -> None:
     """Assert that the running counts equal a recount."""
     held = {n: r for n, r in manager.requests.items() if manager.req_to_blocks.get(n)}
     compressed = _of_phase(held, Phase.COMPRESSED)

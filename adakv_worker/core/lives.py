@@ -84,9 +84,6 @@ class LifeTable:
     def __len__(self) -> int:
         return len(self._names)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._places
-
     def put(self, name: str, life: Life, step: int) -> None:
         """Set a request's life as of a step."""
         place = self._places.get(name)
