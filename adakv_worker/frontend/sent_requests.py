@@ -71,18 +71,11 @@ class SentRequests:
             del self._unseen[oldest]
 
 
-def _anything_goes(params: SamplingParams) -> None:
-    pass
-
-
 class BookedCore:
     """Stands in for vLLM's `EngineCoreClient` and books the requests sent through it."""
 
     def __init__(
-        self,
-        core: Any,
-        sent: SentRequests,
-        check: Callable[[SamplingParams], None] = _anything_goes,
+        self, core: Any, sent: SentRequests, check: Callable[[SamplingParams], None]
     ) -> None:
         """
         Args:

@@ -1,4 +1,4 @@
-"""A front end over an engine core that does what the test says, without an engine."""
+"""A front end over a scripted engine core, without an engine."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 
 from adakv_worker.frontend.moving import MovingCore
+from adakv_worker.frontend.sampling_limits import check_sizes
 from adakv_worker.frontend.sent_requests import BookedCore, SentRequests
 from adakv_worker.messages import Proof, with_proof
 from tests.adakv_worker.proofs import make_proof
@@ -16,7 +17,7 @@ PROOF = make_proof(policy="snapkv")
 
 
 class Core:
-    """A client of an engine core that does what the test says."""
+    """A client of an engine core whose answers the test sets."""
 
     def __init__(self) -> None:
         self.outputs: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
@@ -55,7 +56,7 @@ class Front:
     def __init__(self) -> None:
         self.core = Core()
         self.sent = SentRequests()
-        self.moving = MovingCore(BookedCore(self.core, self.sent))
+        self.moving = MovingCore(BookedCore(self.core, self.sent, check_sizes))
 
     async def asks(
         self, name: str = "asked", proof: Proof | None = PROOF, **changes: Any

@@ -10,6 +10,7 @@ from vllm.v1.engine import EngineCoreRequest
 
 from adakv_worker.frontend.sampling_limits import check_for, check_sizes
 from adakv_worker.frontend.sent_requests import BookedCore, SentRequests
+from tests.adakv_worker.frontend.stub_core import Core, request
 
 
 @pytest.mark.parametrize(
@@ -34,19 +35,14 @@ def test_what_the_runner_takes_passes() -> None:
 
 
 async def test_what_is_refused_is_not_sent() -> None:
-    class Core:
-        async def add_request_async(self, request: EngineCoreRequest) -> None:
-            raise AssertionError("it was sent")
-
-    sent = SentRequests()
+    core, sent = Core(), SentRequests()
+    added: list[EngineCoreRequest] = []
+    core.on_add = added.append
     params = SamplingParams(stop_token_ids=list(range(129)), min_tokens=1)
-    request = EngineCoreRequest(
-        request_id="r", prompt_token_ids=[1, 2], mm_features=None, sampling_params=params,
-        pooling_params=None, arrival_time=0.0, lora_request=None, cache_salt=None,
-        data_parallel_rank=None,
-    )  # fmt: skip
+    refused = request("r", sampling_params=params)
     with pytest.raises(ValueError, match="stop_token_ids"):
-        await BookedCore(Core(), sent, check_sizes).add_request_async(request)
+        await BookedCore(core, sent, check_sizes).add_request_async(refused)
+    assert not added
     assert not sent.unseen()
 
 
