@@ -12,7 +12,6 @@ _PATCHING = {"setattr", "delattr", "setitem", "delitem"}
 # Files that still do, and how often. Numbers may only fall.
 STILL = {
     "tests/adakv_worker/engine/test_containment.py": 1,
-    "tests/adakv_worker/engine/test_eviction.py": 1,
     "tests/adakv_worker/gpu/interpreted.py": 3,
     "tests/adakv_worker/gpu/test_attention_bench.py": 4,
     "tests/adakv_worker/gpu/test_backends.py": 1,
