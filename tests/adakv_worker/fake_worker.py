@@ -1,7 +1,6 @@
 """The real scheduler with a worker that keeps no cache but answers every step."""
 
 import random
-from types import SimpleNamespace
 from typing import Any
 
 from vllm import SamplingParams
@@ -11,6 +10,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -56,6 +56,7 @@ class Fake:
         engine keeps one.
     starts: the step in which each request was first scheduled; `ends` the one after its last.
     used_blocks: blocks that all requests held together in each step.
+    preempted: names of preempted requests, in order.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class Fake:
         if scheduler is None:
             scheduler = AdaKVAsyncScheduler if in_flight else AdaKVScheduler
         self._in_flight = in_flight
-        self._unanswered: list[tuple[Any, Any]] = []
+        self._unanswered: list[tuple[SchedulerOutput, ModelRunnerOutput]] = []
         self.steps = 0
         self.used_blocks: list[int] = []
+        self.preempted: list[str] = []
         self.starts: dict[str, int] = {}
         self.ends: dict[str, int] = {}
         self._stops_after: dict[str, int] = {}
@@ -92,7 +94,7 @@ class Fake:
         return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
 
     def arrive(self, length: int, answered: int, max_tokens: int, with_state: bool) -> str:
-        """A request that began elsewhere: `answered` tokens of `max_tokens` are there."""
+        """Add a request that began elsewhere and has `answered` of its `max_tokens`; name it."""
         proof = make_proof(original_tokens=length, kept_mean=64.0)
         state = f"state-{self.count}" if with_state else None
         continuation = Continuation(length, state, proof if with_state else None)
@@ -107,9 +109,9 @@ class Fake:
         options: dict[str, Any],
         stops_after: int | None = None,
     ) -> None:
-        """A request whose answer ends by itself after so many tokens, or by `max_tokens`.
+        """Add a request whose answer ends by itself after `stops_after` tokens, or by `max_tokens`.
 
-        Unless `stops_after` is given, it says so itself (`ignore_eos`).
+        Without `stops_after` it ignores the end-of-sequence token.
         """
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, extra_args=options)
         if stops_after is None:
@@ -142,12 +144,16 @@ class Fake:
             self.starts.setdefault(request_id, self.steps)
             self.ends[request_id] = self.steps
         self.used_blocks.append(self.blocks - self.free_blocks)
+        self.preempted += output.preempted_req_ids or ()
         self._unanswered.append((output, self._answer(commands, output)))
-        if len(self._unanswered) > self._in_flight:
-            self.scheduler.update_from_output(*self._unanswered.pop(0))
+        self._answer_all_but(self._in_flight)
         if isinstance(self.scheduler, AdaKVSchedulerMixin):
             check_blocks(self.manager)
             self._check_running()
+
+    def _answer_all_but(self, count: int) -> None:
+        while len(self._unanswered) > count:
+            self.scheduler.update_from_output(*self._unanswered.pop(0))
 
     def _check_commands(self, commands: StepCommands, output: SchedulerOutput) -> None:
         scheduled = output.num_scheduled_tokens
@@ -179,39 +185,30 @@ class Fake:
         for request_id in {*(output.preempted_req_ids or ()), *output.finished_req_ids}:
             self._captured.pop(request_id, None)
 
-    def _answer(self, commands: StepCommands, output: SchedulerOutput) -> Any:
-        requests = [self.scheduler.requests[name] for name in output.num_scheduled_tokens]
-        done = [request.num_computed_tokens >= request.num_tokens for request in requests]
-        answer: Any = SimpleNamespace(
-            req_id_to_index={request.request_id: i for i, request in enumerate(requests)},
-            sampled_token_ids=[
-                [self._token(request.request_id)] if finished else []
-                for request, finished in zip(requests, done, strict=True)
-            ],
-            logprobs=None, pooler_output=None, num_nans_in_logits=None, kv_connector_output=None,
-            ec_connector_output=None, cudagraph_stats=None, prompt_logprobs_dict={},
-            prompt_token_id_logprobs_dict={}, sampling_masks=None,
-        )  # fmt: skip
+    def _answer(self, commands: StepCommands, output: SchedulerOutput) -> ModelRunnerOutput:
+        names = list(output.num_scheduled_tokens)
+        tokens = [self._tokens(self.scheduler.requests[name]) for name in names]
+        answer = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, tokens)
         kept = dict.fromkeys(commands.compress, Kept(64.0, 1, 99))
         attach_answer(answer, Answer(kept, []))
         return answer
 
-    def _token(self, request_id: str) -> int:
-        request = self.scheduler.requests[request_id]
+    def _tokens(self, request: Request) -> list[int]:
+        if request.num_computed_tokens < request.num_tokens:
+            return []
         answered = request.num_computed_tokens - request.num_prompt_tokens + 1
-        return _STOP if answered >= self._stops_after.get(request_id, 1 << 30) else 7
+        return [_STOP if answered >= self._stops_after.get(request.request_id, 1 << 30) else 7]
 
     def finish(self) -> None:
-        """Steps until nothing is left to do or to answer."""
+        """Step until nothing is left to do or to answer."""
         for _ in range(20_000):
             if not self.scheduler.has_unfinished_requests():
                 break
             self.step()
         assert not self.scheduler.has_unfinished_requests()
-        while self._unanswered:
-            self.scheduler.update_from_output(*self._unanswered.pop(0))
-        self._in_flight = 0
+        self._answer_all_but(0)
         self.step()
+        self._answer_all_but(0)
 
     def _check_running(self) -> None:
         for request in self.scheduler.running:
@@ -227,15 +224,3 @@ class Fake:
         figures = figures_of(stats)
         assert figures is not None
         return figures.memory
-
-    def count_preemptions(self) -> list[str]:
-        """Return a list that gets the name of each request that is preempted from now on."""
-        preempted: list[str] = []
-        preempt = self.scheduler._preempt_request
-
-        def noted(request: Any, *args: Any, **kwargs: Any) -> Any:
-            preempted.append(request.request_id)
-            return preempt(request, *args, **kwargs)
-
-        self.scheduler._preempt_request = noted
-        return preempted

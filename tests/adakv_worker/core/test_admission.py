@@ -1,4 +1,4 @@
-"""What running requests will still take, against a step-by-step count."""
+"""The blocks that running requests will still take, against a step-by-step count."""
 
 import math
 
@@ -14,7 +14,7 @@ from adakv_worker.core.plan import UNBOUNDED, Life
 
 
 def _sure(tokens: int, to_come: int, most: int = UNBOUNDED) -> Life:
-    """A request of which it is known how long it goes on."""
+    """Return the life of a request whose length is certain."""
     return Life(tokens, most, answered=0, left=to_come, due=to_come, max_tokens=to_come)
 
 
@@ -113,7 +113,7 @@ def test_what_is_assumed_first_counts_among_the_lengths_that_were_seen() -> None
     assert _to_come(lengths, 0, left=1000)[0] == 260
 
 
-def test_requests_for_a_token_say_nothing_of_long_answers() -> None:
+def test_answers_of_one_token_are_no_evidence_of_long_ones() -> None:
     lengths = AnswerLengths(prior_tokens=512)
     for _ in range(100):
         lengths.note(1, 1)
@@ -123,7 +123,7 @@ def test_requests_for_a_token_say_nothing_of_long_answers() -> None:
     assert _to_come(lengths, 0, left=1000, max_tokens=1)[0] == 1
 
 
-def test_what_a_request_says_of_its_length_is_believed() -> None:
+def test_a_length_that_a_request_sets_is_taken_as_certain() -> None:
     lengths = AnswerLengths(prior_tokens=10)
     certain = Life(0, UNBOUNDED, answered=0, left=700, due=700, max_tokens=700)
     at_least = Life(0, UNBOUNDED, answered=0, left=700, due=300, max_tokens=700)
@@ -131,7 +131,7 @@ def test_what_a_request_says_of_its_length_is_believed() -> None:
     assert lengths.one_to_come(at_least)[0] == 300
 
 
-def test_a_mixture_of_classes_is_what_each_says() -> None:
+def test_each_answer_is_expected_by_its_own_class() -> None:
     lengths = AnswerLengths(prior_tokens=10)
     lengths.note(100, 90)
     short = Life(0, UNBOUNDED, 0, left=100, due=0, max_tokens=100)

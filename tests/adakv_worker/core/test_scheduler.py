@@ -62,25 +62,22 @@ def test_outputs_longer_than_the_ones_before_are_preempted_and_end(
     small: CoreConfig, in_flight: int
 ) -> None:
     fake = Fake(small, in_flight)
-    preempted = fake.count_preemptions()
     for seed in range(70):
         fake.add(40, 300, seed, {}, stops_after=2)
     fake.finish()
-    fake._in_flight = in_flight
     for seed in range(6):
         fake.add(600, 300, seed, {"adakv_budget_tokens": 200}, stops_after=300)
     fake.finish()
     # Each had its prompt, and some of its answer; of the prompt some blocks may still be there.
-    assert 0 < fake.memory_stats().recomputed_tokens < len(preempted) * 900
+    assert 0 < fake.memory_stats().recomputed_tokens < len(fake.preempted) * 900
 
 
 def test_outputs_as_long_as_the_ones_before_are_not_preempted(small: CoreConfig) -> None:
     fake = Fake(small, in_flight=0)
-    preempted = fake.count_preemptions()
     for seed in range(6):
         fake.add(600, 300, seed, {"adakv_budget_tokens": 200})
     fake.finish()
-    assert not preempted
+    assert not fake.preempted
     assert fake.memory_stats().recomputed_tokens == 0
 
 
@@ -112,7 +109,7 @@ def test_a_request_that_comes_without_its_cache_computes_all_its_tokens(small: C
     fake.step()
     assert fake.scheduler.requests[name].num_computed_tokens == 610
     assert fake.manager.requests[name].phase is Phase.RESERVED
-    # All but the last, which nobody has computed before.
+    # All but the last, which is computed for the first time.
     assert fake.memory_stats().recomputed_tokens == 609
     fake.finish()
 
@@ -157,7 +154,6 @@ def test_a_bounded_request_never_holds_more_than_its_bound(
 
 def test_bounded_requests_are_admitted_by_their_bounds(small: CoreConfig) -> None:
     fake = Fake(small, in_flight=0)
-    preempted = fake.count_preemptions()
     for seed in range(6):
         bound = {"adakv_decode_budget_tokens": 70, "adakv_decode_interval_tokens": 40}
         fake.add(100, 800, seed, bound)
@@ -167,10 +163,10 @@ def test_bounded_requests_are_admitted_by_their_bounds(small: CoreConfig) -> Non
         most = max(most, len(fake.scheduler.running))
     # Unbounded, one would come to more than half of the pool.
     assert most == 6
-    assert not preempted
+    assert not fake.preempted
 
 
-def test_the_statistics_tell_of_compressed_memory(small: CoreConfig) -> None:
+def test_the_statistics_count_compressed_memory(small: CoreConfig) -> None:
     fake = Fake(small, in_flight=0)
     for seed in range(4):
         fake.add(600, 40, seed, {"adakv_budget_tokens": 200} if seed else {"adakv_policy": "full"})
@@ -184,13 +180,13 @@ def test_the_statistics_tell_of_compressed_memory(small: CoreConfig) -> None:
     # As they cross to the front end.
     figures = figures_of(MsgpackDecoder(SchedulerStats).decode(MsgpackEncoder().encode(stats)))
     assert figures is not None
-    told = figures.memory
-    assert told.compressed_blocks == sum(len(fake.manager.req_to_blocks[r]) for r in compressed)
-    assert told.kept_tokens == 200 * len(compressed)
-    assert told.original_tokens == 600 * len(compressed)
+    memory = figures.memory
+    assert memory.compressed_blocks == sum(len(fake.manager.req_to_blocks[r]) for r in compressed)
+    assert memory.kept_tokens == 200 * len(compressed)
+    assert memory.original_tokens == 600 * len(compressed)
     # A prompt of 600 takes 19 blocks, and 8 slabs where it compresses.
     waiting = [request.request_id for request in fake.scheduler.waiting]
-    assert told.waiting_blocks == 27 * len(waiting)
+    assert memory.waiting_blocks == 27 * len(waiting)
     assert fake.manager.admission.growth_blocks() > 0
     # The compressed prompts' full blocks.
     assert fake.manager.evictable_blocks() == 18 * len(compressed)
@@ -283,7 +279,7 @@ def test_lengths_are_learnt_from_answers_that_ended_by_themselves(small: CoreCon
         fake.step()
         fake.abort(0)
     fake.finish()
-    # A client that leaves says nothing of how long answers are.
+    # A request whose client leaves is no evidence of how long answers are.
     assert fake.manager.admission.answer_lengths.one_to_come(life) == (20, 0)
     # Unless the front end has found a stop string.
     for seed in range(70):
