@@ -45,10 +45,10 @@ async def test_a_guest_of_a_lost_core_fails(staged: bool, way: str) -> None:
     front.core.answer = [None] if staged else None
     departure = Departure(request("guest"), [5, 6, 7], PROOF)
     outputs = front.moving.take_in(departure, "/nowhere")
+    added = asyncio.Event()
+    front.core.on_add = lambda _: added.set()
     first = asyncio.ensure_future(anext(outputs))
-    await front.core.called.wait()
-    while staged and not front.sent.newest_but(1):
-        await asyncio.sleep(0)
+    await soon((added if staged else front.core.called).wait())
     ends(front, way)
     with pytest.raises((ConnectionError, RuntimeError)):
         await soon(first)
