@@ -38,7 +38,7 @@ class Section(BaseModel):
 
 
 class CompressionConfig(Section):
-    """`additional_config["adakv"]` of an engine. `kept_tokens` says what is kept of n tokens."""
+    """`additional_config["adakv"]` of an engine. See `kept_tokens` for what is kept of a prompt."""
 
     enabled: bool = True
     policy: str = Field(default=DEFAULT_POLICY, description="A preset's name, `auto` or `full`")

@@ -10,13 +10,13 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from adakv_worker.config import compression_config
 from adakv_worker.frontend import metric_names
-from adakv_worker.frontend import validator as request_options
 from adakv_worker.frontend.metric_names import (
     DECODE_EVICTIONS,
     REQUESTS,
     SELECTION_FAILURES,
     Metric,
 )
+from adakv_worker.frontend.validator import bound_by
 from adakv_worker.statistics_carrier import figures_of
 
 _LABELS = ("model_name", "engine")
@@ -45,7 +45,7 @@ class CompressionLogger(StatLoggerBase):
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         config = compression_config(vllm_config.additional_config)
-        request_options.bound_by(config)
+        bound_by(config)
         self._metrics = _registered() if config is not None else {}
         model = vllm_config.model_config.served_model_name
         self._labels = (str(model), str(engine_index))

@@ -10,7 +10,7 @@ Outputs = tuple[EngineCoreOutput, ...]
 
 
 class Place(Enum):
-    """Where a request is while it does not leave."""
+    """Where a request is while it is not leaving."""
 
     HERE = auto()
     AWAY = auto()
@@ -19,7 +19,7 @@ class Place(Enum):
 
 @dataclass(frozen=True)
 class Leaving:
-    """A request whose cache is written, or whose stream catches up with its cache.
+    """A request whose cache is being written, or whose stream is catching up with it.
 
     held: outputs of this engine that the front end has not got.
     missing: tokens of the cache that the stream lacks; None until the cache is written.

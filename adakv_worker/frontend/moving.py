@@ -61,6 +61,7 @@ class MovingCore:
         return len(self._guests)
 
     def is_away(self, request_id: str) -> bool:
+        """Return whether another engine decodes this request."""
         own = self._own.get(request_id)
         return own is not None and own.state is Place.AWAY
 
@@ -114,9 +115,10 @@ class MovingCore:
         Returns None, and leaves the request in the engine, if it has ended or is not `movable`.
         After it has left, its outputs are those that `deliver` gets, until `come_back`.
 
-        After an exception (vLLM raises plain ones for errors in workers, and this a ConnectionError
-        if the engine core ends meanwhile) `is_away` is False if the request is still here, as when
-        its cache cannot be written.
+        Raises:
+            ConnectionError: the engine core has ended.
+            Exception: a worker failed, as when it cannot write the cache. `is_away` returns
+                whether the request had already left.
         """
         own = self._own.get(request_id)
         if own is None or own.proof is None or not own.can_leave:

@@ -111,6 +111,7 @@ async def idle(side: Side) -> bool:
     for _ in range(200):
         if not core.guests and not core.away and not side.llm.output_processor.request_states:
             return True
+        # vLLM signals no end of its own bookkeeping.
         await asyncio.sleep(0.05)
     return False
 

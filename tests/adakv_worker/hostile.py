@@ -83,42 +83,42 @@ class Outcome(NamedTuple):
 
 def each_pair(seed: int) -> list[Hostile]:
     """Make requests with each value in each field and beside each policy, shuffled."""
-    rest = random.Random(seed)
+    draw = random.Random(seed)
     requests = []
     for value in VALUES.values():
-        fields = rest.sample(FIELDS, len(FIELDS))
-        pairs = zip(itertools.cycle(fields), rest.sample(POLICIES, len(POLICIES)), strict=False)
+        fields = draw.sample(FIELDS, len(FIELDS))
+        pairs = zip(itertools.cycle(fields), draw.sample(POLICIES, len(POLICIES)), strict=False)
         # With bounds and budgets fewer of them are refused.
         choices: list[Any] = [{"adakv_policy": policy, field: value} for field, policy in pairs]
-        choices += [{"adakv_policy": value}, {**_bounded(rest), fields[0]: value}]
-        requests += [_beside(extra, rest) for extra in choices]
-    rest.shuffle(requests)
+        choices += [{"adakv_policy": value}, {**_bounded(draw), fields[0]: value}]
+        requests += [_beside(extra, draw) for extra in choices]
+    draw.shuffle(requests)
     return requests
 
 
 def any_number(seed: int) -> Iterator[Hostile]:
     """Make requests with up to four options at random."""
-    rest = random.Random(seed)
+    draw = random.Random(seed)
     values = list(VALUES.values())
     while True:
-        extra = {"adakv_policy": rest.choice(POLICIES)} if rest.random() < 0.8 else {}
-        extra |= _bounded(rest) if rest.random() < 0.3 else {}
-        for field in rest.sample(FIELDS, rest.randint(0, 3)):
-            extra[field] = rest.choice((*values, rest.randint(0, 600), rest.random()))
-        yield _beside(extra, rest)
+        extra = {"adakv_policy": draw.choice(POLICIES)} if draw.random() < 0.8 else {}
+        extra |= _bounded(draw) if draw.random() < 0.3 else {}
+        for field in draw.sample(FIELDS, draw.randint(0, 3)):
+            extra[field] = draw.choice((*values, draw.randint(0, 600), draw.random()))
+        yield _beside(extra, draw)
 
 
-def _bounded(rest: random.Random) -> dict[str, Any]:
+def _bounded(draw: random.Random) -> dict[str, Any]:
     return {
-        "adakv_policy": rest.choice(list(PRESETS)),
-        "adakv_budget_tokens": rest.randint(36, 200),
-        "adakv_decode_budget_tokens": rest.randint(36, 80),
-        "adakv_decode_interval_tokens": rest.randint(32, 60),
+        "adakv_policy": draw.choice(list(PRESETS)),
+        "adakv_budget_tokens": draw.randint(36, 200),
+        "adakv_decode_budget_tokens": draw.randint(36, 80),
+        "adakv_decode_interval_tokens": draw.randint(32, 60),
     }
 
 
-def _beside(extra: Any, rest: random.Random) -> Hostile:
-    return Hostile(extra, rest.choice(BESIDE), rest.choice(LENGTHS))
+def _beside(extra: Any, draw: random.Random) -> Hostile:
+    return Hostile(extra, draw.choice(BESIDE), draw.choice(LENGTHS))
 
 
 def start(model: TinyModel) -> Engine:

@@ -34,7 +34,7 @@ BLOCK = 4
 def stored(
     tokens: list[int], first: int = 0, parent: int | None = None, **changes: Any
 ) -> BlockStored:
-    """Full blocks of a prompt from block `first` on; the engine's hashes count from 100."""
+    """Return an event of a prompt's full blocks from `first` on; hashes count from 100."""
     blocks = range(100 + first, 100 + len(tokens) // BLOCK)
     if first:
         parent = 100 + first - 1
@@ -62,7 +62,7 @@ def test_blocks_are_named_as_the_router_names_them(tokens: list[int], data: Any)
     assert tuple(gone.removed) == hashes
 
 
-def test_the_last_word_on_a_block_counts() -> None:
+def test_the_last_event_of_a_block_counts() -> None:
     names = PrefixNames()
     tokens = list(range(2 * BLOCK))
     first, second = prefix_hashes(tokens, BLOCK)
@@ -103,7 +103,7 @@ class Publisher:
         return [one for one in self.kept if one.number >= start]
 
     async def known(self, *batches: Batch) -> set[int]:
-        """The blocks that a router believes in once these have arrived."""
+        """Return the blocks that a router counts as cached after these batches."""
         blocks: set[int] = set()
         for one in batches:
             for stored, removed, cleared in await self._follower.take(one):
@@ -142,13 +142,9 @@ async def test_what_cannot_be_repeated_makes_it_start_over(
 ) -> None:
     publisher.kept = kept
     other = [token + 50 for token in TOKENS]
-    later = batch(3, BlockStored(**{**_fields(stored(other)), "block_hashes": [200, 201]}))
+    later = batch(3, stored(other, block_hashes=[200, 201]))
     # The second block's eviction is lost, and so might be any other.
     assert await publisher.known(BATCHES[0], later) == set(prefix_hashes(other, BLOCK))
-
-
-def _fields(event: BlockStored) -> dict[str, Any]:
-    return {name: getattr(event, name) for name in event.__struct_fields__}
 
 
 async def test_what_cannot_be_read_counts_as_lost(publisher: Publisher) -> None:
@@ -188,7 +184,7 @@ async def test_a_follower_that_comes_late_catches_up_with_vllm_s_publisher(
         await published(sockets, last=1)
         first = asyncio.ensure_future(anext(changes))
         async with asyncio.timeout(60):
-            # A subscription takes a moment to arrive: published until then is lost, too.
+            # Events published before the subscription arrives are lost, too.
             while not first.done():
                 publisher.publish(KVEventBatch(ts=0.0, events=[removed(999)]))
                 await asyncio.wait([first], timeout=0.05)
