@@ -3,9 +3,11 @@
 256 prompts of 6,000 tokens with 500 to generate, all at once, on Llama-3.1-8B's shape with random
 weights: stock vLLM, stock with an fp8 KV cache, compression off, and from a half of the prompt to a
 64th, which is bounded while decoding as well; all with the same KV bytes. An arm that compresses
-gets fewer, by what it holds beside the KV blocks. One engine runs at a time, in its own process.
+gets fewer, by what it holds beside the KV blocks. Each arm's engine has a process of its own, and
+one of them runs at a time; with `--at-once` several start together, which saves time.
 
 S_max, what stock would gain if decoding took no time, comes first. Published is 5.18 at a 64th.
+With `--profile`, each arm also tells what a step of so many decoding requests is made of.
 """
 
 import argparse
@@ -14,89 +16,40 @@ import math
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from loadtest.comparison.bound import bound
 from loadtest.engines.dummy_models import SHAPES, write_shape
 from loadtest.engines.process import EngineProcess
+from loadtest.engines.published_arms import ARMS, Load, Setup, start
 
 PUBLISHED = 5.18
-_SHARES = {"half": 2, "quarter": 4, "eighth": 8, "sixteenth": 16, "64th": 64}
-ARMS = ("stock", "stock-fp8", "off", *_SHARES)
-_LEAST_BUDGET = 32
+# Requests whose steps are profiled: short, so that all of them fit into any arm's KV memory.
+_PROFILED = {"prompt_tokens": 192, "profile_steps": 16, "seed": -2}
 _FIGURES = (
     "elapsed_s", "output_tokens", "tokens_per_s", "decode_tokens_per_s", "peak_running", "blocks",
     "preemptions",
 )  # fmt: skip
 
 
-class Load(NamedTuple):
-    requests: int
-    prompt_tokens: int
-    output_tokens: int
-
-
-class Setup(NamedTuple):
-    """The settings of all arms. beside_bytes: taken off the KV bytes of those that compress."""
-
-    model: str
-    engine: dict[str, Any]
-    policy: str
-    load: Load
-    beside_bytes: int
-    threads: int
-
-
-def compression_of(arm: str, setup: Setup) -> dict[str, Any] | None:
-    """Return the arm's compression settings; None for stock vLLM."""
-    if arm.startswith("stock"):
-        return None
-    if arm == "off":
-        return {"policy": "full"}
-    share = _SHARES[arm]
-    if share < 64:
-        return {"policy": setup.policy, "budget_tokens": _LEAST_BUDGET, "keep_ratio": 1 / share}
-    # The window and the first tokens are always kept.
-    budget = max(-(-setup.load.prompt_tokens // share), 64)
-    return {
-        "policy": setup.policy, "budget_tokens": budget, "keep_ratio": 0.0,
-        "decode_budget_tokens": budget,
-    }  # fmt: skip
-
-
-def start(arm: str, kv_bytes: int, setup: Setup, log: IO[str]) -> EngineProcess:
-    beside = setup.beside_bytes if arm in _SHARES else 0
-    engine = {**setup.engine, "kv_cache_memory_bytes": kv_bytes - beside}
-    if arm == "stock-fp8":
-        engine["kv_cache_dtype"] = "fp8"
-    settings = {
-        "model": setup.model, "engine": engine, "compression": compression_of(arm, setup),
-        "text": False,
-    }  # fmt: skip
-    return EngineProcess(arm, settings, setup.threads, log)
-
-
-def run_arm(arm: str, kv_bytes: int, setup: Setup, repeat: int, log: IO[str]) -> dict[str, Any]:
+def run_arm(engine: EngineProcess, stock: bool, load: Load, repeat: int) -> dict[str, Any]:
     """Return medians of one arm's rounds; for stock also the time of its prefills.
 
     Raises:
         RuntimeError: its engine died.
     """
-    engine = start(arm, kv_bytes, setup, log)
-    load = setup.load._asdict()
-    try:
-        engine.ask({**load, "requests": 2, "output_tokens": 8, "seed": -1})
-        rounds = [engine.ask({**load, "seed": turn}) for turn in range(repeat)]
-        figures: dict[str, Any] = {
-            key: statistics.median(each[key] for each in rounds) for key in _FIGURES
-        }
-        figures["beside_bytes"] = statistics.median(each["extra_bytes"] for each in rounds)
-        if arm == "stock":
-            alone = engine.ask({**load, "output_tokens": 1, "seed": repeat})
-            figures["prefill_s"] = alone["elapsed_s"]
-    finally:
-        engine.stop()
+    command = load._asdict()
+    rounds = [engine.ask({**command, "seed": turn}) for turn in range(repeat)]
+    figures: dict[str, Any] = {
+        key: statistics.median(each[key] for each in rounds) for key in _FIGURES
+    }
+    figures["beside_bytes"] = statistics.median(each["extra_bytes"] for each in rounds)
+    if stock:
+        alone = engine.ask({**command, "output_tokens": 1, "seed": repeat})
+        figures["prefill_s"] = alone["elapsed_s"]
     return figures
 
 
@@ -112,18 +65,94 @@ def compare(figures: dict[str, Any], stock: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(
-    kv_bytes: int, arms: list[str], setup: Setup, repeat: int, log: IO[str]
-) -> dict[str, dict[str, Any]]:
-    """Measure all arms at one size of KV memory, stock first; an arm that fails has its error."""
-    load = setup.load
-    print(
-        f"\n{kv_bytes / (1 << 30):g} GiB of KV, {load.requests} prompts of {load.prompt_tokens} "
-        f"tokens, {load.output_tokens} to generate", flush=True,
-    )  # fmt: skip
-    stock = run_arm("stock", kv_bytes, setup, repeat, log)
+class Plan(NamedTuple):
+    """What to measure of every arm.
+
+    at_once: engines that start together. profile: numbers of requests whose steps are profiled.
+    """
+
+    arms: Sequence[str]
+    repeat: int = 1
+    at_once: int = 1
+    profile: Sequence[int] = ()
+
+
+class Comparison:
+    """All arms at one size of KV memory, stock first."""
+
+    def __init__(
+        self, kv_bytes: int, setup: Setup, plan: Plan, log: IO[str], save: Callable[[], None]
+    ) -> None:
+        """
+        Args:
+            save: called after each arm.
+        """
+        self._save = save
+        self._kv_bytes = kv_bytes
+        self._setup = setup
+        self._plan = plan
+        self._log = log
+        # Each arm's figures, or the error of one that failed.
+        self.results: dict[str, dict[str, Any]] = {}
+
+    def run(self) -> None:
+        """Measure and print every arm.
+
+        Raises:
+            RuntimeError: stock failed, without which there is nothing to compare with.
+        """
+        load = self._setup.load
+        print(
+            f"\n{self._kv_bytes / (1 << 30):g} GiB of KV, {load.requests} prompts of "
+            f"{load.prompt_tokens} tokens, {load.output_tokens} to generate", flush=True,
+        )  # fmt: skip
+        arms = ["stock", *(arm for arm in self._plan.arms if arm != "stock")]
+        for first in range(0, len(arms), self._plan.at_once):
+            self._run_group(arms[first : first + self._plan.at_once])
+
+    def _run_group(self, arms: Sequence[str]) -> None:
+        engines = {
+            arm: start(arm, self._kv_bytes, self._setup, self._log) for arm in arms
+        }  # fmt: skip
+        try:
+            for arm, engine in engines.items():
+                with self._failures(arm):
+                    warm = {**self._setup.load._asdict(), "requests": 2, "output_tokens": 8}
+                    engine.ask({**warm, "seed": -1})
+            for arm, engine in engines.items():
+                if arm not in self.results:
+                    with self._failures(arm):
+                        self._measure(arm, engine)
+                    self._save()
+        finally:
+            for engine in engines.values():
+                engine.stop()
+
+    @contextmanager
+    def _failures(self, arm: str) -> Iterator[None]:
+        """Note and print the error of an arm, which does not stop the others."""
+        try:
+            yield
+        except RuntimeError as error:
+            if arm == "stock":
+                raise
+            self.results[arm] = {**self.results.get(arm, {}), "failed": str(error)}
+            print(f"{arm:10} {error}", flush=True)
+
+    def _measure(self, arm: str, engine: EngineProcess) -> None:
+        figures = run_arm(engine, arm == "stock", self._setup.load, self._plan.repeat)
+        if arm == "stock":
+            figures["s_max"] = _print_limit(figures)
+        self.results[arm] = compare(figures, self.results.get("stock", figures))
+        _print(arm, self.results[arm])
+        profiles = self.results[arm]["profiles"] = {}
+        for requests in self._plan.profile:
+            profiles[requests] = engine.ask({**_PROFILED, "requests": requests})
+            _print_profile(requests, profiles[requests])
+
+
+def _print_limit(stock: dict[str, Any]) -> float:
     s_max = bound(stock["elapsed_s"], stock["prefill_s"], math.inf)
-    stock["s_max"] = s_max
     can = "can" if s_max > PUBLISHED else "cannot"
     print(
         f"S_max {s_max:.2f}: of stock's {stock['elapsed_s']:.1f} s prefills alone take "
@@ -132,18 +161,15 @@ def run(
     print(
         "arm        tokens/s  ratio  bound  of it  running  preempted   decode  beside", flush=True
     )
-    results = {"stock": compare(stock, stock)}
-    _print("stock", results["stock"])
-    for arm in arms:
-        if arm == "stock":
-            continue
-        try:
-            results[arm] = compare(run_arm(arm, kv_bytes, setup, repeat, log), stock)
-            _print(arm, results[arm])
-        except RuntimeError as error:
-            results[arm] = {"failed": str(error)}
-            print(f"{arm:10} {error}", flush=True)
-    return results
+    return s_max
+
+
+def _print_profile(requests: int, row: dict[str, Any]) -> None:
+    host = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in row["host"].items())
+    print(
+        f"    {requests} decode: {row['step_s'] * 1e3:.2f} ms a step, the GPU computes "
+        f"{row['gpu_busy_share']:.0%} of it; ms of the host: {host}"[:400], flush=True,
+    )  # fmt: skip
 
 
 def _print(arm: str, row: dict[str, Any]) -> None:
@@ -171,7 +197,8 @@ def _engine(args: argparse.Namespace) -> dict[str, Any]:
     length = args.prompt_tokens + args.output_tokens
     engine = {
         "dtype": "bfloat16" if cuda else "float32", "block_size": 16 if cuda else 32,
-        "max_model_len": length + 1, "max_num_seqs": args.requests if cuda else 16,
+        "max_model_len": length + 1,
+        "max_num_seqs": max([args.requests, *args.profile]) if cuda else 16,
         "max_num_batched_tokens": 8192, "enforce_eager": not cuda, "skip_tokenizer_init": True,
         "enable_prefix_caching": True,
     }  # fmt: skip
@@ -193,6 +220,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=6000)
     parser.add_argument("--output-tokens", type=int, default=500)
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument(
+        "--at-once", type=int, default=1,
+        help="engines that start together, as memory allows: see --engine's gpu_memory_utilization",
+    )  # fmt: skip
+    parser.add_argument(
+        "--profile", type=int, nargs="*", default=[],
+        help="profile steps of so many decoding requests in each arm",
+    )  # fmt: skip
     parser.add_argument("--beside-mib", type=float, default=384, help="taken off ours")
     parser.add_argument("--engine", default="{}", help="vLLM's engine arguments, as JSON")
     parser.add_argument("--threads", type=int, default=1, help="of each engine, on CPUs")
@@ -219,15 +254,20 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         beside = int(args.beside_mib * (1 << 20))
         setup = Setup(model, engine, args.policy, load, beside, args.threads)
+
+        def save() -> None:
+            if args.json:
+                args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+        plan = Plan(args.arms, args.repeat, args.at_once, args.profile)
         for gib in args.kv_gib:
+            comparison = Comparison(int(gib * (1 << 30)), setup, plan, log, save)
+            results[f"{gib:g} GiB"] = comparison.results
             try:
-                arms = run(int(gib * (1 << 30)), args.arms, setup, args.repeat, log)
+                comparison.run()
             except RuntimeError as error:
                 print(f"loadtest.published: {error}", file=sys.stderr)
                 return 1
-            results[f"{gib:g} GiB"] = arms
-            if args.json:
-                args.json.write_text(json.dumps(results, indent=2) + "\n")
     failed = [arm for arms in results.values() for arm, row in arms.items() if "failed" in row]
     return 1 if failed else 0
 

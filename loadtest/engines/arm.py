@@ -17,6 +17,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import SchedulerIterationDetails
 
 from loadtest.engines.rounds import Compression, Step, step_figures
+from loadtest.engines.step_profile import profile_steps
 
 
 class StepCounts(StatLoggerBase):
@@ -113,6 +114,30 @@ class Engine:
             **step_figures(steps, self._compression()),
         }
 
+    def profile(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Profile steps of `requests` that all decode; return what `profile_steps` does.
+
+        Raises:
+            RuntimeError: they do not all run at once.
+        """
+        # A request that compresses, or the step that the scheduler is ahead, takes a few more.
+        command = {**command, "output_tokens": 4 * command["profile_steps"] + 32}
+        self._add(command)
+        while not self._all_decode(command["requests"]):
+            if not self._engine.has_unfinished_requests():
+                raise RuntimeError(f"{command['requests']} requests do not fit together")
+            self._engine.step()
+        for _ in range(8):
+            self._engine.step()
+        figures = profile_steps(self._engine.step, command["profile_steps"])
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+        return figures
+
+    def _all_decode(self, requests: int) -> bool:
+        running = self._scheduler.running
+        return len(running) == requests and all(request.num_output_tokens for request in running)
+
     def _compression(self) -> Compression:
         if not self._compresses:
             return Compression()
@@ -155,7 +180,9 @@ class Engine:
 def main() -> None:
     engine = Engine(json.loads(sys.argv[1]))
     for line in sys.stdin:
-        print(json.dumps(engine.round(json.loads(line))), flush=True)
+        command = json.loads(line)
+        answer = engine.profile if "profile_steps" in command else engine.round
+        print(json.dumps(answer(command)), flush=True)
 
 
 if __name__ == "__main__":

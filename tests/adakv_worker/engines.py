@@ -15,15 +15,22 @@ from adakv_worker.plugin import engine_args
 VOCABULARY = 320
 
 
-def make_tiny_model(folder: Path, heads: int, kv_heads: int, layers: int = 4) -> Path:
-    """Save a random Llama with sharp enough logits to tell tokens apart."""
+def make_tiny_model(
+    folder: Path,
+    heads: int,
+    kv_heads: int,
+    layers: int = 4,
+    head_dim: int = 32,
+    initializer_range: float = 0.15,
+) -> Path:
+    """Save a random Llama, by default with sharp enough logits to tell tokens apart."""
     torch.manual_seed(heads * 100 + kv_heads)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32 * heads, intermediate_size=256,
         num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=32,
-        max_position_embeddings=4096, initializer_range=0.15, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=None,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+        max_position_embeddings=4096, initializer_range=initializer_range,
+        tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).float().save_pretrained(folder)
     settings = json.loads((folder / "config.json").read_text())
@@ -119,9 +126,9 @@ class Engine:
         return [self._result(output) for output in outputs]
 
     def flush(self) -> None:
-        output = self.scheduler.schedule()
-        self.runner.execute_model(output)
-        self.scheduler.update_from_output(output, _NoOutput())
+        """Let the worker forget the finished requests, which it does in a step."""
+        while self.scheduler.has_finished_requests():
+            self.llm.llm_engine.engine_core.get_output()
 
     def _result(self, output: Any) -> Result:
         answer = output.outputs[0]
@@ -150,16 +157,6 @@ class Engine:
     def close(self) -> None:
         """End the process groups, which all engines of a process share: one engine at a time."""
         self.llm.llm_engine.engine_core.shutdown()
-
-
-class _NoOutput:
-    """A runner's output for a step without tokens."""
-
-    sampled_token_ids: list = []  # noqa: RUF012
-    logprobs = pooler_output = num_nans_in_logits = kv_connector_output = None
-    ec_connector_output = cudagraph_stats = None
-    prompt_logprobs_dict: dict = {}  # noqa: RUF012
-    prompt_token_id_logprobs_dict: dict = {}  # noqa: RUF012
 
 
 class Reference:

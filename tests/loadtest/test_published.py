@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.published import Load, Setup, compare, compression_of, main
+from loadtest.engines.published_arms import Load, Setup, compression_of
+from loadtest.published import compare, main
 
 
 def test_a_64th_is_bounded_while_decoding() -> None:
@@ -35,6 +36,7 @@ def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     command = [
         "--shape", "tiny", "--kv-gib", "0.002", "--beside-mib", "0.25", "--requests", "6",
         "--prompt-tokens", "400", "--output-tokens", "40", "--arms", "64th", "--json", str(figures),
+        "--at-once", "2", "--profile", "2",
     ]  # fmt: skip
     assert main(command) == 0
     printed = capsys.readouterr().out
@@ -45,6 +47,9 @@ def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert arms["64th"]["output_tokens"] == 6 * 40
     assert 0 < arms["64th"]["beside_bytes"] < 1 << 18
     assert arms["64th"]["peak_running"] > arms["stock"]["peak_running"]
+    for arm in arms.values():
+        assert arm["profiles"]["2"]["step_s"] > 0
+        assert any("execute_model" in name for name in arm["profiles"]["2"]["host"])
 
 
 def test_bad_arguments_are_a_line(capsys: pytest.CaptureFixture) -> None:
