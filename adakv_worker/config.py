@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -35,6 +35,27 @@ class Section(BaseModel):
                 if key not in cls.model_fields:
                     raise ValueError(unknown_key_message(str(key), cls.model_fields, cls.__name__))
         return values
+
+
+class SessionsConfig(Section):
+    """Compressed caches that outlive their requests, for the next turn of a conversation."""
+
+    enabled: bool = False
+    share: float = Field(
+        default=0.5, gt=0.0, le=1.0, description="Most of the KV blocks that held caches have"
+    )
+    max_held: int = Field(default=256, ge=1, description="Most caches that are held")
+    max_idle_s: float = Field(default=3600.0, gt=0.0, description="How long a cache is held")
+    min_saved_tokens: int = Field(
+        default=128,
+        ge=1,
+        description="Tokens that a held cache must save beyond the prefix cache's hit",
+    )
+    compress: Literal["newest", "all"] = Field(
+        default="newest",
+        description="Entries that compete at the end of a resumed prompt: those since the last "
+        "compression, or all, which loses early turns",
+    )
 
 
 class CompressionConfig(Section):
@@ -84,6 +105,7 @@ class CompressionConfig(Section):
         ge=0,
         description="Most memory for the page tables of full CUDA graphs; 0: no such graphs",
     )
+    sessions: SessionsConfig = SessionsConfig()
     check_invariants: bool = Field(
         default=False, description="Check all bookkeeping after every step: slow, for debugging"
     )
@@ -101,6 +123,11 @@ class CompressionConfig(Section):
                     self.default_choice, self.decode_budget_tokens, self.decode_interval_tokens
                 )
         return self
+
+    @property
+    def most_held(self) -> int:
+        """Most caches that are held."""
+        return self.sessions.max_held if self.sessions.enabled else 0
 
     @property
     def default_choice(self) -> PolicyChoice:

@@ -76,6 +76,47 @@ class TakeUp(NamedTuple):
     state: str | None
 
 
+class Resume(NamedTuple):
+    """Give a request the held cache of that name, without its last `cut_tokens` tokens.
+
+    tokens: those that are left.
+    slabs: all the request's blocks, of which the held cache's are the first.
+    """
+
+    held: str
+    tokens: int
+    cut_tokens: int
+    slabs: list[int]
+
+
+class Recompress(NamedTuple):
+    """Cut a resumed request whose prompt this forward pass completes to its first `slabs`.
+
+    The last `among` entries of each head compete for `keep` places per head on average; None: all
+    entries do. The scorer looks at the queries of the last `query_span` of `tokens` tokens.
+    """
+
+    choice: PolicyChoice
+    tokens: int
+    query_span: int
+    keep: int
+    slabs: int
+    among: int | None
+
+
+class SessionCommands(NamedTuple):
+    """What becomes of held caches, in this order and before anything is computed.
+
+    hold: requests that end or pause in this step, and the names under which their caches stay.
+    drop: held caches whose blocks are taken.
+    resume: requests that begin with a held cache.
+    """
+
+    hold: dict[str, str]
+    drop: list[str]
+    resume: dict[str, Resume]
+
+
 class StepCommands(NamedTuple):
     """Commands of one scheduler step, by request id. Most steps have none."""
 
@@ -83,9 +124,20 @@ class StepCommands(NamedTuple):
     compress: dict[str, Compress]
     take_up: dict[str, TakeUp]
     evict: dict[str, Evict]
+    recompress: dict[str, Recompress]
+    sessions: SessionCommands
+
+    @classmethod
+    def none(cls) -> "StepCommands":
+        return cls({}, {}, {}, {}, {}, SessionCommands({}, [], {}))
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether something looks at the step's queries."""
+        return bool(self.capture or self.compress or self.evict or self.recompress)
 
 
-_NO_COMMANDS = StepCommands({}, {}, {}, {})
+_NO_COMMANDS = StepCommands.none()
 
 
 class Kept(NamedTuple):
@@ -134,6 +186,22 @@ def answer_of(runner_output: "ModelRunnerOutput") -> Answer:
     return getattr(runner_output, _ATTRIBUTE, NO_ANSWER)
 
 
+class SessionProof(msgspec.Struct, frozen=True):
+    """Record of the cache that one request began with.
+
+    turn: compressed prompts in its cache, its own included.
+    resumed_tokens: tokens whose entries the cache had. computed_tokens: those that were computed.
+    source: where the cache was (`pool`); None without one.
+    skipped: why it began without one, or None.
+    """
+
+    turn: int
+    resumed_tokens: int
+    computed_tokens: int
+    source: str | None = None
+    skipped: str | None = None
+
+
 class Proof(msgspec.Struct, frozen=True):
     """Record of what compression did to one request.
 
@@ -144,6 +212,7 @@ class Proof(msgspec.Struct, frozen=True):
     fallback: why it was not compressed as it asked for, or None.
     decode_budget_tokens, decode_interval_tokens: its decode bound, or None.
     decode_evictions: evictions so far.
+    session: the cache that it began with, None without sessions.
     """
 
     policy: str
@@ -158,6 +227,7 @@ class Proof(msgspec.Struct, frozen=True):
     decode_budget_tokens: int | None = None
     decode_interval_tokens: int | None = None
     decode_evictions: int = 0
+    session: SessionProof | None = None
 
     @property
     def compressed(self) -> bool:
@@ -196,7 +266,8 @@ class Proof(msgspec.Struct, frozen=True):
 
     def as_json(self) -> dict[str, object]:
         """Return the proof as clients get it."""
-        return msgspec.structs.asdict(self)
+        as_json: dict[str, object] = msgspec.to_builtins(self)
+        return as_json
 
 
 def with_proof(proof: Proof) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,6 +25,7 @@ class RequestBudget(BaseModel):
     limit: most entries that it may keep, whatever it asks for.
     unsupported: presets that do not work with the model; `auto` chooses another.
     fallback: why it gets another policy or budget than it asked for, or None.
+    session: whether it may begin with a held cache and leave one.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -36,6 +37,7 @@ class RequestBudget(BaseModel):
     limit: KeepLimit | None = None
     unsupported: frozenset[str] = frozenset()
     fallback: str | None = None
+    session: bool = True
 
     def keep_of(self, num_tokens: int) -> int:
         """Return the mean entries per (layer, KV head) that are kept of a prompt."""
@@ -66,6 +68,7 @@ class RequestOptions(BaseModel):
     window_tokens: int | None = Field(default=None, ge=1)
     decode_budget_tokens: int | None = Field(default=None, ge=1)
     decode_interval_tokens: int | None = Field(default=None, ge=1)
+    session: Literal["auto", "off"] | None = None
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None) -> "RequestOptions":
@@ -156,6 +159,7 @@ class RequestOptions(BaseModel):
             keep_ratio=ratio,
             decode=decode,
             limit=_keep_limit(config),
+            session=self.session != "off",
         )
 
     def _decode_bound(self, choice: PolicyChoice, config: CompressionConfig) -> DecodeBound | None:

@@ -1,5 +1,6 @@
 """CPU attention with compressed requests."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,14 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from adakv_worker.attention.folding import (
-    FoldedDecode,
+    Folded,
     FoldingBackend,
     FoldingBuilder,
     FoldingImpl,
     Pages,
     WithStep,
 )
-from kernels.paging.growth import GrownStep
+from kernels.paging.growth import ExtendedStep, GrownStep
 from kernels.paging.paged_cache import PagedCache
 
 # Steps of an unchanged batch that share a schedule.
@@ -39,20 +40,30 @@ class AdaKVCPUMetadataBuilder(FoldingBuilder, CPUAttentionMetadataBuilder):
     metadata_class = AdaKVCPUMetadata
     _folded: tuple[Tensor, Tensor] | None = None
 
-    def fold(self, grown: GrownStep, requests: int) -> FoldedDecode:
+    def fold(self, grown: GrownStep, requests: int) -> Folded:
         if grown.age % _PLAN_STEPS == 0:
             # A schedule divides the work; the kernel reads from the lengths what to attend to. So
             # one for the longest layer and for the next steps serves all.
             longest = grown.lens.amax(dim=0) + (_PLAN_STEPS - 1)
             self._folded = self._plan(longest, self.pages.keys.dtype)
         assert self._folded is not None
-        return FoldedDecode(requests, grown, self.pages, *self._folded)
+        starts, plan = self._folded
+        return Folded(requests, grown, self.pages, starts, 0, requests, plan=plan)
+
+    def fold_extends(self, extended: ExtendedStep, tokens: Sequence[int], first: int) -> Folded:
+        folded = super().fold_extends(extended, tokens, first)
+        # Which entries a token may see follows from the length, so each layer has a schedule.
+        dtype, starts = self.pages.keys.dtype, folded.query_start_loc
+        return folded._replace(plan=[self._schedule(lens, starts, dtype) for lens in extended.lens])
 
     def _plan(self, lens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        sequences = lens.shape[0]
-        query_start_loc = torch.arange(sequences + 1, dtype=torch.int32)
-        metadata = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=sequences,
+        query_start_loc = torch.arange(lens.shape[0] + 1, dtype=torch.int32)
+        return query_start_loc, self._schedule(lens, query_start_loc, dtype)
+
+    def _schedule(self, lens: Tensor, query_start_loc: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the kernel's division of work for sequences of one KV head."""
+        schedule: Tensor = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=lens.shape[0],
             num_heads=self.num_heads // self.num_kv_heads,
             num_kv_heads=1,
             head_dim=self.head_dim,
@@ -65,7 +76,7 @@ class AdaKVCPUMetadataBuilder(FoldingBuilder, CPUAttentionMetadataBuilder):
             enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
             kv_cache_dtype=self.kv_cache_dtype,
         )
-        return query_start_loc, metadata
+        return schedule
 
     def _nothing(self, common: CommonAttentionMetadata) -> dict[str, Any]:
         return {**super()._nothing(common), "scheduler_metadata": None}
@@ -81,9 +92,10 @@ class AdaKVCPUImpl(FoldingImpl, CPUAttentionBackendImpl):
         )  # fmt: skip
 
     def _attend_folded(
-        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: FoldedDecode
+        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: Folded
     ) -> None:
-        assert isinstance(folded.plan, Tensor)
+        plan = folded.plan[index] if isinstance(folded.plan, list) else folded.plan
+        assert isinstance(plan, Tensor)
         ops.cpu_attention_with_kv_cache(
             query=query,
             key_cache=folded.pages.keys,
@@ -97,7 +109,7 @@ class AdaKVCPUImpl(FoldingImpl, CPUAttentionBackendImpl):
             sliding_window=-1,
             block_table=folded.grown.tables[index],
             softcap=self.logits_soft_cap,
-            scheduler_metadata=folded.plan,
+            scheduler_metadata=plan,
             s_aux=None,
             kv_cache_dtype=self.kv_cache_dtype,
         )

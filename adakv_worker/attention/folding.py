@@ -1,10 +1,12 @@
 """Attention to compressed requests in any backend: each (request, KV head) is its own sequence.
 
-A batch has its R compressed decodes first; the stock backend handles the rest. Our backends are
-stock ones with these mixins placed before them.
+A batch has its compressed decodes first, then the compressed requests that take several tokens in
+this step; the stock backend handles the rest. Our backends are stock ones with these mixins placed
+before them.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,8 +26,9 @@ from adakv_worker.attention.watcher import Watcher
 from adakv_worker.config import compression_config
 from adakv_worker.refusals import require_classes
 from adakv_worker.spec import AdaKVSpec
-from kernels.paging.growth import GrownStep
+from kernels.paging.growth import ExtendedStep, GrownStep
 from kernels.paging.pages import PageTables
+from kernels.transfer import sent
 
 
 class Pages(NamedTuple):
@@ -38,35 +41,61 @@ class Pages(NamedTuple):
     values: Tensor
 
 
-class FoldedDecode(NamedTuple):
-    """The compressed decodes of one step, R requests of H KV heads each.
+class Folded(NamedTuple):
+    """Compressed requests of one step that attend in one call, R requests of H KV heads each.
 
     In a CUDA graph R is the whole batch: the folded call and the stock call both attend for all
     rows, and `mask` selects between them.
 
+    first: the batch's token with which they begin. tokens: their number in the batch.
     query_start_loc: [R * H + 1] int32.
-    plan: the backend's own preparation of the step, good for all layers.
+    most_tokens: most tokens that one of them has in this step.
+    order: [tokens * H] int64, the pairs of token and head in the order of request, head and token;
+        None where each request has one token.
+    plan: the backend's own preparation of the step.
     mask: [R] bool, the compressed rows; None outside a graph.
     """
 
     requests: int
-    grown: GrownStep
+    grown: GrownStep | ExtendedStep
     pages: Pages
     query_start_loc: Tensor
+    first: int
+    tokens: int
+    most_tokens: int = 1
+    order: Tensor | None = None
     plan: object = None
     mask: Tensor | None = None
 
     @property
-    def stock_from(self) -> int:
-        """First row of the batch for the stock call."""
-        return self.requests if self.mask is None else 0
+    def rows(self) -> slice:
+        """Their tokens in the batch."""
+        return slice(self.first, self.first + self.tokens)
 
 
 class Step(NamedTuple):
-    """Our additions to a step's attention metadata."""
+    """Our additions to a step's attention metadata.
 
-    folded: FoldedDecode | None
+    decodes: the compressed requests with one token. extends: those with several.
+    """
+
+    decodes: Folded | None
     watchers: list[Watcher]
+    extends: Folded | None = None
+
+    @property
+    def folded(self) -> list[Folded]:
+        return [folded for folded in (self.decodes, self.extends) if folded is not None]
+
+    @property
+    def stock_row(self) -> int:
+        """The batch's first request for the stock call."""
+        return sum(folded.requests for folded in self.folded if folded.mask is None)
+
+    @property
+    def stock_token(self) -> int:
+        """The batch's first token for the stock call."""
+        return sum(folded.tokens for folded in self.folded if folded.mask is None)
 
 
 @dataclass
@@ -99,20 +128,38 @@ class FoldingBuilder(AttentionMetadataBuilder[Any]):
         step, self.next_step = self.next_step, None
         if step is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[safe-super]
-        folded = step.folded.stock_from if step.folded is not None else 0
-        common = _without_first(common_attn_metadata, folded)
+        common = _without_first(common_attn_metadata, step.stock_row, step.stock_token)
         if common.num_reqs == 0:
             return self.metadata_class(**self._nothing(common), step=step, has_rest=False)
         stock = super().build(common_prefix_len, common, fast_build)  # type: ignore[safe-super]
         return self.metadata_class(**vars(stock), step=step)
 
-    def fold(self, grown: GrownStep, requests: int) -> FoldedDecode:
+    def fold(self, grown: GrownStep, requests: int) -> Folded:
         """Prepare attention for R compressed decodes."""
         raise NotImplementedError
 
-    def fold_for_graph(self, grown: GrownStep, compressed: int) -> FoldedDecode:
+    def fold_for_graph(self, grown: GrownStep, compressed: int) -> Folded:
         """Prepare attention for all rows of a CUDA graph, the first of which are compressed."""
         raise NotImplementedError
+
+    def fold_extends(self, extended: ExtendedStep, tokens: Sequence[int], first: int) -> Folded:
+        """Prepare attention for R compressed requests with `tokens` [R] each.
+
+        Args:
+            first: the batch's token with which they begin.
+        """
+        device, heads = extended.lens.device, self.tables.heads
+        starts = [0, *itertools.accumulate(count for count in tokens for _ in range(heads))]
+        head = torch.arange(heads, device=device)[:, None]
+        order, start = [], 0
+        for count in tokens:
+            token = torch.arange(start, start + count, device=device)
+            order.append((token * heads + head).flatten())
+            start += count
+        return Folded(
+            len(tokens), extended, self.pages, sent(starts, device).int(), first, start,
+            max(tokens), torch.cat(order),
+        )  # fmt: skip
 
     def _nothing(self, common: CommonAttentionMetadata) -> dict[str, Any]:
         """Return the required fields of stock metadata without rows."""
@@ -127,8 +174,10 @@ class FoldingBuilder(AttentionMetadataBuilder[Any]):
         }
 
 
-def _without_first(common: CommonAttentionMetadata, count: int) -> CommonAttentionMetadata:
-    """Return the metadata of the rows after the first `count`, which have one token each."""
+def _without_first(
+    common: CommonAttentionMetadata, count: int, tokens: int
+) -> CommonAttentionMetadata:
+    """Return the metadata of the rows after the first `count`, which have `tokens` in all."""
     if count == 0:
         return common
     by_request = {
@@ -140,13 +189,13 @@ def _without_first(common: CommonAttentionMetadata, count: int) -> CommonAttenti
     caches = [field.name for field in fields(common) if field.name.endswith("_cache")]
     return replace(
         common,
-        query_start_loc=common.query_start_loc[count:] - count,
-        query_start_loc_cpu=common.query_start_loc_cpu[count:] - count,
+        query_start_loc=common.query_start_loc[count:] - tokens,
+        query_start_loc_cpu=common.query_start_loc_cpu[count:] - tokens,
         seq_lens=common.seq_lens[count:],
         num_reqs=common.num_reqs - count,
-        num_actual_tokens=common.num_actual_tokens - count,
+        num_actual_tokens=common.num_actual_tokens - tokens,
         block_table_tensor=common.block_table_tensor[count:],
-        slot_mapping=common.slot_mapping[count:],
+        slot_mapping=common.slot_mapping[tokens:],
         **by_request,
         **dict.fromkeys(caches),  # type: ignore[arg-type]
     )
@@ -172,16 +221,18 @@ class FoldingImpl(AttentionImpl[Any]):
     ) -> None:
         stock: Any = super()
         metadata = _metadata_of(layer)
-        folded = metadata.step.folded if metadata is not None and metadata.step else None
-        if metadata is None or folded is None:
+        step = metadata.step if metadata is not None else None
+        if metadata is None or step is None or not step.folded:
             stock.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             return
-        count, rest = folded.requests, folded.stock_from
-        self._store_folded(
-            layer, fold(key[:count], 1), fold(value[:count], 1), folded.pages,
-            folded.grown.slots[layer.adakv_index],
-        )  # fmt: skip
+        for folded in step.folded:
+            rows = folded.rows
+            self._store_folded(
+                layer, fold(key[rows], 1), fold(value[rows], 1), folded.pages,
+                folded.grown.slots[layer.adakv_index],
+            )  # fmt: skip
         if metadata.has_rest:
+            rest = step.stock_token
             stock.do_kv_cache_update(layer, key[rest:], value[rest:], kv_cache, slot_mapping[rest:])
 
     def forward(
@@ -203,47 +254,65 @@ class FoldingImpl(AttentionImpl[Any]):
                 layer, query, key, value, kv_cache, attn_metadata, output,
                 output_scale, output_block_scale,
             )  # fmt: skip
-        index, folded = layer.adakv_index, step.folded
-        rest = folded.stock_from if folded is not None else 0
-        attended = output
-        if folded is not None:
-            count, group = folded.requests, self.num_heads // self.num_kv_heads
-            attended = output[:count] if folded.mask is None else torch.empty_like(output[:count])
-            by_head = attended.view(-1, group, self.head_size)
-            self._attend_folded(layer, index, fold(query[:count], group), by_head, folded)
+        index, masked = layer.adakv_index, None
+        if step.decodes is not None:
+            masked = self._attend_decodes(layer, index, query, output, step.decodes)
+        if step.extends is not None:
+            self._attend_extends(layer, index, query, output, step.extends)
         if attn_metadata.has_rest:
+            rest = step.stock_token
             stock.forward(
                 layer, query[rest:], key, value, kv_cache, attn_metadata, output[rest:],
                 output_scale, output_block_scale,
             )  # fmt: skip
-        if folded is not None and folded.mask is not None:
-            mask = folded.mask.view(-1, *[1] * (output.dim() - 1))
+        if masked is not None and step.decodes is not None and step.decodes.mask is not None:
+            mask = step.decodes.mask.view(-1, *[1] * (output.dim() - 1))
             stocks = output[: len(mask)]
-            stocks.copy_(torch.where(mask, attended, stocks))
+            stocks.copy_(torch.where(mask, masked, stocks))
         for watcher in step.watchers:
             watcher.see(index, query)
         return output
 
+    def _attend_decodes(
+        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: Folded
+    ) -> Tensor | None:
+        """Attend for compressed decodes; in a graph return the result for all rows instead."""
+        rows, group = folded.rows, self.num_heads // self.num_kv_heads
+        attended = output[rows] if folded.mask is None else torch.empty_like(output[rows])
+        by_head = attended.view(-1, group, self.head_size)
+        self._attend_folded(layer, index, fold(query[rows], group), by_head, folded)
+        return None if folded.mask is None else attended
+
+    def _attend_extends(
+        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: Folded
+    ) -> None:
+        """Attend for compressed requests with several tokens, each token to those before it."""
+        rows, group = folded.rows, self.num_heads // self.num_kv_heads
+        queries = fold(query[rows], group)[folded.order]
+        attended = torch.empty_like(queries)
+        self._attend_folded(layer, index, queries, attended, folded)
+        output[rows].view(-1, group, self.head_size)[folded.order] = attended
+
     def _store_folded(
         self, layer: Any, key: Tensor, value: Tensor, pages: Pages, slots: Tensor
     ) -> None:
-        """Write key and value [R * H, 1, D] to slots [R * H] of the pages."""
+        """Write key and value [tokens * H, 1, D] to slots [tokens * H] of the pages."""
         raise NotImplementedError
 
     def _attend_folded(
-        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: FoldedDecode
+        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: Folded
     ) -> None:
         """Attend for the folded sequences.
 
         Args:
             index: the layer's index in the cache.
-            query, output: [R * H, group, D].
+            query, output: [tokens * H, group, D], in the order of `query_start_loc`.
         """
         raise NotImplementedError
 
 
 def fold(x: Tensor, heads: int) -> Tensor:
-    """Turn [R, H * heads, D] into [R * H, heads, D]: the KV heads join the batch."""
+    """Turn [T, H * heads, D] into [T * H, heads, D]: the KV heads join the batch."""
     return x.reshape(-1, heads, x.shape[-1])
 
 

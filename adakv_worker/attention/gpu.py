@@ -3,6 +3,7 @@
 Both read lengths and block tables from the device, so no step waits for the device.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from adakv_worker.attention.folding import (
-    FoldedDecode,
+    Folded,
     FoldingBackend,
     FoldingBuilder,
     FoldingImpl,
@@ -25,7 +26,7 @@ from adakv_worker.attention.folding import (
     is_on,
 )
 from adakv_worker.config import compression_config
-from kernels.paging.growth import GrownStep
+from kernels.paging.growth import ExtendedStep, GrownStep
 
 
 class GPUFoldingBuilder(FoldingBuilder):
@@ -60,11 +61,11 @@ class GPUFoldingBuilder(FoldingBuilder):
             return AttentionCGSupport.NEVER
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
-    def fold(self, grown: GrownStep, requests: int) -> FoldedDecode:
-        sequences = grown.lens.shape[1]
-        return FoldedDecode(requests, grown, self.pages, self._starts[: sequences + 1])
+    def fold(self, grown: GrownStep, requests: int) -> Folded:
+        starts = self._starts[: grown.lens.shape[1] + 1]
+        return Folded(requests, grown, self.pages, starts, 0, requests)
 
-    def fold_for_graph(self, grown: GrownStep, compressed: int) -> FoldedDecode:
+    def fold_for_graph(self, grown: GrownStep, compressed: int) -> Folded:
         rows = grown.lens.shape[1] // self._heads
         mask = self._mask[:rows]
         mask[:compressed], mask[compressed:] = True, False
@@ -78,7 +79,7 @@ class GPUFoldingBuilder(FoldingBuilder):
         fast_build: bool = False,
     ) -> Any:
         step = self.next_step
-        if step is not None and step.folded is not None and step.folded.mask is not None:
+        if step is not None and step.decodes is not None and step.decodes.mask is not None:
             common_attn_metadata = self._without_compressed(common_attn_metadata)
         return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
@@ -106,7 +107,7 @@ class GPUFoldingBackend(FoldingBackend):
         return (KVCacheLayout.BLHNC,) if is_on() else super().supported_kv_cache_layouts()
 
 
-def _most_entries(folded: FoldedDecode) -> int:
+def _most_entries(folded: Folded) -> int:
     """Return the most entries that a sequence can have; only the device has the real number."""
     return folded.grown.tables.shape[-1] * folded.pages.keys.shape[1]
 
@@ -155,8 +156,17 @@ class AdaKVFlashImpl(FoldingImpl, flash_attn.FlashAttentionImpl):
             layer._k_scale, layer._v_scale,
         )  # fmt: skip
 
+    def _splits(self, folded: Folded) -> int:
+        assert self.vllm_flash_attn_version is not None
+        if folded.most_tokens > 1:
+            # Enough queries to fill the device without splits.
+            return 1 if self.vllm_flash_attn_version == 3 else 0
+        return folded_splits(
+            folded.grown.lens.shape[1], self.vllm_flash_attn_version, self._most_splits
+        )
+
     def _attend_folded(
-        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: FoldedDecode
+        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: Folded
     ) -> None:
         assert self.vllm_flash_attn_version is not None
         flash_attn.flash_attn_varlen_func(
@@ -165,7 +175,7 @@ class AdaKVFlashImpl(FoldingImpl, flash_attn.FlashAttentionImpl):
             v=folded.pages.values,
             out=output,
             cu_seqlens_q=folded.query_start_loc,
-            max_seqlen_q=1,
+            max_seqlen_q=folded.most_tokens,
             seqused_k=folded.grown.lens[index],
             max_seqlen_k=_most_entries(folded),
             softmax_scale=self.scale,
@@ -173,7 +183,7 @@ class AdaKVFlashImpl(FoldingImpl, flash_attn.FlashAttentionImpl):
             block_table=folded.grown.tables[index],
             softcap=self.logits_soft_cap,
             fa_version=self.vllm_flash_attn_version,
-            num_splits=folded_splits(len(query), self.vllm_flash_attn_version, self._most_splits),
+            num_splits=self._splits(folded),
         )
 
 
@@ -203,10 +213,16 @@ class AdaKVTritonMetadataBuilder(GPUFoldingBuilder, triton_attn.TritonAttentionM
     metadata_class = AdaKVTritonMetadata
     _segments: _Segments | None = None
 
-    def fold(self, grown: GrownStep, requests: int) -> FoldedDecode:
+    def fold(self, grown: GrownStep, requests: int) -> Folded:
+        return super().fold(grown, requests)._replace(plan=self._plan())
+
+    def fold_extends(self, extended: ExtendedStep, tokens: Sequence[int], first: int) -> Folded:
+        return super().fold_extends(extended, tokens, first)._replace(plan=self._plan())
+
+    def _plan(self) -> _Segments:
         if self._segments is None:
             self._segments = self._make_segments(self.pages.keys.device)
-        return super().fold(grown, requests)._replace(plan=self._segments)
+        return self._segments
 
     def _make_segments(self, device: torch.device) -> _Segments:
         # One KV head for each sequence: this many fill the device without splits.
@@ -242,7 +258,7 @@ class AdaKVTritonImpl(FoldingImpl, triton_attn.TritonAttentionImpl):
         )  # fmt: skip
 
     def _attend_folded(
-        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: FoldedDecode
+        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: Folded
     ) -> None:
         segments = folded.plan
         assert isinstance(segments, _Segments)
@@ -252,7 +268,7 @@ class AdaKVTritonImpl(FoldingImpl, triton_attn.TritonAttentionImpl):
             v=folded.pages.values,
             out=output,
             cu_seqlens_q=folded.query_start_loc,
-            max_seqlen_q=1,
+            max_seqlen_q=folded.most_tokens,
             seqused_k=folded.grown.lens[index],
             max_seqlen_k=_most_entries(folded),
             softmax_scale=self.scale,

@@ -181,7 +181,7 @@ class Admission:
         request would then compute its whole prompt again.
         """
         return sum(
-            request.plan.prompt_blocks - len(self._blocks[other]) + request.plan.slabs
+            request.blocks_to_start - len(self._blocks[other])
             for other, request in self._prefilling.items()
             if other != request_id
         )

@@ -6,12 +6,16 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from adakv_worker.core.manager import AdaKVManager
+from adakv_worker.core.plan import Plan
 from adakv_worker.core.request import CompressedRequest, Phase
 from adakv_worker.messages import (
     WITHOUT_QUERIES,
     Capture,
     Compress,
     Evict,
+    Recompress,
+    Resume,
+    SessionCommands,
     StepCommands,
     TakeUp,
 )
@@ -22,14 +26,24 @@ def step_commands(
     manager: AdaKVManager,
     requests: Mapping[str, Request],
     take_ups: dict[str, TakeUp],
+    holds: dict[str, str],
 ) -> StepCommands:
-    """Return a step's commands, and have the manager expect its evictions."""
-    commands = StepCommands({}, {}, take_ups, {})
+    """Return a step's commands, and have the manager expect its evictions.
+
+    Args:
+        holds: requests whose caches are held from this step on, and the caches' names.
+    """
+    sessions = _session_commands(manager, holds)
+    commands = StepCommands({}, {}, take_ups, {}, {}, sessions)
     scheduled = output.num_scheduled_tokens
     for request_id in manager.reserved:
         request = manager.requests.get(request_id)
         if request is not None and request.phase is Phase.RESERVED and request_id in scheduled:
             commands.compress[request_id] = _compress(request, manager.slabs_of(request_id))
+    for request_id in manager.completed:
+        request = manager.requests.get(request_id)
+        if request is not None and request.phase is Phase.RESUMED and request_id in scheduled:
+            commands.recompress[request_id] = _recompress(request.plan)
     for request_id, request in manager.prefilling.items():
         plan, computed = request.plan, requests[request_id].num_computed_tokens
         if request_id in scheduled and computed > plan.prompt_tokens - plan.query_span:
@@ -38,6 +52,28 @@ def step_commands(
         if request_id in scheduled:
             _command_eviction(commands, manager, request_id, request)
     return commands
+
+
+def _session_commands(manager: AdaKVManager, holds: dict[str, str]) -> SessionCommands:
+    if manager.held is None:
+        return SessionCommands({}, [], {})
+    resume = {}
+    for request_id, held in manager.resuming.items():
+        resumed = manager.requests[request_id].plan.resumed
+        assert resumed is not None
+        tokens = resumed.base.tokens
+        cut, slabs = held.entry_tokens - tokens, manager.slabs_of(request_id)
+        resume[request_id] = Resume(held.name, tokens, cut, slabs)
+    manager.resuming.clear()
+    return SessionCommands(holds, manager.held.take_gone(), resume)
+
+
+def _recompress(plan: Plan) -> Recompress:
+    resumed = plan.resumed
+    assert resumed is not None
+    return Recompress(
+        plan.choice, plan.prompt_tokens, plan.query_span, resumed.keep, plan.slabs, resumed.among
+    )
 
 
 def _compress(request: CompressedRequest, slabs: list[int]) -> Compress:

@@ -1,6 +1,7 @@
 """KV-cache manager: ordinary blocks until the prompt is complete, slabs afterwards."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -8,7 +9,8 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from adakv_worker.core.admission import Admission
-from adakv_worker.core.plan import Plan
+from adakv_worker.core.held import Held, HeldCaches, ToHold
+from adakv_worker.core.plan import Plan, Resumed
 from adakv_worker.core.request import CompressedRequest, Phase
 from adakv_worker.messages import MemoryStats
 
@@ -17,14 +19,19 @@ class AdaKVManager(FullAttentionManager):
     """Gives out and takes back blocks according to each request's plan.
 
     It alone changes the requests, and only in `consider`, `allocate_new_blocks`, `evict`,
-    `fall_back`, `new_step_starts` and `pop_blocks_for_free`. All else changes nothing.
+    `fall_back`, `hold`, `new_step_starts` and `pop_blocks_for_free`. All else changes nothing.
 
     requests: those that hold blocks, and those that were considered last.
-    prefilling: those that hold blocks and will be compressed.
+    prefilling: those that hold blocks and will be compressed when their prompts are complete.
     compressed: those that are compressed and hold blocks.
     bounded: the compressed ones that evict.
     reserved: those that this step compresses.
+    completed: resumed ones whose prompts this step completes.
+    held: the caches of requests that have ended or wait, None without sessions.
+    resuming: the held caches of requests that this step has begun, until the workers know.
     """
+
+    held: HeldCaches | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -33,11 +40,14 @@ class AdaKVManager(FullAttentionManager):
         self.compressed: dict[str, CompressedRequest] = {}
         self.bounded: dict[str, CompressedRequest] = {}
         self.reserved: list[str] = []
+        self.completed: list[str] = []
         self.admission = Admission(
             self.block_pool, self.block_size, self.req_to_blocks, self.prefilling, self.compressed
         )
         self._stay_whole: list[str] = []
         self._evicting: list[str] = []
+        self.resuming: dict[str, Held] = {}
+        self._to_hold: dict[str, Held] = {}
         self._compressed_blocks = self._kept_tokens = self._original_tokens = 0
 
     # Queries.
@@ -54,7 +64,7 @@ class AdaKVManager(FullAttentionManager):
         prefill_end: int = 0,
     ) -> int:
         request = self.requests.get(request_id)
-        if request is not None and request.phase is Phase.COMPRESSED:
+        if request is not None and request.has_slabs:
             needed = self._blocks_to_grow(request_id, request, num_tokens)
             if not apply_admission_cap:
                 return needed
@@ -83,11 +93,20 @@ class AdaKVManager(FullAttentionManager):
         return needed + slabs if self.admission.is_free(needed + slabs) else needed
 
     def _blocks_to_grow(self, request_id: str, request: CompressedRequest, num_tokens: int) -> int:
-        """Return the blocks that a COMPRESSED request needs for so many tokens."""
+        """Return the blocks that a request with slabs needs for so many tokens."""
         if num_tokens <= request.room_tokens:
             return 0
-        held = len(self.req_to_blocks.get(request_id, ()))
-        return max(request.plan.blocks_at(num_tokens) - held, 0)
+        own = len(self.req_to_blocks.get(request_id, ()))
+        needed = max(request.blocks_at(num_tokens) - own, 0)
+        if request.plan.resumed is None or own:
+            return needed
+        # The held cache's blocks are free until it begins.
+        return max(needed, len(self._held_by(request.plan.resumed)))
+
+    def _held_by(self, resumed: Resumed) -> tuple[KVCacheBlock, ...]:
+        """Return the blocks of the held cache with which a request is to begin."""
+        assert self.held is not None
+        return self.held.get(resumed.held).blocks
 
     def slabs_of(self, request_id: str) -> list[int]:
         """Return the block ids of the slabs of a RESERVED or COMPRESSED request."""
@@ -124,7 +143,7 @@ class AdaKVManager(FullAttentionManager):
             return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         begins = request.num_tokens == 0
         request.grow(num_tokens)
-        if request.phase is Phase.COMPRESSED:
+        if request.has_slabs:
             return self._grow(request_id, request)
         new_blocks = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         if begins:
@@ -139,7 +158,7 @@ class AdaKVManager(FullAttentionManager):
     def _begin(self, request_id: str, request: CompressedRequest) -> None:
         """Count a request that holds blocks from now on."""
         self.admission.begin(request_id, request)
-        if request.phase is Phase.PREFILL:
+        if request.phase is not Phase.WHOLE:
             self.prefilling[request_id] = request
         else:
             self._stay_whole.append(request_id)
@@ -163,22 +182,37 @@ class AdaKVManager(FullAttentionManager):
         return slabs
 
     def _grow(self, request_id: str, request: CompressedRequest) -> list[KVCacheBlock]:
-        """Give a COMPRESSED request the blocks that its tokens need."""
+        """Give a request with slabs the blocks that its tokens need."""
         if request.num_tokens <= request.room_tokens:
             return []
         blocks = self.req_to_blocks[request_id]
-        if request_id not in self.compressed:
-            # It arrived with its cache.
-            self.admission.begin(request_id, request)
-            self._hold_compressed(request_id, request)
+        new_blocks = self._begin_with_slabs(request_id, request) if not blocks else []
         count = self._blocks_to_grow(request_id, request, request.num_tokens)
         grown = self.block_pool.get_new_blocks(count) if count else []
         blocks.extend(grown)
-        self._compressed_blocks += len(grown)
+        if request.phase is Phase.COMPRESSED:
+            self._compressed_blocks += len(grown)
+        elif request.completes_prompt:
+            del self.prefilling[request_id]
+            self.completed.append(request_id)
         request.hold(len(blocks))
         # Steps in which it was not scheduled are other than one token a step.
         self.admission.update(request_id, request)
-        return grown
+        return new_blocks + grown
+
+    def _begin_with_slabs(self, request_id: str, request: CompressedRequest) -> list[KVCacheBlock]:
+        """Count a request that begins with its cache, and return the cache's blocks."""
+        blocks = self.req_to_blocks[request_id]
+        if request.plan.resumed is not None:
+            assert self.held is not None
+            held = self.resuming[request_id] = self.held.take(request.plan.resumed.held)
+            blocks.extend(held.blocks)
+            self._begin(request_id, request)
+        else:
+            # It came from another engine.
+            self.admission.begin(request_id, request)
+            self._hold_compressed(request_id, request)
+        return list(blocks)
 
     def _hold_compressed(self, request_id: str, request: CompressedRequest) -> None:
         """Count a request among the compressed ones, with the blocks that it holds."""
@@ -206,41 +240,72 @@ class AdaKVManager(FullAttentionManager):
 
     def new_step_starts(self) -> None:
         self.admission.next_step()
-        self._free_prompts()
-        self._free_evicted()
+        for request_id in [*self.reserved, *self.completed, *self._evicting]:
+            self._finish_step(request_id)
+        for finished in (self.reserved, self.completed, self._evicting):
+            finished.clear()
+        if self.held is not None:
+            self.held.next_step()
         super().new_step_starts()
 
-    def _free_prompts(self) -> None:
-        """Free the prompt blocks of requests that the last step compressed; prefixes stay there."""
-        for request_id in self.reserved:
-            request = self.requests.get(request_id)
-            if request is None or request.phase is not Phase.RESERVED:
-                continue
-            blocks, prompt = self.req_to_blocks[request_id], request.plan.prompt_blocks
-            self.req_to_blocks[request_id] = blocks[prompt:]
-            self.block_pool.free_blocks(reversed(blocks[:prompt]))
-            request.compress(len(blocks) - prompt)
-            self._hold_compressed(request_id, request)
-            self.admission.update(request_id, request)
-        self.reserved.clear()
-
-    def _free_evicted(self) -> None:
-        """Free the slabs that the last step's evictions left empty."""
-        for request_id in self._evicting:
-            request, blocks = self.requests.get(request_id), self.req_to_blocks.get(request_id)
-            if request is None or not blocks:
-                continue
+    def _finish_step(self, request_id: str) -> None:
+        """Free what the last step's compression or eviction of a request has left empty."""
+        request, blocks = self.requests.get(request_id), self.req_to_blocks.get(request_id)
+        if request is None or not blocks:
+            return
+        if request.phase is Phase.RESERVED:
+            # The prefix stays there.
+            self.block_pool.free_blocks(reversed(blocks[: request.plan.prompt_blocks]))
+            self.req_to_blocks[request_id] = blocks[request.plan.prompt_blocks :]
+            self._note_compressed(request_id, request)
+        elif request.phase is Phase.RESUMED and request_id in self.completed:
+            self.req_to_blocks[request_id] = blocks[: request.plan.slabs]
+            self.block_pool.free_blocks(reversed(blocks[request.plan.slabs :]))
+            self._note_compressed(request_id, request)
+        elif request_id in self._evicting:
             left = request.plan.slabs_after_eviction
             self.req_to_blocks[request_id] = blocks[:left]
             self.block_pool.free_blocks(reversed(blocks[left:]))
             self._compressed_blocks -= len(blocks) - left
-            request.hold(left)
+            request.note_eviction(left)
             self.admission.update(request_id, request)
-        self._evicting.clear()
+
+    def _note_compressed(self, request_id: str, request: CompressedRequest) -> None:
+        request.compress(len(self.req_to_blocks[request_id]))
+        self._hold_compressed(request_id, request)
+        self.admission.update(request_id, request)
+
+    def hold(self, request_id: str, to_hold: ToHold) -> str | None:
+        """Hold a request's cache when its blocks are freed next.
+
+        Returns the cache's name for the workers; None if they have nothing to hold.
+        """
+        request = self.requests.get(request_id)
+        if self.held is None or request is None or not self.req_to_blocks.get(request_id):
+            return None
+        if (unsent := self.resuming.pop(request_id, None)) is not None:
+            self._to_hold[request_id] = unsent
+            return None
+        if to_hold.entry_tokens >= request.plan.prompt_tokens:
+            # The workers have finished the step, or will have before the next one.
+            self._finish_step(request_id)
+        if not request.has_slabs or request.floor is None:
+            return None
+        known = min(len(to_hold.token_ids), to_hold.entry_tokens)
+        if known < request.floor.tokens:
+            return None
+        resumed = request.plan.resumed
+        name = self.held.next_name()
+        self._to_hold[request_id] = Held(
+            name, to_hold.scope, to_hold.token_ids[:known], to_hold.entry_tokens,
+            request.floor, request.compressed_at, (), resumed.turn if resumed else 1,
+        )  # fmt: skip
+        return name
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
         # A slab's content belongs to no prefix: it must never be found by one.
-        if request.request_id not in self.compressed:
+        own = self.requests.get(request.request_id)
+        if own is None or not own.has_slabs:
             super().cache_blocks(request, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
@@ -253,7 +318,14 @@ class AdaKVManager(FullAttentionManager):
             self._compressed_blocks -= len(self.req_to_blocks[request_id])
             self._kept_tokens -= request.plan.keep
             self._original_tokens -= request.plan.prompt_tokens
-        return super().pop_blocks_for_free(request_id)
+        blocks = super().pop_blocks_for_free(request_id)
+        if (held := self._to_hold.pop(request_id, None)) is not None:
+            assert self.held is not None
+            # One that the workers have not begun leaves what it took.
+            count = len(held.blocks) or len(blocks)
+            self.held.hold(replace(held, blocks=tuple(blocks[:count])))
+            return blocks[count:]
+        return blocks
 
 
 def _completes(request: CompressedRequest, num_tokens: int) -> bool:

@@ -4,7 +4,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from adakv_worker.config import FULL
-from adakv_worker.messages import Kept, Proof
+from adakv_worker.core.floor import Floor
+from adakv_worker.core.held import Held
+from adakv_worker.messages import Kept, Proof, SessionProof
 from adakv_worker.options import RequestBudget
 from kernels.blocks import (
     SINK_TOKENS,
@@ -54,6 +56,26 @@ class Outputs(NamedTuple):
     max_tokens: int = 0
 
 
+class Resumed(NamedTuple):
+    """How a request begins with a held cache.
+
+    held: the cache's name. turn: prompts that are compressed into it, this one included.
+    base: tokens that it saves, and their entries per head.
+    floor: how far the cache can be cut back.
+    among: last entries of each head that compete at the end of the prompt; None: all of them.
+    keep: entries per head on average that stay of those that compete.
+    compressed_at: tokens of the prompts before.
+    """
+
+    held: str
+    turn: int
+    base: Floor
+    floor: Floor
+    compressed_at: int
+    among: int | None
+    keep: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """The compression of one request at the end of its (next) prefill.
@@ -69,6 +91,8 @@ class Plan:
     fallback: why it is not compressed as it asked for, or None.
     bound: how far it may grow while it decodes. A request that could outgrow its bound takes slabs
         where there is room, even if all its entries are within the budget.
+    resumed: the held cache that it begins with, or None.
+    session: the record of that, or of why there is none; None without sessions.
     """
 
     choice: PolicyChoice
@@ -83,6 +107,8 @@ class Plan:
     skipped: str | None = None
     fallback: str | None = None
     bound: DecodeBound | None = None
+    resumed: Resumed | None = None
+    session: SessionProof | None = None
 
     @property
     def active(self) -> bool:
@@ -102,7 +128,23 @@ class Plan:
         """Most blocks that it could come to hold, beside those of its prompt."""
         if not self.active:
             return blocks_for_tokens(self.prompt_tokens + self.max_outputs, self.block_size)
-        return self._blocks_of(most_entries(self.keep, self.max_outputs, self.bound))
+        most = self._blocks_of(most_entries(self.keep, self.max_outputs, self.bound))
+        return most if self.resumed is None else max(most, self.blocks_to_extend)
+
+    @property
+    def window_tokens(self) -> int:
+        """Number of the prompt's last tokens whose entries all stay."""
+        return min(self.choice.build().scorer.window_tokens, self.keep)
+
+    @property
+    def blocks_to_extend(self) -> int:
+        """Blocks that hold a resumed request when its prompt is complete, before compression."""
+        return self.extended_blocks(self.prompt_tokens)
+
+    def extended_blocks(self, num_tokens: int) -> int:
+        """Return the blocks that hold a resumed request with `num_tokens` of its prompt."""
+        assert self.resumed is not None
+        return self._blocks_of(self.resumed.base.entries_at(num_tokens))
 
     @property
     def outgrows_bound(self) -> bool:
@@ -136,16 +178,16 @@ class Plan:
 
     def blocks_at(self, num_tokens: int) -> int:
         """Return the blocks that surely hold the compressed request at `num_tokens` tokens."""
-        return self._blocks_of(self._entries_at(num_tokens))
+        return self._blocks_of(self.entries_at(num_tokens))
 
     def room_in(self, blocks: int, num_tokens: int) -> int:
         """Return the number of tokens up to which so many blocks hold it, with no eviction."""
         entries = blocks * self.block_size - self.block_size + 1
-        return num_tokens + entries - self._entries_at(num_tokens)
+        return num_tokens + entries - self.entries_at(num_tokens)
 
     def grows_within(self, num_tokens: int, more: int) -> bool:
         """Return whether the compressed request needs another block for the next `more` tokens."""
-        entries = self._entries_at(num_tokens)
+        entries = self.entries_at(num_tokens)
         most = most_entries(entries, more, self.bound)
         return self._blocks_of(most) > self._blocks_of(entries)
 
@@ -192,12 +234,14 @@ class Plan:
             fallback=self.fallback,
             decode_budget_tokens=self.bound.budget_tokens if self.bound else None,
             decode_interval_tokens=self.bound.interval_tokens if self.bound else None,
+            session=self.session,
         )
 
     def _decoded(self, num_tokens: int) -> int:
         return max(0, num_tokens - self.prompt_tokens)
 
-    def _entries_at(self, num_tokens: int) -> int:
+    def entries_at(self, num_tokens: int) -> int:
+        """Return the entries per head of the compressed request at `num_tokens` tokens."""
         return entries_after(self.keep, self._decoded(num_tokens), self.bound)
 
     def _blocks_of(self, entries: int) -> int:
@@ -266,6 +310,41 @@ def resumed_plan(
         # Without a policy to choose entries, none can be evicted.
         bound=proof.bound if budget.choice.preset != FULL else None,
     )
+
+
+def with_held(plan: Plan, held: Held, tokens: int, *, newest_only: bool) -> Plan:
+    """Return a request's plan if it begins with the first `tokens` tokens of a held cache.
+
+    Args:
+        plan: its plan without one.
+        newest_only: whether the entries of earlier turns stay. Those of a bounded request compete.
+    """
+    base = Floor(tokens, held.floor.entries_at(tokens))
+    compressed_at = min(held.compressed_at, tokens)
+    new, computed = plan.prompt_tokens - compressed_at, plan.prompt_tokens - tokens
+    choice = _with_window_within(plan.choice, computed)
+    whole = base.entries_at(plan.prompt_tokens)
+    if plan.keep >= whole:
+        among, keep = new, new
+    elif newest_only and plan.bound is None:
+        window = choice.build().scorer.window_tokens
+        among, keep = new, min(new, max(plan.keep - (whole - new), window))
+    else:
+        among, keep = None, plan.keep
+    resumed = Resumed(held.name, held.turn + 1, base, held.floor, compressed_at, among, keep)
+    total = keep if among is None else whole - new + keep
+    span = min(query_span(choice), computed) if total < whole else 0
+    return replace(
+        plan, choice=choice, keep=total, query_span=span, skipped=None, resumed=resumed,
+        session=SessionProof(resumed.turn, tokens, computed, "pool"),
+    )  # fmt: skip
+
+
+def _with_window_within(choice: PolicyChoice, tokens: int) -> PolicyChoice:
+    """Return a choice that looks at no more queries than there are."""
+    if choice.build().scorer.window_tokens <= tokens:
+        return choice
+    return choice._replace(window_tokens=tokens)
 
 
 def query_span(choice: PolicyChoice) -> int:

@@ -3,6 +3,7 @@
 import enum
 from dataclasses import dataclass, replace
 
+from adakv_worker.core.floor import Floor
 from adakv_worker.core.plan import Life, Plan
 
 
@@ -10,12 +11,14 @@ class Phase(enum.Enum):
     """What a request's blocks are.
 
     PREFILL: ordinary blocks; it is compressed when its prompt is complete.
+    RESUMED: slabs of a held cache; its prompt's rest is computed, and then compressed.
     RESERVED: its prompt's blocks, followed by its slabs, for one step.
     COMPRESSED: slabs.
     WHOLE: ordinary blocks to its end.
     """
 
     PREFILL = enum.auto()
+    RESUMED = enum.auto()
     RESERVED = enum.auto()
     COMPRESSED = enum.auto()
     WHOLE = enum.auto()
@@ -27,22 +30,44 @@ class CompressedRequest:
 
     num_tokens: tokens that it has blocks for.
     room_tokens: tokens that its slabs hold while it does not evict; 0 before it has any.
+    floor: how far its compressed cache can be cut back; None before it has one.
+    compressed_at: tokens at its last compression or eviction.
+    failed: whether its policy has raised an error.
     """
 
     plan: Plan
     phase: Phase
     num_tokens: int = 0
     room_tokens: int = 0
+    floor: Floor | None = None
+    compressed_at: int = 0
+    failed: bool = False
 
     @classmethod
     def planned(cls, plan: Plan) -> "CompressedRequest":
         """Return a request that is about to compute its prompt."""
+        if plan.resumed is not None:
+            past = plan.resumed
+            return cls(plan, Phase.RESUMED, floor=past.floor, compressed_at=past.compressed_at)
         return cls(plan, Phase.PREFILL if plan.active else Phase.WHOLE)
 
     @classmethod
     def arriving(cls, plan: Plan, num_tokens: int) -> "CompressedRequest":
         """Return a request that arrives with its compressed cache and so many tokens."""
-        return cls(plan, Phase.COMPRESSED, num_tokens)
+        entries = plan.entries_at(num_tokens)
+        # What of its cache is exact is not known here, but its next tokens will be.
+        return cls(plan, Phase.COMPRESSED, num_tokens, 0, Floor(num_tokens, entries), num_tokens)
+
+    @property
+    def has_slabs(self) -> bool:
+        """Whether its blocks are slabs alone."""
+        return self.phase in (Phase.RESUMED, Phase.COMPRESSED)
+
+    @property
+    def completes_prompt(self) -> bool:
+        """Whether the step that it has blocks for completes its prompt, which is compressed."""
+        compressible = self.phase in (Phase.PREFILL, Phase.RESUMED)
+        return compressible and self.num_tokens >= self.plan.prompt_tokens
 
     @property
     def start_tokens(self) -> int:
@@ -55,7 +80,15 @@ class CompressedRequest:
         """Blocks that it holds at the end of its prefill, or that its arriving cache takes."""
         if self.phase is Phase.COMPRESSED:
             return self.plan.blocks_at(self.num_tokens)
+        if self.phase is Phase.RESUMED:
+            return self.plan.blocks_to_extend
         return self.plan.prompt_blocks + (self.plan.slabs if self.plan.active else 0)
+
+    def blocks_at(self, num_tokens: int) -> int:
+        """Return the slabs that surely hold it at `num_tokens` tokens."""
+        if self.phase is Phase.RESUMED:
+            return self.plan.extended_blocks(num_tokens)
+        return self.plan.blocks_at(num_tokens)
 
     @property
     def evicts(self) -> bool:
@@ -87,24 +120,47 @@ class CompressedRequest:
         self._leave(Phase.PREFILL, Phase.WHOLE)
         self.plan = replace(self.plan, skipped=reason)
 
+    def hold(self, slabs: int) -> None:
+        """Note the number of slabs that it holds after growing or evicting."""
+        if self.phase is Phase.RESUMED:
+            return
+        assert self.phase is Phase.COMPRESSED, f"a request holds slabs while {self.phase.name}"
+        self.room_tokens = self.plan.room_in(slabs, self.num_tokens)
+
     def reserve(self) -> None:
         """Note its slabs beside its complete prompt: PREFILL becomes RESERVED."""
         assert self.num_tokens >= self.plan.prompt_tokens, "the prompt is not complete"
         self._leave(Phase.PREFILL, Phase.RESERVED)
 
     def compress(self, slabs: int) -> None:
-        """Note that only its slabs are left: RESERVED becomes COMPRESSED."""
-        self._leave(Phase.RESERVED, Phase.COMPRESSED)
+        """Note that only its kept entries are left: RESERVED or RESUMED becomes COMPRESSED."""
+        plan = self.plan
+        self._leave(self.phase if self.phase is Phase.RESUMED else Phase.RESERVED, Phase.COMPRESSED)
+        resumed = plan.resumed
+        if resumed is None or resumed.among is None or resumed.keep < resumed.among:
+            self._note_cut(plan.prompt_tokens, plan.keep)
+        self.compressed_at = plan.prompt_tokens
         self.hold(slabs)
 
-    def hold(self, slabs: int) -> None:
-        """Note the number of slabs that it holds after growing or evicting."""
-        assert self.phase is Phase.COMPRESSED, f"a request holds slabs while {self.phase.name}"
-        self.room_tokens = self.plan.room_in(slabs, self.num_tokens)
+    def note_eviction(self, slabs: int) -> None:
+        """Note the slabs that it holds after the eviction that its last step ended with."""
+        assert self.plan.bound is not None
+        self._note_cut(self.num_tokens, self.plan.bound.budget_tokens)
+        self.compressed_at = self.num_tokens
+        self.hold(slabs)
+
+    def _note_cut(self, num_tokens: int, entries: int) -> None:
+        # The window's entries stay whole; a policy that failed has none.
+        window = 0 if self.failed else min(self.plan.window_tokens, num_tokens)
+        self.floor = Floor(num_tokens - window, entries - window)
 
     def fall_back(self) -> None:
         """Note that its policy raised an error, and another one chose its entries."""
+        self.failed = True
         self.plan = replace(self.plan, fallback=f"policy '{self.plan.choice.preset}' failed")
+        if self.floor is not None and self.floor.tokens < self.compressed_at:
+            entries = self.floor.entries_at(self.compressed_at)
+            self.floor = Floor(self.compressed_at, entries)
 
     def _leave(self, phase: Phase, to: Phase) -> None:
         assert self.phase is phase, f"a request became {to.name} while {self.phase.name}"

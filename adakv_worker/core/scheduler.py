@@ -23,6 +23,7 @@ from adakv_worker.core.manager import AdaKVManager
 from adakv_worker.core.plan import Outputs, make_plan, resumed_plan
 from adakv_worker.core.proofs import Proofs
 from adakv_worker.core.request import CompressedRequest, Phase
+from adakv_worker.core.sessions import Sessions
 from adakv_worker.messages import (
     Continuation,
     MemoryStats,
@@ -33,7 +34,7 @@ from adakv_worker.messages import (
     commands_of,
     continuation_in,
 )
-from adakv_worker.options import budget_of
+from adakv_worker.options import RequestBudget, budget_of
 from adakv_worker.refusals import (
     refuse_unsupported,
     refuse_unsupported_policy,
@@ -63,6 +64,7 @@ class AdaKVSchedulerMixin(Scheduler):
         self._unsupported: dict[str, str] = {}
         self._manager: AdaKVManager | None = None
         self._figures: MemoryFigures | None = None
+        self._sessions: Sessions | None = None
         if config is None:
             return
         refuse_unsupported(self.vllm_config)
@@ -75,6 +77,10 @@ class AdaKVSchedulerMixin(Scheduler):
         assert isinstance(manager.kv_cache_spec, AdaKVSpec)
         self._unsupported = dict(manager.kv_cache_spec.unsupported)
         refuse_unsupported_policy(config, self._unsupported)
+        if config.sessions.enabled:
+            scheduler = self.vllm_config.scheduler_config
+            reach = scheduler.max_num_batched_tokens // self.block_size + scheduler.max_num_seqs
+            self._sessions = Sessions(config.sessions, manager, reach)
         self._log_plan()
 
     def _log_plan(self) -> None:
@@ -125,7 +131,23 @@ class AdaKVSchedulerMixin(Scheduler):
         if hit > planned.plan.longest_hit:
             hit = planned.plan.longest_hit
             blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, hit)
+        if self._sessions is not None and self._manager is not None:
+            plan = self._sessions.plan(request, planned.plan, self._budget(request), hit)
+            self._manager.consider(request.request_id, CompressedRequest.planned(plan))
+            if plan.resumed is not None:
+                return (
+                    self.kv_cache_manager.empty_kv_cache_blocks,
+                    plan.resumed.base.tokens,
+                    0,
+                    False,
+                )
         return blocks, hit, boundary, diverged
+
+    def _budget(self, request: Request) -> RequestBudget:
+        # Servers refuse at admission what is out of bounds. `vllm.LLM` does not have the operator's
+        # bounds there, and a request must not end the engine.
+        assert request.sampling_params is not None
+        return budget_of(request.sampling_params.extra_args, self._adakv, self._unsupported)
 
     def _planned(self, request: Request) -> CompressedRequest | None:
         """Return a waiting request with a plan for the tokens that it has.
@@ -137,15 +159,15 @@ class AdaKVSchedulerMixin(Scheduler):
         if self._manager is None or params is None:
             return None
         planned = self._manager.requests.get(request.request_id)
-        if planned is None or planned.start_tokens != request.num_tokens:
+        changed = planned is None or planned.start_tokens != request.num_tokens
+        # Its held cache may be gone meanwhile, or another one be better.
+        if planned is None or changed or planned.phase is Phase.RESUMED:
             planned = self._new_plan(request, params)
             self._manager.consider(request.request_id, planned)
         return planned
 
     def _new_plan(self, request: Request, params: SamplingParams) -> CompressedRequest:
-        # Servers refuse at admission what is out of bounds. `vllm.LLM` does not have the operator's
-        # bounds there, and a request must not end the engine.
-        budget = budget_of(params.extra_args, self._adakv, self._unsupported)
+        budget = self._budget(request)
         remaining_outputs = request.max_tokens - request.num_output_tokens
         outputs = _outputs_of(request, params)
         continuation = self._to_take_up.get(request.request_id)
@@ -165,7 +187,9 @@ class AdaKVSchedulerMixin(Scheduler):
         output = super().schedule(*args, **kwargs)
         if (manager := self._manager) is not None:
             take_ups = self._take_ups(output)
-            attach_commands(output, step_commands(output, manager, self.requests, take_ups))
+            holds = self._sessions.take_names() if self._sessions is not None else {}
+            commands = step_commands(output, manager, self.requests, take_ups, holds)
+            attach_commands(output, commands)
             for request_id, hit_tokens in _begun(output):
                 self._recomputes.begin(request_id, hit_tokens)
                 self._queue.remove(request_id)
@@ -176,6 +200,7 @@ class AdaKVSchedulerMixin(Scheduler):
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self._recomputes.lose(request.request_id, request.num_computed_tokens)
+        self._leave(request)
         super()._preempt_request(request, *args, **kwargs)
         if self._manager is not None:
             self._enqueue(request)
@@ -229,10 +254,16 @@ class AdaKVSchedulerMixin(Scheduler):
         if self._manager is not None and _ended_by_itself(request):
             lengths = self._manager.admission.answer_lengths
             lengths.note(request.max_tokens, request.num_output_tokens)
+        self._leave(request)
         self._recomputes.forget(request.request_id)
         self._to_take_up.pop(request.request_id, None)
         self._queue.remove(request.request_id)
         return super()._free_request(request, *args, **kwargs)
+
+    def _leave(self, request: Request) -> None:
+        """Hold the cache of a request that is about to lose its blocks."""
+        if self._sessions is not None and request.sampling_params is not None:
+            self._sessions.leave(request, self._budget(request))
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         finished = super().finish_requests(*args, **kwargs)

@@ -26,8 +26,8 @@ class LayersOutermost(AdaKVRunner):
         pages = _all_pages([layer.kv_cache for layer in layers])
         blocks, heads, page_tokens, _ = layers[0].kv_cache.shape
         layout = PageLayout.layers_outermost(len(layers), heads, blocks)
-        most = self.vllm_config.scheduler_config.max_num_seqs
-        tables = HostTables(layout, page_tokens, most)
+        rows = self.vllm_config.scheduler_config.max_num_seqs + config.most_held
+        tables = HostTables(layout, page_tokens, rows)
         return KVMemory(pages, paged_cache(pages, layers[0].isa), tables)
 
 

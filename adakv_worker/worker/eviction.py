@@ -2,11 +2,12 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from adakv_worker.messages import Evict
+from adakv_worker.messages import Evict, Recompress
 from adakv_worker.worker.compression import window_queries
 from adakv_worker.worker.contained import Contained
 from adakv_worker.worker.model_parts import LayerParts
@@ -14,7 +15,7 @@ from kernels.paging.entries import PagedEntries
 from kernels.paging.paged_cache import PagedCache, compact_in_place, move_pages
 from kernels.paging.pages import PageTables
 from kernels.policies.observation import Observation
-from kernels.policies.policy import Policy, Scored
+from kernels.policies.policy import Policy, Scored, stacked
 from kernels.policies.reselection import keep_recent, reallocate, score_heads, stacked_layers
 
 
@@ -32,9 +33,9 @@ class Eviction:
     def __init__(
         self,
         request_id: str,
-        command: Evict,
+        command: Evict | Recompress,
         row: int,
-        position: int,
+        rows: slice,
         earlier: Tensor | None,
         cache: PagedCache,
         tables: PageTables,
@@ -43,12 +44,12 @@ class Eviction:
         """
         Args:
             row: the request's row in the tables.
-            position: index of its token in the batch.
-            earlier: [L, e, Hq, D], all queries of the window but the last.
+            rows: its tokens in the batch.
+            earlier: [L, e, Hq, D], the window's queries from earlier steps.
         """
         self._command = command
         self._row = row
-        self._position = position
+        self._rows = rows
         self._earlier = earlier
         self._cache = cache
         self._tables = tables
@@ -83,7 +84,10 @@ class Eviction:
     def see(self, layer: int, query: Tensor) -> None:
         if not self.failed:
             with self._contained:
-                self._scored[layer] = score_heads(self._policy, self._observe(layer, query))
+                self._scored[layer] = self._score(self._observe(layer, query))
+
+    def _score(self, heads: list[Observation]) -> Scored:
+        return score_heads(self._policy, heads)
 
     def finish(self) -> Tensor:
         """Evict after the last layer; return kept [L, H, n] bool of the entries before."""
@@ -112,7 +116,7 @@ class Eviction:
         part, group = self._parts[layer], self._parts[layer].num_heads // self._tables.heads
         queries = window_queries(
             self._earlier,
-            query[self._position : self._position + 1],
+            query[self._rows],
             self._command.query_span,
             layer,
         )
@@ -131,6 +135,54 @@ class Eviction:
             )
             for head, entries in enumerate(self._lens[layer])
         ]
+
+
+class Recompression(Eviction):
+    """Compression of the newest entries of a resumed request; those of earlier turns stay.
+
+    All heads have as many new entries, so the policy selects among them as among a prompt's.
+    Compressing earlier turns again with every turn would lose them (FlowKV, 2505.15347).
+    """
+
+    def __init__(self, *args: Any, among: int, **kwargs: Any) -> None:
+        """
+        Args:
+            among: number of new entries in each head.
+        """
+        super().__init__(*args, **kwargs)
+        self._among = among
+
+    def _score(self, heads: list[Observation]) -> Scored:
+        window = self._policy.scorer.window_tokens
+        scored = [self._policy.score(head) for head in heads]
+        new = self._among - window
+        return Scored(
+            torch.cat([one.scores[:, one.scores.shape[1] - new :] for one in scored]),
+            _cat([one.weights[:, -new:] if new else one.weights[:, :0]
+                  for one in scored if one.weights is not None]),
+        )  # fmt: skip
+
+    def _select(self) -> Tensor:
+        lens, keep = self._tables.lens(self._row), self._command.keep
+        shape = (*lens.shape, self._among)
+        new = None
+        if not self.failed:
+            with self._contained:
+                scored = stacked([self._scored[layer] for layer in sorted(self._scored)])
+                new = self._policy.allocate(scored, keep).kept
+        if new is None:
+            self._scored.clear()
+            self._earlier = None
+            new = torch.zeros(shape, dtype=torch.bool, device=lens.device)
+            new[..., self._among - keep :] = True
+        position = torch.arange(int(lens.max()), device=lens.device)
+        age = position - (lens.long() - self._among)[..., None]
+        picked = new.gather(2, age.clamp(0, self._among - 1))
+        return (age < 0) | (picked & (age < self._among))
+
+
+def _cat(parts: list[Tensor]) -> Tensor | None:
+    return torch.cat(parts) if parts else None
 
 
 def _of_head(output_weight: Callable[[int], Tensor], head: int) -> Callable[[int], Tensor]:

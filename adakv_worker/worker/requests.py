@@ -1,5 +1,6 @@
 """The compressed requests of one worker: their page tables, and their running watchers."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -7,13 +8,21 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from adakv_worker import messages
-from adakv_worker.messages import WITHOUT_QUERIES, Answer, Compress, Evict, Kept
+from adakv_worker.messages import (
+    WITHOUT_QUERIES,
+    Answer,
+    Compress,
+    Evict,
+    Kept,
+    Recompress,
+    Resume,
+)
 from adakv_worker.worker.compression import HELD_BYTES, Capture, Compression, Window
-from adakv_worker.worker.eviction import Eviction
+from adakv_worker.worker.eviction import Eviction, Recompression
 from adakv_worker.worker.model_parts import LayerParts
 from adakv_worker.worker.packed_state import CompressedState
-from kernels.paging.growth import GrownStep
-from kernels.paging.paged_cache import PagedCache, read_pages, write_pages
+from kernels.paging.growth import ExtendedStep, GrownStep
+from kernels.paging.paged_cache import PagedCache, move_pages, read_pages, write_pages
 from kernels.paging.pages import PageTables, check_page_tables
 
 # Below vLLM's own logger, so that its settings show it.
@@ -39,9 +48,13 @@ class CompressionState:
         self.tables = tables
         self.held_bytes = HELD_BYTES
         self._rows: dict[str, int] = {}
+        # Caches without a request, by name.
+        self._held: dict[str, int] = {}
         self._windows: dict[str, Window] = {}
         self._compressing: dict[str, Compression] = {}
         self._evicting: dict[str, Eviction] = {}
+        # Resumed requests whose prompts this step completes.
+        self._recompressing: list[str] = []
         # Kept positions [L, H, n] bool by request, recorded for debugging: those of its prompt, or
         # of all tokens cached at its last eviction.
         self.selections: dict[str, Tensor] | None = {} if record_selections else None
@@ -69,6 +82,31 @@ class CompressionState:
         if request_id in self._rows:
             self.tables.release(self._rows.pop(request_id))
 
+    def hold(self, request_id: str, name: str) -> None:
+        """Keep a request's cache under a name, after the request."""
+        self._windows.pop(request_id, None)
+        self._held[name] = self._rows.pop(request_id)
+        if self.selections is not None and request_id in self.selections:
+            self.selections[name] = self.selections.pop(request_id)
+
+    def drop(self, name: str) -> None:
+        """Forget a held cache."""
+        self.tables.release(self._held.pop(name))
+        if self.selections is not None:
+            self.selections.pop(name, None)
+
+    def resume(self, request_id: str, command: Resume) -> None:
+        """Give a request that begins a held cache, cut back by some tokens, and its other slabs."""
+        row = self._rows[request_id] = self._held.pop(command.held)
+        have = len(self.tables.pages(row)) // self.tables.layout.pages_per_block
+        if command.cut_tokens:
+            lens = self.tables.lens(row) - command.cut_tokens
+            move_pages(self._cache, *self.tables.shrink(row, lens, have))
+        self.tables.add_slabs(row, command.slabs[have:])
+        if self.selections is not None and command.held in self.selections:
+            positions = self.selections.pop(command.held)
+            self.selections[request_id] = positions[..., : command.tokens]
+
     def add_slabs(self, request_id: str, slabs: list[int]) -> None:
         self.tables.add_slabs(self._rows[request_id], slabs)
 
@@ -79,6 +117,10 @@ class CompressionState:
     def grow(self, request_ids: Sequence[str], graph_rows: int | None = None) -> GrownStep:
         """Add one entry to every head of the requests: see `PageTables.grow`."""
         return self.tables.grow(self.rows(request_ids), graph_rows)
+
+    def extend(self, request_ids: Sequence[str], tokens: Sequence[int]) -> ExtendedStep:
+        """Add `tokens` [R] entries to every head of the requests: see `PageTables.extend`."""
+        return self.tables.extend(self.rows(request_ids), tokens)
 
     def capture(
         self,
@@ -174,45 +216,74 @@ class CompressionState:
             if self.selections is not None and positions is not None:
                 self.selections[request_id] = positions.cpu()
             self._rows[request_id] = compression.row
-            # Waits for the device, once for each request.
-            lens = self.tables.lens(compression.row).cpu()
-            answer.kept[request_id] = Kept(
-                float(lens.float().mean()), int(lens.min()), int(lens.max())
-            )
+            answer.kept[request_id] = self._kept(compression.row)
             if compression.failed:
                 answer.failed.append(request_id)
         self._compressing.clear()
         return answer
 
-    def evict(self, request_id: str, command: Evict, position: int) -> Eviction:
+    def evict(self, request_id: str, command: Evict, start: int) -> Eviction:
         """Begin the eviction of a compressed request with this step's token.
 
         Args:
-            position: index of that token in the batch.
+            start: index of that token in the batch.
         """
-        window = self._windows.pop(request_id, None)
-        earlier = None
-        if window is not None and window[:2] == (command.tokens, command.query_span):
-            earlier = window.queries[:, : command.query_span - 1]
-        elif command.query_span > 1:
+        earlier = self._earlier_queries(request_id, command, 1)
+        if earlier is None and command.query_span > 1:
             # Its cache came from an engine with other settings: one eviction goes without queries.
             command = command._replace(choice=WITHOUT_QUERIES, query_span=0)
-        eviction = Eviction(
-            request_id,
-            command,
-            self._rows[request_id],
-            position,
-            earlier,
-            self._cache,
-            self.tables,
-            self._parts,
+        return self._begin(request_id, Eviction, command, slice(start, start + 1), earlier)
+
+    def recompress(
+        self, request_id: str, command: Recompress, start: int, tokens: int
+    ) -> Eviction | None:
+        """Begin the compression of a resumed request whose prompt this step completes.
+
+        Args:
+            start: index of its first token in the batch.
+            tokens: its tokens in this step.
+
+        Returns:
+            None if all its entries stay.
+        """
+        self._recompressing.append(request_id)
+        rows = slice(start, start + tokens)
+        earlier = self._earlier_queries(request_id, command, tokens)
+        if command.among is None:
+            return self._begin(request_id, Eviction, command, rows, earlier)
+        if command.keep >= command.among:
+            return None
+        kind = functools.partial(Recompression, among=command.among)
+        return self._begin(request_id, kind, command, rows, earlier)
+
+    def _earlier_queries(
+        self, request_id: str, command: Evict | Recompress, tokens: int
+    ) -> Tensor | None:
+        """Return the window's queries from before this step's `tokens`, if they were captured."""
+        window = self._windows.pop(request_id, None)
+        before = command.query_span - tokens
+        if before <= 0 or window is None or window[:2] != (command.tokens, command.query_span):
+            return None
+        return window.queries[:, :before]
+
+    def _begin(
+        self,
+        request_id: str,
+        kind: Callable[..., Eviction],
+        command: Evict | Recompress,
+        rows: slice,
+        earlier: Tensor | None,
+    ) -> Eviction:
+        row = self._rows[request_id]
+        eviction = kind(
+            request_id, command, row, rows, earlier, self._cache, self.tables, self._parts
         )
         self._evicting[request_id] = eviction
         return eviction
 
-    def finish_evictions(self) -> list[str]:
-        """Finish after the forward pass; return the requests whose policy failed."""
-        failed = []
+    def finish_evictions(self) -> Answer:
+        """Finish after the forward pass, recompressions too; return what those keep."""
+        answer = Answer({}, [])
         for request_id, eviction in self._evicting.items():
             kept = eviction.finish()
             # A cache that came from another engine has no record.
@@ -220,9 +291,17 @@ class CompressionState:
                 before = self.selections[request_id]
                 self.selections[request_id] = _still_kept(before, kept.cpu(), eviction.tokens)
             if eviction.failed:
-                failed.append(request_id)
+                answer.failed.append(request_id)
+        for request_id in self._recompressing:
+            answer.kept[request_id] = self._kept(self._rows[request_id])
         self._evicting.clear()
-        return failed
+        self._recompressing.clear()
+        return answer
+
+    def _kept(self, row: int) -> Kept:
+        # Waits for the device.
+        lens = self.tables.lens(row).cpu()
+        return Kept(float(lens.float().mean()), int(lens.min()), int(lens.max()))
 
     @property
     def cache_shape(self) -> tuple[int, int, int, int]:
@@ -275,7 +354,7 @@ class CompressionState:
 
     def check(self) -> None:
         """Assert the invariants of all page tables."""
-        check_page_tables(self.tables, list(self._rows.values()))
+        check_page_tables(self.tables, [*self._rows.values(), *self._held.values()])
 
 
 def _still_kept(positions: Tensor, kept: Tensor, tokens: int) -> Tensor:

@@ -57,7 +57,7 @@ class AdaKVRunnerV1(AdaKVRunner, GPUModelRunner):
         for request_id in gone | cached.resumed_req_ids:
             self.adakv.state.forget(request_id)
         self.adakv.add_slabs(scheduler_output)
-        self.adakv.place_staged(scheduler_output)
+        self.adakv.place_caches(scheduler_output)
         return super()._update_states(scheduler_output)
 
     def _may_reorder_batch(self, scheduler_output: SchedulerOutput) -> None:
@@ -65,13 +65,16 @@ class AdaKVRunnerV1(AdaKVRunner, GPUModelRunner):
         for request_id, command in commands_of(scheduler_output).take_up.items():
             self._take_up(request_id, command)
         super()._may_reorder_batch(scheduler_output)
-        batch = self.input_batch
+        batch, tokens = self.input_batch, scheduler_output.num_scheduled_tokens
         first_other = 0
-        for index in range(batch.num_reqs):
-            if batch.req_ids[index] in self.adakv.state:
-                if index != first_other:
-                    batch.swap_states(index, first_other)
-                first_other += 1
+        # Compressed requests with one token, then those with several.
+        for several in (False, True):
+            for index in range(first_other, batch.num_reqs):
+                name = batch.req_ids[index]
+                if name in self.adakv.state and (tokens[name] > 1) == several:
+                    if index != first_other:
+                        batch.swap_states(index, first_other)
+                    first_other += 1
 
     def _take_up(self, request_id: str, command: TakeUp) -> None:
         """Split a new request's tokens into prompt and answer, and set its random generator."""

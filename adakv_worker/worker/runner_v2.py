@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from vllm.config import CUDAGraphMode
 from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.model_runner import BatchReqState, GPUModelRunner
 
 from adakv_worker.messages import commands_of
 from adakv_worker.worker.base import AdaKVRunner
@@ -88,7 +89,7 @@ class AdaKVRunnerV2(AdaKVRunner, GPUModelRunner):
         super().add_requests(replace(scheduler_output, scheduled_new_reqs=begun))
         for new in begun:
             self._adakv_batch.add(new.req_id, new.block_ids[0])
-        self.adakv.place_staged(scheduler_output)
+        self.adakv.place_caches(scheduler_output)
         for command in commands_of(scheduler_output).take_up.values():
             if command.state is not None:
                 self.adakv.moves.unstage(command.state)
@@ -109,17 +110,28 @@ class AdaKVRunnerV2(AdaKVRunner, GPUModelRunner):
         super().update_requests(scheduler_output)
 
     def gather_batch_req_state(self, scheduler_output: SchedulerOutput, dummy_run: bool) -> Any:
-        if not dummy_run:
-            # vLLM sorts by the number of tokens and keeps the order of equal ones.
-            tokens = scheduler_output.num_scheduled_tokens
-            first = sorted(tokens, key=lambda request_id: request_id not in self.adakv.state)
-            ordered = {request_id: tokens[request_id] for request_id in first}
-            scheduler_output = replace(scheduler_output, num_scheduled_tokens=ordered)
         batch, uniform_tokens = super().gather_batch_req_state(scheduler_output, dummy_run)
-        if not dummy_run and not self.adakv.may_replay():
+        if batch is None or dummy_run:
+            return batch, uniform_tokens
+        if not self.adakv.may_replay():
             # Full graphs run uniform decodes only: see the backends' `get_cudagraph_support`.
             uniform_tokens = None
-        return batch, uniform_tokens
+        return self._compressed_first(batch), uniform_tokens
+
+    def _compressed_first(self, batch: BatchReqState) -> BatchReqState:
+        """Return the batch with compressed requests first, those with one token before others."""
+        tokens = batch.num_scheduled_tokens.tolist()
+        # Other requests stay in vLLM's order.
+        ranks = [
+            1 + (count > 1) if name in self.adakv.state else 3
+            for name, count in zip(batch.req_ids, tokens, strict=True)
+        ]
+        order = np.argsort(ranks, kind="stable")
+        in_order: dict[str, Any] = {
+            field: value[order] for field, value in batch._asdict().items()
+            if isinstance(value, np.ndarray)
+        }  # fmt: skip
+        return batch._replace(req_ids=[batch.req_ids[index] for index in order], **in_order)
 
     def prepare_inputs(
         self,

@@ -15,7 +15,9 @@ from adakv_worker.messages import (
     NO_ANSWER,
     Answer,
     Compress,
+    Evict,
     Kept,
+    Recompress,
     StepCommands,
     attach_answer,
     commands_of,
@@ -60,7 +62,7 @@ class StepWork:
     """The compressions, evictions and captures of one worker, step by step.
 
     A runner owns one. It calls `run` around a step, and within it first `add_slabs` and
-    `place_staged` as its batch changes, then `plan` when the batch has its order.
+    `place_caches` as its batch changes, then `plan` when the batch has its order.
 
     state: the compressed requests.
     moves: the caches that leave and arrive.
@@ -99,6 +101,11 @@ class StepWork:
     def run(self, scheduler_output: SchedulerOutput, execute: Callable[[], Result]) -> Result:
         """Run vLLM's part of a step, then finish what the step commands."""
         self.step = scheduler_output
+        sessions = self._commands.sessions
+        for request_id, name in sessions.hold.items():
+            self.state.hold(request_id, name)
+        for name in sessions.drop:
+            self.state.drop(name)
         try:
             result = execute()
             commands = self._commands
@@ -117,8 +124,12 @@ class StepWork:
             if new_blocks is not None and request_id in self.state:
                 self.state.add_slabs(request_id, new_blocks[0])
 
-    def place_staged(self, scheduler_output: SchedulerOutput) -> None:
-        """Place staged caches in the blocks of the requests that take them up in this step."""
+    def place_caches(self, scheduler_output: SchedulerOutput) -> None:
+        """Give requests that begin in this step their held caches, or their staged ones."""
+        resume = commands_of(scheduler_output).sessions.resume
+        for request_id, resumed in resume.items():
+            self.state.resume(request_id, resumed)
+        self._share_lengths(resume)
         take_up = commands_of(scheduler_output).take_up
         for new in scheduler_output.scheduled_new_reqs:
             if (command := take_up.get(new.req_id)) and command.state is not None:
@@ -129,9 +140,8 @@ class StepWork:
     def may_replay(self) -> bool:
         """Return whether a full CUDA graph can run this step if all its requests decode."""
         assert self.step is not None
-        commands = self._commands
         # Graphs contain no watchers.
-        if commands.capture or commands.compress or commands.evict:
+        if self._commands.needs_queries:
             return False
         rows = self.state.rows(self.step.num_scheduled_tokens)
         return self.state.tables.fits_graphs(rows)
@@ -140,22 +150,30 @@ class StepWork:
         """Prepare a step's attention, before the builders make its metadata.
 
         Args:
-            rows: the batch in its order, compressed requests first.
+            rows: the batch in its order: compressed requests with one token first, then those with
+                several.
             graph_rows: rows of the full CUDA graph that runs the step, None without a graph.
         """
         assert self.step is not None
         with self._timed("plan"):
-            compressed = self._compressed_first(rows)
+            decodes, extends = self._compressed_first(rows)
             watchers = self._watchers(rows, self._commands)
+            extended = None
+            if extends:
+                tokens = [row.tokens for row in extends]
+                extended = self.state.extend([row.request_id for row in extends], tokens)
             grown = None
-            if compressed or graph_rows is not None:
-                grown = self.state.grow(compressed, graph_rows)
+            if decodes or graph_rows is not None:
+                grown = self.state.grow([row.request_id for row in decodes], graph_rows)
             for builder in self._builders:
-                folded = None
+                folded = several = None
                 if grown is not None:
                     fold = builder.fold if graph_rows is None else builder.fold_for_graph
-                    folded = fold(grown, len(compressed))
-                builder.next_step = Step(folded, watchers) if folded or watchers else None
+                    folded = fold(grown, len(decodes))
+                if extended is not None:
+                    several = builder.fold_extends(extended, tokens, len(decodes))
+                step = Step(folded, watchers, several)
+                builder.next_step = step if step.folded or watchers else None
 
     def attach_answer(self, output: Any) -> Any:
         """Attach the answer to the step's commands to vLLM's output, now or when it is there."""
@@ -170,17 +188,19 @@ class StepWork:
     def _timed(self, part: Part) -> AbstractContextManager[None]:
         return nullcontext() if self.timings is None else self.timings.part(part)
 
-    def _compressed_first(self, rows: Sequence[Row]) -> list[str]:
-        """Return the compressed requests; assert that they come first, with one token each."""
-        compressed = [row.request_id for row in rows if row.request_id in self.state]
-        first = [row.request_id for row in rows[: len(compressed)]]
-        assert first == compressed, "compressed rows must come first"
-        for request_id, tokens, _ in rows[: len(compressed)]:
-            assert tokens == 1, f"{request_id}: a compressed request takes one token a step"
-        return compressed
+    def _compressed_first(self, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+        """Return the compressed requests with one token and those with several.
+
+        Asserts that they come first, in this order.
+        """
+        compressed = [row for row in rows if row.request_id in self.state]
+        assert list(rows[: len(compressed)]) == compressed, "compressed rows must come first"
+        decodes = [row for row in compressed if row.tokens == 1]
+        assert compressed[: len(decodes)] == decodes, "decodes must come first"
+        return decodes, compressed[len(decodes) :]
 
     def _watchers(self, rows: Sequence[Row], commands: StepCommands) -> list[Watcher]:
-        if not commands.capture and not commands.compress and not commands.evict:
+        if not commands.needs_queries:
             return []
         watchers: list[Watcher] = []
         start = 0
@@ -194,6 +214,10 @@ class StepWork:
                 with self._timed("evict"):
                     eviction = self.state.evict(request_id, evict, start)
                 watchers.append(self._watched(eviction, "evict"))
+            elif recompress := commands.recompress.get(request_id):
+                with self._timed("compress"):
+                    again = self.state.recompress(request_id, recompress, start, count)
+                watchers += [self._watched(again, "compress")] if again is not None else []
             elif capture := commands.capture.get(request_id):
                 watcher = self.state.capture(request_id, capture, start, first, count)
                 watchers += [watcher] if watcher is not None else []
@@ -209,25 +233,23 @@ class StepWork:
 
     def _finish(self, commands: StepCommands) -> Answer:
         """Leave the step's requests the entries that their policies keep, and their slabs."""
-        if not commands.compress and not commands.evict:
+        cut: dict[str, Evict | Recompress] = {**commands.evict, **commands.recompress}
+        if not commands.compress and not cut:
             return NO_ANSWER
         with self._timed("compress"):
             answer = self.state.finish_compressions()
         self._share_lengths(commands.compress)
         with self._timed("evict"):
-            failed = self.state.finish_evictions()
-        self._share_lengths(commands.evict)
+            evicted = self.state.finish_evictions()
+        self._share_lengths(cut)
         self._batch.replace_blocks(
             {
                 **{name: list(compress.slabs) for name, compress in commands.compress.items()},
-                **{
-                    name: self._batch.blocks(name)[: evict.slabs]
-                    for name, evict in commands.evict.items()
-                },
+                **{name: self._batch.blocks(name)[: one.slabs] for name, one in cut.items()},
             }
         )
-        answer = answer._replace(failed=[*answer.failed, *failed])
-        return _over_ranks(answer, [*commands.compress, *commands.evict], self._ranks)
+        answer = Answer({**answer.kept, **evicted.kept}, [*answer.failed, *evicted.failed])
+        return _over_ranks(answer, [*commands.compress, *cut], self._ranks)
 
     def _share_lengths(self, request_ids: Collection[str]) -> None:
         """Account for other ranks' heads of requests whose heads have new lengths."""

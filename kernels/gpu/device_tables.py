@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.gpu.tables import grow_by_one, place_pages
-from kernels.paging.growth import GrownStep
+from kernels.paging.growth import ExtendedStep, GrownStep, RowTables, extend_row, extended
 from kernels.paging.layout import PageLayout
 from kernels.paging.pages import EntryTables, PageMoves, PageTables, take_first_pages, with_rows
 from kernels.paging.slabs import Slabs
@@ -225,6 +225,25 @@ class DeviceTables(PageTables):
             slots, batch.tables.view(layers, -1, batch.tables.shape[-1]),
             batch.lens.view(layers, -1), self._steps - 1,
         )  # fmt: skip
+
+    def extend(self, rows: Sequence[int], tokens: Sequence[int]) -> ExtendedStep:
+        """Add `tokens` [R] entries to every head of the requests at `rows` [R].
+
+        Entries of a head without pages left get the slot -1, which cache writes leave out.
+        """
+        self._end_batch()
+        counts = list(zip(rows, tokens, strict=True))
+        longest = max(self._longest[row] + count for row, count in counts)
+        # Rounded up twice: see `extend_row`.
+        self._entries.widen(longest // self.page_tokens + 2)
+        tables, slots = [], []
+        for row, count in counts:
+            used, order = self._used[row : row + 1], self.pages(row)
+            table = RowTables(self._entries.lens[row], self._entries.pages[row], used, order)
+            slots.append(extend_row(table, count, self.page_tokens))
+            self._longest[row] += count
+            tables.append(table)
+        return extended(slots, tables)
 
     def _goes_on(self, batch: _Batch, graph_rows: int | None) -> bool:
         if graph_rows is not None:

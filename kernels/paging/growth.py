@@ -1,6 +1,6 @@
-"""Growth of a decode batch by one entry for every head, in each step."""
+"""Growth of compressed caches: by one entry a step while they decode, by many for a new prompt."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,68 @@ class GrownStep(NamedTuple):
     tables: Tensor
     lens: Tensor
     age: int
+
+
+class ExtendedStep(NamedTuple):
+    """T_r more entries for every head of R requests.
+
+    slots: [L, sum of T_r * H] int64, in order of request, then token, then head.
+    tables: [L, R * H, W] int32 page ids, in order of request, then head.
+    lens: [L, R * H] int32 entries, the new ones included.
+    """
+
+    slots: Tensor
+    tables: Tensor
+    lens: Tensor
+
+
+class RowTables(NamedTuple):
+    """Page tables of one request.
+
+    lens: [L, H] int32. pages: page ids [L, H, W] int32. used: [1] int, pages in use.
+    order: [p] int64, all page ids that it may use, in the order of use.
+    """
+
+    lens: Tensor
+    pages: Tensor
+    used: Tensor
+    order: Tensor
+
+
+def extend_row(row: RowTables, tokens: int, page_tokens: int) -> Tensor:
+    """Add entries to every head of a request, in place; return their slots [L, tokens * H] int64.
+
+    Heads take the request's next pages in the order of layer and head. A place beyond its pages has
+    the slot -1. Never waits for the device.
+
+    Args:
+        row: with `tokens` / `page_tokens` more columns than its heads use, rounded up.
+    """
+    lens = row.lens.long()
+    first = -(-lens // page_tokens)
+    fresh = -(-(lens + tokens) // page_tokens) - first
+    ends = row.used + fresh.flatten().cumsum(0)
+    most = torch.arange(-(-tokens // page_tokens), device=lens.device)
+    ordinals = (ends.view_as(fresh) - fresh)[..., None] + most
+    there = ordinals < len(row.order)
+    pages = torch.where(there, row.order[ordinals.clamp(max=len(row.order) - 1)], -1)
+    # Columns past a head's entries are undefined: those that it does not need may be written.
+    row.pages.scatter_(2, first[..., None] + most, pages.int())
+    positions = lens[..., None] + torch.arange(tokens, device=lens.device)
+    page = row.pages.gather(2, positions // page_tokens).long()
+    slots = torch.where(page < 0, -1, page * page_tokens + positions % page_tokens)
+    row.lens.add_(tokens)
+    row.used.copy_(ends[-1:])
+    return slots.transpose(1, 2).flatten(1)
+
+
+def extended(slots: Sequence[Tensor], rows: Sequence[RowTables]) -> ExtendedStep:
+    """Return the step of requests that `extend_row` has extended."""
+    return ExtendedStep(
+        torch.cat(list(slots), dim=1),
+        torch.cat([row.pages for row in rows], dim=1),
+        torch.cat([row.lens for row in rows], dim=1),
+    )
 
 
 class DecodeBatch:

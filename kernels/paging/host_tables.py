@@ -1,11 +1,18 @@
 """Page tables in the host's memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from kernels.paging.growth import DecodeBatch, GrownStep
+from kernels.paging.growth import (
+    DecodeBatch,
+    ExtendedStep,
+    GrownStep,
+    RowTables,
+    extend_row,
+    extended,
+)
 from kernels.paging.layout import PageLayout
 from kernels.paging.pages import EntryTables, PageMoves, PageTables, columns, take_first_pages
 from kernels.paging.slabs import Slabs
@@ -109,6 +116,24 @@ class HostTables(PageTables):
         if batch is None or rows != self._batch_rows or not batch.is_wide_enough:
             batch = self._begin_batch(rows)
         return batch.grow(lambda request, ordinal: self._slabs.page(rows[request], ordinal))
+
+    def extend(self, rows: Sequence[int], tokens: Sequence[int]) -> ExtendedStep:
+        self._end_batch()
+        lens = self._entries.lens
+        for row, count in zip(rows, tokens, strict=True):
+            self._slabs.check_fit(row, int(self.pages_for(lens[row] + count).sum()))
+        longest = max(int(lens[row].max()) + count for row, count in zip(rows, tokens, strict=True))
+        # Rounded up twice: see `extend_row`.
+        self._entries.widen(longest // self.page_tokens + 2)
+        tables, slots = [], []
+        for row, count in zip(rows, tokens, strict=True):
+            used = torch.tensor([self._used_pages[row]])
+            pages = self._entries.pages[row]
+            table = RowTables(lens[row], pages, used, self.pages(row))
+            slots.append(extend_row(table, count, self.page_tokens))
+            self._used_pages[row] = int(used)
+            tables.append(table)
+        return extended(slots, tables)
 
     def _begin_batch(self, rows: list[int]) -> DecodeBatch:
         self._end_batch()

@@ -5,13 +5,13 @@ the engine is L * H pages. Blocks that belong to one compressed request alone ar
 page of a slab may serve any (layer, head).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kernels.paging.growth import GrownStep
+from kernels.paging.growth import ExtendedStep, GrownStep
 from kernels.paging.layout import PageLayout
 
 
@@ -102,6 +102,15 @@ class PageTables(Protocol):
         Args:
             graph_rows: N >= R rows of a CUDA graph, in which the step must lie where the graph
                 reads; only where `fits_graphs`.
+        """
+        ...
+
+    def extend(self, rows: Sequence[int], tokens: Sequence[int]) -> ExtendedStep:
+        """Add `tokens` [R] entries to every head of the requests at `rows` [R].
+
+        Raises:
+            ValueError: a request has too few pages left; nothing has changed then. Only where the
+                host knows the used pages; elsewhere the entries' slots are -1.
         """
         ...
 

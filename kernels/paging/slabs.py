@@ -1,9 +1,9 @@
 """Slabs: the KV blocks that compressed requests own, whose pages they use in order."""
 
-import torch
 from torch import Tensor
 
 from kernels.paging.layout import PageLayout
+from kernels.transfer import sent
 
 # Rows at the start; they double from there.
 _FIRST_ROWS = 2
@@ -59,10 +59,7 @@ class Slabs:
 
     def pages(self, row: int) -> Tensor:
         """Return all page ids [slabs * L * H] of a request in the order of use."""
-        slabs = torch.tensor(
-            self._slabs[row], dtype=torch.int64, device=self._layout.offsets.device
-        )
-        return self._layout.slab_pages(slabs)
+        return self._layout.slab_pages(sent(self._slabs[row], self._layout.offsets.device))
 
     def page(self, row: int, ordinal: int) -> int | None:
         """Return the id of a request's page number `ordinal`, or None beyond its slabs."""

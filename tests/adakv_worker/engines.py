@@ -89,14 +89,21 @@ class Engine:
         self.scheduler._preempt_request = counted
         if work := getattr(self.runner, "adakv", None):
             state = work.state
-            forget = state.forget
+            forget, hold = state.forget, state.hold
 
-            def remembered(request_id: str) -> None:
+            def remember(request_id: str) -> None:
                 if request_id in state.selections:
                     self._kept[request_id.rpartition("-")[0]] = state.selections[request_id]
+
+            def forgotten(request_id: str) -> None:
+                remember(request_id)
                 forget(request_id)
 
-            state.forget = remembered
+            def held(request_id: str, name: str) -> None:
+                remember(request_id)
+                hold(request_id, name)
+
+            state.forget, state.hold = forgotten, held
 
     @property
     def free_blocks(self) -> int:
@@ -152,6 +159,8 @@ class Engine:
             assert not self.scheduler._to_take_up
             assert not self.runner.adakv.moves.staged
             assert not self.runner.adakv.state._rows
+            held = self.manager.held
+            assert set(self.runner.adakv.state._held) == {one.name for one in held or ()}
             assert not self.runner.adakv.state._windows
 
     def close(self) -> None:
@@ -176,6 +185,19 @@ class Reference:
             return args, {**kwargs, "attention_mask": self._masks[index]}
 
         return use_mask
+
+    @torch.inference_mode()
+    def seeing(self, tokens: list[int], seen: torch.Tensor) -> torch.Tensor:
+        """Return log-probabilities [n, V] where token i attends as seen[:, :, i] [L, H, n] says."""
+        config = self.model.config
+        heads = config.num_attention_heads
+        group = heads // (getattr(config, "num_key_value_heads", None) or heads)
+        self._masks = [
+            torch.zeros(1).masked_fill(~layer.repeat_interleave(group, dim=0), float("-inf"))[None]
+            for layer in seen
+        ]
+        logits = self.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+        return logits.log_softmax(dim=-1)
 
     @torch.inference_mode()
     def logprobs(

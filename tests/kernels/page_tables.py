@@ -54,7 +54,7 @@ def check_random_lives(make: MakeTables, layout: PageLayout, data: st.DataObject
     free = list(range(1, BLOCKS))
     live: dict[int, dict] = {}
     for _ in range(data.draw(st.integers(1, 25))):
-        action = data.draw(st.sampled_from(["place", "grow", "release"]))
+        action = data.draw(st.sampled_from(["place", "grow", "extend", "release"]))
         if action == "place" and len(live) < 3:
             keep = data.draw(st.integers(1, 20))
             slabs = [free.pop() for _ in range(compressed_blocks_bound(keep, 0, PAGE))]
@@ -65,6 +65,10 @@ def check_random_lives(make: MakeTables, layout: PageLayout, data: st.DataObject
         elif action == "grow" and live:
             rows = data.draw(st.permutations(sorted(live)))[: data.draw(st.integers(1, 3))]
             _grow(tables, rows, live, free)
+        elif action == "extend" and live:
+            rows = data.draw(st.permutations(sorted(live)))[: data.draw(st.integers(1, 3))]
+            tokens = [data.draw(st.integers(1, 3 * PAGE)) for _ in rows]
+            _extend(tables, rows, tokens, live, free)
         elif action == "release" and live:
             row = data.draw(st.sampled_from(sorted(live)))
             free += live.pop(row)["slabs"]
@@ -74,14 +78,48 @@ def check_random_lives(make: MakeTables, layout: PageLayout, data: st.DataObject
             assert torch.equal(tables.lens(row).cpu(), request["lens"] + request["grown"])
 
 
+def _grant(
+    tables: PageTables, row: int, tokens: int, live: dict[int, dict], free: list[int]
+) -> None:
+    """Give a request the slabs for so many more tokens."""
+    request = live[row]
+    request["grown"] += tokens
+    bound = compressed_blocks_bound(request["keep"], request["grown"], PAGE)
+    granted = [free.pop() for _ in range(bound - len(request["slabs"]))]
+    request["slabs"] += granted
+    tables.add_slabs(row, granted)
+
+
+def _extend(
+    tables: PageTables,
+    rows: list[int],
+    tokens: list[int],
+    live: dict[int, dict],
+    free: list[int],
+) -> None:
+    before = {row: slots_by_head(tables, row) for row in rows}
+    for row, count in zip(rows, tokens, strict=True):
+        _grant(tables, row, count, live, free)
+    step = tables.extend(rows, tokens)
+    slots, lens = step.slots.cpu(), step.lens.cpu()
+    assert slots.shape == (LAYERS, sum(tokens) * HEADS)
+    first = 0
+    for index, (row, count) in enumerate(zip(rows, tokens, strict=True)):
+        own = slots[:, first : first + count * HEADS].view(LAYERS, count, HEADS)
+        first += count * HEADS
+        for (layer, head), old in before[row].items():
+            now = entries(tables, row, layer, head)
+            assert now[: len(old)] == old
+            assert now[len(old) :] == own[layer, :, head].tolist()
+            assert len(now) == int(lens[layer, index * HEADS + head])
+            sequence = step.tables[layer, index * HEADS + head].cpu().long()
+            positions = torch.arange(len(now))
+            assert (sequence[positions // PAGE] * PAGE + positions % PAGE).tolist() == now
+
+
 def _grow(tables: PageTables, rows: list[int], live: dict[int, dict], free: list[int]) -> None:
     for row in rows:
-        request = live[row]
-        request["grown"] += 1
-        bound = compressed_blocks_bound(request["keep"], request["grown"], PAGE)
-        granted = [free.pop() for _ in range(bound - len(request["slabs"]))]
-        request["slabs"] += granted
-        tables.add_slabs(row, granted)
+        _grant(tables, row, 1, live, free)
     before = {row: slots_by_head(tables, row) for row in rows}
     step = tables.grow(rows)
     # A step is good until the next call.

@@ -7,7 +7,7 @@ import torch
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
-from adakv_worker.attention.folding import FoldedDecode, FoldingBuilder, Pages, Step
+from adakv_worker.attention.folding import Folded, FoldingBuilder, Pages, Step
 from adakv_worker.messages import (
     Capture,
     Compress,
@@ -56,8 +56,8 @@ class Builder(FoldingBuilder):
     def __init__(self) -> None:
         pass
 
-    def fold(self, grown: GrownStep, requests: int) -> FoldedDecode:
-        return FoldedDecode(requests, grown, self.pages, torch.arange(requests * HEADS + 1))
+    def fold(self, grown: GrownStep, requests: int) -> Folded:
+        return Folded(requests, grown, self.pages, torch.arange(requests * HEADS + 1), 0, requests)
 
 
 class GraphTables(HostTables):

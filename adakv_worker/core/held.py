@@ -1,0 +1,257 @@
+"""Held caches: what ended and preempted requests leave for the next turn.
+
+The blocks of a held cache are free: they lie in the pool's queue, from which vLLM takes the oldest
+first, so that a held cache never makes a request wait or preempts one. A cache whose first block is
+taken is lost.
+"""
+
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+from adakv_worker.core.floor import Floor
+
+TokenIds = npt.NDArray[np.int32]
+# Why a held cache is gone: its blocks were taken, too much was held, nobody came for it, or all
+# were to be forgotten.
+Reason = Literal["reused", "cap", "idle", "forgotten"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """The cache of an ended or preempted request.
+
+    name: its name for the workers.
+    scope: what a request must share with it beside the tokens: see `Scope`.
+    token_ids: the tokens that its entries are of.
+    entry_tokens: tokens that the workers have entries for; one more than `token_ids` where a step
+        was under way when the request ended.
+    floor: from there on, each head has an entry for every token.
+    compressed_at: tokens at its last compression; the entries of later ones compete in the next.
+    turn: compressions of prompts so far.
+    """
+
+    name: str
+    scope: Hashable
+    token_ids: TokenIds
+    entry_tokens: int
+    floor: Floor
+    compressed_at: int
+    blocks: tuple[KVCacheBlock, ...]
+    turn: int
+
+    def matching(self, token_ids: TokenIds) -> int:
+        """Return how many tokens it saves of a request; 0 where it does not fit.
+
+        At least the request's last token is computed anew, for the first token of its answer.
+        """
+        most = min(len(self.token_ids), len(token_ids) - 1)
+        if most < self.floor.tokens:
+            return 0
+        different = np.flatnonzero(self.token_ids[:most] != token_ids[:most])
+        common = int(different[0]) if len(different) else most
+        return common if common >= max(self.floor.tokens, 1) else 0
+
+
+class ToHold(NamedTuple):
+    """What the scheduler knows of a request whose cache may be held: see `Held`."""
+
+    scope: Hashable
+    token_ids: TokenIds
+    entry_tokens: int
+
+
+class Match(NamedTuple):
+    """A held cache, and the tokens that it saves of a request."""
+
+    held: Held
+    tokens: int
+
+
+class HeldCaches:
+    """The held caches of an engine core, the one that was used least recently first.
+
+    At most `most_blocks` blocks are held, by at most `most` caches, for at most `idle_s` seconds.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        most_blocks: int,
+        most: int,
+        idle_s: float,
+        reach_blocks: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            reach_blocks: blocks that one step may allocate.
+        """
+        self._pool = pool
+        self._reach_blocks = reach_blocks
+        self._most_blocks = most_blocks
+        self._most = most
+        self._idle_s = idle_s
+        self._clock = clock
+        self._held: OrderedDict[str, Held] = OrderedDict()
+        self._held_at_s: dict[str, float] = {}
+        self._by_scope: dict[Hashable, dict[str, Held]] = {}
+        self._owners: dict[int, str] = {}
+        self._names = map(str, itertools.count())
+        self._lost: list[Held] = []
+        self.blocks = 0
+        self.dropped: dict[Reason, int] = {"reused": 0, "cap": 0, "idle": 0, "forgotten": 0}
+        # What the workers are to do with the next step.
+        self._gone: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._held
+
+    def get(self, name: str) -> Held:
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[Held]:
+        return iter(self._held.values())
+
+    def find(self, scope: Hashable, token_ids: TokenIds) -> Match | None:
+        """Return the held cache that saves most tokens of a request, or None."""
+        best = None
+        for held in self._by_scope.get(scope, {}).values():
+            tokens = held.matching(token_ids)
+            if tokens and (best is None or tokens > best.tokens):
+                best = Match(held, tokens)
+        return best
+
+    def next_name(self) -> str:
+        return next(self._names)
+
+    def hold(self, held: Held) -> None:
+        """Hold a cache, whose blocks the caller owns; the least recently used go to make room."""
+        self._held[held.name] = held
+        self._held_at_s[held.name] = self._clock()
+        self._by_scope.setdefault(held.scope, {})[held.name] = held
+        self._owners |= {block.block_id: held.name for block in held.blocks}
+        self.blocks += len(held.blocks)
+        self._pool.unpin_blocks(held.blocks, self._taken)
+        while self.blocks > self._most_blocks or len(self._held) > self._most:
+            self._drop(next(iter(self._held.values())), "cap")
+
+    def take(self, name: str) -> Held:
+        """Return a held cache, which ends; its blocks belong to the caller."""
+        held = self._remove(self._held[name])
+        self._pool.touch(held.blocks)
+        return held
+
+    def next_step(self) -> None:
+        """Forget idle caches, and keep those that are held out of the allocator's reach."""
+        now = self._clock()
+        while self._held:
+            oldest = next(iter(self._held.values()))
+            if now - self._held_at_s[oldest.name] <= self._idle_s:
+                break
+            self._drop(oldest, "idle")
+        self._free_lost()
+        self._move_back()
+
+    def forget(self) -> None:
+        """Drop all held caches."""
+        for held in list(self._held.values()):
+            self._drop(held, "forgotten")
+        self._free_lost()
+
+    def take_gone(self) -> list[str]:
+        """Return the names that are gone since the last call, other than by `take`."""
+        gone, self._gone = self._gone, []
+        return gone
+
+    def check(self) -> None:
+        """Assert that all held blocks are free and held once, and that nothing exceeds its cap."""
+        assert len(self._held) <= self._most, "too many caches are held"
+        assert self.blocks <= self._most_blocks, "too many blocks are held"
+        assert self.blocks == sum(len(held.blocks) for held in self), "held blocks are miscounted"
+        owners = {block.block_id: held.name for held in self for block in held.blocks}
+        assert len(owners) == self.blocks, "a block is held twice"
+        assert owners == self._owners
+        for held in self:
+            assert held is self._by_scope[held.scope][held.name]
+            assert held.floor.tokens <= len(held.token_ids) <= held.entry_tokens
+            for block in held.blocks:
+                assert block.ref_cnt == 0, f"block {block.block_id} is held and used"
+                assert block.block_hash is None, "a held block can be found as a prefix"
+        assert sum(map(len, self._by_scope.values())) == len(self._held) == len(self._held_at_s)
+
+    def _taken(self, block: KVCacheBlock) -> None:
+        """Note that a block is handed out. May be of a cache that ended long ago."""
+        name = self._owners.get(block.block_id)
+        if name is not None:
+            held = self._remove(self._held[name])
+            self._note_gone(held, "reused")
+            # Others of its blocks may be handed out by the same call.
+            self._lost.append(held)
+
+    def _drop(self, held: Held, reason: Reason) -> None:
+        self._remove(held)
+        self._note_gone(held, reason)
+        self._lost.append(held)
+
+    def _note_gone(self, held: Held, reason: Reason) -> None:
+        self._gone.append(held.name)
+        self.dropped[reason] += 1
+
+    def _remove(self, held: Held) -> Held:
+        del self._held[held.name], self._held_at_s[held.name]
+        of_scope = self._by_scope[held.scope]
+        del of_scope[held.name]
+        if not of_scope:
+            del self._by_scope[held.scope]
+        for block in held.blocks:
+            del self._owners[block.block_id]
+        self.blocks -= len(held.blocks)
+        return held
+
+    def _free_lost(self) -> None:
+        """Move blocks of lost caches to the front of the queue: there is nothing in them."""
+        lost, self._lost = self._lost, []
+        for held in lost:
+            self._requeue(
+                block for block in held.blocks
+                if block.ref_cnt == 0 and block.block_hash is None
+                and block.block_id not in self._owners
+            )  # fmt: skip
+
+    def _requeue(self, blocks: Iterable[KVCacheBlock]) -> None:
+        free = list(blocks)
+        self._pool.touch(free)
+        self._pool.free_blocks(free)
+
+    def _move_back(self) -> None:
+        """Move held caches that the next allocations would take behind the blocks of prefixes.
+
+        A held block saves more tokens than one of a prefix: it holds a compressed cache.
+        """
+        others = self._pool.get_num_free_blocks() - self.blocks
+        if not self._held or others <= self._reach_blocks:
+            return
+        block = self._pool.free_block_queue.fake_free_list_head.next_free_block
+        near = []
+        for _ in range(self._reach_blocks):
+            if block is None or block.block_id < 0:
+                break
+            if (name := self._owners.get(block.block_id)) is not None and name not in near:
+                near.append(name)
+            block = block.next_free_block
+        for name in near:
+            held = self._held[name]
+            self._pool.touch(held.blocks)
+            self._pool.unpin_blocks(held.blocks, self._taken)

@@ -1,0 +1,99 @@
+"""Sessions: which requests begin with a held cache, and which leave one."""
+
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from vllm.v1.request import Request
+
+from adakv_worker.config import FULL, SessionsConfig
+from adakv_worker.core.held import HeldCaches, ToHold, TokenIds
+from adakv_worker.core.manager import AdaKVManager
+from adakv_worker.core.plan import Plan, with_held
+from adakv_worker.messages import SessionProof
+from adakv_worker.options import RequestBudget
+
+
+class Scope(NamedTuple):
+    """What two requests must have in common to share a cache, beside their tokens."""
+
+    budget: RequestBudget
+    lora: str | None
+    cache_salt: str | None
+
+
+class Sessions:
+    """The sessions of one engine core."""
+
+    def __init__(self, config: SessionsConfig, manager: AdaKVManager, reach_blocks: int) -> None:
+        """
+        Args:
+            reach_blocks: blocks that one step may allocate.
+        """
+        pool = manager.block_pool
+        usable = pool.num_gpu_blocks - 1
+        self._config = config
+        self._manager = manager
+        self._held = manager.held = HeldCaches(
+            pool,
+            int(config.share * usable),
+            config.max_held,
+            config.max_idle_s,
+            min(reach_blocks, usable // 4),
+        )
+        self._names: dict[str, str] = {}
+
+    def plan(self, request: Request, plan: Plan, budget: RequestBudget, hit_tokens: int) -> Plan:
+        """Return a waiting request's plan with the held cache that it should begin with, if any.
+
+        Args:
+            plan: its plan without one.
+            hit_tokens: tokens that it would take from the prefix cache.
+        """
+        if not _may_share(request, budget):
+            return plan
+        match = self._held.find(_scope(request, budget), _token_ids(request))
+        skipped = "no_match"
+        if match is not None:
+            if match.tokens - hit_tokens >= self._config.min_saved_tokens:
+                newest_only = self._config.compress == "newest"
+                return with_held(plan, match.held, match.tokens, newest_only=newest_only)
+            skipped = "saves_little"
+        record = SessionProof(1, 0, plan.prompt_tokens - hit_tokens, skipped=skipped)
+        return replace(plan, session=record)
+
+    def leave(self, request: Request, budget: RequestBudget) -> None:
+        """Hold the cache of a request whose blocks are about to be freed, if it has one."""
+        if not _may_share(request, budget):
+            return
+        to_hold = ToHold(_scope(request, budget), _token_ids(request), request.num_computed_tokens)
+        name = self._manager.hold(request.request_id, to_hold)
+        if name is not None:
+            self._names[request.request_id] = name
+
+    def take_names(self) -> dict[str, str]:
+        """Return the requests whose caches are held since the last call, with their names."""
+        names, self._names = self._names, {}
+        return names
+
+
+def _may_share(request: Request, budget: RequestBudget) -> bool:
+    return (
+        budget.session
+        and budget.choice.preset != FULL
+        and not request.skip_reading_prefix_cache
+        and not request.resumable
+        # Their tokens do not say what they are of.
+        and not request.mm_features
+        and request.prompt_embeds is None
+    )
+
+
+def _scope(request: Request, budget: RequestBudget) -> Hashable:
+    lora = request.lora_request
+    return Scope(budget, lora.name if lora is not None else None, request.cache_salt)
+
+
+def _token_ids(request: Request) -> TokenIds:
+    return np.array(request._all_token_ids, dtype=np.int32)
