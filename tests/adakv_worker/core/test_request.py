@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from adakv_worker.config import CompressionConfig
-from adakv_worker.core.plan import Plan, make_plan
+from adakv_worker.core.floor import Floor
+from adakv_worker.core.held import Held
+from adakv_worker.core.plan import Plan, make_plan, with_held
 from adakv_worker.core.request import CompressedRequest, Phase
 from adakv_worker.options import RequestOptions
 
@@ -88,11 +91,19 @@ class Requests(RuleBasedStateMachine):
 TestRequests = Requests.TestCase
 
 
+def _resumed_plan() -> Plan:
+    held = Held(
+        "h", None, np.arange(150, dtype=np.int32), 150, Floor(120, 40), 130, (), turn=1
+    )  # fmt: skip
+    return with_held(_plan(), held, 140, newest_only=True)
+
+
 def _in(phase: Phase) -> CompressedRequest:
-    request = CompressedRequest.planned(_plan())
+    plan = _resumed_plan() if phase is Phase.RESUMED else _plan()
+    request = CompressedRequest.planned(plan)
     if phase is Phase.WHOLE:
         request.stay_whole("no_room")
-    elif phase is not Phase.PREFILL:
+    elif phase not in (Phase.PREFILL, Phase.RESUMED):
         request.grow(200)
         request.reserve()
         if phase is Phase.COMPRESSED:
@@ -104,22 +115,46 @@ def _in(phase: Phase) -> CompressedRequest:
 @pytest.mark.parametrize(
     ("change", "starts_in"),
     [
-        (lambda request: request.stay_whole("no_room"), Phase.PREFILL),
-        (lambda request: (request.grow(200), request.reserve()), Phase.PREFILL),
-        (lambda request: request.compress(5), Phase.RESERVED),
-        (lambda request: request.hold(5), Phase.COMPRESSED),
+        (lambda request: request.stay_whole("no_room"), {Phase.PREFILL}),
+        (lambda request: (request.grow(200), request.reserve()), {Phase.PREFILL}),
+        (lambda request: request.compress(5), {Phase.RESERVED, Phase.RESUMED}),
+        (lambda request: request.hold(5), {Phase.COMPRESSED, Phase.RESUMED}),
     ],
     ids=["stay_whole", "reserve", "compress", "hold"],
 )
-def test_a_change_is_refused_in_every_other_phase(change: Any, starts_in: Phase) -> None:
+def test_a_change_is_refused_in_every_other_phase(change: Any, starts_in: set[Phase]) -> None:
     for phase in Phase:
         request = _in(phase)
-        if phase is starts_in:
+        if phase in starts_in:
             change(request)
             continue
         with pytest.raises(AssertionError, match=phase.name):
             change(request)
         assert request.phase is phase
+
+
+def test_a_resumed_request_counts_from_its_cache() -> None:
+    request = _in(Phase.RESUMED)
+    # 60 entries at 140 tokens, and 60 more; of those since token 130 a window stays beside 50.
+    assert request.blocks_at(140) == (60 + 15 + 15) // 16
+    assert request.blocks_at(200) == request.blocks_to_start == (120 + 15 + 15) // 16
+    assert (request.plan.keep, request.plan.slabs) == (82, (82 + 15 + 15) // 16)
+    request.grow(200)
+    assert request.completes_prompt
+    request.compress(request.plan.slabs)
+    # The window of 32 tokens is whole.
+    assert (request.floor, request.compressed_at) == (Floor(168, 50), 200)
+
+
+def test_a_policy_that_failed_leaves_nothing_to_cut() -> None:
+    request = _in(Phase.RESERVED)
+    request.fall_back()
+    request.compress(5)
+    assert request.floor == Floor(200, 64)
+    late = _in(Phase.COMPRESSED)
+    assert late.floor == Floor(168, 32)
+    late.fall_back()
+    assert late.floor == Floor(200, 64)
 
 
 def test_a_request_never_loses_tokens() -> None:

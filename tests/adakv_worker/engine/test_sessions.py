@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from kernels.policies.presets import PRESETS
-from tests.adakv_worker.engines import Engine, Reference, Result, prompt
-
-SESSIONS = {"enabled": True, "min_saved_tokens": 1, "share": 1.0}
-_TOLERANCE = 1e-3
+from tests.adakv_worker.conversation import SESSIONS, Conversation
+from tests.adakv_worker.engine.test_eviction import Traced, run
+from tests.adakv_worker.engines import Engine, Reference, prompt
 
 
 @pytest.fixture(scope="module")
@@ -27,66 +26,6 @@ def engine(in_process: None, gqa_model: Path) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def reference(gqa_model: Path) -> Reference:
     return Reference(gqa_model)
-
-
-class Conversation:
-    """Turns of one conversation, and what each of its tokens has attended to.
-
-    tokens: those of the last turn, its answer included.
-    seen: [L, H, n, n] bool, the entries that each of them attended to.
-    """
-
-    def __init__(self, engine: Engine, reference: Reference, **options: Any) -> None:
-        self._engine = engine
-        self._reference = reference
-        self._options = options
-        self.tokens: list[int] = []
-        self.seen = torch.zeros(0)
-        self._kept = torch.zeros(0)
-        self.proof: dict[str, Any] = {}
-
-    @property
-    def resumed(self) -> int:
-        """Tokens of the last turn that were not computed."""
-        return int(self.proof["session"]["resumed_tokens"])
-
-    def turn(self, ids: list[int], max_tokens: int = 12) -> Result:
-        """Ask with these tokens, and check the answer."""
-        params = self._engine.params(max_tokens=max_tokens, extra_args=self._options or None)
-        (result,) = self._engine.run([ids], params)
-        self.note(result)
-        return result
-
-    def note(self, result: Result) -> None:
-        assert result.proof is not None
-        assert result.kept is not None
-        self.proof = result.proof
-        self._follow(result, self.resumed)
-        logprobs = self._reference.seeing(self.tokens, self.seen)
-        expected = logprobs[len(result.prompt) - 1 :]
-        for step, (token, candidates) in enumerate(
-            zip(result.tokens, result.logprobs, strict=True)
-        ):
-            for candidate, logprob in candidates.items():
-                difference = abs(logprob - float(expected[step, candidate]))
-                assert difference < _TOLERANCE, f"step {step}: off by {difference}"
-            assert float(expected[step].max() - expected[step, token]) < _TOLERANCE
-
-    def _follow(self, result: Result, resumed: int) -> None:
-        n = len(result.prompt)
-        tokens = [*result.prompt, *result.tokens]
-        layers, heads = result.kept.shape[:2]
-        seen = torch.ones((len(tokens), len(tokens)), dtype=torch.bool).tril()
-        seen = seen.expand(layers, heads, -1, -1).clone()
-        if resumed:
-            assert tokens[:resumed] == self.tokens[:resumed]
-            seen[:, :, :resumed, :resumed] = self.seen[:, :, :resumed, :resumed]
-            before = self._kept[..., :resumed]
-            seen[:, :, resumed:n, : before.shape[-1]] &= before[:, :, None]
-        # Where all entries of the new turn stay, there is no record of them.
-        kept = torch.nn.functional.pad(result.kept, (0, n - result.kept.shape[-1]), value=True)
-        seen[:, :, n:, :n] &= kept[:, :, None, :]
-        self.tokens, self.seen, self._kept = tokens, seen, kept
 
 
 @pytest.mark.parametrize("policy", PRESETS)
@@ -179,17 +118,154 @@ def test_turns_of_many_lengths_share_a_batch(engine: Engine, reference: Referenc
         assert talk.resumed > 0
 
 
-def test_all_turns_may_be_compressed_again(
-    in_process: None, gqa_model: Path, reference: Reference
-) -> None:
-    sessions = {**SESSIONS, "compress": "all"}
-    engine = Engine(gqa_model, {"budget_tokens": 64, "keep_ratio": 0.0, "sessions": sessions})
-    talk = Conversation(engine, reference)
-    last = talk.turn(prompt(300, seed=60))
-    for turn in range(3):
-        last = talk.turn([*last.prompt, *last.tokens, *prompt(50, seed=61 + turn)])
-        assert talk.resumed == len(last.prompt) - 51
-        assert talk.proof["kept_mean"] == 64
+BOUND = {"adakv_decode_budget_tokens": 48, "adakv_decode_interval_tokens": 32}
+
+
+def test_a_bounded_cache_goes_on_from_its_last_eviction(engine: Engine) -> None:
+    params = engine.params(max_tokens=100, extra_args=BOUND)
+    (first,) = engine.run([prompt(300, seed=70)], params)
+    assert first.proof is not None
+    assert first.proof["decode_evictions"] == 3
+    asked = [*first.prompt, *first.tokens, *prompt(60, seed=71)]
+    second = Traced(engine, "second", asked, params)
+    run(engine, {"second": second})
+    assert second.result is not None
+    proof = second.result.proof
+    assert proof is not None
+    assert proof["session"]["resumed_tokens"] == 399
+    assert proof["kept_mean"] == 48
+    assert proof["decode_evictions"] == 3
+    # Its tokens never attend to more than the bound.
+    lens = second.kept_at[-1].sum(dim=-1)  # type: ignore[union-attr]
+    assert int(lens.sum()) == lens.numel() * 48
+
+
+def test_a_preempted_request_computes_nothing_again(engine: Engine) -> None:
+    core = engine.llm.llm_engine
+    before = engine.scheduler._recomputes.tokens
+    core.add_request(
+        "victim", {"prompt_token_ids": prompt(300, seed=72)}, engine.params(max_tokens=40)
+    )
+    outputs: list[Any] = []
+    for _ in range(15):
+        outputs += core.step()
+    (request,) = engine.scheduler.running
+    engine.scheduler.running.remove(request)
+    engine.scheduler._preempt_request(request, 0.0)
+    while core.has_unfinished_requests():
+        outputs += core.step()
     engine.flush()
-    engine.assert_nothing_leaked()
-    engine.close()
+    proof = outputs[-1].kv_transfer_params["kv_compression"]
+    assert proof["session"]["resumed_tokens"] == 314
+    assert proof["session"]["computed_tokens"] == 1
+    assert engine.scheduler._recomputes.tokens == before
+    # The next turn finds what it left.
+    asked = [*prompt(300, seed=72), *outputs[-1].outputs[0].token_ids, *prompt(30, seed=73)]
+    (after,) = engine.run([asked], engine.params(max_tokens=4))
+    assert after.proof is not None
+    assert after.proof["session"]["resumed_tokens"] == 339
+
+
+def test_a_client_that_leaves_finds_its_cache_again(engine: Engine, reference: Reference) -> None:
+    talk = Conversation(engine, reference)
+    core = engine.llm.llm_engine
+    ids = prompt(300, seed=74)
+    core.add_request("leaves", {"prompt_token_ids": ids}, engine.params(max_tokens=40))
+    core.step()
+    core.abort_request(["leaves"])
+    engine.flush()
+    kept = engine._kept.pop("leaves")
+    seen = torch.ones((300, 300), dtype=torch.bool).tril().expand(*kept.shape[:2], -1, -1)
+    talk.tokens, talk.seen, talk._kept = ids, seen, kept
+    talk.turn(ids)
+    assert talk.resumed == 299
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_turn_finds_its_part(
+    engine: Engine, reference: Reference
+) -> None:
+    talk = Conversation(engine, reference)
+    first = talk.turn(prompt(300, seed=75))
+    core = engine.llm.llm_engine
+    asked = [*first.prompt, *first.tokens, *prompt(900, seed=76)]
+    core.add_request("leaves", {"prompt_token_ids": asked}, engine.params(max_tokens=40))
+    core.step()
+    core.abort_request(["leaves"])
+    engine.flush()
+    engine._kept.pop("leaves")
+    # A chunk of 512 tokens is there.
+    kept = torch.nn.functional.pad(talk._kept, (0, 823 - 300), value=True)
+    seen = torch.ones((823, 823), dtype=torch.bool).tril().expand(*kept.shape[:2], -1, -1).clone()
+    seen[:, :, :311, :311] = talk.seen[:, :, :311, :311]
+    seen[:, :, 311:, :300] &= talk._kept[:, :, None]
+    talk.tokens, talk.seen, talk._kept = asked[:823], seen, kept
+    talk.turn(asked)
+    assert talk.resumed == 823
+
+
+@pytest.mark.parametrize(
+    ("of_first", "of_second"),
+    [
+        ({"extra_args": {"adakv_session": "off"}}, {}),
+        ({}, {"extra_args": {"adakv_session": "off"}}),
+        ({}, {"extra_args": {"adakv_policy": "streaming_llm"}}),
+        ({}, {"extra_args": {"adakv_budget_tokens": 100}}),
+        ({}, {"extra_args": {"adakv_policy": "full"}}),
+        ({}, {"prompt_logprobs": 1}),
+    ],
+    ids=["not left", "off", "policy", "budget", "full", "prompt log-probabilities"],
+)
+def test_a_cache_is_not_found_by_others(
+    engine: Engine, of_first: dict[str, Any], of_second: dict[str, Any]
+) -> None:
+    ids = prompt(300, seed=80)
+    engine.llm.llm_engine.reset_prefix_cache()
+    (first,) = engine.run([ids], engine.params(max_tokens=8, **of_first))
+    asked = [*ids, *first.tokens, *prompt(30, seed=81)]
+    (second,) = engine.run([asked], engine.params(max_tokens=4, **of_second))
+    assert second.proof is not None
+    assert (second.proof["session"] or {"resumed_tokens": 0})["resumed_tokens"] == 0
+
+
+@pytest.mark.parametrize("salt", ["a", "b", None])
+def test_a_cache_is_found_with_its_salt_alone(engine: Engine, salt: str | None) -> None:
+    ids = prompt(300, seed=82)
+    engine.llm.llm_engine.reset_prefix_cache()
+
+    def ask(tokens: list[int], of: str | None) -> Any:
+        request: Any = {"prompt_token_ids": tokens, **({"cache_salt": of} if of else {})}
+        params = engine.params(max_tokens=4)
+        (output,) = engine.llm.generate([request], params, use_tqdm=False)
+        engine.flush()
+        return output
+
+    answer = ask(ids, "a")
+    asked = [*ids, *answer.outputs[0].token_ids, *prompt(30, seed=83)]
+    output = ask(asked, salt)
+    resumed = output.kv_transfer_params["kv_compression"]["session"]["resumed_tokens"]
+    assert resumed == (303 if salt == "a" else 0)
+    # vLLM counts them as cached.
+    assert output.num_cached_tokens == resumed
+
+
+def test_an_exact_prefix_that_saves_as_much_wins(engine: Engine) -> None:
+    # The whole prompt is cached exactly until it is overwritten, and only the answer is not.
+    engine.llm.llm_engine.reset_prefix_cache()
+    (first,) = engine.run([prompt(320, seed=84)], engine.params(max_tokens=4))
+    asked = [*first.prompt, *first.tokens, *prompt(60, seed=85)]
+    sessions = engine.scheduler._sessions
+    least = sessions._config
+    sessions._config = least.model_copy(update={"min_saved_tokens": 64})
+    (second,) = engine.run([asked], engine.params(max_tokens=4))
+    sessions._config = least
+    assert second.proof is not None
+    assert second.proof["session"]["skipped"] == "saves_little"
+
+
+def test_a_reset_forgets_all_caches(engine: Engine) -> None:
+    (first,) = engine.run([prompt(300, seed=86)], engine.params(max_tokens=4))
+    assert engine.llm.llm_engine.reset_prefix_cache()
+    asked = [*first.prompt, *first.tokens, *prompt(60, seed=87)]
+    (second,) = engine.run([asked], engine.params(max_tokens=4))
+    assert second.proof is not None
+    assert second.proof["session"]["skipped"] == "no_match"

@@ -10,6 +10,7 @@ import torch
 from vllm.v1.attention import selector
 
 from adakv_worker.core.answer_lengths import AnswerLengths
+from tests.adakv_worker.conversation import SESSIONS, Conversation
 from tests.adakv_worker.engine.test_eviction import Traced, run
 from tests.adakv_worker.engines import (
     Engine,
@@ -67,11 +68,15 @@ def on(*kinds: Kind) -> pytest.MarkDecorator:
 
 
 @contextmanager
-def started(model: Path, kind: Kind, **options: Any) -> Iterator[Engine]:
+def started(
+    model: Path, kind: Kind, sessions: dict[str, Any] | None = None, **options: Any
+) -> Iterator[Engine]:
     from adakv_worker.attention import cpu as cpu_backend
     from adakv_worker.attention import gpu as gpu_backends
 
-    compression = {"budget_tokens": 40, "keep_ratio": 0.0, "window_tokens": 8}
+    compression = {
+        "budget_tokens": 40, "keep_ratio": 0.0, "window_tokens": 8, "sessions": sessions or {},
+    }  # fmt: skip
     settings = {
         "block_size": 16, "max_model_len": 512, "max_num_batched_tokens": 64,
         "kv_cache_memory_bytes": 8 << 20, **options,
@@ -193,3 +198,30 @@ def test_a_cache_leaves_and_comes_back(engine: Engine, reference: Reference) -> 
     assert moved
     assert traced.result is not None
     assert_equals_reference(traced.result, reference, 1e-3, traced.kept_at)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind in _QUICK else pytest.mark.slow, id=str(kind))
+        for kind in (_TRITON, *_FAST)
+    ],
+)
+def test_turns_go_on_from_held_caches(model: Path, reference: Reference, kind: Kind) -> None:
+    with started(model, kind, SESSIONS) as engine:
+        lengths = (90, 120)
+        talks = [Conversation(engine, reference) for _ in lengths]
+        params = engine.params(max_tokens=6)
+        results = engine.run([prompt(n, seed=n) for n in lengths], params)
+        # A new turn in chunks beside one of one token; then two that fit one step.
+        for turn, new in enumerate(((70, 1), (9, 30))):
+            for talk, result in zip(talks, results, strict=True):
+                talk.note(result)
+            asked = [
+                [*result.prompt, *result.tokens, *prompt(count, seed=200 + turn)]
+                for result, count in zip(results, new, strict=True)
+            ]
+            *results, _ = engine.run([*asked, prompt(50, seed=300 + turn)], params)
+        for talk, result in zip(talks, results, strict=True):
+            talk.note(result)
+            assert talk.proof["session"]["turn"] == 3

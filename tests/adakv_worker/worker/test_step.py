@@ -27,7 +27,7 @@ from kernels.policies.presets import PolicyChoice
 from tests.adakv_worker.worker.test_warm_up import DIM, HEADS, LAYERS, PAGE, make_state
 
 PROMPT, KEEP, SPAN = 100, 40, 16
-NOTHING = StepCommands({}, {}, {}, {})
+NOTHING = StepCommands.none()
 COMPRESS = Compress(PolicyChoice("ada_snapkv"), PROMPT, SPAN, KEEP, slabs=[10, 11])
 
 
@@ -111,10 +111,10 @@ def test_a_compressed_request_holds_its_slabs_alone_and_grows(worker: Worker) ->
     worker.compress()
     assert worker.batch.held["a"] == [10, 11]
     step = worker.step({"a": 1, "b": 5}, {"a": PROMPT, "b": 0})
-    assert step.folded is not None
-    assert step.folded.requests == 1
+    assert step.decodes is not None
+    assert step.decodes.requests == 1
     assert not step.watchers
-    assert int(step.folded.grown.lens.sum()) == LAYERS * HEADS * (KEEP + 1)
+    assert int(step.decodes.grown.lens.sum()) == LAYERS * HEADS * (KEEP + 1)
 
 
 def test_the_answer_rides_on_the_next_output_only(worker: Worker) -> None:

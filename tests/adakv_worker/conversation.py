@@ -1,0 +1,70 @@
+"""Turns of one conversation, each checked against a forward pass that sees what its tokens saw."""
+
+from typing import Any
+
+import torch
+
+from tests.adakv_worker.engines import Engine, Reference, Result
+
+SESSIONS = {"enabled": True, "min_saved_tokens": 1, "share": 1.0}
+_TOLERANCE = 1e-3
+
+
+class Conversation:
+    """Turns of one conversation, and what each of its tokens has attended to.
+
+    tokens: those of the last turn, its answer included.
+    seen: [L, H, n, n] bool, the entries that each of them attended to.
+    """
+
+    def __init__(self, engine: Engine, reference: Reference, **options: Any) -> None:
+        self._engine = engine
+        self._reference = reference
+        self._options = options
+        self.tokens: list[int] = []
+        self.seen = torch.zeros(0)
+        self._kept = torch.zeros(0)
+        self.proof: dict[str, Any] = {}
+
+    @property
+    def resumed(self) -> int:
+        """Tokens of the last turn that were not computed."""
+        return int(self.proof["session"]["resumed_tokens"])
+
+    def turn(self, ids: list[int], max_tokens: int = 12) -> Result:
+        """Ask with these tokens, and check the answer."""
+        params = self._engine.params(max_tokens=max_tokens, extra_args=self._options or None)
+        (result,) = self._engine.run([ids], params)
+        self.note(result)
+        return result
+
+    def note(self, result: Result) -> None:
+        assert result.proof is not None
+        assert result.kept is not None
+        self.proof = result.proof
+        self._follow(result, self.resumed)
+        logprobs = self._reference.seeing(self.tokens, self.seen)
+        expected = logprobs[len(result.prompt) - 1 :]
+        for step, (token, candidates) in enumerate(
+            zip(result.tokens, result.logprobs, strict=True)
+        ):
+            for candidate, logprob in candidates.items():
+                difference = abs(logprob - float(expected[step, candidate]))
+                assert difference < _TOLERANCE, f"step {step}: off by {difference}"
+            assert float(expected[step].max() - expected[step, token]) < _TOLERANCE
+
+    def _follow(self, result: Result, resumed: int) -> None:
+        n = len(result.prompt)
+        tokens = [*result.prompt, *result.tokens]
+        layers, heads = result.kept.shape[:2]
+        seen = torch.ones((len(tokens), len(tokens)), dtype=torch.bool).tril()
+        seen = seen.expand(layers, heads, -1, -1).clone()
+        if resumed:
+            assert tokens[:resumed] == self.tokens[:resumed]
+            seen[:, :, :resumed, :resumed] = self.seen[:, :, :resumed, :resumed]
+            before = self._kept[..., :resumed]
+            seen[:, :, resumed:n, : before.shape[-1]] &= before[:, :, None]
+        # Where all entries of the new turn stay, there is no record of them.
+        kept = torch.nn.functional.pad(result.kept, (0, n - result.kept.shape[-1]), value=True)
+        seen[:, :, n:, :n] &= kept[:, :, None, :]
+        self.tokens, self.seen, self._kept = tokens, seen, kept

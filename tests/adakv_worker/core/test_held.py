@@ -1,0 +1,217 @@
+"""Held caches in vLLM's block pool: always free, found by tokens, lost when overwritten."""
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+from adakv_worker.core.floor import Floor
+from adakv_worker.core.held import Held, HeldCaches, TokenIds
+
+BLOCKS, MOST_BLOCKS, MOST, IDLE_S = 41, 20, 4, 100.0
+
+
+def tokens(*ids: int) -> TokenIds:
+    return np.array(ids, dtype=np.int32)
+
+
+class Pool:
+    """A pool of blocks, its held caches and a clock."""
+
+    def __init__(self, reach_blocks: int = 4) -> None:
+        self.now_s = 0.0
+        self.pool = BlockPool(BLOCKS, enable_caching=True, hash_block_size=4)
+        self.held = HeldCaches(
+            self.pool, MOST_BLOCKS, MOST, IDLE_S, reach_blocks, lambda: self.now_s
+        )
+
+    def hold(self, ids: TokenIds, blocks: int, floor: int = 0, scope: str = "a") -> Held:
+        held = Held(
+            self.held.next_name(), scope, ids, len(ids), Floor(floor, 0), floor,
+            tuple(self.pool.get_new_blocks(blocks)), turn=1,
+        )  # fmt: skip
+        self.held.hold(held)
+        return held
+
+
+@pytest.fixture
+def pool() -> Pool:
+    return Pool()
+
+
+@pytest.mark.parametrize(
+    ("asked", "saved"),
+    [
+        ((1, 2, 3, 4, 5, 6, 7), 6),
+        # The last token of the request is computed for its answer.
+        ((1, 2, 3, 4, 5, 6), 5),
+        ((1, 2, 3, 4, 5), 4),
+        ((1, 2, 3, 4, 9, 9, 9), 4),
+        # Below the floor there is nothing to cut back to.
+        ((1, 2, 3, 9, 9, 9, 9), 0),
+        ((1, 2, 3, 4), 0),
+        ((), 0),
+    ],
+)
+def test_a_cache_saves_the_common_tokens_from_its_floor_on(
+    pool: Pool, asked: tuple[int, ...], saved: int
+) -> None:
+    held = pool.hold(tokens(1, 2, 3, 4, 5, 6), 2, floor=4)
+    match = pool.held.find("a", tokens(*asked))
+    assert (match.tokens if match else 0) == saved
+    assert match is None or match.held is held
+
+
+def test_another_scope_finds_nothing(pool: Pool) -> None:
+    pool.hold(tokens(1, 2, 3), 1, scope="tenant")
+    assert pool.held.find("other", tokens(1, 2, 3, 4)) is None
+    assert pool.held.find("tenant", tokens(1, 2, 3, 4)) is not None
+
+
+def test_the_cache_that_saves_most_is_found(pool: Pool) -> None:
+    pool.hold(tokens(1, 2, 3), 1)
+    longer = pool.hold(tokens(1, 2, 3, 4, 5), 1)
+    pool.hold(tokens(1, 2, 9, 9, 9, 9), 1)
+    match = pool.held.find("a", tokens(1, 2, 3, 4, 5, 6))
+    assert match is not None
+    assert match.held is longer
+
+
+def test_held_blocks_count_as_free_and_are_lost_when_they_are_taken(pool: Pool) -> None:
+    held = pool.hold(tokens(1, 2, 3), 3)
+    assert pool.pool.get_num_free_blocks() == BLOCKS - 1
+    pool.pool.get_new_blocks(BLOCKS - 1)
+    assert len(pool.held) == 0
+    assert pool.held.take_gone() == [held.name]
+    assert pool.held.dropped["reused"] == 1
+
+
+def test_a_taken_cache_belongs_to_its_taker(pool: Pool) -> None:
+    held = pool.hold(tokens(1, 2, 3), 3)
+    taken = pool.held.take(held.name)
+    assert pool.pool.get_num_free_blocks() == BLOCKS - 4
+    pool.pool.get_new_blocks(BLOCKS - 4)
+    assert all(block.ref_cnt == 1 for block in taken.blocks)
+    assert pool.held.take_gone() == []
+    # Its blocks may be freed and handed out again without anybody being told.
+    pool.pool.free_blocks(taken.blocks)
+    pool.pool.get_new_blocks(3)
+    assert pool.held.dropped["reused"] == 0
+
+
+def test_the_least_recently_used_go_beyond_the_cap(pool: Pool) -> None:
+    first, second = pool.hold(tokens(1), 9), pool.hold(tokens(2), 9)
+    pool.hold(tokens(3), 9)
+    assert first.name not in pool.held
+    assert second.name in pool.held
+    assert pool.held.blocks == 18
+    for name in range(4, 4 + MOST):
+        pool.hold(tokens(name), 1)
+    assert len(pool.held) == MOST
+    assert pool.held.dropped["cap"] == 3
+
+
+def test_a_cache_for_which_nobody_comes_is_forgotten(pool: Pool) -> None:
+    pool.hold(tokens(1), 1)
+    pool.now_s = IDLE_S
+    pool.hold(tokens(2), 1)
+    pool.held.next_step()
+    assert len(pool.held) == 2
+    pool.now_s += 1.0
+    pool.held.next_step()
+    assert [one.token_ids.tolist() for one in pool.held] == [[2]]
+
+
+def test_other_free_blocks_are_overwritten_first(pool: Pool) -> None:
+    others = pool.pool.get_new_blocks(BLOCKS - 6)
+    pool.hold(tokens(1), 5)
+    # They are younger, so that vLLM alone would overwrite the held ones first.
+    pool.pool.unpin_blocks(others, lambda _: None)
+    for _ in range(8):
+        pool.held.next_step()
+        # A step takes no more than the reach.
+        pool.pool.get_new_blocks(4)
+        assert len(pool.held) == 1
+    pool.held.next_step()
+    pool.pool.get_new_blocks(8)
+    assert len(pool.held) == 0
+
+
+def test_a_reset_prefix_cache_has_no_held_caches_either(pool: Pool) -> None:
+    pool.hold(tokens(1), 5)
+    assert pool.pool.reset_prefix_cache()
+    assert len(pool.held) == 0
+
+
+class Lives(RuleBasedStateMachine):
+    """Requests take blocks, end, and go on, while time passes."""
+
+    @initialize(reach_blocks=st.integers(1, 12))
+    def begin(self, reach_blocks: int) -> None:
+        self.pool = Pool(reach_blocks)
+        self.running: list[list[KVCacheBlock]] = []
+        self.gone: list[str] = []
+        self.names: list[str] = []
+
+    @rule(count=st.integers(1, 15))
+    def start(self, count: int) -> None:
+        if count <= self.pool.pool.get_num_free_blocks():
+            self.running.append(self.pool.pool.get_new_blocks(count))
+
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        if self.running:
+            index = data.draw(st.integers(0, len(self.running) - 1))
+            self.pool.pool.free_blocks(reversed(self.running.pop(index)))
+
+    @rule(data=st.data(), ids=st.lists(st.integers(1, 2), min_size=1, max_size=5))
+    def end_and_hold(self, data: st.DataObject, ids: list[int]) -> None:
+        if not self.running:
+            return
+        blocks = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
+        floor = data.draw(st.integers(0, len(ids)))
+        name = self.pool.held.next_name()
+        self.names.append(name)
+        self.pool.held.hold(
+            Held(name, "a", tokens(*ids), len(ids), Floor(floor, 0), floor, tuple(blocks), 1)
+        )
+
+    @rule(ids=st.lists(st.integers(1, 2), min_size=2, max_size=6))
+    def go_on(self, ids: list[int]) -> None:
+        match = self.pool.held.find("a", tokens(*ids))
+        if match is None:
+            return
+        assert match.held.token_ids[: match.tokens].tolist() == ids[: match.tokens]
+        assert match.held.floor.tokens <= match.tokens < len(ids)
+        taken = self.pool.held.take(match.held.name)
+        assert all(block.ref_cnt == 1 for block in taken.blocks)
+        self.running.append(list(taken.blocks))
+        self.names.remove(taken.name)
+
+    @rule(seconds=st.sampled_from([0.0, 1.0, IDLE_S]))
+    def step(self, seconds: float) -> None:
+        self.pool.now_s += seconds
+        self.pool.held.next_step()
+
+    @rule()
+    def forget(self) -> None:
+        self.pool.held.forget()
+        assert len(self.pool.held) == 0
+
+    @invariant()
+    def nothing_is_lost_or_counted_twice(self) -> None:
+        self.pool.held.check()
+        used = sum(len(blocks) for blocks in self.running)
+        assert self.pool.pool.get_num_free_blocks() == BLOCKS - 1 - used
+        for blocks in self.running:
+            assert all(block.ref_cnt == 1 for block in blocks)
+
+    @invariant()
+    def every_cache_is_held_or_the_workers_are_told_once(self) -> None:
+        self.gone += self.pool.held.take_gone()
+        assert sorted(self.names) == sorted([*self.gone, *(one.name for one in self.pool.held)])
+
+
+TestLives = Lives.TestCase

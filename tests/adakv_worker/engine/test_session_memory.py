@@ -1,0 +1,43 @@
+"""Sessions in engines with other settings: each test has one of its own."""
+
+from pathlib import Path
+
+from tests.adakv_worker.conversation import SESSIONS, Conversation
+from tests.adakv_worker.engines import Engine, Reference, prompt
+
+
+def test_all_turns_may_be_compressed_again(in_process: None, gqa_model: Path) -> None:
+    sessions = {**SESSIONS, "compress": "all"}
+    engine = Engine(gqa_model, {"budget_tokens": 64, "keep_ratio": 0.0, "sessions": sessions})
+    talk = Conversation(engine, Reference(gqa_model))
+    last = talk.turn(prompt(300, seed=60))
+    for turn in range(3):
+        last = talk.turn([*last.prompt, *last.tokens, *prompt(50, seed=61 + turn)])
+        assert talk.resumed == len(last.prompt) - 51
+        assert talk.proof["kept_mean"] == 64
+    engine.flush()
+    engine.assert_nothing_leaked()
+    engine.close()
+
+
+def test_held_caches_make_nobody_wait(in_process: None, gqa_model: Path) -> None:
+    # 31 blocks: each prompt takes 10, and then 6.
+    engine = Engine(
+        gqa_model, {"budget_tokens": 48, "keep_ratio": 0.5, "sessions": SESSIONS},
+        kv_cache_memory_bytes=32 * 4 * 2 * 32 * 2 * 32 * 4, max_model_len=512,
+    )  # fmt: skip
+    assert engine.free_blocks == 31
+    for number in range(12):
+        (result,) = engine.run([prompt(300, seed=90 + number)], engine.params(max_tokens=8))
+        assert result.proof is not None
+        assert result.proof["skipped"] is None
+        assert engine.free_blocks == 31
+        assert 0 < engine.manager.held.blocks <= 31
+    assert engine.preemptions == 0
+    results = engine.run(
+        [prompt(300, seed=110 + number) for number in range(6)], engine.params(max_tokens=60)
+    )
+    assert [len(result.tokens) for result in results] == [60] * 6
+    engine.flush()
+    engine.assert_nothing_leaked()
+    engine.close()
