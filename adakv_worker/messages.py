@@ -328,7 +328,10 @@ class MemoryStats(NamedTuple):
     waiting_blocks: blocks that starting all waiting requests would take, slabs included.
     queued_prefill_tokens: prompt tokens of admitted and waiting requests, not yet computed.
     kept_tokens, original_tokens: prompt tokens of the compressed requests, after and before.
-    evictable_blocks: free blocks that still hold a prefix, counted within the last second.
+    evictable_blocks: free blocks that still hold a prefix or a held cache, counted within the last
+        second.
+    held_blocks, sessions_held: free blocks of held caches, and their number.
+    dropped_sessions: held caches that are gone since the last statistics without being resumed.
     recomputed_tokens: tokens computed a second time since the engine's start, see `Recomputes`.
     decode_evictions: evictions since the last statistics, of requests at their bounds.
     selection_failures: requests since the last statistics whose policy raised an error.
@@ -344,6 +347,9 @@ class MemoryStats(NamedTuple):
     recomputed_tokens: int = 0
     decode_evictions: int = 0
     selection_failures: int = 0
+    held_blocks: int = 0
+    sessions_held: int = 0
+    dropped_sessions: int = 0
 
 
 class StepFigures(NamedTuple):

@@ -121,11 +121,14 @@ class AdaKVManager(FullAttentionManager):
             compressed_blocks=self._compressed_blocks,
             kept_tokens=self._kept_tokens,
             original_tokens=self._original_tokens,
+            held_blocks=self.held.blocks if self.held is not None else 0,
+            sessions_held=len(self.held) if self.held is not None else 0,
         )
 
     def evictable_blocks(self) -> int:
-        """Return the free blocks that still hold a prefix. Looks at every block of the pool."""
-        return sum(
+        """Return the free blocks with a prefix or a held cache. Looks at every block of the pool."""
+        held = self.held.blocks if self.held is not None else 0
+        return held + sum(
             block.ref_cnt == 0 and block.block_hash is not None for block in self.block_pool.blocks
         )
 
