@@ -24,6 +24,8 @@ _ATTRIBUTE = "adakv"
 PROOF_KEY = "kv_compression"
 # The name in `SamplingParams.extra_args`. Only a front end may set it: see `frontend.validator`.
 CONTINUATION_KEY = "adakv-continuation"
+# Likewise: whose request it is, see `frontend.tenants`.
+TENANT_KEY = "adakv-tenant"
 # A policy that looks at no queries.
 WITHOUT_QUERIES = PolicyChoice("streaming_llm")
 
@@ -331,7 +333,7 @@ class MemoryStats(NamedTuple):
     evictable_blocks: free blocks that still hold a prefix or a held cache, counted within the last
         second.
     held_blocks, sessions_held: free blocks of held caches, and their number.
-    dropped_sessions: held caches that are gone since the last statistics without being resumed.
+    dropped_sessions: held caches that are gone since the engine's start, by reason.
     recomputed_tokens: tokens computed a second time since the engine's start, see `Recomputes`.
     decode_evictions: evictions since the last statistics, of requests at their bounds.
     selection_failures: requests since the last statistics whose policy raised an error.
@@ -349,7 +351,7 @@ class MemoryStats(NamedTuple):
     selection_failures: int = 0
     held_blocks: int = 0
     sessions_held: int = 0
-    dropped_sessions: int = 0
+    dropped_sessions: dict[str, int] | None = None
 
 
 class StepFigures(NamedTuple):

@@ -9,9 +9,12 @@ from adakv_worker.frontend.metric_names import (
     OF_COMPRESSED,
     REQUESTS,
     SELECTION_FAILURES,
+    SESSIONS,
+    SESSIONS_HELD,
     Metric,
     amounts,
     request_labels,
+    session_labels,
 )
 from adakv_worker.messages import Proof
 from router.ledger.occupancy import Occupancy
@@ -23,11 +26,15 @@ class CompressionMetrics:
     def __init__(self) -> None:
         labels: Any = ("policy", "skipped")  # Ray annotates a tuple of one.
         self._requests = Counter(REQUESTS.name, REQUESTS.description, labels)
+        by_session: Any = ("source", "skipped")
+        self._sessions = Counter(SESSIONS.name, SESSIONS.description, by_session)
         self._held = {metric: _make(metric) for metric in OF_COMPRESSED}
 
     def note(self, proof: Proof) -> None:
         """Count one prompt."""
         self._requests.inc(tags=request_labels(proof))
+        if (session := session_labels(proof)) is not None:
+            self._sessions.inc(tags=session)
         for metric, amount in amounts(proof).items():
             held = self._held[metric]
             if isinstance(held, Counter):
@@ -48,8 +55,8 @@ class OccupancyMetrics:
     def __init__(self) -> None:
         self._blocks = Gauge(
             "adakv_blocks",
-            "KV blocks: free, held by compressed and by uncompressed requests, reserved for "
-            "growth, lent to and borrowed from other replicas",
+            "KV blocks: free, of compressed and of uncompressed requests, reserved for growth, "
+            "held for the next turn, lent to and borrowed from other replicas",
             ("state",),
         )
         self._waiting_blocks = Gauge(
@@ -58,6 +65,7 @@ class OccupancyMetrics:
         self._prefill_tokens = Gauge(
             "adakv_prefill_tokens_queued", "Prompt tokens that are not computed yet"
         )
+        self._sessions_held = Gauge(SESSIONS_HELD.name, SESSIONS_HELD.description)
         self._recomputed = _Total(
             "adakv_recomputed_tokens",
             "Tokens computed again, after a preemption or a cache lost in a move",
@@ -72,12 +80,14 @@ class OccupancyMetrics:
             ("compressed", occupancy.blocks_compressed),
             ("uncompressed", occupancy.blocks_uncompressed),
             ("reserved_growth", occupancy.blocks_reserved_growth),
+            ("held", occupancy.blocks_held),
             ("lent", occupancy.blocks_lent),
             ("borrowed", occupancy.blocks_borrowed),
         ):
             self._blocks.set(blocks, tags={"state": state})
         self._waiting_blocks.set(occupancy.waiting_blocks or 0)
         self._prefill_tokens.set(occupancy.prefill_tokens_queued)
+        self._sessions_held.set(occupancy.sessions_held)
         self._recomputed.raise_to(occupancy.recomputed_tokens)
         self._evictions.raise_to(occupancy.decode_evictions)
         self._failures.raise_to(occupancy.selection_failures)

@@ -109,7 +109,7 @@ class HeldCaches:
         self._lost: list[Held] = []
         self.blocks = 0
         # Since the engine's start.
-        self.dropped: dict[Reason, int] = {"reused": 0, "cap": 0, "idle": 0, "forgotten": 0}
+        self.dropped: dict[str, int] = {"reused": 0, "cap": 0, "idle": 0, "forgotten": 0}
         # What the workers are to do with the next step.
         self._gone: list[str] = []
 

@@ -123,10 +123,11 @@ class AdaKVManager(FullAttentionManager):
             original_tokens=self._original_tokens,
             held_blocks=self.held.blocks if self.held is not None else 0,
             sessions_held=len(self.held) if self.held is not None else 0,
+            dropped_sessions=dict(self.held.dropped) if self.held is not None else None,
         )
 
     def evictable_blocks(self) -> int:
-        """Return the free blocks with a prefix or a held cache. Looks at every block of the pool."""
+        """Return the free blocks with a prefix or a held cache. Looks at all blocks of the pool."""
         held = self.held.blocks if self.held is not None else 0
         return held + sum(
             block.ref_cnt == 0 and block.block_hash is not None for block in self.block_pool.blocks

@@ -1,6 +1,7 @@
 """The proofs of a scheduler's requests, attached to outputs when they have changed."""
 
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import msgspec
 from vllm.v1.engine import EngineCoreOutputs
@@ -8,6 +9,13 @@ from vllm.v1.engine import EngineCoreOutputs
 from adakv_worker.core.plan import Plan
 from adakv_worker.core.request import CompressedRequest
 from adakv_worker.messages import Answer, Proof, with_proof
+
+
+class Counts(NamedTuple):
+    """Counts of `MemoryStats` by their names there."""
+
+    decode_evictions: int = 0
+    selection_failures: int = 0
 
 
 class Proofs:
@@ -22,7 +30,7 @@ class Proofs:
         self._changed: set[str] = set()
         self._always: set[str] = set()
         self._new: list[Proof] = []
-        self._counts = {"decode_evictions": 0, "selection_failures": 0}
+        self._counts = Counts()
 
     def __len__(self) -> int:
         return len(self._proofs)
@@ -63,9 +71,11 @@ class Proofs:
         for request_id in evicted:
             if proof := self._proofs.get(request_id):
                 self._change(request_id, proof, decode_evictions=proof.decode_evictions + 1)
-                self._counts["decode_evictions"] += 1
+                evictions = self._counts.decode_evictions + 1
+                self._counts = self._counts._replace(decode_evictions=evictions)
         for request_id in answer.failed:
-            self._counts["selection_failures"] += 1
+            failures = self._counts.selection_failures + 1
+            self._counts = self._counts._replace(selection_failures=failures)
             if (request := requests.get(request_id)) and (proof := self._proofs.get(request_id)):
                 self._change(request_id, proof, fallback=request.plan.fallback)
         for request_id, entries in answer.kept.items():
@@ -106,7 +116,7 @@ class Proofs:
         new, self._new = self._new, []
         return new
 
-    def take_counts(self) -> dict[str, int]:
-        """Return the counts since the last call, by their names in `MemoryStats`."""
-        counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
+    def take_counts(self) -> Counts:
+        """Return the counts since the last call."""
+        counts, self._counts = self._counts, Counts()
         return counts

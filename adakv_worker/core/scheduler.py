@@ -236,7 +236,10 @@ class AdaKVSchedulerMixin(Scheduler):
         stats = super().make_stats(*args, **kwargs)
         counts, proofs = self._proofs.take_counts(), self._proofs.take_new()
         if stats is not None and self._figures is not None:
-            memory = self._memory_stats(self._figures)._replace(**counts)
+            memory = self._memory_stats(self._figures)._replace(
+                decode_evictions=counts.decode_evictions,
+                selection_failures=counts.selection_failures,
+            )
             attach_figures(stats, StepFigures(memory, proofs, self._last_received))
         return stats
 

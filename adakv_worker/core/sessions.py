@@ -11,7 +11,7 @@ from adakv_worker.config import FULL, SessionsConfig
 from adakv_worker.core.held import HeldCaches, ToHold, TokenIds
 from adakv_worker.core.manager import AdaKVManager
 from adakv_worker.core.plan import Plan, with_held
-from adakv_worker.messages import SessionProof
+from adakv_worker.messages import TENANT_KEY, SessionProof
 from adakv_worker.options import RequestBudget
 
 
@@ -21,6 +21,7 @@ class Scope(NamedTuple):
     budget: RequestBudget
     lora: str | None
     cache_salt: str | None
+    tenant: object
 
 
 class Sessions:
@@ -92,7 +93,9 @@ def _may_share(request: Request, budget: RequestBudget) -> bool:
 
 def _scope(request: Request, budget: RequestBudget) -> Hashable:
     lora = request.lora_request
-    return Scope(budget, lora.name if lora is not None else None, request.cache_salt)
+    assert request.sampling_params is not None
+    tenant = (request.sampling_params.extra_args or {}).get(TENANT_KEY)
+    return Scope(budget, lora.name if lora is not None else None, request.cache_salt, tenant)
 
 
 def _token_ids(request: Request) -> TokenIds:

@@ -32,8 +32,22 @@ BLOCKS_AFTER = Metric(
     "Blocks held after compression",
     tuple(float(2**power) for power in range(13)),
 )
+SESSIONS = Metric(
+    "adakv_sessions", "Compressed prompts by where their held cache was, or by why they had none"
+)
+RESUMED_TOKENS = Metric("adakv_resumed_tokens", "Tokens whose entries held caches had")
+SESSIONS_DROPPED = Metric("adakv_sessions_dropped", "Held caches that nobody resumed, by reason")
+SESSIONS_HELD = Metric("adakv_sessions_held", "Held caches")
+HELD_BLOCKS = Metric("adakv_held_blocks", "Free KV blocks of held caches")
 # The metrics of compressed prompts, without a label of their own.
-OF_COMPRESSED = (ORIGINAL_TOKENS, KEPT_TOKENS, FREED_BLOCKS, KEPT_SHARE, BLOCKS_AFTER)
+OF_COMPRESSED = (
+    ORIGINAL_TOKENS,
+    KEPT_TOKENS,
+    FREED_BLOCKS,
+    KEPT_SHARE,
+    BLOCKS_AFTER,
+    RESUMED_TOKENS,
+)
 
 
 def request_labels(proof: Proof) -> dict[str, str]:
@@ -41,11 +55,19 @@ def request_labels(proof: Proof) -> dict[str, str]:
     return {"policy": proof.policy, "skipped": proof.skipped or "no"}
 
 
+def session_labels(proof: Proof) -> dict[str, str] | None:
+    """Return the labels with which `SESSIONS` counts a prompt; None without sessions."""
+    if proof.session is None:
+        return None
+    return {"source": proof.session.source or "none", "skipped": proof.session.skipped or "no"}
+
+
 def amounts(proof: Proof) -> dict[Metric, float]:
     """Return what a prompt adds to each of `OF_COMPRESSED`; nothing if it was not compressed."""
     if not proof.compressed:
         return {}
     return {
+        RESUMED_TOKENS: proof.session.resumed_tokens if proof.session is not None else 0,
         ORIGINAL_TOKENS: proof.original_tokens,
         KEPT_TOKENS: proof.kept_mean,
         FREED_BLOCKS: proof.freed_blocks,

@@ -9,6 +9,7 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from adakv_worker.frontend.sampling_limits import check_for
+from adakv_worker.frontend.tenants import with_tenant
 from adakv_worker.messages import continuation_in
 
 
@@ -139,6 +140,7 @@ class BookedLLM(AsyncLLM):
         super()._run_output_handler()
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
+        with_tenant(request.sampling_params)
         try:
             await super()._add_request(request, *args, **kwargs)
         except BaseException:

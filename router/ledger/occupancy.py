@@ -5,7 +5,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 SCHEMA_MAJOR = 1
-SCHEMA_MINOR = 1
+SCHEMA_MINOR = 2
 
 # How long a report counts, and its key lives in Redis.
 REPORT_TTL_S = 2.0
@@ -41,9 +41,13 @@ class Occupancy(BaseModel):
     blocks_compressed: Count = 0
     blocks_uncompressed: Count = 0
     blocks_reserved_growth: Count = 0
+    blocks_held: Count = Field(
+        default=0, description="Free blocks of held caches, among the evictable ones"
+    )
     blocks_lent: Count = 0
     blocks_borrowed: Count = 0
 
+    sessions_held: Count = Field(default=0, description="Caches that the next turn can resume")
     running: Count
     waiting: Count
     waiting_blocks: Count | None = None

@@ -60,6 +60,8 @@ def _merged(key: str, values: list[Any]) -> Any:
     first = values[0]
     if all(value == first for value in values):
         return first
+    if all(isinstance(value, dict) for value in values):
+        return {name: _merged(name, [value[name] for value in values]) for name in first}
     if not all(isinstance(value, (int, float)) for value in values):
         return MIXED
     if key.endswith("_min"):

@@ -28,9 +28,10 @@ from serving.http.asgi import (
 )
 from serving.http.failures import BackendFailure, ReplicaLost
 from serving.http.openai_error import error_event, error_messages
+from serving.http.tenants import TENANT_HEADER, tenant_of
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_REPLACED_HEADERS = (b"x-request-id", b"authorization")
+_REPLACED_HEADERS = (b"x-request-id", b"authorization", TENANT_HEADER)
 # A replica's own metrics would cover that replica alone, and not its engine.
 _NO_METRICS = (
     "the metrics of all replicas are not here but on every Ray node's Prometheus port "
@@ -131,6 +132,8 @@ class _Exchange:
             *((name, value) for name, value in scope["headers"] if name not in _REPLACED_HEADERS),
             (b"x-request-id", self._request_id.encode()),
         ]
+        if (tenant := tenant_of(self._headers)) is not None:
+            self._scope["headers"].append((TENANT_HEADER, tenant.encode()))
         self._status = 0
         self._is_event_stream = False
         self._complete = False

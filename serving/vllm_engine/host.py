@@ -32,6 +32,7 @@ from serving.vllm_engine.options import (
 )
 from serving.vllm_engine.proofs import take_proofs
 from serving.vllm_engine.surface import mend_surface
+from serving.vllm_engine.tenants import TenantMiddleware
 
 
 class _Server:
@@ -93,7 +94,7 @@ class VllmHost:
         if not compressing:
             return cls(engine, app, stats, events)
         take_proofs(engine)
-        return cls(engine, ProofMiddleware(app), stats, events)
+        return cls(engine, TenantMiddleware(ProofMiddleware(app)), stats, events)
 
     @property
     def core(self) -> MovingCore:

@@ -39,6 +39,8 @@ class EngineLoad(NamedTuple):
     recomputed_tokens: int | None = None
     decode_evictions: int | None = None
     selection_failures: int | None = None
+    blocks_held: int = 0
+    sessions_held: int = 0
     blocks_lent: int = 0
     blocks_borrowed: int = 0
     told_at: float = float("inf")
@@ -92,6 +94,8 @@ def from_adakv(load: EngineLoad, memory: MemoryStats) -> EngineLoad:
             memory.kept_tokens / memory.original_tokens if memory.original_tokens else 1.0
         ),
         recomputed_tokens=memory.recomputed_tokens,
+        blocks_held=min(memory.held_blocks, load.blocks_free),
+        sessions_held=memory.sessions_held,
     )
 
 
@@ -108,6 +112,7 @@ def with_unseen(load: EngineLoad, prompts: list[int]) -> EngineLoad:
         blocks_evictable=None
         if load.blocks_evictable is None
         else min(load.blocks_evictable, free),
+        blocks_held=min(load.blocks_held, free),
         blocks_uncompressed=load.blocks_uncompressed + taken,
         running=load.running + begun,
         waiting=load.waiting + len(prompts) - begun,

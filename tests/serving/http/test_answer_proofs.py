@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from adakv_worker.messages import SessionProof
 from serving.http.answer_proofs import AnswerProofs, summary
 from tests.adakv_worker.proofs import make_proof
 
@@ -34,6 +35,21 @@ def test_values_without_a_mean_are_mixed() -> None:
     other = make_proof(skipped="within_budget", policy="full", decode_budget_tokens=64)
     assert summary([make_proof(), other]) == as_json(
         skipped="mixed", policy="mixed", decode_budget_tokens="mixed"
+    )
+
+
+def test_sessions_are_summarized_by_their_own_names() -> None:
+    proofs = [
+        make_proof(session=SessionProof(2, resumed, 100 - resumed, "pool")) for resumed in (60, 20)
+    ]
+    assert summary(proofs) == as_json(
+        session={
+            "turn": 2,
+            "resumed_tokens": 40,
+            "computed_tokens": 60,
+            "source": "pool",
+            "skipped": None,
+        }  # fmt: skip
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 from serving.http.asgi import Message
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
 from serving.http.front_door import FrontDoor, FrontDoorSettings
+from serving.http.tenants import TENANT_HEADER
 from tests.serving.http.scripted_backend import (
     WHOLE,
     Clock,
@@ -56,6 +57,19 @@ async def test_any_of_the_keys_opens_and_is_not_handed_on() -> None:
     response = await client(backend, api_keys=("one", "two")).get("/v1/models", headers=headers)
     assert response.status_code == 200
     assert b"authorization" not in dict(backend.calls[0][0]["headers"])
+
+
+async def test_a_replica_learns_the_tenant_and_never_from_the_client() -> None:
+    backend = ScriptedBackend(*[[WHOLE]] * 4)
+    door = client(backend, api_keys=("one", "two"))
+    for key in ("one", "two", "one"):
+        headers = {"authorization": f"Bearer {key}", "x-adakv-tenant": "forged"}
+        assert (await door.get("/v1/models", headers=headers)).status_code == 200
+    tenants = [dict(scope["headers"])[TENANT_HEADER] for scope, _ in backend.calls]
+    assert tenants[0] == tenants[2] != tenants[1]
+    assert not {b"forged", b"one", b"two"} & set(tenants)
+    await client(backend).get("/v1/models", headers={"x-adakv-tenant": "forged"})
+    assert TENANT_HEADER not in dict(backend.calls[-1][0]["headers"])
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
