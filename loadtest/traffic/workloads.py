@@ -22,6 +22,12 @@ _QUESTIONS = (
 )
 # Tokens of the chat template, the instruction and the numbering around a passage.
 _AROUND_TOKENS = 64
+# Tokens of the chat template around a message and its answer.
+_TURN_TOKENS = 12
+# Share of an agent's context that its task takes, and what tools return: a median, as in published
+# traces of coding agents, with a long tail.
+_TASK_SHARE, _TOOL_SIGMA = 0.25, 0.8
+_ASK_AGAIN = 1 / 3
 
 
 class Tokenizer(Protocol):
@@ -33,10 +39,14 @@ class Tokenizer(Protocol):
 
 
 class Turn(NamedTuple):
-    """One request. `prompt` is a chat message, or the whole prompt of a plain completion."""
+    """One request. `prompt` is a chat message, or the whole prompt of a plain completion.
+
+    again: whether it asks the turn before once more, whose answer the new one replaces.
+    """
 
     prompt: str | list[int]
     output_tokens: int
+    again: bool = False
 
 
 class Session(NamedTuple):
@@ -140,6 +150,37 @@ def chat(source: Source) -> Iterator[Session]:
         yield Session(f"chat-{number}", tuple(turns))
 
 
+def regenerate(source: Source) -> Iterator[Session]:
+    """Yield the conversations of `chat`, of whose turns a third are asked once more."""
+    for session in chat(source):
+        turns = []
+        for turn in session.turns:
+            turns.append(turn)
+            if source.rng.random() < _ASK_AGAIN:
+                turns.append(turn._replace(again=True))
+        yield session._replace(session_id=f"again-{session.session_id}", turns=tuple(turns))
+
+
+def agent(source: Source) -> Iterator[Session]:
+    """Yield agents of 20 to 40 short answers, on a context that grows by what tools return.
+
+    At the end a prompt is full. In published traces tools return 400 tokens in the median.
+    """
+    passages, sizes = source.passages(corpus.code()), source.sizes
+    answer = max(1, sizes.output_tokens // 8)
+    for number in itertools.count():
+        task = int(_TASK_SHARE * sizes.prompt_tokens)
+        most = (sizes.prompt_tokens - task) // (answer + _TURN_TOKENS + 1)
+        count = max(1, min(source.rng.randint(20, 40), most))
+        room = sizes.prompt_tokens - task - count * (answer + _TURN_TOKENS)
+        weights = [source.rng.lognormvariate(0.0, _TOOL_SIGMA) for _ in range(count - 1)]
+        scale = max(0, room) / max(sum(weights), 1.0)
+        results = [max(1, int(scale * weight)) for weight in weights]
+        turns = [Turn(passages.text(task), answer)]
+        turns += [Turn(source.tokenizer.decode(passages.take(size)), answer) for size in results]
+        yield Session(f"agent-{number}", tuple(turns))
+
+
 def code(source: Source) -> Iterator[Session]:
     """Yield the beginning of a file to be completed, with half the answer."""
     passages, sizes = source.passages(corpus.code()), source.sizes
@@ -178,6 +219,8 @@ WORKLOADS: dict[str, Callable[[Source], Iterator[Session]]] = {
     "long-document-qa": long_document_qa,
     "summarize": summarize,
     "chat": chat,
+    "regenerate": regenerate,
+    "agent": agent,
     "code": code,
     "mixed": mixed,
     "synthetic": synthetic,
@@ -221,7 +264,10 @@ def request_body(
     if not session.chat:
         return "/v1/completions", {**body, "prompt": asked.prompt}
     messages = []
-    for before, answer in zip(session.turns[:turn], answers, strict=True):
+    replaced = [after.again for after in session.turns[1 : turn + 1]]
+    for before, answer, again in zip(session.turns[:turn], answers, replaced, strict=True):
+        if again:
+            continue
         messages += [
             {"role": "user", "content": before.prompt},
             {"role": "assistant", "content": answer},

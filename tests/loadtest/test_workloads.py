@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from loadtest.traffic.traces import read_trace
-from loadtest.traffic.workloads import WORKLOADS, Session, Sizes, request_body, sessions
+from loadtest.traffic.workloads import WORKLOADS, Session, Sizes, Turn, request_body, sessions
 from serving.models.embedded import embedded_model_path
 
 CONTEXT = 2048
@@ -68,6 +68,31 @@ def test_mixed_lengths_have_a_long_tail(tokenizer: Any) -> None:
     made = take(200, "mixed", tokenizer, 8192)
     lengths = sorted(last_prompt_tokens(tokenizer, session) for session in made)
     assert lengths[190] > 3 * lengths[100]
+
+
+def test_an_agent_takes_many_short_turns_to_a_full_prompt(tokenizer: Any) -> None:
+    for session in take(8, "agent", tokenizer, 4096, Sizes(2500, 96)):
+        assert 20 <= len(session.turns) <= 40
+        assert {turn.output_tokens for turn in session.turns} == {12}
+        assert 2000 < last_prompt_tokens(tokenizer, session) < 2800
+
+
+def test_a_third_of_the_turns_are_asked_again(tokenizer: Any) -> None:
+    turns = [
+        turn for session in take(60, "regenerate", tokenizer, CONTEXT) for turn in session.turns
+    ]
+    first, again = (sum(turn.again is wanted for turn in turns) for wanted in (False, True))
+    assert 0.2 < again / first < 0.45
+
+
+def test_an_answer_that_is_asked_for_again_is_not_in_the_history() -> None:
+    turns = (Turn("a", 1), Turn("a", 1, again=True), Turn("b", 1), Turn("b", 1, again=True))
+    session = Session("s", turns)
+    bodies = [
+        request_body(session, turn, ["a1", "a2", "b1"][:turn], "model")[1] for turn in range(4)
+    ]
+    said = [[message["content"] for message in body["messages"]] for body in bodies]
+    assert said == [["a"], ["a"], ["a", "a2", "b"], ["a", "a2", "b"]]
 
 
 def test_a_conversation_carries_its_history(tokenizer: Any) -> None:

@@ -49,7 +49,7 @@ def test_sessions_are_summarized_by_their_own_names() -> None:
             "computed_tokens": 60,
             "source": "pool",
             "skipped": None,
-        }  # fmt: skip
+        }
     )
 
 
