@@ -26,6 +26,8 @@ PROOF_KEY = "kv_compression"
 CONTINUATION_KEY = "adakv-continuation"
 # Likewise: whose request it is, see `frontend.tenants`.
 TENANT_KEY = "adakv-tenant"
+# The medium in vLLM's KV events of prompts whose compressed cache is held.
+HELD_MEDIUM = "ADAKV_HELD"
 # A policy that looks at no queries.
 WITHOUT_QUERIES = PolicyChoice("streaming_llm")
 

@@ -10,6 +10,8 @@ from router.ledger.prefixes import PrefixChange
 from router.local_view import LocalView
 from router.score import Score, Speeds, ranked, reason, score
 
+# Blocks of a prompt for which a replica has one block: it may hold them compressed.
+_BLOCKS_OF_A_HELD_BLOCK = 16
 # Most replicas in the random sample that is scored. Its best is hardly worse than the fleet's, a
 # decision stays well under a millisecond, and routers do not all pick the same replica.
 _SHORTLIST = 48
@@ -93,8 +95,7 @@ class Chooser:
         """Book the request on the replica that got it, as chosen or not."""
         self.view.book(request_id, replica_id, footprint, now_s)
         if footprint.block_hashes:
-            capacity = self.view.blocks_total(replica_id)
-            self._affinity.note(replica_id, footprint.block_hashes, capacity)
+            self._affinity.note(replica_id, footprint.block_hashes, self._most_blocks(replica_id))
 
     def learn(self, change: PrefixChange) -> None:
         """Correct the affinity by a report of the replica's prefix cache."""
@@ -102,7 +103,11 @@ class Chooser:
         if change.cleared:
             self._affinity.forget(replica_id)
         self._affinity.discard(replica_id, change.removed)
-        self._affinity.note(replica_id, change.stored, self.view.blocks_total(replica_id))
+        self._affinity.note(replica_id, change.stored, self._most_blocks(replica_id))
+
+    def _most_blocks(self, replica_id: str) -> int:
+        """Return the most prefix blocks to remember of a replica; held caches are of many more."""
+        return _BLOCKS_OF_A_HELD_BLOCK * self.view.blocks_total(replica_id)
 
     def retain(self, replica_ids: Collection[str]) -> None:
         """Forget all replicas but these."""

@@ -8,14 +8,14 @@ taken is lost.
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 
 from adakv_worker.core.floor import Floor
 
@@ -37,6 +37,7 @@ class Held:
     floor: from there on, each head has an entry for every token.
     compressed_at: tokens at its last compression; the entries of later ones compete in the next.
     turn: compressions of prompts so far.
+    block_hashes: vLLM's hashes of the full blocks that its tokens would fill.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Held:
     compressed_at: int
     blocks: tuple[KVCacheBlock, ...]
     turn: int
+    block_hashes: tuple[BlockHash, ...] = ()
 
     def matching(self, token_ids: TokenIds) -> int:
         """Return how many tokens it saves of a request; 0 where it does not fit.
@@ -67,6 +69,7 @@ class ToHold(NamedTuple):
     scope: Hashable
     token_ids: TokenIds
     entry_tokens: int
+    block_hashes: Sequence[BlockHash] = ()
 
 
 class Match(NamedTuple):
@@ -90,11 +93,14 @@ class HeldCaches:
         idle_s: float,
         reach_blocks: int,
         clock: Callable[[], float] = time.monotonic,
+        publish: Callable[[Held, bool], None] = lambda held, is_there: None,
     ) -> None:
         """
         Args:
             reach_blocks: blocks that one step may allocate.
+            publish: called when a cache is held, and when it is not held any more.
         """
+        self._publish = publish
         self._pool = pool
         self._reach_blocks = reach_blocks
         self._most_blocks = most_blocks
@@ -145,6 +151,7 @@ class HeldCaches:
         self._owners |= {block.block_id: held.name for block in held.blocks}
         self.blocks += len(held.blocks)
         self._pool.unpin_blocks(held.blocks, self._taken)
+        self._publish(held, True)
         while self.blocks > self._most_blocks or len(self._held) > self._most:
             self._drop(next(iter(self._held.values())), "cap")
 
@@ -219,6 +226,7 @@ class HeldCaches:
         for block in held.blocks:
             del self._owners[block.block_id]
         self.blocks -= len(held.blocks)
+        self._publish(held, False)
         return held
 
     def _free_lost(self) -> None:

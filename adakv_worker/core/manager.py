@@ -303,6 +303,7 @@ class AdaKVManager(FullAttentionManager):
         self._to_hold[request_id] = Held(
             name, to_hold.scope, to_hold.token_ids[:known], to_hold.entry_tokens,
             request.floor, request.compressed_at, (), resumed.turn if resumed else 1,
+            tuple(to_hold.block_hashes[: known // self.block_size]),
         )  # fmt: skip
         return name
 

@@ -5,13 +5,15 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from vllm.v1.request import Request
 
 from adakv_worker.config import FULL, SessionsConfig
-from adakv_worker.core.held import HeldCaches, ToHold, TokenIds
+from adakv_worker.core.held import Held, HeldCaches, ToHold, TokenIds
 from adakv_worker.core.manager import AdaKVManager
 from adakv_worker.core.plan import Plan, with_held
-from adakv_worker.messages import TENANT_KEY, SessionProof
+from adakv_worker.messages import HELD_MEDIUM, TENANT_KEY, SessionProof
 from adakv_worker.options import RequestBudget
 
 
@@ -42,6 +44,7 @@ class Sessions:
             config.max_held,
             config.max_idle_s,
             min(reach_blocks, usable // 4),
+            publish=self._publish,
         )
         self._names: dict[str, str] = {}
 
@@ -68,10 +71,37 @@ class Sessions:
         """Hold the cache of a request whose blocks are about to be freed, if it has one."""
         if not _may_share(request, budget):
             return
-        to_hold = ToHold(_scope(request, budget), _token_ids(request), request.num_computed_tokens)
+        # The router knows of prompts without adapter and salt.
+        plain = request.lora_request is None and request.cache_salt is None
+        to_hold = ToHold(
+            _scope(request, budget), _token_ids(request), request.num_computed_tokens,
+            request.block_hashes if plain else (),
+        )  # fmt: skip
         name = self._manager.hold(request.request_id, to_hold)
         if name is not None:
             self._names[request.request_id] = name
+
+    def _publish(self, held: Held, is_there: bool) -> None:
+        """Tell who follows vLLM's KV events that a prompt's tokens are cached here, or no more."""
+        pool, size = self._manager.block_pool, self._manager.block_size
+        if not pool.enable_kv_cache_events or not held.block_hashes:
+            return
+        hashes = [maybe_convert_block_hash(block_hash) for block_hash in held.block_hashes]
+        if not is_there:
+            pool.kv_event_queue.append(BlockRemoved(block_hashes=hashes, medium=HELD_MEDIUM))
+            return
+        tokens = held.token_ids[: len(hashes) * size].tolist()
+        pool.kv_event_queue.append(
+            BlockStored(
+                block_hashes=hashes,
+                parent_block_hash=None,
+                token_ids=tokens,
+                block_size=size,
+                lora_id=None,
+                lora_name=None,
+                medium=HELD_MEDIUM,
+            )  # fmt: skip
+        )
 
     def take_names(self) -> dict[str, str]:
         """Return the requests whose caches are held since the last call, with their names."""

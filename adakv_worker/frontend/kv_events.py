@@ -1,6 +1,7 @@
 """Follows vLLM's KV events: prefix blocks that an engine caches and evicts."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from vllm.distributed.kv_events import (
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import ExternalBlockHash
 
+from adakv_worker.messages import HELD_MEDIUM
 from kernels.blocks import prefix_hash
 
 # A child of vLLM's logger, so that vLLM's settings apply.
@@ -45,10 +47,15 @@ class CacheChange(NamedTuple):
 
 
 class PrefixNames:
-    """Names of an engine's cached blocks by their tokens. The engine's own hashes are salted."""
+    """Names of an engine's cached blocks by their tokens. The engine's own hashes are salted.
+
+    A prompt is cached in blocks, or by any number of held caches, or by both.
+    """
 
     def __init__(self) -> None:
         self._names: dict[ExternalBlockHash, int] = {}
+        self._in_blocks: set[ExternalBlockHash] = set()
+        self._held: Counter[ExternalBlockHash] = Counter()
 
     def change(self, events: Iterable[KVCacheEvent]) -> CacheChange:
         """Take one batch of events, and return what it changes."""
@@ -59,15 +66,29 @@ class PrefixNames:
             if isinstance(event, AllBlocksCleared):
                 cleared = True
                 self._names.clear()
+                self._in_blocks.clear()
+                self._held.clear()
                 present.clear()
             elif isinstance(event, BlockStored):
                 present |= dict.fromkeys(self._store(event), True)
             elif isinstance(event, BlockRemoved):
-                names = (self._names.pop(block, None) for block in event.block_hashes)
-                present |= dict.fromkeys((name for name in names if name is not None), False)
+                present |= dict.fromkeys(self._remove(event), False)
         stored = [name for name, is_there in present.items() if is_there]
         removed = [name for name, is_there in present.items() if not is_there]
         return CacheChange(stored, removed, cleared)
+
+    def _remove(self, event: BlockRemoved) -> list[int]:
+        gone = []
+        for block in event.block_hashes:
+            if event.medium == HELD_MEDIUM:
+                self._held[block] -= 1
+            else:
+                self._in_blocks.discard(block)
+            if block not in self._in_blocks and self._held[block] <= 0:
+                del self._held[block]
+                if (name := self._names.pop(block, None)) is not None:
+                    gone.append(name)
+        return gone
 
     def _store(self, event: BlockStored) -> list[int]:
         # Adapters, images and salts give the same tokens other blocks, which the router leaves out.
@@ -84,6 +105,10 @@ class PrefixNames:
             start = index * event.block_size
             parent = prefix_hash(parent, event.token_ids[start : start + event.block_size])
             self._names[block] = parent
+            if event.medium == HELD_MEDIUM:
+                self._held[block] += 1
+            else:
+                self._in_blocks.add(block)
             names.append(parent)
         return names
 

@@ -26,6 +26,7 @@ from adakv_worker.frontend.kv_events import (
     cache_changes,
     replayed,
 )
+from adakv_worker.messages import HELD_MEDIUM
 from router.footprint import prefix_hashes
 
 BLOCK = 4
@@ -70,6 +71,24 @@ def test_the_last_event_of_a_block_counts() -> None:
     assert (change.stored, change.removed) == ([first], [second])
     cleared = names.change([removed(100), AllBlocksCleared(), stored(tokens)])
     assert cleared == ([first, second], [], True)
+
+
+def test_a_prompt_is_cached_while_blocks_or_a_held_cache_have_it() -> None:
+    names = PrefixNames()
+    tokens = list(range(2 * BLOCK))
+    hashes = list(prefix_hashes(tokens, BLOCK))
+    held = stored(tokens, medium=HELD_MEDIUM)
+    dropped = BlockRemoved(block_hashes=[100, 101], medium=HELD_MEDIUM)
+    assert names.change([stored(tokens)]).stored == hashes
+    assert names.change([held, held]).stored == hashes
+    assert names.change([removed(100, 101)]).removed == []
+    assert names.change([dropped]).removed == []
+    assert names.change([dropped]).removed == hashes
+    assert names.change([held]).stored == hashes
+    assert names.change([dropped]).removed == hashes
+    # Of a cache that was held before somebody listened.
+    assert names.change([dropped]) == ([], [], False)
+    assert names.change([held]).stored == hashes
 
 
 def test_blocks_of_unknown_parents_adapters_and_salts_are_left_out() -> None:
