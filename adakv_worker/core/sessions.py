@@ -91,17 +91,11 @@ class Sessions:
             pool.kv_event_queue.append(BlockRemoved(block_hashes=hashes, medium=HELD_MEDIUM))
             return
         tokens = held.token_ids[: len(hashes) * size].tolist()
-        pool.kv_event_queue.append(
-            BlockStored(
-                block_hashes=hashes,
-                parent_block_hash=None,
-                token_ids=tokens,
-                block_size=size,
-                lora_id=None,
-                lora_name=None,
-                medium=HELD_MEDIUM,
-            )  # fmt: skip
-        )
+        stored = BlockStored(
+            block_hashes=hashes, parent_block_hash=None, token_ids=tokens, block_size=size,
+            lora_id=None, lora_name=None, medium=HELD_MEDIUM,
+        )  # fmt: skip
+        pool.kv_event_queue.append(stored)
 
     def take_names(self) -> dict[str, str]:
         """Return the requests whose caches are held since the last call, with their names."""
