@@ -1,9 +1,11 @@
 """A policy with a budget, and the outcome of a sample under it."""
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 FULL = "full"
+# Whether a turn resumes the cache of the turn before, and which entries then compete.
+Session = Literal["off", "newest", "all"]
 
 
 class Choice(NamedTuple):
@@ -13,6 +15,7 @@ class Choice(NamedTuple):
     ratio: share of the prompt.
     alpha, window_tokens: None for the preset's own.
     decode_tokens: entries per head that evictions while decoding leave; None for no evictions.
+    session: `off` to compress the whole history anew; None where there are no turns.
     """
 
     policy: str
@@ -21,12 +24,14 @@ class Choice(NamedTuple):
     alpha: float | None = None
     window_tokens: int | None = None
     decode_tokens: int | None = None
+    session: Session | None = None
 
     @property
     def label(self) -> str:
         parts = [self.policy]
         parts += [f"alpha={self.alpha:g}"] if self.alpha is not None else []
         parts += [f"window={self.window_tokens}"] if self.window_tokens is not None else []
+        parts += [f"session={self.session}"] if self.session is not None else []
         return " ".join(parts)
 
     @property
@@ -43,6 +48,7 @@ class Choice(NamedTuple):
             "adakv_keep_ratio": self.ratio, "adakv_alpha": self.alpha,
             "adakv_window_tokens": self.window_tokens,
             "adakv_decode_budget_tokens": self.decode_tokens,
+            "adakv_session": "auto" if self.session in ("newest", "all") else self.session,
         }  # fmt: skip
         return {name: value for name, value in given.items() if value is not None}
 

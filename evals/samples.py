@@ -64,7 +64,7 @@ def tokenize(sample: Sample, tokenizer: Any, mode: Mode) -> Tokens:
     if not sample.turns:
         # A server adds special tokens to a text that is no chat.
         return Tokens(tokenizer.encode(sample.document), answer, 0)
-    text = _chat(sample, tokenizer)
+    text = chat_text(sample, tokenizer)
     edge = text.index(sample.document) + len(sample.document)
     if mode == "aware":
         edge = _end_of_first_question(sample, tokenizer, text)
@@ -86,7 +86,8 @@ def messages(sample: Sample) -> list[dict[str, str]]:
     return conversation
 
 
-def _chat(sample: Sample, tokenizer: Any) -> str:
+def chat_text(sample: Sample, tokenizer: Any) -> str:
+    """Return the conversation in the model's chat format, up to the answer after its cue."""
     asked = tokenizer.apply_chat_template(
         messages(sample), tokenize=False, add_generation_prompt=True
     )
@@ -96,7 +97,7 @@ def _chat(sample: Sample, tokenizer: Any) -> str:
 def _end_of_first_question(sample: Sample, tokenizer: Any, text: str) -> int:
     if len(sample.turns) == 1:
         return len(text)
-    first = _chat(replace(sample, turns=sample.turns[:1], cue=""), tokenizer)
+    first = chat_text(replace(sample, turns=sample.turns[:1], cue=""), tokenizer)
     assert text.startswith(first), "the chat format changes what came before"
     return len(first)
 

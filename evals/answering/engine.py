@@ -108,12 +108,15 @@ class ForcedEngine:
         model: Path | str,
         context_tokens: int,
         kv_bytes: int | None = None,
+        sessions: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
         """Start the engine.
 
         Args:
             kv_bytes: None for two whole contexts, at least 2 GiB.
+            sessions: settings of sessions. The prefix cache is then off: the full cache's requests
+                leave exact prefixes there, which would win.
         """
         from vllm import LLM
 
@@ -129,10 +132,10 @@ class ForcedEngine:
             enforce_eager=True,
             max_num_batched_tokens=2048,
             max_num_seqs=32,
-            enable_prefix_caching=True,
+            enable_prefix_caching=sessions is None,
             disable_log_stats=True,
             logits_processors=[ForcedAnswers],
-            **engine_args({"min_budget_tokens": 1}),
+            **engine_args({"min_budget_tokens": 1, "sessions": sessions or {}}),
             **options,
         )
         self._count = 0

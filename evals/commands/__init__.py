@@ -1,6 +1,16 @@
 """The commands of `python -m evals`, one a file."""
 
-from evals.commands import crosscheck, fetch, gate, generation, published, report, run, theory
+from evals.commands import (
+    crosscheck,
+    fetch,
+    gate,
+    generation,
+    published,
+    report,
+    run,
+    theory,
+    turns,
+)
 from evals.commands.command import Command
 
 COMMANDS: tuple[Command, ...] = (
@@ -10,6 +20,7 @@ COMMANDS: tuple[Command, ...] = (
     report.COMMAND,
     fetch.COMMAND,
     theory.COMMAND,
+    turns.COMMAND,
     crosscheck.COMMAND,
     gate.COMMAND,
 )
