@@ -54,7 +54,7 @@ class CompressionState:
         self._compressing: dict[str, Compression] = {}
         self._evicting: dict[str, Eviction] = {}
         # Resumed requests whose prompts this step completes.
-        self._recompressing: list[str] = []
+        self._recompressing: dict[str, Recompress] = {}
         # Kept positions [L, H, n] bool by request, recorded for debugging: those of its prompt, or
         # of all tokens cached at its last eviction.
         self.selections: dict[str, Tensor] | None = {} if record_selections else None
@@ -246,7 +246,7 @@ class CompressionState:
         Returns:
             None if all its entries stay.
         """
-        self._recompressing.append(request_id)
+        self._recompressing[request_id] = command
         rows = slice(start, start + tokens)
         earlier = self._earlier_queries(request_id, command, tokens)
         if command.among is None:
@@ -292,8 +292,13 @@ class CompressionState:
                 self.selections[request_id] = _still_kept(before, kept.cpu(), eviction.tokens)
             if eviction.failed:
                 answer.failed.append(request_id)
-        for request_id in self._recompressing:
-            answer.kept[request_id] = self._kept(self._rows[request_id])
+        for request_id, command in self._recompressing.items():
+            row = self._rows[request_id]
+            if request_id not in self._evicting:
+                # A cache that was cut back may have had more slabs than it needs.
+                lens = self.tables.lens(row)
+                move_pages(self._cache, *self.tables.shrink(row, lens, command.slabs))
+            answer.kept[request_id] = self._kept(row)
         self._evicting.clear()
         self._recompressing.clear()
         return answer
