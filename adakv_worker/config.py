@@ -46,6 +46,11 @@ class SessionsConfig(Section):
     )
     max_held: int = Field(default=256, ge=1, description="Most caches that are held")
     max_idle_s: float = Field(default=3600.0, gt=0.0, description="How long a cache is held")
+    overtake_s: float = Field(
+        default=60.0,
+        ge=0.0,
+        description="How long waiting requests may be overtaken by turns that resume; 0: never",
+    )
     min_saved_tokens: int = Field(
         default=128,
         ge=1,

@@ -155,6 +155,12 @@ class HeldCaches:
         while self.blocks > self._most_blocks or len(self._held) > self._most:
             self._drop(next(iter(self._held.values())), "cap")
 
+    def refresh(self, name: str) -> None:
+        """Count a held cache as used now: a request waits for it."""
+        self._held.move_to_end(name)
+        self._held_at_s[name] = self._clock()
+        self._to_the_end(self._held[name])
+
     def take(self, name: str) -> Held:
         """Return a held cache, which ends; its blocks belong to the caller."""
         held = self._remove(self._held[name])
@@ -261,6 +267,9 @@ class HeldCaches:
                 near.append(name)
             block = block.next_free_block
         for name in near:
-            held = self._held[name]
-            self._pool.touch(held.blocks)
-            self._pool.unpin_blocks(held.blocks, self._taken)
+            self._to_the_end(self._held[name])
+
+    def _to_the_end(self, held: Held) -> None:
+        """Have the pool take other free blocks first."""
+        self._pool.touch(held.blocks)
+        self._pool.unpin_blocks(held.blocks, self._taken)

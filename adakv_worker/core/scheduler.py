@@ -1,5 +1,6 @@
 """Scheduler mixin: plans compressions, commands the workers, and attaches the proof to outputs."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -119,6 +120,8 @@ class AdaKVSchedulerMixin(Scheduler):
         tokens = request.num_tokens - request.num_computed_tokens
         planned = self._planned(request)
         self._queue.add(request.request_id, planned.blocks_to_start if planned else 0, tokens)
+        if self._sessions is not None and request.sampling_params is not None:
+            self._sessions.await_turn(request, self._budget(request))
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         planned = self._planned(request)
@@ -184,6 +187,8 @@ class AdaKVSchedulerMixin(Scheduler):
         return CompressedRequest.planned(plan)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        if self._sessions is not None:
+            self._sessions.order(self.waiting, time.time())
         output = super().schedule(*args, **kwargs)
         if (manager := self._manager) is not None:
             take_ups = self._take_ups(output)
@@ -193,6 +198,8 @@ class AdaKVSchedulerMixin(Scheduler):
             for request_id, hit_tokens in _begun(output):
                 self._recomputes.begin(request_id, hit_tokens)
                 self._queue.remove(request_id)
+                if self._sessions is not None:
+                    self._sessions.end_wait(request_id)
             for request_id in manager.take_whole():
                 if request := manager.requests.get(request_id):
                     self._proofs.note_whole(request_id, request.plan)
@@ -260,6 +267,8 @@ class AdaKVSchedulerMixin(Scheduler):
         self._leave(request)
         self._recomputes.forget(request.request_id)
         self._to_take_up.pop(request.request_id, None)
+        if self._sessions is not None:
+            self._sessions.end_wait(request.request_id)
         self._queue.remove(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 

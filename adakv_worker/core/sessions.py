@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue, RequestQueue
 from vllm.v1.request import Request
 
 from adakv_worker.config import FULL, SessionsConfig
@@ -47,6 +48,41 @@ class Sessions:
             publish=self._publish,
         )
         self._names: dict[str, str] = {}
+        # The held caches that waiting requests will probably begin with.
+        self._wanted: dict[str, str] = {}
+
+    def await_turn(self, request: Request, budget: RequestBudget) -> None:
+        """Note a request that begins to wait: its held cache stays longer than others."""
+        if not len(self._held) or not _may_share(request, budget):
+            return
+        match = self._held.find(_scope(request, budget), _token_ids(request))
+        if match is not None and match.tokens >= self._config.min_saved_tokens:
+            self._wanted[request.request_id] = match.held.name
+            self._held.refresh(match.held.name)
+
+    def end_wait(self, request_id: str) -> None:
+        """Note that a request does not wait any more."""
+        self._wanted.pop(request_id, None)
+
+    def order(self, waiting: RequestQueue, now_s: float) -> None:
+        """Move the requests that resume to the front of the queue, in their order.
+
+        They take few blocks and little time; behind others that overwrite their caches they would
+        compute everything. Nobody is overtaken for longer than `overtake_s`.
+        """
+        wanted = {name for name, held in self._wanted.items() if held in self._held}
+        self._wanted = {name: self._wanted[name] for name in wanted}
+        if not wanted or not isinstance(waiting, FCFSRequestQueue):
+            return
+
+        def rank(request: Request) -> int:
+            if now_s - request.arrival_time > self._config.overtake_s:
+                return 0
+            return 1 if request.request_id in wanted else 2
+
+        ordered = sorted(waiting, key=rank)
+        waiting.clear()
+        waiting.extend(ordered)
 
     def plan(self, request: Request, plan: Plan, budget: RequestBudget, hit_tokens: int) -> Plan:
         """Return a waiting request's plan with the held cache that it should begin with, if any.
