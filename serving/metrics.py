@@ -38,7 +38,9 @@ class CompressionMetrics:
         for metric, amount in amounts(proof).items():
             held = self._held[metric]
             if isinstance(held, Counter):
-                held.inc(amount)
+                # Ray's counters refuse 0, and an error here would end the engine.
+                if amount:
+                    held.inc(amount)
             else:
                 held.observe(amount)
 

@@ -40,7 +40,7 @@ class MemoryFigures:
         now = self._clock()
         if now >= self._count_evictable_at or idle:
             self._count_evictable_at = now + _COUNT_EVICTABLE_EVERY_S
-            self._evictable_blocks = self._manager.evictable_blocks()
+            self._evictable_blocks = evictable_blocks(self._manager)
         if now >= self._count_growth_at or idle:
             self._count_growth_at = now + _COUNT_GROWTH_EVERY_S
             self._growth_blocks = self._manager.admission.growth_blocks()
@@ -51,3 +51,10 @@ class MemoryFigures:
             evictable_blocks=self._evictable_blocks,
             recomputed_tokens=self._recomputes.tokens,
         )
+
+
+def evictable_blocks(manager: AdaKVManager) -> int:
+    """Return the free blocks with a prefix or a held cache. Looks at all blocks of the pool."""
+    held = manager.held.blocks if manager.held is not None else 0
+    blocks = manager.block_pool.blocks
+    return held + sum(block.ref_cnt == 0 and block.block_hash is not None for block in blocks)

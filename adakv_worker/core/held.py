@@ -9,7 +9,7 @@ import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -111,6 +111,7 @@ class HeldCaches:
         self._held_at_s: dict[str, float] = {}
         self._by_scope: dict[Hashable, dict[str, Held]] = {}
         self._owners: dict[int, str] = {}
+        self._expected: dict[str, Held] = {}
         self._names = map(str, itertools.count())
         self._lost: list[Held] = []
         self.blocks = 0
@@ -142,6 +143,24 @@ class HeldCaches:
 
     def next_name(self) -> str:
         return next(self._names)
+
+    def expect(self, request_id: str, held: Held) -> None:
+        """Note the cache of a request whose blocks will be received next.
+
+        Args:
+            held: without blocks; or with those that it had before, if the workers have not begun
+                the request.
+        """
+        self._expected[request_id] = held
+
+    def receive(self, request_id: str, blocks: list[KVCacheBlock]) -> list[KVCacheBlock]:
+        """Hold the blocks of an expected cache; return the others, which the caller frees."""
+        held = self._expected.pop(request_id, None)
+        if held is None:
+            return blocks
+        count = len(held.blocks) or len(blocks)
+        self.hold(replace(held, blocks=tuple(blocks[:count])))
+        return blocks[count:]
 
     def hold(self, held: Held) -> None:
         """Hold a cache, whose blocks the caller owns; the least recently used go to make room."""
@@ -203,6 +222,7 @@ class HeldCaches:
             for block in held.blocks:
                 assert block.ref_cnt == 0, f"block {block.block_id} is held and used"
                 assert block.block_hash is None, "a held block can be found as a prefix"
+        assert not self._expected, "a cache was expected and not held"
         assert sum(map(len, self._by_scope.values())) == len(self._held) == len(self._held_at_s)
 
     def _taken(self, block: KVCacheBlock) -> None:

@@ -1,7 +1,6 @@
 """KV-cache manager: ordinary blocks until the prompt is complete, slabs afterwards."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -47,7 +46,6 @@ class AdaKVManager(FullAttentionManager):
         self._stay_whole: list[str] = []
         self._evicting: list[str] = []
         self.resuming: dict[str, Held] = {}
-        self._to_hold: dict[str, Held] = {}
         self._compressed_blocks = self._kept_tokens = self._original_tokens = 0
 
     # Queries.
@@ -117,20 +115,15 @@ class AdaKVManager(FullAttentionManager):
 
     def memory_stats(self) -> MemoryStats:
         """Return what the compressed requests hold."""
-        return MemoryStats(
+        stats = MemoryStats(
             compressed_blocks=self._compressed_blocks,
             kept_tokens=self._kept_tokens,
             original_tokens=self._original_tokens,
-            held_blocks=self.held.blocks if self.held is not None else 0,
-            sessions_held=len(self.held) if self.held is not None else 0,
-            dropped_sessions=dict(self.held.dropped) if self.held is not None else None,
         )
-
-    def evictable_blocks(self) -> int:
-        """Return the free blocks with a prefix or a held cache. Looks at all blocks of the pool."""
-        held = self.held.blocks if self.held is not None else 0
-        return held + sum(
-            block.ref_cnt == 0 and block.block_hash is not None for block in self.block_pool.blocks
+        if (held := self.held) is None:
+            return stats
+        return stats._replace(
+            held_blocks=held.blocks, sessions_held=len(held), dropped_sessions=dict(held.dropped)
         )
 
     # Changes.
@@ -288,24 +281,16 @@ class AdaKVManager(FullAttentionManager):
         if self.held is None or request is None or not self.req_to_blocks.get(request_id):
             return None
         if (unsent := self.resuming.pop(request_id, None)) is not None:
-            self._to_hold[request_id] = unsent
+            self.held.expect(request_id, unsent)
             return None
         if to_hold.entry_tokens >= request.plan.prompt_tokens:
             # The workers have finished the step, or will have before the next one.
             self._finish_step(request_id)
-        if not request.has_slabs or request.floor is None:
+        held = request.leaves(to_hold, self.held.next_name(), self.block_size)
+        if held is None:
             return None
-        known = min(len(to_hold.token_ids), to_hold.entry_tokens)
-        if known < request.floor.tokens:
-            return None
-        resumed = request.plan.resumed
-        name = self.held.next_name()
-        self._to_hold[request_id] = Held(
-            name, to_hold.scope, to_hold.token_ids[:known], to_hold.entry_tokens,
-            request.floor, request.compressed_at, (), resumed.turn if resumed else 1,
-            tuple(to_hold.block_hashes[: known // self.block_size]),
-        )  # fmt: skip
-        return name
+        self.held.expect(request_id, held)
+        return held.name
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
         # A slab's content belongs to no prefix: it must never be found by one.
@@ -324,13 +309,7 @@ class AdaKVManager(FullAttentionManager):
             self._kept_tokens -= request.plan.keep
             self._original_tokens -= request.plan.prompt_tokens
         blocks = super().pop_blocks_for_free(request_id)
-        if (held := self._to_hold.pop(request_id, None)) is not None:
-            assert self.held is not None
-            # One that the workers have not begun leaves what it took.
-            count = len(held.blocks) or len(blocks)
-            self.held.hold(replace(held, blocks=tuple(blocks[:count])))
-            return blocks[count:]
-        return blocks
+        return blocks if self.held is None else self.held.receive(request_id, blocks)
 
 
 def _completes(request: CompressedRequest, num_tokens: int) -> bool:

@@ -4,6 +4,7 @@ import enum
 from dataclasses import dataclass, replace
 
 from adakv_worker.core.floor import Floor
+from adakv_worker.core.held import Held, ToHold
 from adakv_worker.core.plan import Life, Plan
 
 
@@ -161,6 +162,22 @@ class CompressedRequest:
         if self.floor is not None and self.floor.tokens < self.compressed_at:
             entries = self.floor.entries_at(self.compressed_at)
             self.floor = Floor(self.compressed_at, entries)
+
+    def leaves(self, to_hold: ToHold, name: str, block_size: int) -> Held | None:
+        """Return the cache that it leaves when it ends or pauses, without blocks; None without one.
+
+        Args:
+            name: the cache's name for the workers.
+        """
+        known = min(len(to_hold.token_ids), to_hold.entry_tokens)
+        if not self.has_slabs or self.floor is None or known < self.floor.tokens:
+            return None
+        resumed = self.plan.resumed
+        return Held(
+            name, to_hold.scope, to_hold.token_ids[:known], to_hold.entry_tokens, self.floor,
+            self.compressed_at, (), resumed.turn if resumed is not None else 1,
+            tuple(to_hold.block_hashes[: known // block_size]),
+        )  # fmt: skip
 
     def _leave(self, phase: Phase, to: Phase) -> None:
         assert self.phase is phase, f"a request became {to.name} while {self.phase.name}"

@@ -1,7 +1,6 @@
 """Scheduler mixin: plans compressions, commands the workers, and attaches the proof to outputs."""
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from vllm.logger import init_logger
@@ -13,7 +12,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import Request
 
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.core.checks import check_blocks
@@ -21,10 +20,11 @@ from adakv_worker.core.commands import step_commands
 from adakv_worker.core.counts import Recomputes, WaitingRequests
 from adakv_worker.core.figures import MemoryFigures
 from adakv_worker.core.manager import AdaKVManager
-from adakv_worker.core.plan import Outputs, make_plan, resumed_plan
+from adakv_worker.core.plan import make_plan, resumed_plan
 from adakv_worker.core.proofs import Proofs
 from adakv_worker.core.request import CompressedRequest, Phase
 from adakv_worker.core.sessions import Sessions
+from adakv_worker.core.vllm_requests import begun, ended_by_itself, outputs_of, take_up
 from adakv_worker.messages import (
     Continuation,
     MemoryStats,
@@ -101,7 +101,7 @@ class AdaKVSchedulerMixin(Scheduler):
     def add_request(self, request: Request) -> None:
         continuation = continuation_in(request.sampling_params)
         if continuation is not None and self._manager is not None:
-            _take_up(request, continuation)
+            take_up(request, continuation)
             self._to_take_up[request.request_id] = continuation
             if continuation.state is not None and continuation.proof is not None:
                 self._proofs.put(request.request_id, continuation.proof)
@@ -172,7 +172,7 @@ class AdaKVSchedulerMixin(Scheduler):
     def _new_plan(self, request: Request, params: SamplingParams) -> CompressedRequest:
         budget = self._budget(request)
         remaining_outputs = request.max_tokens - request.num_output_tokens
-        outputs = _outputs_of(request, params)
+        outputs = outputs_of(request, params)
         continuation = self._to_take_up.get(request.request_id)
         if continuation is not None and continuation.state is not None:
             assert continuation.proof is not None
@@ -195,7 +195,7 @@ class AdaKVSchedulerMixin(Scheduler):
             holds = self._sessions.take_names() if self._sessions is not None else {}
             commands = step_commands(output, manager, self.requests, take_ups, holds)
             attach_commands(output, commands)
-            for request_id, hit_tokens in _begun(output):
+            for request_id, hit_tokens in begun(output):
                 self._recomputes.begin(request_id, hit_tokens)
                 self._queue.remove(request_id)
                 if self._sessions is not None:
@@ -261,7 +261,7 @@ class AdaKVSchedulerMixin(Scheduler):
         assert self._queue.names <= waiting, "a request is counted as waiting that does not wait"
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        if self._manager is not None and _ended_by_itself(request):
+        if self._manager is not None and ended_by_itself(request):
             lengths = self._manager.admission.answer_lengths
             lengths.note(request.max_tokens, request.num_output_tokens)
         self._leave(request)
@@ -282,48 +282,6 @@ class AdaKVSchedulerMixin(Scheduler):
         for request in finished:
             self._proofs.forget(request.request_id)
         return finished
-
-
-def _take_up(request: Request, continuation: Continuation) -> None:
-    """Split a new request's tokens into prompt and answer. Workers still get all as its prompt."""
-    prompt = continuation.prompt_tokens
-    request._output_token_ids.extend(request._all_token_ids[prompt:])
-    request.num_prompt_tokens = prompt
-    # vLLM's statistics of prefills cannot count one that begins after its prompt.
-    request.prefill_stats = None
-
-
-def _ended_by_itself(request: Request) -> bool:
-    """Return whether a request's length is evidence of others' lengths."""
-    if request.status is RequestStatus.FINISHED_ABORTED:
-        # The client has left, or the front end has found a stop string.
-        params = request.sampling_params
-        return params is not None and bool(params.stop) and request.num_output_tokens > 0
-    return request.status in (
-        RequestStatus.FINISHED_STOPPED,
-        RequestStatus.FINISHED_LENGTH_CAPPED,
-        RequestStatus.FINISHED_REPETITION,
-    )
-
-
-def _outputs_of(request: Request, params: SamplingParams) -> Outputs:
-    answered = request.num_output_tokens
-    # Benchmarks set the length of an answer.
-    to_the_end = params.ignore_eos and not params.stop and not params.stop_token_ids
-    least = request.max_tokens if to_the_end else params.min_tokens
-    return Outputs(answered, max(0, least - answered), request.max_tokens)
-
-
-def _begun(output: SchedulerOutput) -> Iterator[tuple[str, int]]:
-    """Yield the requests that start with this step, and their tokens from the prefix cache."""
-    for new in output.scheduled_new_reqs:
-        yield new.req_id, new.num_computed_tokens
-    cached = output.scheduled_cached_reqs
-    if not cached.resumed_req_ids:
-        return
-    for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-        if request_id in cached.resumed_req_ids:
-            yield request_id, computed
 
 
 class AdaKVScheduler(AdaKVSchedulerMixin):

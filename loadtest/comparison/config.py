@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loadtest.traffic.workloads import WORKLOADS
 
+# Workloads of several turns, or of many sizes.
+_UNEQUAL = ("chat", "regenerate", "agent", "mixed")
 # Arms and loads name files.
 _NAME = r"^[\w.-]+$"
 
@@ -46,7 +48,7 @@ class LoadConfig(_Section):
     @property
     def has_bound(self) -> bool:
         """Return whether this is a closed loop of single turns of one size."""
-        return self.rate_per_s is None and self.workload not in ("chat", "mixed")
+        return self.rate_per_s is None and self.workload not in _UNEQUAL
 
     @model_validator(mode="after")
     def _check(self) -> Self:

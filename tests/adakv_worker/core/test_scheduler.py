@@ -9,6 +9,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from adakv_worker.core.figures import evictable_blocks
 from adakv_worker.core.plan import UNBOUNDED, Life
 from adakv_worker.core.request import Phase
 from adakv_worker.messages import MemoryStats
@@ -189,7 +190,7 @@ def test_the_statistics_count_compressed_memory(small: CoreConfig) -> None:
     assert memory.waiting_blocks == 27 * len(waiting)
     assert fake.manager.admission.growth_blocks() > 0
     # The compressed prompts' full blocks.
-    assert fake.manager.evictable_blocks() == 18 * len(compressed)
+    assert evictable_blocks(fake.manager) == 18 * len(compressed)
     fake.finish()
     assert fake.memory_stats()._replace(evictable_blocks=0) == MemoryStats()
 
