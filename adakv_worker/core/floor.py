@@ -16,3 +16,23 @@ class Floor(NamedTuple):
         """Return the entries per head on average of the cache cut back to so many tokens."""
         assert num_tokens >= self.tokens, "a compressed cache is cut below its floor"
         return self.entries + num_tokens - self.tokens
+
+
+class Resumed(NamedTuple):
+    """How a request begins with a held cache.
+
+    held: the cache's name. turn: prompts that are compressed into it, this one included.
+    base: tokens that it saves, and their entries per head.
+    floor: how far the cache can be cut back.
+    among: last entries of each head that compete at the end of the prompt; None: all of them.
+    keep: entries per head on average that stay of those that compete.
+    compressed_at: tokens of the prompts before.
+    """
+
+    held: str
+    turn: int
+    base: Floor
+    floor: Floor
+    compressed_at: int
+    among: int | None
+    keep: int

@@ -8,8 +8,9 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from adakv_worker.core.admission import Admission
+from adakv_worker.core.floor import Resumed
 from adakv_worker.core.held import Held, HeldCaches, ToHold
-from adakv_worker.core.plan import Plan, Resumed
+from adakv_worker.core.plan import Plan
 from adakv_worker.core.request import CompressedRequest, Phase
 from adakv_worker.messages import MemoryStats
 

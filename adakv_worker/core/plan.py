@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from adakv_worker.config import FULL
-from adakv_worker.core.floor import Floor
-from adakv_worker.core.held import Held
+from adakv_worker.core.floor import Resumed
 from adakv_worker.messages import Kept, Proof, SessionProof
 from adakv_worker.options import RequestBudget
 from kernels.blocks import (
@@ -54,26 +53,6 @@ class Outputs(NamedTuple):
     answered: int = 0
     least: int = 0
     max_tokens: int = 0
-
-
-class Resumed(NamedTuple):
-    """How a request begins with a held cache.
-
-    held: the cache's name. turn: prompts that are compressed into it, this one included.
-    base: tokens that it saves, and their entries per head.
-    floor: how far the cache can be cut back.
-    among: last entries of each head that compete at the end of the prompt; None: all of them.
-    keep: entries per head on average that stay of those that compete.
-    compressed_at: tokens of the prompts before.
-    """
-
-    held: str
-    turn: int
-    base: Floor
-    floor: Floor
-    compressed_at: int
-    among: int | None
-    keep: int
 
 
 @dataclass(frozen=True)
@@ -310,41 +289,6 @@ def resumed_plan(
         # Without a policy to choose entries, none can be evicted.
         bound=proof.bound if budget.choice.preset != FULL else None,
     )
-
-
-def with_held(plan: Plan, held: Held, tokens: int, *, newest_only: bool) -> Plan:
-    """Return a request's plan if it begins with the first `tokens` tokens of a held cache.
-
-    Args:
-        plan: its plan without one.
-        newest_only: whether the entries of earlier turns stay. Those of a bounded request compete.
-    """
-    base = Floor(tokens, held.floor.entries_at(tokens))
-    compressed_at = min(held.compressed_at, tokens)
-    new, computed = plan.prompt_tokens - compressed_at, plan.prompt_tokens - tokens
-    choice = _with_window_within(plan.choice, computed)
-    whole = base.entries_at(plan.prompt_tokens)
-    if plan.keep >= whole:
-        among, keep = new, new
-    elif newest_only and plan.bound is None:
-        window = choice.build().scorer.window_tokens
-        among, keep = new, min(new, max(plan.keep - (whole - new), window))
-    else:
-        among, keep = None, plan.keep
-    resumed = Resumed(held.name, held.turn + 1, base, held.floor, compressed_at, among, keep)
-    total = keep if among is None else whole - new + keep
-    span = min(query_span(choice), computed) if total < whole else 0
-    return replace(
-        plan, choice=choice, keep=total, query_span=span, skipped=None, resumed=resumed,
-        session=SessionProof(resumed.turn, tokens, computed, "pool"),
-    )  # fmt: skip
-
-
-def _with_window_within(choice: PolicyChoice, tokens: int) -> PolicyChoice:
-    """Return a choice that looks at no more queries than there are."""
-    if choice.build().scorer.window_tokens <= tokens:
-        return choice
-    return choice._replace(window_tokens=tokens)
 
 
 def query_span(choice: PolicyChoice) -> int:

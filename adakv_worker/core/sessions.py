@@ -11,11 +11,13 @@ from vllm.v1.core.sched.request_queue import FCFSRequestQueue, RequestQueue
 from vllm.v1.request import Request
 
 from adakv_worker.config import FULL, SessionsConfig
+from adakv_worker.core.floor import Floor, Resumed
 from adakv_worker.core.held import Held, HeldCaches, ToHold, TokenIds
 from adakv_worker.core.manager import AdaKVManager
-from adakv_worker.core.plan import Plan, with_held
+from adakv_worker.core.plan import Plan, query_span
 from adakv_worker.messages import HELD_MEDIUM, TENANT_KEY, SessionProof
 from adakv_worker.options import RequestBudget
+from kernels.policies.presets import PolicyChoice
 
 
 class Scope(NamedTuple):
@@ -160,3 +162,38 @@ def _scope(request: Request, budget: RequestBudget) -> Hashable:
 
 def _token_ids(request: Request) -> TokenIds:
     return np.array(request._all_token_ids, dtype=np.int32)
+
+
+def with_held(plan: Plan, held: Held, tokens: int, *, newest_only: bool) -> Plan:
+    """Return a request's plan if it begins with the first `tokens` tokens of a held cache.
+
+    Args:
+        plan: its plan without one.
+        newest_only: whether the entries of earlier turns stay. Those of a bounded request compete.
+    """
+    base = Floor(tokens, held.floor.entries_at(tokens))
+    compressed_at = min(held.compressed_at, tokens)
+    new, computed = plan.prompt_tokens - compressed_at, plan.prompt_tokens - tokens
+    choice = _with_window_within(plan.choice, computed)
+    whole = base.entries_at(plan.prompt_tokens)
+    if plan.keep >= whole:
+        among, keep = new, new
+    elif newest_only and plan.bound is None:
+        window = choice.build().scorer.window_tokens
+        among, keep = new, min(new, max(plan.keep - (whole - new), window))
+    else:
+        among, keep = None, plan.keep
+    resumed = Resumed(held.name, held.turn + 1, base, held.floor, compressed_at, among, keep)
+    total = keep if among is None else whole - new + keep
+    span = min(query_span(choice), computed) if total < whole else 0
+    return replace(
+        plan, choice=choice, keep=total, query_span=span, skipped=None, resumed=resumed,
+        session=SessionProof(resumed.turn, tokens, computed, "pool"),
+    )  # fmt: skip
+
+
+def _with_window_within(choice: PolicyChoice, tokens: int) -> PolicyChoice:
+    """Return a choice that looks at no more queries than there are."""
+    if choice.build().scorer.window_tokens <= tokens:
+        return choice
+    return choice._replace(window_tokens=tokens)

@@ -10,8 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from adakv_worker.config import CompressionConfig
 from adakv_worker.core.floor import Floor
 from adakv_worker.core.held import Held
-from adakv_worker.core.plan import Plan, make_plan, with_held
+from adakv_worker.core.plan import Plan, make_plan
 from adakv_worker.core.request import CompressedRequest, Phase
+from adakv_worker.core.sessions import with_held
 from adakv_worker.options import RequestOptions
 
 CONFIG = CompressionConfig(budget_tokens=64, keep_ratio=0.0, min_budget_tokens=1)
