@@ -51,6 +51,12 @@ class SessionsConfig(Section):
         ge=0.0,
         description="How long waiting requests may be overtaken by turns that resume; 0: never",
     )
+    patience_s: float = Field(
+        default=0.5,
+        ge=0.0,
+        description="How long a request without a held cache leaves one alone whose request has "
+        "just ended, while others run: the client may be about to ask on",
+    )
     min_saved_tokens: int = Field(
         default=128,
         ge=1,

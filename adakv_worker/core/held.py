@@ -83,6 +83,8 @@ class HeldCaches:
     """The held caches of an engine core, the one that was used least recently first.
 
     At most `most_blocks` blocks are held, by at most `most` caches, for at most `idle_s` seconds.
+
+    patient: whether requests that begin without a cache leave the youngest ones alone.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class HeldCaches:
         most: int,
         idle_s: float,
         reach_blocks: int,
+        patience_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         publish: Callable[[Held, bool], None] = lambda held, is_there: None,
     ) -> None:
@@ -101,6 +104,8 @@ class HeldCaches:
             publish: called when a cache is held, and when it is not held any more.
         """
         self._publish = publish
+        self._patience_s = patience_s
+        self.patient = True
         self._pool = pool
         self._reach_blocks = reach_blocks
         self._most_blocks = most_blocks
@@ -140,6 +145,16 @@ class HeldCaches:
             if tokens and (best is None or tokens > best.tokens):
                 best = Match(held, tokens)
         return best
+
+    def young_blocks(self) -> int:
+        """Return the blocks of caches whose next turn may be under way."""
+        if not self.patient:
+            return 0
+        since = self._clock() - self._patience_s
+        young = itertools.takewhile(
+            lambda held: self._held_at_s[held.name] > since, reversed(self._held.values())
+        )
+        return sum(len(held.blocks) for held in young)
 
     def next_name(self) -> str:
         return next(self._names)

@@ -84,9 +84,10 @@ class AdaKVManager(FullAttentionManager):
             shared += sum(block.ref_cnt > 0 for block in new_computed_blocks)
             slabs = 0 if _frees_too_little(request.plan, shared) else request.plan.slabs
         if apply_admission_cap:
-            return self.admission.blocks_to_admit(
+            admitted = self.admission.blocks_to_admit(
                 request_id, request if slabs else None, needed, slabs
             )
+            return admitted + self._young_blocks()
         # Without room for its slabs it stays whole: it was admitted without them, or others have
         # grown otherwise than expected.
         return needed + slabs if self.admission.is_free(needed + slabs) else needed
@@ -101,6 +102,12 @@ class AdaKVManager(FullAttentionManager):
             return needed
         # The held cache's blocks are free until it begins.
         return max(needed, len(self._held_by(request.plan.resumed)))
+
+    def _young_blocks(self) -> int:
+        """Return the blocks of held caches that a request without one leaves alone for a moment."""
+        # Where nothing runs there is no step after which they would be older.
+        waits = self.held is not None and (self.compressed or self.prefilling)
+        return self.held.young_blocks() if self.held is not None and waits else 0
 
     def _held_by(self, resumed: Resumed) -> tuple[KVCacheBlock, ...]:
         """Return the blocks of the held cache with which a request is to begin."""

@@ -47,6 +47,7 @@ class Sessions:
             config.max_held,
             config.max_idle_s,
             min(reach_blocks, usable // 4),
+            config.patience_s,
             publish=self._publish,
         )
         self._names: dict[str, str] = {}
@@ -72,13 +73,15 @@ class Sessions:
         They take few blocks and little time; behind others that overwrite their caches they would
         compute everything. Nobody is overtaken for longer than `overtake_s`.
         """
+        overdue_since = now_s - self._config.overtake_s
+        self._held.patient = all(one.arrival_time >= overdue_since for one in waiting)
         wanted = {name for name, held in self._wanted.items() if held in self._held}
         self._wanted = {name: self._wanted[name] for name in wanted}
         if not wanted or not isinstance(waiting, FCFSRequestQueue):
             return
 
         def rank(request: Request) -> int:
-            if now_s - request.arrival_time > self._config.overtake_s:
+            if request.arrival_time < overdue_since:
                 return 0
             return 1 if request.request_id in wanted else 2
 

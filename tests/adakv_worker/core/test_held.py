@@ -10,7 +10,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from adakv_worker.core.floor import Floor
 from adakv_worker.core.held import Held, HeldCaches, TokenIds
 
-BLOCKS, MOST_BLOCKS, MOST, IDLE_S = 41, 20, 4, 100.0
+BLOCKS, MOST_BLOCKS, MOST, IDLE_S, PATIENCE_S = 41, 20, 4, 100.0, 0.5
 
 
 def tokens(*ids: int) -> TokenIds:
@@ -24,7 +24,7 @@ class Pool:
         self.now_s = 0.0
         self.pool = BlockPool(BLOCKS, enable_caching=True, hash_block_size=4)
         self.held = HeldCaches(
-            self.pool, MOST_BLOCKS, MOST, IDLE_S, reach_blocks, lambda: self.now_s
+            self.pool, MOST_BLOCKS, MOST, IDLE_S, reach_blocks, PATIENCE_S, lambda: self.now_s
         )
 
     def hold(self, ids: TokenIds, blocks: int, floor: int = 0, scope: str = "a") -> Held:
@@ -122,6 +122,25 @@ def test_a_cache_for_which_nobody_comes_is_forgotten(pool: Pool) -> None:
     pool.now_s += 1.0
     pool.held.next_step()
     assert [one.token_ids.tolist() for one in pool.held] == [[2]]
+
+
+def test_young_caches_are_left_alone_for_a_moment(pool: Pool) -> None:
+    pool.hold(tokens(1), 3)
+    pool.now_s += 0.4
+    pool.hold(tokens(2), 5)
+    assert pool.held.young_blocks() == 8
+    pool.now_s += 0.2
+    assert pool.held.young_blocks() == 5
+    # A request waits for the older one.
+    match = pool.held.find("a", tokens(1, 9))
+    assert match is not None
+    pool.held.refresh(match.held.name)
+    assert pool.held.young_blocks() == 8
+    pool.held.patient = False
+    assert pool.held.young_blocks() == 0
+    pool.held.patient = True
+    pool.now_s += PATIENCE_S
+    assert pool.held.young_blocks() == 0
 
 
 def test_other_free_blocks_are_overwritten_first(pool: Pool) -> None:
