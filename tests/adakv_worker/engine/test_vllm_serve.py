@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -16,7 +17,14 @@ PROMPT = "The keeper of the lighthouse wrote down every ship that passed. " * 40
 ENGINE = {
     "dtype": "float32", "max_model_len": 2048, "block_size": 32, "enforce_eager": True,
     "kv_cache_memory_bytes": 190 << 20, "max_num_batched_tokens": 1024,
-    **engine_args({"budget_tokens": 256, "keep_ratio": 0.0, "max_budget_tokens": 512}),
+    "enable_prompt_tokens_details": True,
+    **engine_args(
+        {
+            "budget_tokens": 256, "keep_ratio": 0.0, "max_budget_tokens": 512,
+            # Less than an exact hit of the first prompt leaves.
+            "sessions": {"enabled": True, "min_saved_tokens": 8},
+        }
+    ),
 }  # fmt: skip
 
 
@@ -50,6 +58,37 @@ def test_a_request_sets_its_own_budget(url: str) -> None:
     assert (proof["policy"], proof["kept_mean"], proof["kept_min"]) == ("snapkv", 128, 128)
     full = _ask(url, vllm_xargs={"adakv_policy": "full"}).json()
     assert full["kv_transfer_params"]["kv_compression"]["skipped"] == "full_requested"
+
+
+def test_the_next_turn_of_a_chat_goes_on_from_the_cache(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        said: list[Any] = [{"role": "user", "content": f"Keep this log. {PROMPT}"}]
+        before = _metrics(url)
+        first = _turn(client, said)
+        said += [{"role": "user", "content": "Which ship passed first?"}]
+        second = _turn(client, said)
+    session = second["kv_transfer_params"]["kv_compression"]["session"]
+    assert (session["turn"], session["source"]) == (2, "pool")
+    # The client sends the answer as text: its tokens may be others, but not many.
+    answered = first["usage"]["prompt_tokens"] + first["usage"]["completion_tokens"] - 1
+    assert answered - 8 <= session["resumed_tokens"] <= answered
+    usage = second["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == session["resumed_tokens"]
+    assert session["resumed_tokens"] + session["computed_tokens"] == usage["prompt_tokens"]
+    after = _metrics(url)
+    resumed = after["adakv_resumed_tokens_total"] - before.get("adakv_resumed_tokens_total", 0)
+    assert resumed == session["resumed_tokens"]
+    assert after["adakv_sessions_held"] >= 1
+    assert after["adakv_held_blocks"] >= 256 // 32
+
+
+def _turn(client: openai.OpenAI, said: list[Any]) -> dict[str, Any]:
+    """Ask the next turn of a conversation, and note the answer in it."""
+    answer = client.chat.completions.create(
+        model=EMBEDDED_MODEL_NAME, messages=said, max_tokens=16, temperature=0
+    )
+    said += [{"role": "assistant", "content": answer.choices[0].message.content}]
+    return answer.model_dump()
 
 
 def _metrics(url: str, **labels: str) -> dict[str, float]:
