@@ -132,6 +132,21 @@ class Engine:
         self.flush()
         return [self._result(output) for output in outputs]
 
+    def run_one_by_one(self, prompts: list[list[int]], params: Any, steps: int) -> list[Result]:
+        """Answer prompts of which each begins some steps after the one before."""
+        core, done = self.llm.llm_engine, {}
+        waiting = [(f"staggered-{number}", ids) for number, ids in enumerate(prompts)]
+        names = [name for name, _ in waiting]
+        taken = 0
+        while waiting or core.has_unfinished_requests():
+            if waiting and taken % steps == 0:
+                name, ids = waiting.pop(0)
+                core.add_request(name, {"prompt_token_ids": ids}, params)
+            taken += 1
+            done |= {output.request_id: output for output in core.step() if output.finished}
+        self.flush()
+        return [self._result(done[name]) for name in names]
+
     def flush(self) -> None:
         """Let the worker forget the finished requests, which it does in a step."""
         while self.scheduler.has_finished_requests():

@@ -10,7 +10,7 @@ import torch
 from kernels.policies.presets import PRESETS
 from tests.adakv_worker.conversation import SESSIONS, Conversation
 from tests.adakv_worker.engine.test_eviction import Traced, run
-from tests.adakv_worker.engines import Engine, Reference, prompt
+from tests.adakv_worker.engines import Engine, Reference, assert_equals_reference, prompt
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +112,37 @@ def test_turns_of_many_lengths_share_a_batch(engine: Engine, reference: Referenc
             params,
             engine.params(max_tokens=12, extra_args={"adakv_policy": "full"}),
         ]
-        results = engine.run([*asked, *others], [params] * len(talks) + options)[: len(talks)]
+        every = engine.run([*asked, *others], [params] * len(talks) + options)
+        results, new = every[: len(talks)], every[len(talks) :]
+        for result in new:
+            assert_equals_reference(result, reference, 1e-3)
     for talk, result in zip(talks, results, strict=True):
         talk.note(result)
         assert talk.resumed > 0
 
 
 BOUND = {"adakv_decode_budget_tokens": 48, "adakv_decode_interval_tokens": 32}
+
+
+def test_new_turns_join_others_that_decode(engine: Engine, reference: Reference) -> None:
+    talks = [Conversation(engine, reference) for _ in range(3)]
+    params = engine.params(max_tokens=12)
+    results = engine.run([prompt(n, seed=60 + n) for n in (200, 260, 320)], params)
+    for talk, result in zip(talks, results, strict=True):
+        talk.note(result)
+    asked = [
+        [*result.prompt, *result.tokens, *prompt(count, seed=70 + count)]
+        for result, count in zip(results, (30, 40, 50), strict=True)
+    ]
+    # Beside compressed decodes: turns of many tokens, a prompt, and one that stays whole.
+    fresh, whole = prompt(250, seed=65), prompt(25, seed=66)
+    order = [asked[0], whole, asked[1], fresh, asked[2]]
+    first, short, second, new, third = engine.run_one_by_one(order, params, 2)
+    for talk, result in zip(talks, (first, second, third), strict=True):
+        talk.note(result)
+        assert talk.resumed > 0
+    for result in (short, new):
+        assert_equals_reference(result, reference, 1e-3)
 
 
 def test_a_bounded_cache_goes_on_from_its_last_eviction(engine: Engine) -> None:
