@@ -14,7 +14,7 @@ from router.ledger.occupancy import Occupancy
 from router.ledger.redis_ledger import LedgerKeys, LedgerReader, LedgerView, Report
 
 COLUMNS = (
-    "replica", "blocks", "free", "used", "compr", "growth", "lent", "borrowed", "running",
+    "replica", "blocks", "free", "used", "compr", "growth", "held", "lent", "borrowed", "running",
     "waiting", "tok/s", "kept", "age",
 )  # fmt: skip
 BAR_WIDTH = 32
@@ -66,6 +66,7 @@ def _row(report: Report) -> tuple[str, ...]:
         f"{used:.0%}",
         str(occupancy.blocks_compressed),
         str(occupancy.blocks_reserved_growth),
+        str(occupancy.blocks_held),
         str(occupancy.blocks_lent),
         str(occupancy.blocks_borrowed),
         str(occupancy.running),

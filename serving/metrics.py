@@ -6,6 +6,7 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 
 from adakv_worker.frontend.metric_names import (
     DECODE_EVICTIONS,
+    HELD_BLOCKS,
     OF_COMPRESSED,
     REQUESTS,
     SELECTION_FAILURES,
@@ -57,8 +58,8 @@ class OccupancyMetrics:
     def __init__(self) -> None:
         self._blocks = Gauge(
             "adakv_blocks",
-            "KV blocks: free, of compressed and of uncompressed requests, reserved for growth, "
-            "held for the next turn, lent to and borrowed from other replicas",
+            "KV blocks: free, held by compressed and by uncompressed requests, reserved for "
+            "growth, lent to and borrowed from other replicas",
             ("state",),
         )
         self._waiting_blocks = Gauge(
@@ -68,6 +69,7 @@ class OccupancyMetrics:
             "adakv_prefill_tokens_queued", "Prompt tokens that are not computed yet"
         )
         self._sessions_held = Gauge(SESSIONS_HELD.name, SESSIONS_HELD.description)
+        self._held_blocks = Gauge(HELD_BLOCKS.name, HELD_BLOCKS.description)
         self._recomputed = _Total(
             "adakv_recomputed_tokens",
             "Tokens computed again, after a preemption or a cache lost in a move",
@@ -82,7 +84,6 @@ class OccupancyMetrics:
             ("compressed", occupancy.blocks_compressed),
             ("uncompressed", occupancy.blocks_uncompressed),
             ("reserved_growth", occupancy.blocks_reserved_growth),
-            ("held", occupancy.blocks_held),
             ("lent", occupancy.blocks_lent),
             ("borrowed", occupancy.blocks_borrowed),
         ):
@@ -90,6 +91,7 @@ class OccupancyMetrics:
         self._waiting_blocks.set(occupancy.waiting_blocks or 0)
         self._prefill_tokens.set(occupancy.prefill_tokens_queued)
         self._sessions_held.set(occupancy.sessions_held)
+        self._held_blocks.set(occupancy.blocks_held)
         self._recomputed.raise_to(occupancy.recomputed_tokens)
         self._evictions.raise_to(occupancy.decode_evictions)
         self._failures.raise_to(occupancy.selection_failures)

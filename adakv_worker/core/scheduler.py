@@ -272,6 +272,12 @@ class AdaKVSchedulerMixin(Scheduler):
         self._queue.remove(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        if self._manager is not None and self._manager.held is not None:
+            # Even if requests run, for which vLLM keeps its prefixes.
+            self._manager.held.forget()
+        return super().reset_prefix_cache(*args, **kwargs)
+
     def _leave(self, request: Request) -> None:
         """Hold the cache of a request that is about to lose its blocks."""
         if self._sessions is not None and request.sampling_params is not None:

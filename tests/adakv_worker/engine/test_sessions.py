@@ -286,9 +286,17 @@ def test_an_exact_prefix_that_saves_as_much_wins(engine: Engine) -> None:
     assert second.proof["session"]["skipped"] == "saves_little"
 
 
-def test_a_reset_forgets_all_caches(engine: Engine) -> None:
-    (first,) = engine.run([prompt(300, seed=86)], engine.params(max_tokens=4))
-    assert engine.llm.llm_engine.reset_prefix_cache()
+@pytest.mark.parametrize("others_run", [False, True])
+def test_a_reset_forgets_all_caches(engine: Engine, others_run: bool) -> None:
+    core = engine.llm.llm_engine
+    (first,) = engine.run([prompt(300, seed=86 + others_run)], engine.params(max_tokens=4))
+    if others_run:
+        core.add_request("runs", {"prompt_token_ids": [3]}, engine.params(max_tokens=40))
+        core.step()
+    # vLLM keeps its prefixes while requests run.
+    assert core.reset_prefix_cache() is not others_run
+    while core.has_unfinished_requests():
+        core.step()
     asked = [*first.prompt, *first.tokens, *prompt(60, seed=87)]
     (second,) = engine.run([asked], engine.params(max_tokens=4))
     assert second.proof is not None
