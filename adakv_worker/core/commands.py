@@ -59,6 +59,8 @@ def _session_commands(manager: AdaKVManager, holds: dict[str, str]) -> SessionCo
         return SessionCommands({}, [], {})
     resume = {}
     for request_id, held in manager.resuming.items():
+        if held is None:
+            continue
         resumed = manager.requests[request_id].plan.resumed
         assert resumed is not None
         tokens = resumed.base.tokens

@@ -46,7 +46,7 @@ class AdaKVManager(FullAttentionManager):
         )
         self._stay_whole: list[str] = []
         self._evicting: list[str] = []
-        self.resuming: dict[str, Held] = {}
+        self.resuming: dict[str, Held | None] = {}
         self._compressed_blocks = self._kept_tokens = self._original_tokens = 0
 
     # Queries.
@@ -217,6 +217,8 @@ class AdaKVManager(FullAttentionManager):
             # It came from another engine.
             self.admission.begin(request_id, request)
             self._hold_compressed(request_id, request)
+            if self.held is not None:
+                self.resuming[request_id] = None
         return list(blocks)
 
     def _hold_compressed(self, request_id: str, request: CompressedRequest) -> None:
@@ -288,8 +290,9 @@ class AdaKVManager(FullAttentionManager):
         request = self.requests.get(request_id)
         if self.held is None or request is None or not self.req_to_blocks.get(request_id):
             return None
-        if (unsent := self.resuming.pop(request_id, None)) is not None:
-            self.held.expect(request_id, unsent)
+        if request_id in self.resuming:
+            if (unsent := self.resuming.pop(request_id)) is not None:
+                self.held.expect(request_id, unsent)
             return None
         if to_hold.entry_tokens >= request.plan.prompt_tokens:
             # The workers have finished the step, or will have before the next one.

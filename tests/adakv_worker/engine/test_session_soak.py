@@ -6,12 +6,20 @@ from typing import Any
 
 import pytest
 
+from adakv_worker.core.answer_lengths import AnswerLengths
 from tests.adakv_worker.engines import VOCABULARY, Engine
 
 SESSIONS = {"enabled": True, "min_saved_tokens": 16, "share": 0.5, "max_held": 40}
-# 96 blocks of 4 layers, 2 heads, 32 entries of keys and values of 32 numbers.
-_MEMORY = 97 * 4 * 2 * 32 * 2 * 32 * 4
-_AT_ONCE = 8
+# 48 blocks of 4 layers, 2 heads, 32 entries of keys and values of 32 numbers.
+_MEMORY = 49 * 4 * 2 * 32 * 2 * 32 * 4
+_AT_ONCE = 16
+
+
+class ShortAnswers(AnswerLengths):
+    """Expects that answers are short, whatever it sees: so vLLM preempts."""
+
+    def note(self, max_tokens: int, tokens: int) -> None:
+        pass
 
 
 class Talk:
@@ -20,13 +28,12 @@ class Talk:
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self.history = self._words(rng.randint(60, 260))
-        self.turns = 0
+        self.asked_at = 0
 
     def _words(self, count: int) -> list[int]:
         return [self._rng.randrange(3, VOCABULARY) for _ in range(count)]
 
     def next_prompt(self) -> list[int]:
-        self.turns += 1
         choice = self._rng.random()
         if len(self.history) > 400:
             # A client drops the beginning, or begins anew.
@@ -63,14 +70,23 @@ class Soak:
             self._check()
 
     def _ask(self) -> None:
-        talk = self._rng.choice([one for one in self._talks if one not in self._running.values()])
+        free = [one for one in self._talks if one not in self._running.values()]
+        # Most clients ask on at once.
+        recent = sorted(free, key=lambda talk: -talk.asked_at)[:10]
+        talk = self._rng.choice(recent if self._rng.random() < 0.7 else free)
+        talk.asked_at = self.counts["turns"]
         name = f"turn-{self.counts['turns']}"
         self.counts["turns"] += 1
         options = {"adakv_decode_budget_tokens": 64} if self._rng.random() < 0.1 else None
         params = self._engine.params(
-            max_tokens=self._rng.randint(1, 24), logprobs=None, extra_args=options
+            max_tokens=self._rng.randint(1, 60),
+            logprobs=None,
+            extra_args=options,
+            ignore_eos=False,
         )
-        self._core.add_request(name, {"prompt_token_ids": talk.next_prompt()}, params)
+        self._core.add_request(
+            name, {"prompt_token_ids": talk.next_prompt()}, params, priority=self._rng.randint(0, 3)
+        )
         self._running[name] = talk
 
     def _disturb(self) -> None:
@@ -110,19 +126,24 @@ def soak(engine: Engine, conversations: int, turns: int) -> dict[str, int]:
     engine.assert_nothing_leaked()
     assert one.counts["turns"] == turns
     assert all(one.counts[name] for name in ("resumed", "aborted", "preempted")), one.counts
+    assert engine.preemptions > one.counts["preempted"]
     return one.counts
 
 
-@pytest.fixture
-def engine(in_process: None, gqa_model: Path) -> Any:
+@pytest.fixture(params=["fcfs", "priority"])
+def engine(request: pytest.FixtureRequest, in_process: None, gqa_model: Path) -> Any:
     settings = {"budget_tokens": 48, "keep_ratio": 0.3, "sessions": SESSIONS}
-    engine = Engine(gqa_model, settings, kv_cache_memory_bytes=_MEMORY, max_model_len=640)
+    engine = Engine(
+        gqa_model, settings, kv_cache_memory_bytes=_MEMORY, max_model_len=640,
+        scheduling_policy=request.param,
+    )  # fmt: skip
+    engine.manager.admission.answer_lengths = ShortAnswers(prior_tokens=2)
     yield engine
     engine.close()
 
 
 def test_no_turn_leaks_anything(engine: Engine) -> None:
-    print(soak(engine, conversations=20, turns=300))
+    print(soak(engine, conversations=20, turns=200))
 
 
 @pytest.mark.slow
