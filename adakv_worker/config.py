@@ -45,6 +45,11 @@ class SessionsConfig(Section):
         default=0.5, gt=0.0, le=1.0, description="Most of the KV blocks that held caches have"
     )
     max_held: int = Field(default=256, ge=1, description="Most caches that are held")
+    host_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Host memory of each worker for caches whose blocks the pool wants; 0: none",
+    )
     max_idle_s: float = Field(default=3600.0, gt=0.0, description="How long a cache is held")
     overtake_s: float = Field(
         default=60.0,

@@ -112,11 +112,13 @@ class SessionCommands(NamedTuple):
     """What becomes of held caches, in this order and before anything is computed.
 
     hold: requests that end or pause in this step, and the names under which their caches stay.
-    drop: held caches whose blocks are taken.
+    park: held caches to copy to the host's memory: their blocks are taken.
+    drop: held caches that are gone.
     resume: requests that begin with a held cache.
     """
 
     hold: dict[str, str]
+    park: list[str]
     drop: list[str]
     resume: dict[str, Resume]
 
@@ -133,7 +135,7 @@ class StepCommands(NamedTuple):
 
     @classmethod
     def none(cls) -> "StepCommands":
-        return cls({}, {}, {}, {}, {}, SessionCommands({}, [], {}))
+        return cls({}, {}, {}, {}, {}, SessionCommands({}, [], [], {}))
 
     @property
     def needs_queries(self) -> bool:
@@ -195,7 +197,7 @@ class SessionProof(msgspec.Struct, frozen=True):
 
     turn: compressed prompts in its cache, its own included.
     resumed_tokens: tokens whose entries the cache had. computed_tokens: those that were computed.
-    source: where the cache was (`pool`); None without one.
+    source: where the cache was (`pool` or `host`); None without one.
     skipped: why it began without one, or None.
     """
 

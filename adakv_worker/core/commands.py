@@ -56,7 +56,7 @@ def step_commands(
 
 def _session_commands(manager: AdaKVManager, holds: dict[str, str]) -> SessionCommands:
     if manager.held is None:
-        return SessionCommands({}, [], {})
+        return StepCommands.none().sessions
     resume = {}
     for request_id, held in manager.resuming.items():
         if held is None:
@@ -67,7 +67,9 @@ def _session_commands(manager: AdaKVManager, holds: dict[str, str]) -> SessionCo
         cut, slabs = held.entry_tokens - tokens, manager.slabs_of(request_id)
         resume[request_id] = Resume(held.name, tokens, cut, slabs)
     manager.resuming.clear()
-    return SessionCommands(holds, manager.held.take_gone(), resume)
+    return SessionCommands(
+        holds, manager.held.take_parks(), manager.held.take_gone(), resume
+    )  # fmt: skip
 
 
 def _recompress(plan: Plan) -> Recompress:

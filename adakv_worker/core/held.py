@@ -1,28 +1,16 @@
-"""Held caches: what ended and preempted requests leave for the next turn.
+"""A held cache: what an ended or preempted request leaves for the next turn."""
 
-The blocks of a held cache are free: they lie in the pool's queue, from which vLLM takes the oldest
-first, so that a held cache never makes a request wait or preempts one. A cache whose first block is
-taken is lost.
-"""
-
-import itertools
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 
 from adakv_worker.core.floor import Floor
 
 TokenIds = npt.NDArray[np.int32]
-# Why a held cache is gone: its blocks were taken, too much was held, nobody came for it, or all
-# were to be forgotten.
-Reason = Literal["reused", "cap", "idle", "forgotten"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +26,7 @@ class Held:
     compressed_at: tokens at its last compression; the entries of later ones compete in the next.
     turn: compressions of prompts so far.
     block_hashes: vLLM's hashes of the full blocks that its tokens would fill.
+    parked_blocks: blocks that it takes when it comes back from the host's memory; 0 in the pool.
     """
 
     name: str
@@ -49,6 +38,17 @@ class Held:
     blocks: tuple[KVCacheBlock, ...]
     turn: int
     block_hashes: tuple[BlockHash, ...] = ()
+    parked_blocks: int = 0
+
+    @property
+    def size_blocks(self) -> int:
+        """Blocks that a request takes with it."""
+        return len(self.blocks) or self.parked_blocks
+
+    @property
+    def source(self) -> str:
+        """Where it is, for the proof of a request that begins with it."""
+        return "host" if self.parked_blocks else "pool"
 
     def matching(self, token_ids: TokenIds) -> int:
         """Return how many tokens it saves of a request; 0 where it does not fit.
@@ -77,234 +77,3 @@ class Match(NamedTuple):
 
     held: Held
     tokens: int
-
-
-class HeldCaches:
-    """The held caches of an engine core, the one that was used least recently first.
-
-    At most `most_blocks` blocks are held, by at most `most` caches, for at most `idle_s` seconds.
-
-    patient: whether requests that begin without a cache leave the youngest ones alone.
-    """
-
-    def __init__(
-        self,
-        pool: BlockPool,
-        most_blocks: int,
-        most: int,
-        idle_s: float,
-        reach_blocks: int,
-        patience_s: float = 0.0,
-        clock: Callable[[], float] = time.monotonic,
-        publish: Callable[[Held, bool], None] = lambda held, is_there: None,
-    ) -> None:
-        """
-        Args:
-            reach_blocks: blocks that one step may allocate.
-            publish: called when a cache is held, and when it is not held any more.
-        """
-        self._publish = publish
-        self._patience_s = patience_s
-        self.patient = True
-        self._pool = pool
-        self._reach_blocks = reach_blocks
-        self._most_blocks = most_blocks
-        self._most = most
-        self._idle_s = idle_s
-        self._clock = clock
-        self._held: OrderedDict[str, Held] = OrderedDict()
-        self._held_at_s: dict[str, float] = {}
-        self._by_scope: dict[Hashable, dict[str, Held]] = {}
-        self._owners: dict[int, str] = {}
-        self._expected: dict[str, Held] = {}
-        self._names = map(str, itertools.count())
-        self._lost: list[Held] = []
-        self.blocks = 0
-        # Since the engine's start.
-        self.dropped: dict[str, int] = {"reused": 0, "cap": 0, "idle": 0, "forgotten": 0}
-        # What the workers are to do with the next step.
-        self._gone: list[str] = []
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._held
-
-    def get(self, name: str) -> Held:
-        return self._held[name]
-
-    def __iter__(self) -> Iterator[Held]:
-        return iter(self._held.values())
-
-    def find(self, scope: Hashable, token_ids: TokenIds) -> Match | None:
-        """Return the held cache that saves most tokens of a request, or None."""
-        best = None
-        for held in self._by_scope.get(scope, {}).values():
-            tokens = held.matching(token_ids)
-            if tokens and (best is None or tokens > best.tokens):
-                best = Match(held, tokens)
-        return best
-
-    def young_blocks(self) -> int:
-        """Return the blocks of caches whose next turn may be under way."""
-        if not self.patient:
-            return 0
-        since = self._clock() - self._patience_s
-        young = itertools.takewhile(
-            lambda held: self._held_at_s[held.name] > since, reversed(self._held.values())
-        )
-        return sum(len(held.blocks) for held in young)
-
-    def next_name(self) -> str:
-        return next(self._names)
-
-    def expect(self, request_id: str, held: Held) -> None:
-        """Note the cache of a request whose blocks will be received next.
-
-        Args:
-            held: without blocks; or with those that it had before, if the workers have not begun
-                the request.
-        """
-        self._expected[request_id] = held
-
-    def receive(self, request_id: str, blocks: list[KVCacheBlock]) -> list[KVCacheBlock]:
-        """Hold the blocks of an expected cache; return the others, which the caller frees."""
-        held = self._expected.pop(request_id, None)
-        if held is None:
-            return blocks
-        count = len(held.blocks) or len(blocks)
-        self.hold(replace(held, blocks=tuple(blocks[:count])))
-        return blocks[count:]
-
-    def hold(self, held: Held) -> None:
-        """Hold a cache, whose blocks the caller owns; the least recently used go to make room."""
-        self._held[held.name] = held
-        self._held_at_s[held.name] = self._clock()
-        self._by_scope.setdefault(held.scope, {})[held.name] = held
-        self._owners |= {block.block_id: held.name for block in held.blocks}
-        self.blocks += len(held.blocks)
-        self._pool.unpin_blocks(held.blocks, self._taken)
-        self._publish(held, True)
-        while self.blocks > self._most_blocks or len(self._held) > self._most:
-            self._drop(next(iter(self._held.values())), "cap")
-
-    def refresh(self, name: str) -> None:
-        """Count a held cache as used now: a request waits for it."""
-        self._held.move_to_end(name)
-        self._held_at_s[name] = self._clock()
-        self._to_the_end(self._held[name])
-
-    def take(self, name: str) -> Held:
-        """Return a held cache, which ends; its blocks belong to the caller."""
-        held = self._remove(self._held[name])
-        self._pool.touch(held.blocks)
-        return held
-
-    def next_step(self) -> None:
-        """Forget idle caches, and keep those that are held out of the allocator's reach."""
-        now = self._clock()
-        while self._held:
-            oldest = next(iter(self._held.values()))
-            if now - self._held_at_s[oldest.name] <= self._idle_s:
-                break
-            self._drop(oldest, "idle")
-        self._free_lost()
-        self._move_back()
-
-    def forget(self) -> None:
-        """Drop all held caches."""
-        for held in list(self._held.values()):
-            self._drop(held, "forgotten")
-        self._free_lost()
-
-    def take_gone(self) -> list[str]:
-        """Return the names that are gone since the last call, other than by `take`."""
-        gone, self._gone = self._gone, []
-        return gone
-
-    def check(self) -> None:
-        """Assert that all held blocks are free and held once, and that nothing exceeds its cap."""
-        assert len(self._held) <= self._most, "too many caches are held"
-        assert self.blocks <= self._most_blocks, "too many blocks are held"
-        assert self.blocks == sum(len(held.blocks) for held in self), "held blocks are miscounted"
-        owners = {block.block_id: held.name for held in self for block in held.blocks}
-        assert len(owners) == self.blocks, "a block is held twice"
-        assert owners == self._owners
-        for held in self:
-            assert held is self._by_scope[held.scope][held.name]
-            assert held.floor.tokens <= len(held.token_ids) <= held.entry_tokens
-            for block in held.blocks:
-                assert block.ref_cnt == 0, f"block {block.block_id} is held and used"
-                assert block.block_hash is None, "a held block can be found as a prefix"
-        assert not self._expected, "a cache was expected and not held"
-        assert sum(map(len, self._by_scope.values())) == len(self._held) == len(self._held_at_s)
-
-    def _taken(self, block: KVCacheBlock) -> None:
-        """Note that a block is handed out. May be of a cache that ended long ago."""
-        name = self._owners.get(block.block_id)
-        if name is not None:
-            held = self._remove(self._held[name])
-            self._note_gone(held, "reused")
-            # Others of its blocks may be handed out by the same call.
-            self._lost.append(held)
-
-    def _drop(self, held: Held, reason: Reason) -> None:
-        self._remove(held)
-        self._note_gone(held, reason)
-        self._lost.append(held)
-
-    def _note_gone(self, held: Held, reason: Reason) -> None:
-        self._gone.append(held.name)
-        self.dropped[reason] += 1
-
-    def _remove(self, held: Held) -> Held:
-        del self._held[held.name], self._held_at_s[held.name]
-        of_scope = self._by_scope[held.scope]
-        del of_scope[held.name]
-        if not of_scope:
-            del self._by_scope[held.scope]
-        for block in held.blocks:
-            del self._owners[block.block_id]
-        self.blocks -= len(held.blocks)
-        self._publish(held, False)
-        return held
-
-    def _free_lost(self) -> None:
-        """Move blocks of lost caches to the front of the queue: there is nothing in them."""
-        lost, self._lost = self._lost, []
-        for held in lost:
-            self._requeue(
-                block for block in held.blocks
-                if block.ref_cnt == 0 and block.block_hash is None
-                and block.block_id not in self._owners
-            )  # fmt: skip
-
-    def _requeue(self, blocks: Iterable[KVCacheBlock]) -> None:
-        free = list(blocks)
-        self._pool.touch(free)
-        self._pool.free_blocks(free)
-
-    def _move_back(self) -> None:
-        """Move held caches that the next allocations would take behind the blocks of prefixes.
-
-        A held block saves more tokens than one of a prefix: it holds a compressed cache.
-        """
-        others = self._pool.get_num_free_blocks() - self.blocks
-        if not self._held or others <= self._reach_blocks:
-            return
-        block = self._pool.free_block_queue.fake_free_list_head.next_free_block
-        near = []
-        for _ in range(self._reach_blocks):
-            if block is None or block.block_id < 0:
-                break
-            if (name := self._owners.get(block.block_id)) is not None and name not in near:
-                near.append(name)
-            block = block.next_free_block
-        for name in near:
-            self._to_the_end(self._held[name])
-
-    def _to_the_end(self, held: Held) -> None:
-        """Have the pool take other free blocks first."""
-        self._pool.touch(held.blocks)
-        self._pool.unpin_blocks(held.blocks, self._taken)

@@ -9,7 +9,8 @@ from vllm.v1.request import Request
 
 from adakv_worker.core.admission import Admission
 from adakv_worker.core.floor import Resumed
-from adakv_worker.core.held import Held, HeldCaches, ToHold
+from adakv_worker.core.held import Held, ToHold
+from adakv_worker.core.held_caches import HeldCaches
 from adakv_worker.core.plan import Plan
 from adakv_worker.core.request import CompressedRequest, Phase
 from adakv_worker.messages import MemoryStats
@@ -101,7 +102,7 @@ class AdaKVManager(FullAttentionManager):
         if request.plan.resumed is None or own:
             return needed
         # The held cache's blocks are free until it begins.
-        return max(needed, len(self._held_by(request.plan.resumed)))
+        return max(needed, self._held_by(request.plan.resumed).size_blocks)
 
     def _young_blocks(self) -> int:
         """Return the blocks of held caches that a request without one leaves alone for a moment."""
@@ -109,10 +110,10 @@ class AdaKVManager(FullAttentionManager):
         waits = self.held is not None and (self.compressed or self.prefilling)
         return self.held.young_blocks() if self.held is not None and waits else 0
 
-    def _held_by(self, resumed: Resumed) -> tuple[KVCacheBlock, ...]:
-        """Return the blocks of the held cache with which a request is to begin."""
+    def _held_by(self, resumed: Resumed) -> Held:
+        """Return the held cache with which a request is to begin."""
         assert self.held is not None
-        return self.held.get(resumed.held).blocks
+        return self.held.get(resumed.held)
 
     def slabs_of(self, request_id: str) -> list[int]:
         """Return the block ids of the slabs of a RESERVED or COMPRESSED request."""
@@ -211,7 +212,7 @@ class AdaKVManager(FullAttentionManager):
         if request.plan.resumed is not None:
             assert self.held is not None
             held = self.resuming[request_id] = self.held.take(request.plan.resumed.held)
-            blocks.extend(held.blocks)
+            blocks.extend(held.blocks or self.block_pool.get_new_blocks(held.parked_blocks))
             self._begin(request_id, request)
         else:
             # It came from another engine.

@@ -81,7 +81,9 @@ class AdaKVSchedulerMixin(Scheduler):
         if config.sessions.enabled:
             scheduler = self.vllm_config.scheduler_config
             reach = scheduler.max_num_batched_tokens // self.block_size + scheduler.max_num_seqs
-            self._sessions = Sessions(config.sessions, manager, reach)
+            (group,) = self.kv_cache_config.kv_cache_groups
+            layers = len(group.layer_names)
+            self._sessions = Sessions(config.sessions, manager, layers, reach)
         self._log_plan()
 
     def _log_plan(self) -> None:

@@ -12,7 +12,8 @@ from vllm.v1.request import Request
 
 from adakv_worker.config import FULL, SessionsConfig
 from adakv_worker.core.floor import Floor, Resumed
-from adakv_worker.core.held import Held, HeldCaches, ToHold, TokenIds
+from adakv_worker.core.held import Held, ToHold, TokenIds
+from adakv_worker.core.held_caches import HeldCaches
 from adakv_worker.core.manager import AdaKVManager
 from adakv_worker.core.plan import Plan, query_span
 from adakv_worker.messages import HELD_MEDIUM, TENANT_KEY, SessionProof
@@ -32,9 +33,12 @@ class Scope(NamedTuple):
 class Sessions:
     """The sessions of one engine core."""
 
-    def __init__(self, config: SessionsConfig, manager: AdaKVManager, reach_blocks: int) -> None:
+    def __init__(
+        self, config: SessionsConfig, manager: AdaKVManager, layers: int, reach_blocks: int
+    ) -> None:
         """
         Args:
+            layers: attention layers of the model.
             reach_blocks: blocks that one step may allocate.
         """
         pool = manager.block_pool
@@ -48,6 +52,7 @@ class Sessions:
             config.max_idle_s,
             min(reach_blocks, usable // 4),
             config.patience_s,
+            config.host_bytes // (layers * manager.kv_cache_spec.page_size_bytes),
             publish=self._publish,
         )
         self._names: dict[str, str] = {}
@@ -191,7 +196,7 @@ def with_held(plan: Plan, held: Held, tokens: int, *, newest_only: bool) -> Plan
     span = min(query_span(choice), computed) if total < whole else 0
     return replace(
         plan, choice=choice, keep=total, query_span=span, skipped=None, resumed=resumed,
-        session=SessionProof(resumed.turn, tokens, computed, "pool"),
+        session=SessionProof(resumed.turn, tokens, computed, held.source),
     )  # fmt: skip
 
 

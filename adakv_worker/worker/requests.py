@@ -48,8 +48,9 @@ class CompressionState:
         self.tables = tables
         self.held_bytes = HELD_BYTES
         self._rows: dict[str, int] = {}
-        # Caches without a request, by name.
+        # Caches without a request, by name: those in pages, and those in the host's memory.
         self._held: dict[str, int] = {}
+        self._parked: dict[str, CompressedState] = {}
         self._windows: dict[str, Window] = {}
         self._compressing: dict[str, Compression] = {}
         self._evicting: dict[str, Eviction] = {}
@@ -89,15 +90,31 @@ class CompressionState:
         if self.selections is not None and request_id in self.selections:
             self.selections[name] = self.selections.pop(request_id)
 
+    @torch.inference_mode()
+    def park(self, name: str) -> None:
+        """Copy a held cache to the host's memory: its blocks are about to be written."""
+        row = self._held.pop(name)
+        self._parked[name] = self._copy_out(row, self._host_memory, None)
+        self.tables.release(row)
+
+    def _host_memory(self, pages: int) -> tuple[Tensor, Tensor]:
+        shape, dtype = (pages, self._cache.keys[0].numel()), self._cache.keys.dtype
+        return torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+
     def drop(self, name: str) -> None:
         """Forget a held cache."""
-        self.tables.release(self._held.pop(name))
+        if self._parked.pop(name, None) is None:
+            self.tables.release(self._held.pop(name))
         if self.selections is not None:
             self.selections.pop(name, None)
 
     def resume(self, request_id: str, command: Resume) -> None:
         """Give a request that begins a held cache, cut back by some tokens, and its other slabs."""
-        row = self._rows[request_id] = self._held.pop(command.held)
+        if (parked := self._parked.pop(command.held, None)) is not None:
+            self.restore(request_id, parked, command.slabs)
+        else:
+            self._rows[request_id] = self._held.pop(command.held)
+        row = self._rows[request_id]
         have = len(self.tables.pages(row)) // self.tables.layout.pages_per_block
         if command.cut_tokens:
             lens = self.tables.lens(row) - command.cut_tokens
@@ -331,7 +348,14 @@ class CompressionState:
             room: returns memory for the keys and values of a number of pages; None takes fresh
                 memory.
         """
-        row = self._rows[request_id]
+        return self._copy_out(self._rows[request_id], room, self.window(request_id))
+
+    def _copy_out(
+        self,
+        row: int,
+        room: Callable[[int], tuple[Tensor, Tensor]] | None,
+        window: Window | None,
+    ) -> CompressedState:
         pages = self.tables.filled_pages(row)
         if room is None:
             shape = (len(pages), self._cache.keys[0].numel())
@@ -340,7 +364,7 @@ class CompressionState:
             keys, values = room(len(pages))
         read_pages(self._cache, pages, keys, values)
         lens = self.tables.lens(row).to("cpu", copy=True)
-        return CompressedState(lens, keys, values, self.window(request_id))
+        return CompressedState(lens, keys, values, window)
 
     @torch.inference_mode()
     def restore(self, request_id: str, state: CompressedState, slabs: list[int]) -> None:

@@ -104,6 +104,8 @@ class StepWork:
         sessions = self._commands.sessions
         for request_id, name in sessions.hold.items():
             self.state.hold(request_id, name)
+        for name in sessions.park:
+            self.state.park(name)
         for name in sessions.drop:
             self.state.drop(name)
         try:

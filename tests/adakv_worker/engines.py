@@ -175,7 +175,8 @@ class Engine:
             assert not self.runner.adakv.moves.staged
             assert not self.runner.adakv.state._rows
             held = self.manager.held
-            assert set(self.runner.adakv.state._held) == {one.name for one in held or ()}
+            state = self.runner.adakv.state
+            assert {*state._held, *state._parked} == {one.name for one in held or ()}
             assert not self.runner.adakv.state._windows
 
     def close(self) -> None:

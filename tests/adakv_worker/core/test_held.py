@@ -8,7 +8,8 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from adakv_worker.core.floor import Floor
-from adakv_worker.core.held import Held, HeldCaches, TokenIds
+from adakv_worker.core.held import Held, TokenIds
+from adakv_worker.core.held_caches import HeldCaches
 
 BLOCKS, MOST_BLOCKS, MOST, IDLE_S, PATIENCE_S = 41, 20, 4, 100.0, 0.5
 
@@ -20,11 +21,18 @@ def tokens(*ids: int) -> TokenIds:
 class Pool:
     """A pool of blocks, its held caches and a clock."""
 
-    def __init__(self, reach_blocks: int = 4) -> None:
+    def __init__(self, reach_blocks: int = 4, host_blocks: int = 0) -> None:
         self.now_s = 0.0
         self.pool = BlockPool(BLOCKS, enable_caching=True, hash_block_size=4)
         self.held = HeldCaches(
-            self.pool, MOST_BLOCKS, MOST, IDLE_S, reach_blocks, PATIENCE_S, lambda: self.now_s
+            self.pool,
+            MOST_BLOCKS,
+            MOST,
+            IDLE_S,
+            reach_blocks,
+            PATIENCE_S,
+            host_blocks,
+            lambda: self.now_s,
         )
 
     def hold(self, ids: TokenIds, blocks: int, floor: int = 0, scope: str = "a") -> Held:
@@ -164,12 +172,44 @@ def test_a_reset_prefix_cache_has_no_held_caches_either(pool: Pool) -> None:
     assert len(pool.held) == 0
 
 
+def test_caches_go_to_the_host_when_their_blocks_are_taken() -> None:
+    pool = Pool(host_blocks=7)
+    first, second = pool.hold(tokens(1, 2), 3), pool.hold(tokens(3, 4), 4)
+    taken = pool.pool.get_new_blocks(BLOCKS - 1)
+    assert pool.held.take_parks() == [first.name, second.name]
+    assert pool.held.take_gone() == []
+    match = pool.held.find("a", tokens(1, 2, 3))
+    assert match is not None
+    assert (match.held.source, match.held.size_blocks, match.tokens) == ("host", 3, 2)
+    # The least recently used goes when another one comes.
+    pool.held.refresh(first.name)
+    pool.pool.free_blocks(taken)
+    third = pool.hold(tokens(5), 2)
+    pool.pool.get_new_blocks(BLOCKS - 1)
+    assert pool.held.take_parks() == [third.name]
+    assert pool.held.take_gone() == [second.name]
+    pool.held.check()
+    assert pool.held.take(first.name).parked_blocks == 3
+    pool.held.check()
+
+
+def test_a_cache_that_the_workers_have_not_begun_goes_back_to_the_host() -> None:
+    pool = Pool(host_blocks=7)
+    held = pool.hold(tokens(1, 2), 3)
+    blocks = pool.pool.get_new_blocks(BLOCKS - 1)
+    taken = pool.held.take(held.name)
+    pool.held.expect("request", taken)
+    assert pool.held.receive("request", blocks[:3]) == blocks[:3]
+    assert held.name in pool.held
+    pool.held.check()
+
+
 class Lives(RuleBasedStateMachine):
     """Requests take blocks, end, and go on, while time passes."""
 
-    @initialize(reach_blocks=st.integers(1, 12))
-    def begin(self, reach_blocks: int) -> None:
-        self.pool = Pool(reach_blocks)
+    @initialize(reach_blocks=st.integers(1, 12), host_blocks=st.integers(0, 30))
+    def begin(self, reach_blocks: int, host_blocks: int) -> None:
+        self.pool = Pool(reach_blocks, host_blocks)
         self.running: list[list[KVCacheBlock]] = []
         self.gone: list[str] = []
         self.names: list[str] = []
@@ -204,9 +244,13 @@ class Lives(RuleBasedStateMachine):
             return
         assert match.held.token_ids[: match.tokens].tolist() == ids[: match.tokens]
         assert match.held.floor.tokens <= match.tokens < len(ids)
+        if match.held.size_blocks > self.pool.pool.get_num_free_blocks():
+            return
         taken = self.pool.held.take(match.held.name)
         assert all(block.ref_cnt == 1 for block in taken.blocks)
-        self.running.append(list(taken.blocks))
+        assert bool(taken.blocks) is (taken.source == "pool")
+        fresh = [] if taken.blocks else self.pool.pool.get_new_blocks(taken.parked_blocks)
+        self.running.append([*taken.blocks, *fresh])
         self.names.remove(taken.name)
 
     @rule(seconds=st.sampled_from([0.0, 1.0, IDLE_S]))

@@ -41,3 +41,29 @@ def test_held_caches_make_nobody_wait(in_process: None, gqa_model: Path) -> None
     engine.flush()
     engine.assert_nothing_leaked()
     engine.close()
+
+
+def test_a_cache_comes_back_from_the_host(in_process: None, gqa_model: Path) -> None:
+    # 31 blocks: a second conversation overwrites what the first one has left.
+    sessions = {**SESSIONS, "host_bytes": 64 << 20}
+    engine = Engine(
+        gqa_model, {"budget_tokens": 48, "keep_ratio": 0.5, "sessions": sessions},
+        kv_cache_memory_bytes=32 * 4 * 2 * 32 * 2 * 32 * 4, max_model_len=768,
+    )  # fmt: skip
+    reference = Reference(gqa_model)
+    talks = [Conversation(engine, reference) for _ in range(5)]
+    last = [talk.turn(prompt(300, seed=130 + number)) for number, talk in enumerate(talks)]
+    sources = []
+    for turn in range(2):
+        for number, talk in enumerate(talks):
+            before = last[number]
+            new = prompt(60, seed=140 + 10 * turn + number)
+            # The client cuts the end of each second answer.
+            answer = before.tokens[: 12 - 5 * (number % 2)]
+            last[number] = talk.turn([*before.prompt, *answer, *new])
+            assert talk.resumed > 300
+            sources.append(talk.proof["session"]["source"])
+    assert sources.count("host") >= 5
+    engine.flush()
+    engine.assert_nothing_leaked()
+    engine.close()
