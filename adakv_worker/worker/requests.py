@@ -19,10 +19,11 @@ from adakv_worker.messages import (
 )
 from adakv_worker.worker.compression import HELD_BYTES, Capture, Compression, Window
 from adakv_worker.worker.eviction import Eviction, Recompression
+from adakv_worker.worker.held_rows import HeldRows, Room, copied, memory_on, placed
 from adakv_worker.worker.model_parts import LayerParts
 from adakv_worker.worker.packed_state import CompressedState
 from kernels.paging.growth import ExtendedStep, GrownStep
-from kernels.paging.paged_cache import PagedCache, move_pages, read_pages, write_pages
+from kernels.paging.paged_cache import PagedCache, move_pages
 from kernels.paging.pages import PageTables, check_page_tables
 
 # Below vLLM's own logger, so that its settings show it.
@@ -33,6 +34,7 @@ class CompressionState:
     """All compressed requests of one worker, whichever attention backend it has.
 
     held_bytes: bytes of scores that a compression holds before it copies their layers.
+    held: caches that their requests have left.
     """
 
     def __init__(
@@ -48,9 +50,7 @@ class CompressionState:
         self.tables = tables
         self.held_bytes = HELD_BYTES
         self._rows: dict[str, int] = {}
-        # Caches without a request, by name: those in pages, and those in the host's memory.
-        self._held: dict[str, int] = {}
-        self._parked: dict[str, CompressedState] = {}
+        self.held = HeldRows(cache, tables)
         self._windows: dict[str, Window] = {}
         self._compressing: dict[str, Compression] = {}
         self._evicting: dict[str, Eviction] = {}
@@ -86,40 +86,20 @@ class CompressionState:
     def hold(self, request_id: str, name: str) -> None:
         """Keep a request's cache under a name, after the request."""
         self._windows.pop(request_id, None)
-        self._held[name] = self._rows.pop(request_id)
+        self.held.hold(name, self._rows.pop(request_id))
         if self.selections is not None and request_id in self.selections:
             self.selections[name] = self.selections.pop(request_id)
 
-    @torch.inference_mode()
-    def park(self, name: str) -> None:
-        """Copy a held cache to the host's memory: its blocks are about to be written."""
-        row = self._held.pop(name)
-        self._parked[name] = self._copy_out(row, self._host_memory, None)
-        self.tables.release(row)
-
-    def _host_memory(self, pages: int) -> tuple[Tensor, Tensor]:
-        shape, dtype = (pages, self._cache.keys[0].numel()), self._cache.keys.dtype
-        return torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
-
     def drop(self, name: str) -> None:
         """Forget a held cache."""
-        if self._parked.pop(name, None) is None:
-            self.tables.release(self._held.pop(name))
+        self.held.drop(name)
         if self.selections is not None:
             self.selections.pop(name, None)
 
     def resume(self, request_id: str, command: Resume) -> None:
         """Give a request that begins a held cache, cut back by some tokens, and its other slabs."""
-        if (parked := self._parked.pop(command.held, None)) is not None:
-            self.restore(request_id, parked, command.slabs)
-        else:
-            self._rows[request_id] = self._held.pop(command.held)
-        row = self._rows[request_id]
-        have = len(self.tables.pages(row)) // self.tables.layout.pages_per_block
-        if command.cut_tokens:
-            lens = self.tables.lens(row) - command.cut_tokens
-            move_pages(self._cache, *self.tables.shrink(row, lens, have))
-        self.tables.add_slabs(row, command.slabs[have:])
+        row = self.held.take(command.held, command.cut_tokens, command.slabs)
+        self._rows[request_id] = row
         if self.selections is not None and command.held in self.selections:
             positions = self.selections.pop(command.held)
             self.selections[request_id] = positions[..., : command.tokens]
@@ -339,32 +319,15 @@ class CompressionState:
         return self._windows.get(request_id)
 
     @torch.inference_mode()
-    def export(
-        self, request_id: str, room: Callable[[int], tuple[Tensor, Tensor]] | None = None
-    ) -> CompressedState:
+    def export(self, request_id: str, room: Room | None = None) -> CompressedState:
         """Copy a compressed request's cache out, between two steps.
 
         Args:
-            room: returns memory for the keys and values of a number of pages; None takes fresh
-                memory.
+            room: None takes fresh memory on the cache's device.
         """
-        return self._copy_out(self._rows[request_id], room, self.window(request_id))
-
-    def _copy_out(
-        self,
-        row: int,
-        room: Callable[[int], tuple[Tensor, Tensor]] | None,
-        window: Window | None,
-    ) -> CompressedState:
-        pages = self.tables.filled_pages(row)
-        if room is None:
-            shape = (len(pages), self._cache.keys[0].numel())
-            keys, values = self._cache.keys.new_empty(shape), self._cache.values.new_empty(shape)
-        else:
-            keys, values = room(len(pages))
-        read_pages(self._cache, pages, keys, values)
-        lens = self.tables.lens(row).to("cpu", copy=True)
-        return CompressedState(lens, keys, values, window)
+        room = room or memory_on(self.tables.device, self._cache)
+        state = copied(self._cache, self.tables, self._rows[request_id], room)
+        return state._replace(window=self.window(request_id))
 
     @torch.inference_mode()
     def restore(self, request_id: str, state: CompressedState, slabs: list[int]) -> None:
@@ -374,16 +337,14 @@ class CompressionState:
             ValueError: the slabs are too few; nothing has changed then.
         """
         self.forget(request_id)
-        row = self.tables.place(state.lens, slabs)
-        self._rows[request_id] = row
+        self._rows[request_id] = placed(self._cache, self.tables, state, slabs)
         if state.window is not None:
             queries = state.window.queries.to(self.tables.device, copy=True)
             self._windows[request_id] = state.window._replace(queries=queries)
-        write_pages(self._cache, self.tables.filled_pages(row), state.keys, state.values)
 
     def check(self) -> None:
         """Assert the invariants of all page tables."""
-        check_page_tables(self.tables, [*self._rows.values(), *self._held.values()])
+        check_page_tables(self.tables, [*self._rows.values(), *self.held.rows])
 
 
 def _still_kept(positions: Tensor, kept: Tensor, tokens: int) -> Tensor:

@@ -105,7 +105,7 @@ class StepWork:
         for request_id, name in sessions.hold.items():
             self.state.hold(request_id, name)
         for name in sessions.park:
-            self.state.park(name)
+            self.state.held.park(name)
         for name in sessions.drop:
             self.state.drop(name)
         try:

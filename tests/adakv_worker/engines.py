@@ -175,8 +175,7 @@ class Engine:
             assert not self.runner.adakv.moves.staged
             assert not self.runner.adakv.state._rows
             held = self.manager.held
-            state = self.runner.adakv.state
-            assert {*state._held, *state._parked} == {one.name for one in held or ()}
+            assert self.runner.adakv.state.held.names == {one.name for one in held or ()}
             assert not self.runner.adakv.state._windows
 
     def close(self) -> None:

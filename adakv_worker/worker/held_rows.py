@@ -1,0 +1,98 @@
+"""Compressed caches without a request: in pages, or copied to the host's memory."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from adakv_worker.worker.packed_state import CompressedState
+from kernels.paging.paged_cache import PagedCache, move_pages, read_pages, write_pages
+from kernels.paging.pages import PageTables
+
+# Returns memory for the keys and values of a number of pages.
+Room = Callable[[int], tuple[Tensor, Tensor]]
+
+
+def copied(cache: PagedCache, tables: PageTables, row: int, room: Room) -> CompressedState:
+    """Copy the entries of a request at `row` out, without its window."""
+    pages = tables.filled_pages(row)
+    keys, values = room(len(pages))
+    read_pages(cache, pages, keys, values)
+    return CompressedState(tables.lens(row).to("cpu", copy=True), keys, values, None)
+
+
+def placed(cache: PagedCache, tables: PageTables, state: CompressedState, slabs: list[int]) -> int:
+    """Place copied entries in `slabs`; return their row.
+
+    Raises:
+        ValueError: the slabs are too few; nothing has changed then.
+    """
+    row = tables.place(state.lens, slabs)
+    write_pages(cache, tables.filled_pages(row), state.keys, state.values)
+    return row
+
+
+def memory_on(device: torch.device, cache: PagedCache) -> Room:
+    """Return what takes fresh memory on a device."""
+
+    def room(pages: int) -> tuple[Tensor, Tensor]:
+        shape, dtype = (pages, cache.keys[0].numel()), cache.keys.dtype
+        return (
+            torch.empty(shape, dtype=dtype, device=device),
+            torch.empty(shape, dtype=dtype, device=device),
+        )
+
+    return room
+
+
+class HeldRows:
+    """The held caches of one worker, by the names that the scheduler gave them."""
+
+    def __init__(self, cache: PagedCache, tables: PageTables) -> None:
+        self._cache = cache
+        self._tables = tables
+        self._rows: dict[str, int] = {}
+        self._parked: dict[str, CompressedState] = {}
+
+    @property
+    def names(self) -> set[str]:
+        return {*self._rows, *self._parked}
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows of those in pages."""
+        return list(self._rows.values())
+
+    def hold(self, name: str, row: int) -> None:
+        """Keep the cache at a row, which the caller gives up."""
+        self._rows[name] = row
+
+    @torch.inference_mode()
+    def park(self, name: str) -> None:
+        """Copy a cache to the host's memory: its blocks are about to be written."""
+        row, host = self._rows.pop(name), memory_on(torch.device("cpu"), self._cache)
+        self._parked[name] = copied(self._cache, self._tables, row, host)
+        self._tables.release(row)
+
+    def drop(self, name: str) -> None:
+        """Forget a cache."""
+        if self._parked.pop(name, None) is None:
+            self._tables.release(self._rows.pop(name))
+
+    @torch.inference_mode()
+    def take(self, name: str, cut_tokens: int, slabs: list[int]) -> int:
+        """Return the row of a cache, without its last tokens, for the caller.
+
+        Args:
+            slabs: all that it may use from now on; those that it has are the first.
+        """
+        if (parked := self._parked.pop(name, None)) is not None:
+            row = placed(self._cache, self._tables, parked, slabs)
+        else:
+            row = self._rows.pop(name)
+        have = len(self._tables.pages(row)) // self._tables.layout.pages_per_block
+        if cut_tokens:
+            lens = self._tables.lens(row) - cut_tokens
+            move_pages(self._cache, *self._tables.shrink(row, lens, have))
+        self._tables.add_slabs(row, slabs[have:])
+        return row
