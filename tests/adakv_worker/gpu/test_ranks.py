@@ -13,6 +13,8 @@ from tests.adakv_worker.gpu import interpreted
 COMPRESSION = {
     "policy": "snapkv", "budget_tokens": 40, "keep_ratio": 0.0, "window_tokens": 8,
     "min_budget_tokens": 1, "check_invariants": True,
+    # Too little for a cache: each comes back from the host.
+    "sessions": {"enabled": True, "min_saved_tokens": 1, "share": 0.005, "host_bytes": 64 << 20},
 }  # fmt: skip
 EVICTING = {"adakv_decode_budget_tokens": 40, "adakv_decode_interval_tokens": 32}
 
@@ -39,14 +41,25 @@ def answers(model: Path, ranks: int) -> list[dict[str, Any]]:
     bounded = SamplingParams(
         temperature=0, max_tokens=40, ignore_eos=True, detokenize=False, extra_args=EVICTING
     )
-    try:
+
+    def ask(asked: list[Any], params: list[Any]) -> list[dict[str, Any]]:
+        outputs = llm.generate(asked, params, use_tqdm=False)
         return [
             {
                 "tokens": list(output.outputs[0].token_ids),
                 "proof": (output.kv_transfer_params or {})["kv_compression"],
             }
-            for output in llm.generate(prompts, [plain, bounded, plain], use_tqdm=False)
+            for output in outputs
         ]
+
+    try:
+        first = ask(prompts, [plain, bounded, plain])
+        # The next turns of the first two.
+        on = [
+            {"prompt_token_ids": [*asked["prompt_token_ids"], *said["tokens"], *prompt(30, seed=5)]}
+            for asked, said in zip(prompts[:2], first[:2], strict=True)
+        ]
+        return first + ask(on, [plain, bounded])
     finally:
         llm.llm_engine.engine_core.shutdown()
 
@@ -56,5 +69,8 @@ def test_two_ranks_answer_as_one(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path, heads=4, kv_heads=2, layers=2)
     one = answers(model, 1)
     assert answers(model, 2) == one
-    assert [answer["proof"]["skipped"] for answer in one] == [None, None, "within_budget"]
+    assert [answer["proof"]["skipped"] for answer in one[:3]] == [None, None, "within_budget"]
+    sessions = [answer["proof"]["session"] for answer in one[3:]]
+    assert [session["resumed_tokens"] for session in sessions] == [99, 159]
+    assert "host" in {session["source"] for session in sessions}
     assert one[1]["proof"]["decode_evictions"] == 1
