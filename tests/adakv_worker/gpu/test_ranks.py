@@ -14,7 +14,7 @@ COMPRESSION = {
     "policy": "snapkv", "budget_tokens": 40, "keep_ratio": 0.0, "window_tokens": 8,
     "min_budget_tokens": 1, "check_invariants": True,
     # Too little for a cache: each comes back from the host.
-    "sessions": {"enabled": True, "min_saved_tokens": 1, "share": 0.005, "host_bytes": 64 << 20},
+    "sessions": {"enabled": True, "min_saved_tokens": 1, "share": 0.002, "host_bytes": 64 << 20},
 }  # fmt: skip
 EVICTING = {"adakv_decode_budget_tokens": 40, "adakv_decode_interval_tokens": 32}
 
