@@ -7,7 +7,7 @@ gets fewer, by what it holds beside the KV blocks. Each arm's engine has a proce
 one of them runs at a time; with `--at-once` several start together, which saves time.
 
 S_max, what stock would gain if decoding took no time, comes first. Published is 5.18 at a 64th.
-With `--profile`, each arm also tells what a step of so many decoding requests is made of.
+With `--profile N`, each arm also prints where the time of a step with N decoding requests goes.
 """
 
 import argparse

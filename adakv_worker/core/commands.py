@@ -56,7 +56,7 @@ def step_commands(
 
 def _session_commands(manager: AdaKVManager, holds: dict[str, str]) -> SessionCommands:
     if manager.held is None:
-        return StepCommands.none().sessions
+        return SessionCommands({}, [], [], {})
     resume = {}
     for request_id, held in manager.resuming.items():
         if held is None:

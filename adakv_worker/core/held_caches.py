@@ -18,8 +18,8 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from adakv_worker.core.held import Held, Match, TokenIds
 from adakv_worker.core.host_tier import HostTier
 
-# Why a held cache is gone: its blocks were taken, too much was held, nobody came for it, or all
-# were to be forgotten.
+# Why a held cache is gone. reused: vLLM gave its blocks to a request. cap: the caches exceeded a
+# limit. idle: no request resumed it in time. forgotten: a reset dropped all caches.
 Reason = Literal["reused", "cap", "idle", "forgotten"]
 
 
@@ -97,7 +97,7 @@ class HeldCaches:
         return best
 
     def young_blocks(self) -> int:
-        """Return the blocks of caches whose next turn may be under way."""
+        """Return the blocks of caches that are younger than `patience_s`; 0 while not patient."""
         if not self.patient:
             return 0
         since = self._clock() - self._patience_s
@@ -184,12 +184,12 @@ class HeldCaches:
         self._free_lost()
 
     def take_gone(self) -> list[str]:
-        """Return the names that are gone since the last call, other than by `take`."""
+        """Return the caches that were dropped since the last call, by name."""
         gone, self._gone = self._gone, []
         return gone
 
     def take_parks(self) -> list[str]:
-        """Return the names that went to the host's memory since the last call."""
+        """Return the caches that moved to the host's memory since the last call, by name."""
         parks, self._parks = self._parks, []
         return parks
 
@@ -213,13 +213,13 @@ class HeldCaches:
         assert sum(map(len, self._by_scope.values())) == len(self._held_at_s) == count
 
     def _taken(self, block: KVCacheBlock) -> None:
-        """Note that a block is handed out. May be of a cache that ended long ago."""
+        """Lose the cache of a block that vLLM gives to a request, if a cache still has it."""
         name = self._owners.get(block.block_id)
         if name is not None:
             self._lose(self._held[name], "reused")
 
     def _lose(self, held: Held, reason: Reason) -> None:
-        """Take a cache its blocks: it goes to the host's memory, or it is gone."""
+        """Move a cache out of the pool: to the host's memory if it fits there, else drop it."""
         if not self._host.fits(held):
             self._drop(held, reason)
             return
@@ -268,7 +268,7 @@ class HeldCaches:
         self._publish(held, False)
 
     def _free_lost(self) -> None:
-        """Move blocks of lost caches to the front of the queue: there is nothing in them."""
+        """Move the blocks of lost caches to the front of the queue: nobody needs their content."""
         lost, self._lost = self._lost, []
         for held in lost:
             self._requeue(

@@ -20,7 +20,7 @@ class AdaKVManager(FullAttentionManager):
     """Gives out and takes back blocks according to each request's plan.
 
     It alone changes the requests, and only in `consider`, `allocate_new_blocks`, `evict`,
-    `fall_back`, `hold`, `new_step_starts` and `pop_blocks_for_free`. All else changes nothing.
+    `fall_back`, `hold`, `new_step_starts` and `pop_blocks_for_free`. Its other methods change no request.
 
     requests: those that hold blocks, and those that were considered last.
     prefilling: those that hold blocks and will be compressed when their prompts are complete.
@@ -28,8 +28,9 @@ class AdaKVManager(FullAttentionManager):
     bounded: the compressed ones that evict.
     reserved: those that this step compresses.
     completed: resumed ones whose prompts this step completes.
-    held: the caches of requests that have ended or wait, None without sessions.
-    resuming: the held caches of requests that this step has begun, until the workers know.
+    held: the caches of ended and preempted requests; None without sessions.
+    resuming: requests that this step began with slabs, and their held caches; None for a cache from
+        another engine. Emptied when the step's commands are made.
     """
 
     held: HeldCaches | None = None
@@ -105,7 +106,7 @@ class AdaKVManager(FullAttentionManager):
         return max(needed, self._held_by(request.plan.resumed).size_blocks)
 
     def _young_blocks(self) -> int:
-        """Return the blocks of held caches that a request without one leaves alone for a moment."""
+        """Return the blocks of young held caches, which a request without a cache does not take."""
         # Where nothing runs there is no step after which they would be older.
         waits = self.held is not None and (self.compressed or self.prefilling)
         return self.held.young_blocks() if self.held is not None and waits else 0
@@ -116,7 +117,7 @@ class AdaKVManager(FullAttentionManager):
         return self.held.get(resumed.held)
 
     def slabs_of(self, request_id: str) -> list[int]:
-        """Return the block ids of the slabs of a RESERVED or COMPRESSED request."""
+        """Return the block ids of the slabs of a RESERVED, RESUMED or COMPRESSED request."""
         blocks, request = self.req_to_blocks[request_id], self.requests[request_id]
         if request.phase is Phase.RESERVED:
             blocks = blocks[request.plan.prompt_blocks :]
@@ -217,12 +218,12 @@ class AdaKVManager(FullAttentionManager):
         else:
             # It came from another engine.
             self.admission.begin(request_id, request)
-            self._hold_compressed(request_id, request)
+            self._count_compressed(request_id, request)
             if self.held is not None:
                 self.resuming[request_id] = None
         return list(blocks)
 
-    def _hold_compressed(self, request_id: str, request: CompressedRequest) -> None:
+    def _count_compressed(self, request_id: str, request: CompressedRequest) -> None:
         """Count a request among the compressed ones, with the blocks that it holds."""
         self.compressed[request_id] = request
         if request.plan.bound is not None:
@@ -279,8 +280,9 @@ class AdaKVManager(FullAttentionManager):
             self.admission.update(request_id, request)
 
     def _note_compressed(self, request_id: str, request: CompressedRequest) -> None:
+        """Note that a request holds nothing but its kept entries' slabs from now on."""
         request.compress(len(self.req_to_blocks[request_id]))
-        self._hold_compressed(request_id, request)
+        self._count_compressed(request_id, request)
         self.admission.update(request_id, request)
 
     def hold(self, request_id: str, to_hold: ToHold) -> str | None:

@@ -36,7 +36,10 @@ SESSIONS = Metric(
     "adakv_sessions", "Compressed prompts by where their held cache was, or by why they had none"
 )
 RESUMED_TOKENS = Metric("adakv_resumed_tokens", "Tokens whose entries held caches had")
-SESSIONS_DROPPED = Metric("adakv_sessions_dropped", "Held caches that nobody resumed, by reason")
+SESSIONS_DROPPED = Metric(
+    "adakv_sessions_dropped",
+    "Held caches that were dropped before a request resumed them, by reason",
+)
 SESSIONS_HELD = Metric("adakv_sessions_held", "Held caches")
 HELD_BLOCKS = Metric("adakv_held_blocks", "Free KV blocks of held caches")
 # The metrics of compressed prompts, without a label of their own.

@@ -1,4 +1,4 @@
-"""The tenant of a request: the API key that it came with, as the front door tells the replica."""
+"""The tenant header, in which the front door tells a replica whose API key a request has."""
 
 import hashlib
 from collections.abc import Mapping

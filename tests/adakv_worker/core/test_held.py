@@ -103,7 +103,7 @@ def test_a_taken_cache_belongs_to_its_taker(pool: Pool) -> None:
     pool.pool.get_new_blocks(BLOCKS - 4)
     assert all(block.ref_cnt == 1 for block in taken.blocks)
     assert pool.held.take_gone() == []
-    # Its blocks may be freed and handed out again without anybody being told.
+    # When its blocks are freed and used again, no cache is counted as lost.
     pool.pool.free_blocks(taken.blocks)
     pool.pool.get_new_blocks(3)
     assert pool.held.dropped["reused"] == 0

@@ -105,7 +105,7 @@ def test_turns_of_many_lengths_share_a_batch(engine: Engine, reference: Referenc
             [*result.prompt, *result.tokens, *prompt(count, seed=40 + count)]
             for result, count in zip(results, new, strict=True)
         ]
-        # One that begins, one that stays whole, and one that is told to keep everything.
+        # A new prompt, a prompt within the budget, and a request with policy `full`.
         others = [prompt(150, seed=50 + new[0]), prompt(20, seed=51), prompt(100, seed=52)]
         options = [
             params,
@@ -160,7 +160,9 @@ def test_a_bounded_cache_goes_on_from_its_last_eviction(engine: Engine) -> None:
     assert proof["kept_mean"] == 48
     assert proof["decode_evictions"] == 3
     # Its tokens never attend to more than the bound.
-    lens = second.kept_at[-1].sum(dim=-1)  # type: ignore[union-attr]
+    last = second.kept_at[-1]
+    assert last is not None
+    lens = last.sum(dim=-1)
     assert int(lens.sum()) == lens.numel() * 48
 
 

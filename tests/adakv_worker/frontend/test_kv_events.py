@@ -86,7 +86,7 @@ def test_a_prompt_is_cached_while_blocks_or_a_held_cache_have_it() -> None:
     assert names.change([dropped]).removed == hashes
     assert names.change([held]).stored == hashes
     assert names.change([dropped]).removed == hashes
-    # Of a cache that was held before somebody listened.
+    # The follower never saw this cache being stored.
     assert names.change([dropped]) == ([], [], False)
     assert names.change([held]).stored == hashes
 
