@@ -20,7 +20,8 @@ class AdaKVManager(FullAttentionManager):
     """Gives out and takes back blocks according to each request's plan.
 
     It alone changes the requests, and only in `consider`, `allocate_new_blocks`, `evict`,
-    `fall_back`, `hold`, `new_step_starts` and `pop_blocks_for_free`. Its other methods change no request.
+    `fall_back`, `hold`, `new_step_starts` and `pop_blocks_for_free`. Its other methods change no
+    request.
 
     requests: those that hold blocks, and those that were considered last.
     prefilling: those that hold blocks and will be compressed when their prompts are complete.

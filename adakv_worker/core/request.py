@@ -32,7 +32,7 @@ class CompressedRequest:
     num_tokens: tokens that it has blocks for.
     room_tokens: tokens that its slabs hold while it does not evict; 0 before it has any.
     floor: how far its compressed cache can be cut back; None before it has one.
-    compressed_at: tokens at its last compression or eviction.
+    compressed_at: tokens at the last compression or eviction that dropped entries.
     failed: whether its policy has raised an error.
     """
 
@@ -140,20 +140,19 @@ class CompressedRequest:
         resumed = plan.resumed
         if resumed is None or resumed.among is None or resumed.keep < resumed.among:
             self._note_cut(plan.prompt_tokens, plan.keep)
-        self.compressed_at = plan.prompt_tokens
         self.hold(slabs)
 
     def note_eviction(self, slabs: int) -> None:
         """Note the slabs that it holds after the eviction that its last step ended with."""
         assert self.plan.bound is not None
         self._note_cut(self.num_tokens, self.plan.bound.budget_tokens)
-        self.compressed_at = self.num_tokens
         self.hold(slabs)
 
     def _note_cut(self, num_tokens: int, entries: int) -> None:
         # The window's entries stay whole; a policy that failed has none.
         window = 0 if self.failed else min(self.plan.window_tokens, num_tokens)
         self.floor = Floor(num_tokens - window, entries - window)
+        self.compressed_at = num_tokens
 
     def fall_back(self) -> None:
         """Note that its policy raised an error, and another one chose its entries."""

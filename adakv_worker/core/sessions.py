@@ -108,7 +108,11 @@ class Sessions:
         if match is not None:
             if match.tokens - hit_tokens >= self._config.min_saved_tokens:
                 newest_only = self._config.compress == "newest"
-                return with_held(plan, match.held, match.tokens, newest_only=newest_only)
+                # One that was preempted goes on with what it had.
+                keeps_all = request.num_output_tokens > 0
+                return with_held(
+                    plan, match.held, match.tokens, newest_only=newest_only, keeps_all=keeps_all
+                )
             skipped = "saves_little"
         record = SessionProof(1, 0, plan.prompt_tokens - hit_tokens, skipped=skipped)
         return replace(plan, session=record)
@@ -172,19 +176,22 @@ def _token_ids(request: Request) -> TokenIds:
     return np.array(request._all_token_ids, dtype=np.int32)
 
 
-def with_held(plan: Plan, held: Held, tokens: int, *, newest_only: bool) -> Plan:
+def with_held(
+    plan: Plan, held: Held, tokens: int, *, newest_only: bool, keeps_all: bool = False
+) -> Plan:
     """Return a request's plan if it begins with the first `tokens` tokens of a held cache.
 
     Args:
         plan: its plan without one.
         newest_only: whether the entries of earlier turns stay. Those of a bounded request compete.
+        keeps_all: whether all entries stay. A bounded request is cut to its budget all the same.
     """
     base = Floor(tokens, held.floor.entries_at(tokens))
     compressed_at = min(held.compressed_at, tokens)
     new, computed = plan.prompt_tokens - compressed_at, plan.prompt_tokens - tokens
     choice = _with_window_within(plan.choice, computed)
     whole = base.entries_at(plan.prompt_tokens)
-    if plan.keep >= whole:
+    if plan.keep >= whole or (keeps_all and plan.bound is None):
         among, keep = new, new
     elif newest_only and plan.bound is None:
         window = choice.build().scorer.window_tokens

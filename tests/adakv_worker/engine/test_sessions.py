@@ -168,6 +168,8 @@ def test_a_bounded_cache_goes_on_from_its_last_eviction(engine: Engine) -> None:
 
 def test_a_preempted_request_computes_nothing_again(engine: Engine) -> None:
     core = engine.llm.llm_engine
+    undisturbed = engine.params(max_tokens=40, extra_args={"adakv_session": "off"})
+    (alone,) = engine.run([prompt(300, seed=72)], undisturbed)
     before = engine.scheduler._recomputes.tokens
     core.add_request(
         "victim", {"prompt_token_ids": prompt(300, seed=72)}, engine.params(max_tokens=40)
@@ -185,6 +187,9 @@ def test_a_preempted_request_computes_nothing_again(engine: Engine) -> None:
     assert proof["session"]["resumed_tokens"] == 314
     assert proof["session"]["computed_tokens"] == 1
     assert engine.scheduler._recomputes.tokens == before
+    # It kept what it had: 150 entries of its prompt, and its answer so far.
+    assert proof["kept_mean"] == 165
+    assert list(outputs[-1].outputs[0].token_ids) == alone.tokens
     # The next turn finds what it left.
     asked = [*prompt(300, seed=72), *outputs[-1].outputs[0].token_ids, *prompt(30, seed=73)]
     (after,) = engine.run([asked], engine.params(max_tokens=4))
