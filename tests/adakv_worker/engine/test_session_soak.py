@@ -9,7 +9,11 @@ import pytest
 from adakv_worker.core.answer_lengths import AnswerLengths
 from tests.adakv_worker.engines import VOCABULARY, Engine
 
-SESSIONS = {"enabled": True, "min_saved_tokens": 16, "share": 0.5, "max_held": 40}
+# Without waits by the clock, so that equal seeds give equal runs.
+SESSIONS = {
+    "enabled": True, "min_saved_tokens": 16, "share": 0.5, "max_held": 40, "patience_s": 0,
+    "overtake_s": 1e9,
+}  # fmt: skip
 _HOST_BYTES = 30 * 4 * 2 * 32 * 2 * 32 * 4
 # 40 blocks of 4 layers, 2 heads, 32 entries of keys and values of 32 numbers.
 _MEMORY = 41 * 4 * 2 * 32 * 2 * 32 * 4
@@ -131,8 +135,7 @@ def soak(engine: Engine, conversations: int, turns: int, answer_tokens: int = 60
     engine.assert_nothing_leaked()
     assert one.counts["turns"] == turns
     assert all(one.counts[name] for name in ("resumed", "aborted", "preempted")), one.counts
-    assert answer_tokens < 60 or engine.preemptions > one.counts["preempted"]
-    return one.counts
+    return {**one.counts, "all_preempted": engine.preemptions}
 
 
 @pytest.fixture(params=["fcfs", "priority"])
