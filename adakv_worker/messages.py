@@ -84,13 +84,15 @@ class Resume(NamedTuple):
     """Give a request the held cache of that name, without its last `cut_tokens` tokens.
 
     tokens: those that are left.
-    slabs: all the request's blocks, of which the held cache's are the first.
+    slabs: all the request's blocks. A cache in the pool that it takes has the first of them.
+    copies: whether the cache stays held, and the request gets a copy.
     """
 
     held: str
     tokens: int
     cut_tokens: int
     slabs: list[int]
+    copies: bool = False
 
 
 class Recompress(NamedTuple):
@@ -109,12 +111,13 @@ class Recompress(NamedTuple):
 
 
 class SessionCommands(NamedTuple):
-    """What becomes of held caches, in this order and before anything is computed.
+    """What becomes of held caches: in this order, and all but `drop` before anything is computed.
 
     hold: requests that end or pause in this step, and the names under which their caches stay.
     park: held caches to copy to the host's memory: their blocks are taken.
-    drop: held caches that are gone.
-    resume: requests that begin with a held cache.
+    resume: requests that begin with a held cache. One that copies it may be followed by another
+        whose slabs are the cache's blocks.
+    drop: held caches that are gone, of which this step may still have made copies.
     """
 
     hold: dict[str, str]

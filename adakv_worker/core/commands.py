@@ -65,7 +65,7 @@ def _session_commands(manager: AdaKVManager, holds: dict[str, str]) -> SessionCo
         assert resumed is not None
         tokens = resumed.base.tokens
         cut, slabs = held.entry_tokens - tokens, manager.slabs_of(request_id)
-        resume[request_id] = Resume(held.name, tokens, cut, slabs)
+        resume[request_id] = Resume(held.name, tokens, cut, slabs, resumed.copies)
     manager.resuming.clear()
     return SessionCommands(
         holds, manager.held.take_parks(), manager.held.take_gone(), resume

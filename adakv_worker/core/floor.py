@@ -27,6 +27,7 @@ class Resumed(NamedTuple):
     among: last entries of each head that compete at the end of the prompt; None: all of them.
     keep: entries per head on average that stay of those that compete.
     compressed_at: tokens of the prompts before.
+    copies: whether the cache stays held, because other requests want it, too.
     """
 
     held: str
@@ -36,3 +37,4 @@ class Resumed(NamedTuple):
     compressed_at: int
     among: int | None
     keep: int
+    copies: bool = False

@@ -165,6 +165,11 @@ class HeldCaches:
         self._forget(held)
         return held
 
+    def lend(self, name: str) -> Held:
+        """Return a held cache for a copy; it stays held, unless others overwrite it."""
+        self.refresh(name)
+        return self.get(name)
+
     def next_step(self) -> None:
         """Forget idle caches, and keep those that are held out of the allocator's reach."""
         now = self._clock()

@@ -104,7 +104,7 @@ class AdaKVManager(FullAttentionManager):
         if request.plan.resumed is None or own:
             return needed
         # The held cache's blocks are free until it begins.
-        return max(needed, self._held_by(request.plan.resumed).size_blocks)
+        return max(needed, self._blocks_taken_over(request.plan.resumed))
 
     def _young_blocks(self) -> int:
         """Return the blocks of young held caches, which a request without a cache does not take."""
@@ -112,10 +112,10 @@ class AdaKVManager(FullAttentionManager):
         waits = self.held is not None and (self.compressed or self.prefilling)
         return self.held.young_blocks() if self.held is not None and waits else 0
 
-    def _held_by(self, resumed: Resumed) -> Held:
-        """Return the held cache with which a request is to begin."""
+    def _blocks_taken_over(self, resumed: Resumed) -> int:
+        """Return the blocks that a request is to take over from its held cache."""
         assert self.held is not None
-        return self.held.get(resumed.held)
+        return 0 if resumed.copies else len(self.held.get(resumed.held).blocks)
 
     def slabs_of(self, request_id: str) -> list[int]:
         """Return the block ids of the slabs of a RESERVED, RESUMED or COMPRESSED request."""
@@ -195,7 +195,7 @@ class AdaKVManager(FullAttentionManager):
             return []
         blocks = self.req_to_blocks[request_id]
         new_blocks = self._begin_with_slabs(request_id, request) if not blocks else []
-        count = self._blocks_to_grow(request_id, request, request.num_tokens)
+        count = max(request.blocks_at(request.num_tokens) - len(blocks), 0)
         grown = self.block_pool.get_new_blocks(count) if count else []
         blocks.extend(grown)
         if request.phase is Phase.COMPRESSED:
@@ -209,12 +209,15 @@ class AdaKVManager(FullAttentionManager):
         return new_blocks + grown
 
     def _begin_with_slabs(self, request_id: str, request: CompressedRequest) -> list[KVCacheBlock]:
-        """Count a request that begins with its cache, and return the cache's blocks."""
+        """Count a request that begins with its cache; return the cache's blocks that it takes."""
         blocks = self.req_to_blocks[request_id]
         if request.plan.resumed is not None:
             assert self.held is not None
-            held = self.resuming[request_id] = self.held.take(request.plan.resumed.held)
-            blocks.extend(held.blocks or self.block_pool.get_new_blocks(held.parked_blocks))
+            name, copies = request.plan.resumed.held, request.plan.resumed.copies
+            held = self.held.lend(name) if copies else self.held.take(name)
+            self.resuming[request_id] = held
+            if not copies:
+                blocks.extend(held.blocks)
             self._begin(request_id, request)
         else:
             # It came from another engine.
@@ -295,7 +298,8 @@ class AdaKVManager(FullAttentionManager):
         if self.held is None or request is None or not self.req_to_blocks.get(request_id):
             return None
         if request_id in self.resuming:
-            if (unsent := self.resuming.pop(request_id)) is not None:
+            unsent, resumed = self.resuming.pop(request_id), request.plan.resumed
+            if unsent is not None and resumed is not None and not resumed.copies:
                 self.held.expect(request_id, unsent)
             return None
         if to_hold.entry_tokens >= request.plan.prompt_tokens:

@@ -25,7 +25,7 @@ class Scope(NamedTuple):
     """What two requests must have in common to share a cache, beside their tokens."""
 
     budget: RequestBudget
-    lora: str | None
+    lora: tuple[str, int, str] | None
     cache_salt: str | None
     tenant: object
 
@@ -110,12 +110,23 @@ class Sessions:
                 newest_only = self._config.compress == "newest"
                 # One that was preempted goes on with what it had.
                 keeps_all = request.num_output_tokens > 0
-                return with_held(
+                resuming = with_held(
                     plan, match.held, match.tokens, newest_only=newest_only, keeps_all=keeps_all
                 )
+                return self._copying(request.request_id, resuming, match.held)
             skipped = "saves_little"
         record = SessionProof(1, 0, plan.prompt_tokens - hit_tokens, skipped=skipped)
         return replace(plan, session=record)
+
+    def _copying(self, request_id: str, plan: Plan, held: Held) -> Plan:
+        """Return a plan that copies its held cache if others wait for it and both have room."""
+        assert plan.resumed is not None
+        begun = {request_id, *self._manager.resuming}
+        others = any(held.name == name for one, name in self._wanted.items() if one not in begun)
+        room = self._manager.block_pool.get_num_free_blocks() - len(held.blocks)
+        if not others or plan.blocks_to_extend > room:
+            return plan
+        return replace(plan, resumed=plan.resumed._replace(copies=True))
 
     def leave(self, request: Request, budget: RequestBudget) -> None:
         """Hold the cache of a request whose blocks are about to be freed, if it has one."""
@@ -169,7 +180,9 @@ def _scope(request: Request, budget: RequestBudget) -> Hashable:
     lora = request.lora_request
     assert request.sampling_params is not None
     tenant = (request.sampling_params.extra_args or {}).get(TENANT_KEY)
-    return Scope(budget, lora.name if lora is not None else None, request.cache_salt, tenant)
+    # An adapter that is loaded again under its name has another id.
+    adapter = (lora.name, lora.adapter_id, lora.path) if lora is not None else None
+    return Scope(budget, adapter, request.cache_salt, tenant)
 
 
 def _token_ids(request: Request) -> TokenIds:

@@ -74,22 +74,32 @@ class HeldRows:
         self._parked[name] = copied(self._cache, self._tables, row, host)
         self._tables.release(row)
 
+    def _copied(self, name: str) -> CompressedState:
+        """Copy a cache in pages, on its device."""
+        room = memory_on(self._tables.device, self._cache)
+        return copied(self._cache, self._tables, self._rows[name], room)
+
     def drop(self, name: str) -> None:
         """Forget a cache."""
         if self._parked.pop(name, None) is None:
             self._tables.release(self._rows.pop(name))
 
     @torch.inference_mode()
-    def take(self, name: str, cut_tokens: int, slabs: list[int]) -> int:
-        """Return the row of a cache, without its last tokens, for the caller.
+    def begin(self, name: str, cut_tokens: int, slabs: list[int], *, copies: bool) -> int:
+        """Return a row with a cache, without its last tokens, for the caller.
 
         Args:
-            slabs: all that it may use from now on; those that it has are the first.
+            slabs: all that it may use from now on. Those of a cache in pages that does not stay
+                are the first.
+            copies: whether the cache stays held, too.
         """
-        if (parked := self._parked.pop(name, None)) is not None:
-            row = placed(self._cache, self._tables, parked, slabs)
-        else:
-            row = self._rows.pop(name)
+        if copies or name in self._parked:
+            state = self._parked[name] if name in self._parked else self._copied(name)
+            if not copies:
+                del self._parked[name]
+            shorter = state.without_last(cut_tokens, self._tables.page_tokens)
+            return placed(self._cache, self._tables, shorter, slabs)
+        row = self._rows.pop(name)
         have = len(self._tables.pages(row)) // self._tables.layout.pages_per_block
         if cut_tokens:
             lens = self._tables.lens(row) - cut_tokens

@@ -30,6 +30,18 @@ class CompressedState(NamedTuple):
     values: Tensor
     window: Window | None = None
 
+    def without_last(self, tokens: int, page_tokens: int) -> "CompressedState":
+        """Return the state without the last `tokens` entries of each head, and without a window."""
+        if not tokens:
+            return self._replace(window=None)
+        lens = self.lens - tokens
+        before, after = (-(-n.reshape(-1).long() // page_tokens) for n in (self.lens, lens))
+        # The first pages of each head stay.
+        ends = before.cumsum(0)
+        place = torch.arange(len(self.keys)) - (ends - before).repeat_interleave(before)
+        stay = (place < after.repeat_interleave(before)).to(self.keys.device)
+        return CompressedState(lens, self.keys[stay], self.values[stay])
+
 
 class StateHeader(NamedTuple):
     """Origin of a state, which a worker with an equal header can restore.

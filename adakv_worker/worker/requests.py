@@ -98,11 +98,13 @@ class CompressionState:
 
     def resume(self, request_id: str, command: Resume) -> None:
         """Give a request that begins a held cache, cut back by some tokens, and its other slabs."""
-        row = self.held.take(command.held, command.cut_tokens, command.slabs)
-        self._rows[request_id] = row
-        if self.selections is not None and command.held in self.selections:
-            positions = self.selections.pop(command.held)
+        held, _, cut_tokens, slabs, copies = command
+        self._rows[request_id] = self.held.begin(held, cut_tokens, slabs, copies=copies)
+        if self.selections is not None and held in self.selections:
+            positions = self.selections[held]
             self.selections[request_id] = positions[..., : command.tokens]
+            if not copies:
+                del self.selections[held]
 
     def add_slabs(self, request_id: str, slabs: list[int]) -> None:
         self.tables.add_slabs(self._rows[request_id], slabs)

@@ -106,13 +106,14 @@ class StepWork:
             self.state.hold(request_id, name)
         for name in sessions.park:
             self.state.held.park(name)
-        for name in sessions.drop:
-            self.state.drop(name)
         try:
             result = execute()
             commands = self._commands
         finally:
             self.step = None
+        # Requests that began in this step may have copied them.
+        for name in sessions.drop:
+            self.state.drop(name)
         self._answer = self._finish(commands)
         self.state.drop_windows(scheduler_output.num_scheduled_tokens.keys() - commands.capture)
         if self._check_invariants:

@@ -253,6 +253,18 @@ class Lives(RuleBasedStateMachine):
         self.running.append([*taken.blocks, *fresh])
         self.names.remove(taken.name)
 
+    @rule(ids=st.lists(st.integers(1, 2), min_size=2, max_size=6), count=st.integers(1, 9))
+    def branch_off(self, ids: list[int], count: int) -> None:
+        match = self.pool.held.find("a", tokens(*ids))
+        free = self.pool.pool.get_num_free_blocks()
+        if match is None or count > free - len(match.held.blocks):
+            return
+        lent = self.pool.held.lend(match.held.name)
+        assert lent is match.held
+        self.running.append(self.pool.pool.get_new_blocks(count))
+        # The workers can copy it.
+        assert lent.name in self.pool.held
+
     @rule(seconds=st.sampled_from([0.0, 1.0, IDLE_S]))
     def step(self, seconds: float) -> None:
         self.pool.now_s += seconds

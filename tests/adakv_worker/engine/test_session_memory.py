@@ -64,6 +64,14 @@ def test_a_cache_comes_back_from_the_host(in_process: None, gqa_model: Path) -> 
             assert talk.resumed > 300
             sources.append(talk.proof["session"]["source"])
     assert sources.count("host") >= 5
+    # Two branches of one that is on the host.
+    branch = Conversation(engine, reference)
+    branch.tokens, branch.seen, branch._kept = talks[0].tokens, talks[0].seen, talks[0]._kept
+    asked = [[*last[0].prompt, *last[0].tokens, *prompt(20, seed=160 + n)] for n in range(2)]
+    params = engine.params(max_tokens=12)
+    for talk, result in zip((talks[0], branch), engine.run(asked, params), strict=True):
+        talk.note(result)
+        assert talk.proof["session"]["source"] == "host"
     engine.flush()
     engine.assert_nothing_leaked()
     engine.close()

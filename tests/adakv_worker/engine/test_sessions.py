@@ -121,6 +121,39 @@ def test_turns_of_many_lengths_share_a_batch(engine: Engine, reference: Referenc
         assert talk.resumed > 0
 
 
+def test_branches_of_one_conversation_get_copies(engine: Engine, reference: Reference) -> None:
+    talks = [Conversation(engine, reference) for _ in range(4)]
+    first = talks[0].turn(prompt(300, seed=53))
+    for talk in talks[1:]:
+        talk.tokens, talk.seen, talk._kept = talks[0].tokens, talks[0].seen, talks[0]._kept
+    # One of them asks for the first answer again.
+    asked = [[*first.prompt, *first.tokens, *prompt(60, seed=54 + n)] for n in range(3)]
+    results = engine.run([*asked, first.prompt], engine.params(max_tokens=12))
+    for talk, result, resumed in zip(talks, results, (311, 311, 311, 299), strict=True):
+        talk.note(result)
+        assert talk.resumed == resumed
+    # Each leaves a cache of its own.
+    further = [[*one.prompt, *one.tokens, *prompt(9, seed=58)] for one in results]
+    for talk, result in zip(talks, engine.run(further, engine.params(max_tokens=4)), strict=True):
+        talk.note(result)
+        assert talk.resumed == len(result.prompt) - 10
+
+
+def test_all_answers_to_one_turn_go_on_from_its_cache(engine: Engine) -> None:
+    (first,) = engine.run([prompt(300, seed=59)], engine.params(max_tokens=12))
+    asked = [*first.prompt, *first.tokens, *prompt(60, seed=60)]
+    params = engine.params(max_tokens=12, n=3, temperature=1.0, seed=1)
+    before = engine.scheduler._manager.held.dropped.copy()
+    (output,) = engine.llm.generate([{"prompt_token_ids": asked}], params, use_tqdm=False)
+    engine.flush()
+    assert len({tuple(answer.token_ids) for answer in output.outputs}) == 3
+    assert output.num_cached_tokens == 311
+    held = engine.scheduler._manager.held
+    left = [one.token_ids.tolist() for one in held]
+    assert all([*asked, *answer.token_ids][:-1] in left for answer in output.outputs)
+    assert held.dropped == before
+
+
 BOUND = {"adakv_decode_budget_tokens": 48, "adakv_decode_interval_tokens": 32}
 
 

@@ -99,3 +99,20 @@ def test_a_truncated_state_is_refused(name: str) -> None:
     packed = pack(state(), header())
     with pytest.raises(StateRefused, match="differs from its checksum"):
         unpack(packed._replace(**{name: getattr(packed, name)[:-1]}), header())
+
+
+@given(st.integers(0, 40), st.integers(0, 1 << 30))
+@settings(max_examples=50, deadline=None)
+def test_a_state_loses_the_last_entries_of_each_head(tokens: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    lens = torch.randint(tokens, 100, (5, 3), dtype=torch.int32)
+    pages = -(-lens.reshape(-1).long() // 32)
+    # Each page tells its head, and its place there.
+    names = torch.cat([torch.arange(count) + 100 * head for head, count in enumerate(pages)])
+    keys = names[:, None].expand(-1, 32 * 8).float()
+    shorter = CompressedState(lens, keys, -keys).without_last(tokens, 32)
+    left = -(-shorter.lens.reshape(-1).long() // 32)
+    assert torch.equal(shorter.lens, lens - tokens)
+    expected = torch.cat([torch.arange(count) + 100 * head for head, count in enumerate(left)])
+    assert torch.equal(shorter.keys[:, 0], expected.float())
+    assert torch.equal(shorter.values, -shorter.keys)
