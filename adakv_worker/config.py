@@ -50,6 +50,12 @@ class SessionsConfig(Section):
         ge=0,
         description="Host memory of each worker for caches whose blocks the pool wants; 0: none",
     )
+    arrival_bytes: int = Field(
+        default=256 << 20,
+        ge=0,
+        description="Host memory of each worker for caches from other replicas until a request "
+        "resumes them; 0: none come",
+    )
     max_idle_s: float = Field(default=3600.0, gt=0.0, description="How long a cache is held")
     overtake_s: float = Field(
         default=60.0,

@@ -1,4 +1,4 @@
-"""Everything that crosses a process inside the plug-in.
+"""What crosses a process inside the plug-in, with `session_messages`.
 
 Between the engine core and its workers, `StepCommands` and `Answer` ride as attributes on vLLM's
 own messages of a step: those are plain dataclasses, which keep attributes when pickled. From the
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from adakv_worker.session_messages import SessionCommands, SessionProof
 from kernels.blocks import DecodeBound, compressed_blocks_bound, entries_after, most_entries
 from kernels.policies.presets import PolicyChoice
 
@@ -24,10 +25,6 @@ _ATTRIBUTE = "adakv"
 PROOF_KEY = "kv_compression"
 # The name in `SamplingParams.extra_args`. Only a front end may set it: see `frontend.validator`.
 CONTINUATION_KEY = "adakv-continuation"
-# Likewise: whose request it is, see `frontend.tenants`.
-TENANT_KEY = "adakv-tenant"
-# The medium in vLLM's KV events of prompts whose compressed cache is held.
-HELD_MEDIUM = "ADAKV_HELD"
 # A policy that looks at no queries.
 WITHOUT_QUERIES = PolicyChoice("streaming_llm")
 
@@ -80,21 +77,6 @@ class TakeUp(NamedTuple):
     state: str | None
 
 
-class Resume(NamedTuple):
-    """Give a request the held cache of that name, without its last `cut_tokens` tokens.
-
-    tokens: those that are left.
-    slabs: all the request's blocks. A cache in the pool that it takes has the first of them.
-    copies: whether the cache stays held, and the request gets a copy.
-    """
-
-    held: str
-    tokens: int
-    cut_tokens: int
-    slabs: list[int]
-    copies: bool = False
-
-
 class Recompress(NamedTuple):
     """Cut a resumed request whose prompt this forward pass completes to its first `slabs`.
 
@@ -108,22 +90,6 @@ class Recompress(NamedTuple):
     keep: int
     slabs: int
     among: int | None
-
-
-class SessionCommands(NamedTuple):
-    """What becomes of held caches: in this order, and all but `drop` before anything is computed.
-
-    hold: requests that end or pause in this step, and the names under which their caches stay.
-    park: held caches to copy to the host's memory: their blocks are taken.
-    resume: requests that begin with a held cache. One that copies it may be followed by another
-        whose slabs are the cache's blocks.
-    drop: held caches that are gone, of which this step may still have made copies.
-    """
-
-    hold: dict[str, str]
-    park: list[str]
-    drop: list[str]
-    resume: dict[str, Resume]
 
 
 class StepCommands(NamedTuple):
@@ -193,22 +159,6 @@ def attach_answer(runner_output: "ModelRunnerOutput", answer: Answer) -> None:
 def answer_of(runner_output: "ModelRunnerOutput") -> Answer:
     """Return the workers' answer to a step; an empty one if none came."""
     return getattr(runner_output, _ATTRIBUTE, NO_ANSWER)
-
-
-class SessionProof(msgspec.Struct, frozen=True):
-    """Record of the cache that one request began with.
-
-    turn: compressed prompts in its cache, its own included.
-    resumed_tokens: tokens whose entries the cache had. computed_tokens: those that were computed.
-    source: where the cache was (`pool` or `host`); None without one.
-    skipped: why it began without one, or None.
-    """
-
-    turn: int
-    resumed_tokens: int
-    computed_tokens: int
-    source: str | None = None
-    skipped: str | None = None
 
 
 class Proof(msgspec.Struct, frozen=True):

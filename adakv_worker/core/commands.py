@@ -14,11 +14,10 @@ from adakv_worker.messages import (
     Compress,
     Evict,
     Recompress,
-    Resume,
-    SessionCommands,
     StepCommands,
     TakeUp,
 )
+from adakv_worker.session_messages import Hold, Resume, SessionCommands
 
 
 def step_commands(
@@ -26,12 +25,12 @@ def step_commands(
     manager: AdaKVManager,
     requests: Mapping[str, Request],
     take_ups: dict[str, TakeUp],
-    holds: dict[str, str],
+    holds: dict[str, Hold],
 ) -> StepCommands:
     """Return a step's commands, and have the manager expect its evictions.
 
     Args:
-        holds: requests whose caches are held from this step on, and the caches' names.
+        holds: requests whose caches are held from this step on.
     """
     sessions = _session_commands(manager, holds)
     commands = StepCommands({}, {}, take_ups, {}, {}, sessions)
@@ -54,7 +53,7 @@ def step_commands(
     return commands
 
 
-def _session_commands(manager: AdaKVManager, holds: dict[str, str]) -> SessionCommands:
+def _session_commands(manager: AdaKVManager, holds: dict[str, Hold]) -> SessionCommands:
     if manager.held is None:
         return SessionCommands({}, [], [], {})
     resume = {}

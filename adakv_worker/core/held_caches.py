@@ -8,15 +8,16 @@ to the host's memory.
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-from adakv_worker.core.held import Held, Match, TokenIds
+from adakv_worker.core.held import Held, Match
 from adakv_worker.core.host_tier import HostTier
+from adakv_worker.session_messages import TokenIds
 
 # Why a held cache is gone. reused: vLLM gave its blocks to a request. cap: the caches exceeded a
 # limit. idle: no request resumed it in time. forgotten: a reset dropped all caches.
@@ -41,6 +42,7 @@ class HeldCaches:
         reach_blocks: int,
         patience_s: float = 0.0,
         host_blocks: int = 0,
+        arrived_blocks: int = 0,
         clock: Callable[[], float] = time.monotonic,
         publish: Callable[[Held, bool], None] = lambda held, is_there: None,
     ) -> None:
@@ -48,6 +50,7 @@ class HeldCaches:
         Args:
             reach_blocks: blocks that one step may allocate.
             host_blocks: blocks whose content fits the host's memory.
+            arrived_blocks: the same for caches from other replicas, besides.
             publish: called when a cache is held, and when it is not held any more.
         """
         self._publish = publish
@@ -61,8 +64,9 @@ class HeldCaches:
         self._clock = clock
         self._held: OrderedDict[str, Held] = OrderedDict()
         self._host = HostTier(host_blocks)
+        self._arrived = HostTier(arrived_blocks)
         self._held_at_s: dict[str, float] = {}
-        self._by_scope: dict[Hashable, dict[str, Held]] = {}
+        self._by_scope: dict[str, dict[str, Held]] = {}
         self._owners: dict[int, str] = {}
         self._expected: dict[str, Held] = {}
         self._names = map(str, itertools.count())
@@ -81,13 +85,18 @@ class HeldCaches:
         return name in self._held_at_s
 
     def get(self, name: str) -> Held:
-        return self._held[name] if name in self._held else self._host.get(name)
+        return self._held[name] if name in self._held else self._tier_of(name).get(name)
 
     def __iter__(self) -> Iterator[Held]:
         yield from self._held.values()
         yield from self._host
+        yield from self._arrived
 
-    def find(self, scope: Hashable, token_ids: TokenIds) -> Match | None:
+    def _tier_of(self, name: str) -> HostTier:
+        """Return the part of the host's memory with a cache that is not in the pool."""
+        return self._host if name in self._host else self._arrived
+
+    def find(self, scope: str, token_ids: TokenIds) -> Match | None:
         """Return the held cache that saves most tokens of a request, or None."""
         best = None
         for held in self._by_scope.get(scope, {}).values():
@@ -142,6 +151,16 @@ class HeldCaches:
         while self.blocks > self._most_blocks or len(self._held) > self._most:
             self._lose(next(iter(self._held.values())), "cap")
 
+    def arrive(self, held: Held) -> None:
+        """Hold a cache from another replica, which the workers have in the host's memory."""
+        self._note(held)
+        if self._arrived.fits(held):
+            self._put_on_host(held)
+            self._publish(held, True)
+        else:
+            self._publish(held, True)
+            self._end(held, "cap")
+
     def refresh(self, name: str) -> None:
         """Count a held cache as used now: a request waits for it."""
         self._held_at_s[name] = self._clock()
@@ -149,7 +168,7 @@ class HeldCaches:
             self._held.move_to_end(name)
             self._to_the_end(self._held[name])
         else:
-            self._host.refresh(name)
+            self._tier_of(name).refresh(name)
 
     def take(self, name: str) -> Held:
         """Return a held cache, which ends; its blocks belong to the caller.
@@ -161,7 +180,7 @@ class HeldCaches:
             self._leave_pool(held)
             self._pool.touch(held.blocks)
         else:
-            self._host.take(name)
+            self._tier_of(name).take(name)
         self._forget(held)
         return held
 
@@ -173,7 +192,7 @@ class HeldCaches:
     def next_step(self) -> None:
         """Forget idle caches, and keep those that are held out of the allocator's reach."""
         now = self._clock()
-        for tier in (self._held.values(), self._host):
+        for tier in (self._held.values(), self._host, self._arrived):
             idle = itertools.takewhile(
                 lambda held: now - self._held_at_s[held.name] > self._idle_s, list(tier)
             )
@@ -204,6 +223,7 @@ class HeldCaches:
         assert self.blocks <= self._most_blocks, "too many blocks are held"
         assert self.blocks == sum(len(held.blocks) for held in self), "held blocks are miscounted"
         self._host.check()
+        self._arrived.check()
         owners = {block.block_id: held.name for held in self for block in held.blocks}
         assert len(owners) == self.blocks, "a block is held twice"
         assert owners == self._owners
@@ -237,7 +257,8 @@ class HeldCaches:
         self._put_on_host(parked)
 
     def _put_on_host(self, held: Held) -> None:
-        for out in self._host.put(held):
+        tier = self._arrived if held.has_arrived else self._host
+        for out in tier.put(held):
             self._end(out, "cap")
 
     def _drop(self, held: Held, reason: Reason) -> None:
@@ -246,7 +267,7 @@ class HeldCaches:
             # Others of its blocks may be handed out by the same call.
             self._lost.append(held)
         else:
-            self._host.take(held.name)
+            self._tier_of(held.name).take(held.name)
         self._end(held, reason)
 
     def _end(self, held: Held, reason: Reason) -> None:

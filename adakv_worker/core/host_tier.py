@@ -17,6 +17,9 @@ class HostTier:
         self._parked: OrderedDict[str, Held] = OrderedDict()
         self.blocks = 0
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._parked
+
     def __iter__(self) -> Iterator[Held]:
         return iter(self._parked.values())
 

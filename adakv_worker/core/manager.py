@@ -289,10 +289,10 @@ class AdaKVManager(FullAttentionManager):
         self._count_compressed(request_id, request)
         self.admission.update(request_id, request)
 
-    def hold(self, request_id: str, to_hold: ToHold) -> str | None:
+    def hold(self, request_id: str, to_hold: ToHold) -> Held | None:
         """Hold a request's cache when its blocks are freed next.
 
-        Returns the cache's name for the workers; None if they have nothing to hold.
+        Returns the cache, without blocks; None if the workers have nothing to hold.
         """
         request = self.requests.get(request_id)
         if self.held is None or request is None or not self.req_to_blocks.get(request_id):
@@ -309,7 +309,7 @@ class AdaKVManager(FullAttentionManager):
         if held is None:
             return None
         self.held.expect(request_id, held)
-        return held.name
+        return held
 
     def cache_blocks(self, request: Request, *args: Any, **kwargs: Any) -> None:
         # A slab's content belongs to no prefix: it must never be found by one.

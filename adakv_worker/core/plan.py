@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from adakv_worker.config import FULL
 from adakv_worker.core.floor import Resumed
-from adakv_worker.messages import Kept, Proof, SessionProof
+from adakv_worker.messages import Kept, Proof
 from adakv_worker.options import RequestBudget
+from adakv_worker.session_messages import SessionProof
 from kernels.blocks import (
     SINK_TOKENS,
     DecodeBound,

@@ -41,6 +41,7 @@ from adakv_worker.refusals import (
     refuse_unsupported_policy,
     require_classes,
 )
+from adakv_worker.session_messages import arrival_in
 from adakv_worker.spec import AdaKVSpec
 from adakv_worker.statistics_carrier import attach_figures
 
@@ -101,6 +102,13 @@ class AdaKVSchedulerMixin(Scheduler):
         )  # fmt: skip
 
     def add_request(self, request: Request) -> None:
+        params = request.sampling_params
+        arrival = arrival_in(params.extra_args if params is not None else None)
+        if arrival is not None:
+            # It brings a held cache, and asks for nothing.
+            if self._sessions is not None:
+                self._sessions.arrive(request, arrival)
+            return
         continuation = continuation_in(request.sampling_params)
         if continuation is not None and self._manager is not None:
             take_up(request, continuation)
@@ -194,7 +202,7 @@ class AdaKVSchedulerMixin(Scheduler):
         output = super().schedule(*args, **kwargs)
         if (manager := self._manager) is not None:
             take_ups = self._take_ups(output)
-            holds = self._sessions.take_names() if self._sessions is not None else {}
+            holds = self._sessions.take_holds() if self._sessions is not None else {}
             commands = step_commands(output, manager, self.requests, take_ups, holds)
             attach_commands(output, commands)
             for request_id, hit_tokens in begun(output):

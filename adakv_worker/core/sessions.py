@@ -1,8 +1,6 @@
 """Sessions: which requests begin with a held cache, and which leave one."""
 
-from collections.abc import Hashable
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
@@ -12,22 +10,21 @@ from vllm.v1.request import Request
 
 from adakv_worker.config import FULL, SessionsConfig
 from adakv_worker.core.floor import Floor, Resumed
-from adakv_worker.core.held import Held, ToHold, TokenIds
+from adakv_worker.core.held import Held, ToHold
 from adakv_worker.core.held_caches import HeldCaches
 from adakv_worker.core.manager import AdaKVManager
 from adakv_worker.core.plan import Plan, query_span
-from adakv_worker.messages import HELD_MEDIUM, TENANT_KEY, SessionProof
 from adakv_worker.options import RequestBudget
+from adakv_worker.session_messages import (
+    HELD_MEDIUM,
+    HeldCard,
+    Hold,
+    SessionProof,
+    TokenIds,
+    scope_of,
+)
+from kernels.blocks import compressed_blocks_bound
 from kernels.policies.presets import PolicyChoice
-
-
-class Scope(NamedTuple):
-    """What two requests must have in common to share a cache, beside their tokens."""
-
-    budget: RequestBudget
-    lora: tuple[str, int, str] | None
-    cache_salt: str | None
-    tenant: object
 
 
 class Sessions:
@@ -53,9 +50,10 @@ class Sessions:
             min(reach_blocks, usable // 4),
             config.patience_s,
             config.host_bytes // (layers * manager.kv_cache_spec.page_size_bytes),
+            config.arrival_bytes // (layers * manager.kv_cache_spec.page_size_bytes),
             publish=self._publish,
         )
-        self._names: dict[str, str] = {}
+        self._holds: dict[str, Hold] = {}
         # The held caches that waiting requests will probably begin with.
         self._wanted: dict[str, str] = {}
 
@@ -138,9 +136,26 @@ class Sessions:
             _scope(request, budget), _token_ids(request), request.num_computed_tokens,
             request.block_hashes if plain else (),
         )  # fmt: skip
-        name = self._manager.hold(request.request_id, to_hold)
-        if name is not None:
-            self._names[request.request_id] = name
+        held = self._manager.hold(request.request_id, to_hold)
+        if held is not None:
+            self._holds[request.request_id] = Hold(held.name, held.card)
+
+    def arrive(self, request: Request, card: HeldCard) -> None:
+        """Hold a cache from another replica, which the workers have under the request's name.
+
+        Args:
+            request: has the cache's tokens; it is not to be scheduled.
+        """
+        floor = Floor(card.floor_tokens, card.floor_entries)
+        blocks = compressed_blocks_bound(
+            floor.entries_at(card.entry_tokens), 0, self._manager.block_size
+        )
+        held = Held(
+            request.request_id, card.scope, card.token_ids, card.entry_tokens, floor,
+            card.compressed_at, (), card.turn, tuple(request.block_hashes if card.is_named else ()),
+            parked_blocks=blocks, has_arrived=True,
+        )  # fmt: skip
+        self._held.arrive(held)
 
     def _publish(self, held: Held, is_there: bool) -> None:
         """Tell who follows vLLM's KV events that a prompt's tokens are cached here, or no more."""
@@ -158,10 +173,10 @@ class Sessions:
         )  # fmt: skip
         pool.kv_event_queue.append(stored)
 
-    def take_names(self) -> dict[str, str]:
-        """Return the requests whose caches are held since the last call, with their names."""
-        names, self._names = self._names, {}
-        return names
+    def take_holds(self) -> dict[str, Hold]:
+        """Return the requests whose caches are held since the last call."""
+        holds, self._holds = self._holds, {}
+        return holds
 
 
 def _may_share(request: Request, budget: RequestBudget) -> bool:
@@ -176,13 +191,12 @@ def _may_share(request: Request, budget: RequestBudget) -> bool:
     )
 
 
-def _scope(request: Request, budget: RequestBudget) -> Hashable:
+def _scope(request: Request, budget: RequestBudget) -> str:
     lora = request.lora_request
     assert request.sampling_params is not None
-    tenant = (request.sampling_params.extra_args or {}).get(TENANT_KEY)
     # An adapter that is loaded again under its name has another id.
     adapter = (lora.name, lora.adapter_id, lora.path) if lora is not None else None
-    return Scope(budget, adapter, request.cache_salt, tenant)
+    return scope_of(budget, request.sampling_params.extra_args, adapter, request.cache_salt)
 
 
 def _token_ids(request: Request) -> TokenIds:

@@ -7,7 +7,7 @@ usage) and gets its outputs from here, no matter which engine decodes them. A cl
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
@@ -40,6 +40,8 @@ class MovingCore:
         # Set once the engine core has died or is shut down.
         self._over = asyncio.Event()
         self._numbers = itertools.count(1)
+        # Awaited with each new request before the engine gets it.
+        self.prepare: Callable[[EngineCoreRequest], Awaitable[None]] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._core, name)
@@ -68,6 +70,8 @@ class MovingCore:
     # Calls of the front end.
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
+        if self.prepare is not None:
+            await self.prepare(request)
         if request.sampling_params is not None:
             own = Own(request, request.request_id)
             self._own[request.request_id] = self._here[request.request_id] = own
@@ -194,7 +198,7 @@ class MovingCore:
         name = f"{departure.request.request_id}-guest-{next(self._numbers)}"
         arguments = (name, path, departure.proof.policy, departure.tokens)
         try:
-            problems = await self._rpc("adakv_stage", arguments)
+            problems = await self.call_workers("adakv_stage", arguments)
             if any(problems):
                 raise StateRefused(next(filter(None, problems)))
             queue = self._guests[name] = asyncio.Queue()
@@ -217,7 +221,13 @@ class MovingCore:
             if self._guests.pop(name, None) is not None:
                 await self._core.abort_requests_async([name])
             with contextlib.suppress(Exception):
-                await self._rpc("adakv_unstage", (name,))
+                await self.call_workers("adakv_unstage", (name,))
+
+    async def bring(self, carrier: EngineCoreRequest) -> None:
+        """Send the scheduler a request that carries something, and has no outputs."""
+        await self._core.add_request_async(carrier)
+        # It is over as soon as it is there.
+        await self._core.abort_requests_async([carrier.request_id])
 
     # The way of outputs.
 
@@ -261,7 +271,7 @@ class MovingCore:
             queue.put_nowait(error)
 
     async def _export(self, own: Own, path: str, policy: str) -> list[int] | None:
-        ranks = await self._rpc("adakv_export", (own.name, path, policy))
+        ranks = await self.call_workers("adakv_export", (own.name, path, policy))
         return ranks[0] if all(tokens == ranks[0] for tokens in ranks) else None
 
     async def _catch_up(self, own: Own, tokens: list[int]) -> None:
@@ -271,7 +281,12 @@ class MovingCore:
         if own.state is not Place.ENDED and own.tokens != tokens:
             raise RuntimeError("the cache and the stream have different tokens")
 
-    async def _rpc(self, method: str, arguments: tuple[Any, ...]) -> list[Any]:
+    async def call_workers(self, method: str, arguments: tuple[Any, ...]) -> list[Any]:
+        """Call a method of all workers between two steps, and return the answer of each.
+
+        Raises:
+            ConnectionError: the engine core has ended.
+        """
         # vLLM never answers a call whose engine core dies.
         call: Coroutine[Any, Any, list[Any]] = self._core.collective_rpc_async(
             method, None, arguments

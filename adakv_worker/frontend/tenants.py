@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm.sampling_params import SamplingParams
 
-from adakv_worker.messages import TENANT_KEY
+from adakv_worker.session_messages import TENANT_KEY
 
 # The tenant of the requests that this task sends to the engine, None for all in common.
 current_tenant: ContextVar[str | None] = ContextVar("adakv_tenant", default=None)

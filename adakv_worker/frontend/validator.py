@@ -17,8 +17,9 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ForMod
 
 from adakv_worker.config import CompressionConfig
 from adakv_worker.frontend.encodable import PROBLEM, unencodable
-from adakv_worker.messages import CONTINUATION_KEY, TENANT_KEY
+from adakv_worker.messages import CONTINUATION_KEY
 from adakv_worker.options import RequestOptions
+from adakv_worker.session_messages import ARRIVAL_KEY, TENANT_KEY
 
 # One for the process, because vLLM loads the class below from an entry point and calls its class
 # method without a configuration; the front end never creates an object of it.
@@ -52,7 +53,7 @@ class RequestOptionsValidator(ForModelRunnerV1, ForModelRunnerV2):
         if (field := _too_large(sampling_params)) is not None:
             raise ValueError(f"{field} has a whole number of more than 64 bits")
         if sampling_params.extra_args:
-            for key in (CONTINUATION_KEY, TENANT_KEY):
+            for key in (CONTINUATION_KEY, TENANT_KEY, ARRIVAL_KEY):
                 if key in sampling_params.extra_args:
                     raise ValueError(f"{key} cannot be set by requests")
             options = RequestOptions.of(sampling_params.extra_args)

@@ -14,6 +14,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 from adakv_worker.attention.folding import FoldingBuilder, Pages
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.spec import AdaKVSpec
+from adakv_worker.worker.held_moves import HeldMoves
 from adakv_worker.worker.model_parts import layer_parts
 from adakv_worker.worker.moves import CacheKind, Moves
 from adakv_worker.worker.ranks import Ranks
@@ -92,9 +93,11 @@ class AdaKVRunner:
             memory.cache, memory.tables, parts, record_selections=config.record_selections
         )
         batch, ranks = self._make_batch(), Ranks.of_this_engine()
-        moves = Moves(state, batch, self._cache_kind(state, ranks))
+        kind = self._cache_kind(state, ranks)
+        moves = Moves(state, batch, kind)
+        held = HeldMoves(state.held, kind, config, self._unsupported(), moves.files)
         return StepWork(
-            state, memory.pages, builders, batch, moves, ranks,
+            state, memory.pages, builders, batch, moves, held, ranks,
             check_invariants=config.check_invariants,
         )  # fmt: skip
 
@@ -143,10 +146,14 @@ class AdaKVRunner:
         """Compile the kernels of compression; call before the first request takes a block."""
         config = compression_config(self.vllm_config.additional_config)
         assert config is not None
+        blocks = self.kv_cache_config.num_blocks
+        warm_up(self.adakv.state, config, blocks, self._unsupported())
+
+    def _unsupported(self) -> dict[str, str]:
+        """Return the presets that the model does not support, with the reason."""
         (group,) = self.kv_cache_config.kv_cache_groups
         assert isinstance(group.kv_cache_spec, AdaKVSpec)
-        unsupported = dict(group.kv_cache_spec.unsupported)
-        warm_up(self.adakv.state, config, self.kv_cache_config.num_blocks, unsupported)
+        return dict(group.kv_cache_spec.unsupported)
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
@@ -190,6 +197,21 @@ class AdaKVWorkerMixin(WorkerBase):
 
     def adakv_unstage(self, name: str) -> None:
         self._work.moves.unstage(name)
+
+    def adakv_find_held(self, *request: Any) -> list[Any] | None:
+        return self._work.held_moves.find(*request)
+
+    def adakv_list_held(self) -> list[list[Any]]:
+        return self._work.held_moves.list()
+
+    def adakv_export_held(self, name: str, path: str) -> dict[str, Any] | None:
+        return self._work.held_moves.export(name, path)
+
+    def adakv_arrive(self, name: str, path: str, card: dict[str, Any]) -> str | None:
+        return self._work.held_moves.arrive(name, path, card)
+
+    def adakv_forget_held(self, name: str) -> None:
+        self._work.held_moves.forget(name)
 
     def adakv_start_timings(self) -> None:
         """Record timings from the next step on, and forget those recorded before."""

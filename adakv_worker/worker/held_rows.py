@@ -1,10 +1,11 @@
 """Compressed caches without a request: in pages, or copied to the host's memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from adakv_worker.session_messages import HeldCard, Hold
 from adakv_worker.worker.packed_state import CompressedState
 from kernels.paging.paged_cache import PagedCache, move_pages, read_pages, write_pages
 from kernels.paging.pages import PageTables
@@ -53,19 +54,45 @@ class HeldRows:
         self._tables = tables
         self._rows: dict[str, int] = {}
         self._parked: dict[str, CompressedState] = {}
+        # Of all of them, the oldest first.
+        self._cards: dict[str, HeldCard] = {}
 
     @property
-    def names(self) -> set[str]:
-        return {*self._rows, *self._parked}
+    def cards(self) -> Mapping[str, HeldCard]:
+        """Return what is known of each cache, by its name."""
+        return self._cards
 
     @property
     def rows(self) -> list[int]:
         """Rows of those in pages."""
         return list(self._rows.values())
 
-    def hold(self, name: str, row: int) -> None:
+    def hold(self, hold: Hold, row: int) -> None:
         """Keep the cache at a row, which the caller gives up."""
-        self._rows[name] = row
+        self._rows[hold.name] = row
+        self._cards[hold.name] = hold.card
+
+    def arrive(self, name: str, card: HeldCard, state: CompressedState) -> None:
+        """Keep a cache from another engine in the host's memory."""
+        self._parked[name] = state
+        self._cards[name] = card
+
+    def nbytes(self, name: str) -> int:
+        """Return the bytes of a cache's keys and values."""
+        if (parked := self._parked.get(name)) is not None:
+            return parked.keys.nbytes + parked.values.nbytes
+        page_bytes = self._cache.keys[0].numel() * self._cache.keys.element_size()
+        return 2 * self._tables.used_pages(self._rows[name]) * page_bytes
+
+    @torch.inference_mode()
+    def export(self, name: str, room: Room) -> CompressedState:
+        """Copy a cache out, which stays held."""
+        if (parked := self._parked.get(name)) is None:
+            return copied(self._cache, self._tables, self._rows[name], room)
+        keys, values = room(len(parked.keys))
+        keys.copy_(parked.keys)
+        values.copy_(parked.values)
+        return CompressedState(parked.lens, keys, values)
 
     @torch.inference_mode()
     def park(self, name: str) -> None:
@@ -81,6 +108,7 @@ class HeldRows:
 
     def drop(self, name: str) -> None:
         """Forget a cache."""
+        del self._cards[name]
         if self._parked.pop(name, None) is None:
             self._tables.release(self._rows.pop(name))
 
@@ -96,10 +124,11 @@ class HeldRows:
         if copies or name in self._parked:
             state = self._parked[name] if name in self._parked else self._copied(name)
             if not copies:
-                del self._parked[name]
+                del self._parked[name], self._cards[name]
             shorter = state.without_last(cut_tokens, self._tables.page_tokens)
             return placed(self._cache, self._tables, shorter, slabs)
         row = self._rows.pop(name)
+        del self._cards[name]
         have = len(self._tables.pages(row)) // self._tables.layout.pages_per_block
         if cut_tokens:
             lens = self._tables.lens(row) - cut_tokens

@@ -3,9 +3,10 @@
 Each tensor-parallel rank has a file of its own, with its rank as the suffix.
 """
 
+import functools
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from adakv_worker.messages import StateRefused
+from adakv_worker.session_messages import TokenIds
+from adakv_worker.worker.compression import Window
+from adakv_worker.worker.held_rows import Room
 from adakv_worker.worker.mapped_files import MappedFiles
 from adakv_worker.worker.packed_state import (
     DIGEST_BYTES,
@@ -43,13 +47,9 @@ class CacheKind(NamedTuple):
     ranks: int
     packing: str
 
-    def header(self, policy: str, token_ids: Sequence[int]) -> StateHeader:
-        """Return the header for a decoding request; its last token is not computed yet."""
-        return StateHeader(
-            **self._asdict(),
-            policy=policy,
-            token_hash=hash_tokens(token_ids[:-1]),
-        )
+    def header(self, policy: str, token_ids: Sequence[int] | TokenIds) -> StateHeader:
+        """Return the header for the cache of these tokens."""
+        return StateHeader(**self._asdict(), policy=policy, token_hash=hash_tokens(token_ids))
 
 
 class Moved(NamedTuple):
@@ -71,6 +71,7 @@ class Moves:
     """Exports of one worker's compressed requests, and caches staged for requests to come.
 
     staged: caches that have arrived, by the name they came with.
+    files: their files, mapped.
     """
 
     def __init__(self, state: CompressionState, batch: MovableBatch, kind: CacheKind) -> None:
@@ -78,7 +79,7 @@ class Moves:
         self._state = state
         self._batch = batch
         self._kind = kind
-        self._files = MappedFiles()
+        self.files = MappedFiles()
 
     def export(self, request_id: str, path: str, policy: str) -> list[int] | None:
         """Write a compressed request's cache to this rank's file, between two steps.
@@ -92,10 +93,12 @@ class Moves:
         tokens = self._batch.tokens(request_id)
         if tokens is None or request_id not in self._state:
             return None
-        random = self._batch.random_state(request_id)
-        header = self._kind.header(policy, tokens)
+        random, window = self._batch.random_state(request_id), self._state.window(request_id)
+        # The last token is not computed yet.
+        header = self._kind.header(policy, tokens[:-1])
         file = rank_file(path, self._kind.rank)
-        write_state(self._state, request_id, random, header, file, self._files)
+        export = functools.partial(self._state.export, request_id)
+        write_state(export, header, file, self.files, window, random)
         return tokens
 
     def stage(self, name: str, path: str, policy: str, token_ids: list[int]) -> str | None:
@@ -103,9 +106,9 @@ class Moves:
 
         The file must last until the request has begun, or until `unstage`.
         """
-        header = self._kind.header(policy, token_ids)
+        header = self._kind.header(policy, token_ids[:-1])
         try:
-            self.staged[name] = read_state(rank_file(path, self._kind.rank), header, self._files)
+            self.staged[name] = read_state(rank_file(path, self._kind.rank), header, self.files)
         except StateRefused as error:
             return str(error)
         return None
@@ -120,22 +123,26 @@ def rank_file(path: str, rank: int) -> Path:
 
 
 def write_state(
-    state: CompressionState,
-    request_id: str,
-    generator: Tensor | None,
+    export: Callable[[Room], CompressedState],
     header: StateHeader,
     path: Path,
     files: MappedFiles,
+    window: Window | None = None,
+    generator: Tensor | None = None,
 ) -> None:
-    """Copy a compressed request's cache into a file in memory, over its old content.
+    """Copy a compressed cache into a file in memory, over its old content.
 
     The format is that of safetensors: the length of a JSON text, the text, and the data.
+
+    Args:
+        export: copies the cache to memory for so many pages.
+        window: the cache's window, if it has one.
+        generator: the state of its request's random numbers.
 
     Raises:
         OSError: there is no room for the file.
     """
     parts: dict[str, Tensor] = {}
-    window = state.window(request_id)
     about = {
         "header": json.dumps(header),
         "window": json.dumps((0, 0) if window is None else (window.prompt_tokens, window.span)),
@@ -156,7 +163,7 @@ def write_state(
         keys, values = (parts[name].view(dtype).view(pages, -1) for name in ("keys", "values"))
         return keys, values
 
-    packed = pack(state.export(request_id, room), header)
+    packed = pack(export(room), header)
     parts["lens"].numpy()[:] = packed.lens.reshape(-1).view(np.uint8)
     parts["queries"].numpy()[:] = packed.queries
     parts["checksum"].numpy()[:] = np.frombuffer(packed.checksum, dtype=np.uint8)

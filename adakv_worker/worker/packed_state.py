@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adakv_worker.messages import StateRefused
+from adakv_worker.session_messages import TokenIds
 from adakv_worker.worker.compression import Window
 
 DIGEST_BYTES = 16
@@ -48,7 +49,7 @@ class StateHeader(NamedTuple):
 
     packing: order of the entries in a page, which depends on the attention kernels.
     ranks, rank: number of tensor-parallel workers, and the state's one; `heads` are its KV heads.
-    policy: the policy that selected the entries.
+    policy: the policy that selected the entries; the scope of a held cache, which names it, too.
     token_hash: hash of the cached token ids, see `hash_tokens`.
     """
 
@@ -89,7 +90,7 @@ class PackedState(NamedTuple):
         return sum(array.nbytes for array in self.arrays)
 
 
-def hash_tokens(token_ids: Sequence[int]) -> str:
+def hash_tokens(token_ids: Sequence[int] | TokenIds) -> str:
     content = np.asarray(token_ids, dtype=np.int32).tobytes()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 

@@ -15,8 +15,8 @@ from adakv_worker.messages import (
     Evict,
     Kept,
     Recompress,
-    Resume,
 )
+from adakv_worker.session_messages import Hold, Resume
 from adakv_worker.worker.compression import HELD_BYTES, Capture, Compression, Window
 from adakv_worker.worker.eviction import Eviction, Recompression
 from adakv_worker.worker.held_rows import HeldRows, Room, copied, memory_on, placed
@@ -83,12 +83,12 @@ class CompressionState:
         if request_id in self._rows:
             self.tables.release(self._rows.pop(request_id))
 
-    def hold(self, request_id: str, name: str) -> None:
-        """Keep a request's cache under a name, after the request."""
+    def hold(self, request_id: str, hold: Hold) -> None:
+        """Keep a request's cache, after the request."""
         self._windows.pop(request_id, None)
-        self.held.hold(name, self._rows.pop(request_id))
+        self.held.hold(hold, self._rows.pop(request_id))
         if self.selections is not None and request_id in self.selections:
-            self.selections[name] = self.selections.pop(request_id)
+            self.selections[hold.name] = self.selections.pop(request_id)
 
     def drop(self, name: str) -> None:
         """Forget a held cache."""

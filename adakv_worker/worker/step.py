@@ -22,6 +22,7 @@ from adakv_worker.messages import (
     attach_answer,
     commands_of,
 )
+from adakv_worker.worker.held_moves import HeldMoves
 from adakv_worker.worker.moves import Moves
 from adakv_worker.worker.ranks import Ranks
 from adakv_worker.worker.requests import CompressionState
@@ -65,7 +66,7 @@ class StepWork:
     `place_caches` as its batch changes, then `plan` when the batch has its order.
 
     state: the compressed requests.
-    moves: the caches that leave and arrive.
+    moves: the caches of requests that leave and arrive. held_moves: the same for held caches.
     step: the scheduler's output while a real step runs, None in profiles and warm-ups.
     timings: the measurements of this work, None while nothing is measured.
     """
@@ -77,12 +78,14 @@ class StepWork:
         builders: Sequence[FoldingBuilder],
         batch: Batch,
         moves: Moves,
+        held_moves: HeldMoves,
         ranks: Ranks,
         *,
         check_invariants: bool = False,
     ) -> None:
         self.state = state
         self.moves = moves
+        self.held_moves = held_moves
         self.timings: Timings | None = None
         self._builders = builders
         self._batch = batch
@@ -102,8 +105,8 @@ class StepWork:
         """Run vLLM's part of a step, then finish what the step commands."""
         self.step = scheduler_output
         sessions = self._commands.sessions
-        for request_id, name in sessions.hold.items():
-            self.state.hold(request_id, name)
+        for request_id, hold in sessions.hold.items():
+            self.state.hold(request_id, hold)
         for name in sessions.park:
             self.state.held.park(name)
         try:

@@ -18,18 +18,21 @@ class Side:
         model: Path,
         *,
         compressing: bool = True,
+        sessions: dict[str, Any] | None = None,
         loggers: list[Any] | None = None,
         **options: Any,
     ) -> None:
         """
         Args:
             compressing: requests can be moved, too; False makes an engine of stock scheduling.
+            sessions: settings of sessions; None for none.
             loggers: factories of vLLM's stat loggers.
         """
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         compression = engine_args({
             "budget_tokens": 48, "keep_ratio": 0, "window_tokens": 16, "check_invariants": True,
+            "sessions": sessions or {},
         })  # fmt: skip
         args = AsyncEngineArgs(
             model=str(model), dtype="float32", max_model_len=2048, block_size=32,

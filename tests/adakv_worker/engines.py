@@ -175,7 +175,7 @@ class Engine:
             assert not self.runner.adakv.moves.staged
             assert not self.runner.adakv.state._rows
             held = self.manager.held
-            assert self.runner.adakv.state.held.names == {one.name for one in held or ()}
+            assert set(self.runner.adakv.state.held.cards) == {one.name for one in held or ()}
             assert not self.runner.adakv.state._windows
 
     def close(self) -> None:

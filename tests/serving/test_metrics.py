@@ -2,7 +2,8 @@
 
 import pytest
 
-from adakv_worker.messages import Proof, SessionProof
+from adakv_worker.messages import Proof
+from adakv_worker.session_messages import SessionProof
 from serving.metrics import CompressionMetrics
 from tests.adakv_worker.proofs import make_proof
 

@@ -21,7 +21,9 @@ def tokens(*ids: int) -> TokenIds:
 class Pool:
     """A pool of blocks, its held caches and a clock."""
 
-    def __init__(self, reach_blocks: int = 4, host_blocks: int = 0) -> None:
+    def __init__(
+        self, reach_blocks: int = 4, host_blocks: int = 0, arrived_blocks: int = 0
+    ) -> None:
         self.now_s = 0.0
         self.pool = BlockPool(BLOCKS, enable_caching=True, hash_block_size=4)
         self.held = HeldCaches(
@@ -32,8 +34,17 @@ class Pool:
             reach_blocks,
             PATIENCE_S,
             host_blocks,
+            arrived_blocks,
             lambda: self.now_s,
         )
+
+    def arrive(self, ids: TokenIds, blocks: int, floor: int = 0) -> Held:
+        held = Held(
+            self.held.next_name(), "a", ids, len(ids), Floor(floor, 0), floor, (), turn=1,
+            parked_blocks=blocks, has_arrived=True,
+        )  # fmt: skip
+        self.held.arrive(held)
+        return held
 
     def hold(self, ids: TokenIds, blocks: int, floor: int = 0, scope: str = "a") -> Held:
         held = Held(
@@ -204,12 +215,37 @@ def test_a_cache_that_the_workers_have_not_begun_goes_back_to_the_host() -> None
     pool.held.check()
 
 
+def test_caches_from_other_replicas_have_memory_of_their_own() -> None:
+    pool = Pool(host_blocks=3, arrived_blocks=7)
+    here = pool.hold(tokens(9), 3)
+    first, second = pool.arrive(tokens(1, 2), 4), pool.arrive(tokens(3, 4), 3)
+    pool.pool.get_new_blocks(BLOCKS - 1)
+    assert {one.name: one.source for one in pool.held} == {
+        here.name: "host", first.name: "replica", second.name: "replica",
+    }  # fmt: skip
+    # The least recently used goes when another one comes, and one that never fits at once.
+    pool.held.refresh(first.name)
+    third, large = pool.arrive(tokens(5), 1), pool.arrive(tokens(6), 8)
+    assert pool.held.take_gone() == [second.name, large.name]
+    assert third.name in pool.held
+    # One that the workers have not begun goes back.
+    taken = pool.held.take(first.name)
+    pool.held.expect("request", taken)
+    pool.held.receive("request", [])
+    assert pool.held.get(first.name).source == "replica"
+    pool.held.check()
+
+
 class Lives(RuleBasedStateMachine):
     """Requests take blocks, end, and go on, while time passes."""
 
-    @initialize(reach_blocks=st.integers(1, 12), host_blocks=st.integers(0, 30))
-    def begin(self, reach_blocks: int, host_blocks: int) -> None:
-        self.pool = Pool(reach_blocks, host_blocks)
+    @initialize(
+        reach_blocks=st.integers(1, 12),
+        host_blocks=st.integers(0, 30),
+        arrived_blocks=st.integers(0, 9),
+    )
+    def begin(self, reach_blocks: int, host_blocks: int, arrived_blocks: int) -> None:
+        self.pool = Pool(reach_blocks, host_blocks, arrived_blocks)
         self.running: list[list[KVCacheBlock]] = []
         self.gone: list[str] = []
         self.names: list[str] = []
@@ -252,6 +288,10 @@ class Lives(RuleBasedStateMachine):
         fresh = [] if taken.blocks else self.pool.pool.get_new_blocks(taken.parked_blocks)
         self.running.append([*taken.blocks, *fresh])
         self.names.remove(taken.name)
+
+    @rule(ids=st.lists(st.integers(1, 2), min_size=1, max_size=5), blocks=st.integers(1, 9))
+    def come_from_another_replica(self, ids: list[int], blocks: int) -> None:
+        self.names.append(self.pool.arrive(tokens(*ids), blocks).name)
 
     @rule(ids=st.lists(st.integers(1, 2), min_size=2, max_size=6), count=st.integers(1, 9))
     def branch_off(self, ids: list[int], count: int) -> None:

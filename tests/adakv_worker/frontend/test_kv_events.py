@@ -26,7 +26,7 @@ from adakv_worker.frontend.kv_events import (
     cache_changes,
     replayed,
 )
-from adakv_worker.messages import HELD_MEDIUM
+from adakv_worker.session_messages import HELD_MEDIUM
 from router.footprint import prefix_hashes
 
 BLOCK = 4

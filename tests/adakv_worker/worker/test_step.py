@@ -8,6 +8,7 @@ from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from adakv_worker.attention.folding import Folded, FoldingBuilder, Pages, Step
+from adakv_worker.config import CompressionConfig
 from adakv_worker.messages import (
     Capture,
     Compress,
@@ -17,6 +18,7 @@ from adakv_worker.messages import (
     attach_commands,
 )
 from adakv_worker.worker.compression import Capture as CopiedQueries
+from adakv_worker.worker.held_moves import HeldMoves
 from adakv_worker.worker.moves import CacheKind, Moves
 from adakv_worker.worker.ranks import Ranks
 from adakv_worker.worker.step import Row, StepWork
@@ -75,9 +77,11 @@ class Worker:
         state = make_state(20, GraphTables)
         kind = CacheKind("m", "float32", PAGE, LAYERS, HEADS, DIM, 0, 1, state.packing)
         nothing = torch.empty(0)
+        moves = Moves(state, self.batch, kind)
+        held = HeldMoves(state.held, kind, CompressionConfig(), {}, moves.files)
         self.work = StepWork(
-            state, Pages(nothing, nothing), [self.builder], self.batch,
-            Moves(state, self.batch, kind), Ranks(), check_invariants=True,
+            state, Pages(nothing, nothing), [self.builder], self.batch, moves, held, Ranks(),
+            check_invariants=True,
         )  # fmt: skip
 
     def step(self, tokens: dict[str, int], computed: dict[str, int], **commands: object) -> Step:

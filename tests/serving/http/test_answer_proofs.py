@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from adakv_worker.messages import SessionProof
+from adakv_worker.session_messages import SessionProof
 from serving.http.answer_proofs import AnswerProofs, summary
 from tests.adakv_worker.proofs import make_proof
 

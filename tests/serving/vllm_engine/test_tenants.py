@@ -8,7 +8,7 @@ from vllm.sampling_params import SamplingParams
 
 from adakv_worker.frontend.tenants import with_tenant
 from adakv_worker.frontend.validator import RequestOptionsValidator
-from adakv_worker.messages import TENANT_KEY
+from adakv_worker.session_messages import TENANT_KEY
 from serving.http.asgi import Receive, Scope, Send
 from serving.http.tenants import TENANT_HEADER
 from serving.vllm_engine.tenants import TenantMiddleware

@@ -1,0 +1,108 @@
+"""Held caches that leave an engine or come to it, on the side of its front end."""
+
+import contextlib
+import time
+import uuid
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Self
+
+import msgspec
+import numpy as np
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+
+from adakv_worker.frontend.moving import MovingCore
+from adakv_worker.session_messages import ARRIVAL_KEY, Found, HeldCard
+
+# The replica that probably holds a cache for the requests of this task; None for none.
+probable_holder: ContextVar[str | None] = ContextVar("adakv_holder", default=None)
+
+
+class SessionAsk(NamedTuple):
+    """What another engine must know of a request to find a held cache for it. Plain data."""
+
+    token_bytes: bytes
+    extra_args: dict[str, Any] | None
+    cache_salt: str | None
+
+    @classmethod
+    def of(cls, request: EngineCoreRequest) -> Self | None:
+        """Return what to ask for a request; None if it can begin with no cache from elsewhere."""
+        params = request.sampling_params
+        if (
+            params is None
+            or params.skip_reading_prefix_cache
+            or request.prompt_token_ids is None
+            or request.prompt_embeds is not None
+            or request.mm_features
+            or request.resumable
+            # Engines number their adapters by themselves.
+            or request.lora_request is not None
+        ):
+            return None
+        ids = np.array(request.prompt_token_ids, dtype=np.int32).tobytes()
+        return cls(ids, params.extra_args, request.cache_salt)
+
+
+class SessionCore:
+    """The held caches of one engine, for its front end and other engines."""
+
+    def __init__(self, core: MovingCore) -> None:
+        self._core = core
+
+    async def find(self, ask: SessionAsk) -> Found | None:
+        """Return the held cache that saves most of a request, or None.
+
+        Raises:
+            ConnectionError: the engine core has ended.
+        """
+        found = (await self._core.call_workers("adakv_find_held", (*_plain(ask),)))[0]
+        return None if found is None else Found(*found)
+
+    async def held(self) -> list[Found]:
+        """Return all held caches, the newest first.
+
+        Raises:
+            ConnectionError: the engine core has ended.
+        """
+        first_rank = (await self._core.call_workers("adakv_list_held", ()))[0]
+        return [Found(*fields) for fields in first_rank]
+
+    async def export(self, name: str, path: str) -> HeldCard | None:
+        """Write a held cache to the files at `path`; None if it is not held any more.
+
+        Raises:
+            ConnectionError: the engine core has ended.
+            Exception: a worker failed, as when it cannot write the cache.
+        """
+        cards = await self._core.call_workers("adakv_export_held", (name, path))
+        if any(card is None for card in cards):
+            return None
+        return msgspec.convert(cards[0], HeldCard, builtin_types=(bytes,))
+
+    async def take_in(self, card: HeldCard, path: str) -> bool:
+        """Hold a cache from the files at `path`, which are free afterwards.
+
+        Returns whether it is held: a damaged one, or one of another model, is not.
+
+        Raises:
+            ConnectionError: the engine core has ended.
+        """
+        name = f"arrived-{uuid.uuid4().hex}"
+        fields = msgspec.to_builtins(card, builtin_types=(bytes,))
+        problems = await self._core.call_workers("adakv_arrive", (name, path, fields))
+        if not any(problems):
+            # The scheduler takes it as a request, the only way that leads there.
+            params = SamplingParams(max_tokens=1, extra_args={ARRIVAL_KEY: fields})
+            carrier = EngineCoreRequest(
+                name, card.token_ids.tolist(), None, params, None, time.time(), None, None, None
+            )
+            with contextlib.suppress(Exception):
+                await self._core.bring(carrier)
+                return True
+        await self._core.call_workers("adakv_forget_held", (name,))
+        return False
+
+
+def _plain(ask: SessionAsk) -> tuple[Any, ...]:
+    return ask.extra_args, ask.cache_salt, ask.token_bytes

@@ -1,0 +1,98 @@
+"""Held caches that leave a worker or arrive at it, by files in memory."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from adakv_worker.config import CompressionConfig
+from adakv_worker.messages import StateRefused
+from adakv_worker.options import budget_of
+from adakv_worker.session_messages import Found, HeldCard, common_tokens, scope_of
+from adakv_worker.worker.held_rows import HeldRows
+from adakv_worker.worker.mapped_files import MappedFiles
+from adakv_worker.worker.moves import CacheKind, rank_file, read_state, write_state
+
+
+class HeldMoves:
+    """Finds, exports and takes in held caches of one worker, between two steps.
+
+    What it returns is plain data: it goes through vLLM's calls of workers.
+    """
+
+    def __init__(
+        self,
+        held: HeldRows,
+        kind: CacheKind,
+        config: CompressionConfig,
+        unsupported: Mapping[str, str],
+        files: MappedFiles,
+    ) -> None:
+        """
+        Args:
+            unsupported: presets that the model does not support, with the reason.
+        """
+        self._held = held
+        self._kind = kind
+        self._config = config
+        self._unsupported = unsupported
+        self._files = files
+
+    def find(
+        self, extra_args: dict[str, Any] | None, cache_salt: str | None, token_bytes: bytes
+    ) -> list[Any] | None:
+        """Return the fields of the `Found` that saves most of a request; None without one."""
+        budget = budget_of(extra_args, self._config, self._unsupported)
+        scope = scope_of(budget, extra_args, None, cache_salt)
+        asked = np.frombuffer(token_bytes, dtype=np.int32)
+        name, most = "", 0
+        for other, card in self._held.cards.items():
+            if card.scope == scope:
+                tokens = common_tokens(card.token_ids, card.floor_tokens, asked)
+                name, most = (other, tokens) if tokens > most else (name, most)
+        return [*Found(name, most, self._held.nbytes(name) * self._kind.ranks)] if name else None
+
+    def list(self) -> list[list[Any]]:
+        """Return the fields of a `Found` for each cache, the newest first."""
+        return [
+            [*Found(name, len(card.token_ids), self._held.nbytes(name) * self._kind.ranks)]
+            for name, card in reversed([*self._held.cards.items()])
+        ]
+
+    def export(self, name: str, path: str) -> dict[str, Any] | None:
+        """Write a cache, which stays held, to this rank's file; return its card.
+
+        Returns None if it is not held any more.
+
+        Raises:
+            OSError: there is no room for the file.
+        """
+        card = self._held.cards.get(name)
+        if card is None:
+            return None
+        header = self._kind.header(card.scope, card.token_ids)
+        file = rank_file(path, self._kind.rank)
+        write_state(lambda room: self._held.export(name, room), header, file, self._files)
+        fields: dict[str, Any] = msgspec.to_builtins(card, builtin_types=(bytes,))
+        return fields
+
+    def arrive(self, name: str, path: str, fields: dict[str, Any]) -> str | None:
+        """Copy a cache from this rank's file; return the reason of a refusal."""
+        card = msgspec.convert(fields, HeldCard, builtin_types=(bytes,))
+        header = self._kind.header(card.scope, card.token_ids)
+        try:
+            state = read_state(rank_file(path, self._kind.rank), header, self._files).cache
+        except StateRefused as error:
+            return str(error)
+        # The file's memory is used again.
+        copy = state._replace(
+            lens=state.lens.clone(), keys=state.keys.clone(), values=state.values.clone()
+        )
+        self._held.arrive(name, card, copy)
+        return None
+
+    def forget(self, name: str) -> None:
+        """Drop a cache that has arrived, if it is here."""
+        if name in self._held.cards:
+            self._held.drop(name)
