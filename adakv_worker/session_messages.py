@@ -44,7 +44,21 @@ class HeldCard(msgspec.Struct, frozen=True):
 
     @property
     def token_ids(self) -> TokenIds:
-        return np.frombuffer(self.token_bytes, dtype=np.int32)
+        return token_ids_of(self.token_bytes)
+
+    def as_fields(self) -> dict[str, Any]:
+        """Return the card as plain data, for vLLM's messages."""
+        fields: dict[str, Any] = msgspec.to_builtins(self, builtin_types=(bytes,))
+        return fields
+
+    @classmethod
+    def of_fields(cls, fields: object) -> "HeldCard":
+        """Return the card again.
+
+        Raises:
+            msgspec.ValidationError: it is something else.
+        """
+        return msgspec.convert(fields, cls, builtin_types=(bytes,))
 
 
 class Hold(NamedTuple):
@@ -129,6 +143,11 @@ def scope_of(
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def token_ids_of(token_bytes: bytes) -> TokenIds:
+    """Return the ids, int32, in these bytes."""
+    return np.frombuffer(token_bytes, dtype=np.int32)
+
+
 def common_tokens(held: TokenIds, floor_tokens: int, asked: TokenIds) -> int:
     """Return how many tokens a held cache saves of a request; 0 where it does not fit.
 
@@ -148,5 +167,5 @@ def arrival_in(extra_args: Mapping[str, Any] | None) -> HeldCard | None:
     Raises:
         msgspec.ValidationError: there is something else under its name.
     """
-    value = (extra_args or {}).get(ARRIVAL_KEY)
-    return None if value is None else msgspec.convert(value, HeldCard, builtin_types=(bytes,))
+    fields = (extra_args or {}).get(ARRIVAL_KEY)
+    return None if fields is None else HeldCard.of_fields(fields)

@@ -26,6 +26,12 @@ class Decision(NamedTuple):
     scores: list[Score]
     reason: str
 
+    @property
+    def holder(self) -> str | None:
+        """The replica that probably has most of the prompt cached, or None."""
+        most = max(self.scores, key=lambda score: score.cached_tokens)
+        return most.replica_id if most.cached_tokens else None
+
     def log_line(self, footprint: Footprint) -> dict[str, object]:
         """Return the fields of the decision's log line."""
         return {

@@ -27,6 +27,7 @@ class Footprint(NamedTuple):
     prompt_tokens: exact length of the prompt.
     output_tokens: expected length of all answers.
     block_hashes: prefix hashes of the prompt's full blocks, for affinity.
+    holder: the replica that probably has most of its prompt cached, set when a replica is chosen.
     """
 
     peak_blocks: int
@@ -34,6 +35,7 @@ class Footprint(NamedTuple):
     prompt_tokens: int
     output_tokens: int
     block_hashes: tuple[int, ...] = ()
+    holder: str | None = None
 
 
 class Budget(NamedTuple):

@@ -21,16 +21,20 @@ from serving.http.asgi import Message, Scope, call_app
 from serving.http.encodable import unencodable_field
 from serving.http.failures import ReplicaLost
 from serving.http.openai_error import error_messages
+from serving.http.tenants import HOLDER
 from serving.ingress.occupancy_router import OccupancyRouter
 from serving.metrics import CompressionMetrics, OccupancyMetrics
 from serving.models.embedded import model_path_and_name
 from serving.reporter import OccupancyReporter, report_prefixes
 from serving.spill.parcels import Guest, LenderName
+from serving.spill.peers import Addressee
 from serving.spill.replica import ReplicaSpill
+from serving.spill.sessions import Parcel, SessionTraffic
 from serving.store import store_url
 
 if TYPE_CHECKING:
     from adakv_worker.frontend.moving import Decoded
+    from adakv_worker.frontend.session_moves import SessionAsk
 
 logger = logging.getLogger("ray.serve")
 
@@ -108,6 +112,8 @@ class Engine:
             start, *rest = error_messages(400, problem, type_="BadRequestError", param=field)
             yield [self._signed(start), *rest]
             return
+        if footprint is not None and footprint.holder not in (None, self._replica_id):
+            scope = {**scope, HOLDER: footprint.holder}
         begun = False
         async for batch in call_app(self._host.app, scope, body):
             if not begun and batch[0].get("status", 0) >= 500 and self._host.dead:
@@ -143,6 +149,38 @@ class Engine:
         async with contextlib.aclosing(outputs):
             async for batch in outputs:
                 yield batch
+
+    async def give_session(
+        self, ask: "SessionAsk", most_bytes_per_token: float, node_id: str, to: Addressee
+    ) -> AsyncGenerator[Parcel, None]:
+        """Yield the held cache for another replica's request: see `SessionTraffic.give`.
+
+        Args:
+            to: for the request router, which finds this replica by it.
+
+        Raises:
+            LookupError: the addressee is gone.
+        """
+        parcels = self._sessions(to).give(ask, most_bytes_per_token, node_id)
+        async with contextlib.aclosing(parcels):
+            async for parcel in parcels:
+                yield parcel
+
+    async def take_session(self, parcel: Parcel, to: Addressee) -> bool:
+        """Hold a cache of a replica that is to go; return whether it is whole.
+
+        Raises:
+            LookupError: the addressee is gone.
+        """
+        return await self._sessions(to).take_in(parcel)
+
+    def _sessions(self, to: Addressee) -> SessionTraffic:
+        if to.replica_id != self._replica_id:
+            raise LookupError(f"replica {to.replica_id} is gone")
+        assert self._spill is not None, "sessions move by spill's ways"
+        if self._spill.sessions is None:
+            raise LookupError("sessions are off here")
+        return self._spill.sessions
 
     async def is_there(self) -> bool:
         """Answer a replica that calls its own deployment only to get a request router."""

@@ -3,11 +3,11 @@
 import contextlib
 import time
 import uuid
+from array import array
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Self
 
-import msgspec
-import numpy as np
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
@@ -25,6 +25,10 @@ class SessionAsk(NamedTuple):
     extra_args: dict[str, Any] | None
     cache_salt: str | None
 
+    @property
+    def tokens(self) -> int:
+        return len(self.token_bytes) // array("i").itemsize
+
     @classmethod
     def of(cls, request: EngineCoreRequest) -> Self | None:
         """Return what to ask for a request; None if it can begin with no cache from elsewhere."""
@@ -40,8 +44,8 @@ class SessionAsk(NamedTuple):
             or request.lora_request is not None
         ):
             return None
-        ids = np.array(request.prompt_token_ids, dtype=np.int32).tobytes()
-        return cls(ids, params.extra_args, request.cache_salt)
+        ids = array("i", request.prompt_token_ids)
+        return cls(ids.tobytes(), params.extra_args, request.cache_salt)
 
 
 class SessionCore:
@@ -49,6 +53,21 @@ class SessionCore:
 
     def __init__(self, core: MovingCore) -> None:
         self._core = core
+
+    def fetch_by(self, fetch: Callable[[str, SessionAsk], Awaitable[None]]) -> None:
+        """Have `fetch` awaited with each request that probably has a held cache elsewhere.
+
+        It gets the replica that holds the cache, and is awaited before the engine gets the request.
+        """
+
+        async def prepare(request: EngineCoreRequest) -> None:
+            holder, ask = probable_holder.get(), SessionAsk.of(request)
+            # All answers to one request would ask for the same.
+            probable_holder.set(None)
+            if holder is not None and ask is not None:
+                await fetch(holder, ask)
+
+        self._core.prepare = prepare
 
     async def find(self, ask: SessionAsk) -> Found | None:
         """Return the held cache that saves most of a request, or None.
@@ -58,6 +77,25 @@ class SessionCore:
         """
         found = (await self._core.call_workers("adakv_find_held", (*_plain(ask),)))[0]
         return None if found is None else Found(*found)
+
+    async def export_for(
+        self, ask: SessionAsk, most_bytes_per_token: float, path: str
+    ) -> tuple[Found, HeldCard] | None:
+        """Write the held cache that saves most of a request to the files at `path`.
+
+        Returns None if there is none, or none that is small enough for the tokens that it saves.
+        Finding and writing are one call, because each waits for the end of a step.
+
+        Raises:
+            ConnectionError: the engine core has ended.
+            Exception: a worker failed, as when it cannot write the cache.
+        """
+        arguments = (*_plain(ask), most_bytes_per_token, path)
+        ranks = await self._core.call_workers("adakv_export_held_for", arguments)
+        if any(rank is None for rank in ranks):
+            return None
+        fields, card = ranks[0]
+        return Found(*fields), HeldCard.of_fields(card)
 
     async def held(self) -> list[Found]:
         """Return all held caches, the newest first.
@@ -78,7 +116,7 @@ class SessionCore:
         cards = await self._core.call_workers("adakv_export_held", (name, path))
         if any(card is None for card in cards):
             return None
-        return msgspec.convert(cards[0], HeldCard, builtin_types=(bytes,))
+        return HeldCard.of_fields(cards[0])
 
     async def take_in(self, card: HeldCard, path: str) -> bool:
         """Hold a cache from the files at `path`, which are free afterwards.
@@ -89,7 +127,7 @@ class SessionCore:
             ConnectionError: the engine core has ended.
         """
         name = f"arrived-{uuid.uuid4().hex}"
-        fields = msgspec.to_builtins(card, builtin_types=(bytes,))
+        fields = card.as_fields()
         problems = await self._core.call_workers("adakv_arrive", (name, path, fields))
         if not any(problems):
             # The scheduler takes it as a request, the only way that leads there.

@@ -201,6 +201,9 @@ class AdaKVWorkerMixin(WorkerBase):
     def adakv_find_held(self, *request: Any) -> list[Any] | None:
         return self._work.held_moves.find(*request)
 
+    def adakv_export_held_for(self, *request: Any) -> list[Any] | None:
+        return self._work.held_moves.export_for(*request)
+
     def adakv_list_held(self) -> list[list[Any]]:
         return self._work.held_moves.list()
 

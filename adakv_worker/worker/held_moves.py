@@ -3,13 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
-import numpy as np
-
 from adakv_worker.config import CompressionConfig
 from adakv_worker.messages import StateRefused
 from adakv_worker.options import budget_of
-from adakv_worker.session_messages import Found, HeldCard, common_tokens, scope_of
+from adakv_worker.session_messages import Found, HeldCard, common_tokens, scope_of, token_ids_of
 from adakv_worker.worker.held_rows import HeldRows
 from adakv_worker.worker.mapped_files import MappedFiles
 from adakv_worker.worker.moves import CacheKind, rank_file, read_state, write_state
@@ -45,13 +42,37 @@ class HeldMoves:
         """Return the fields of the `Found` that saves most of a request; None without one."""
         budget = budget_of(extra_args, self._config, self._unsupported)
         scope = scope_of(budget, extra_args, None, cache_salt)
-        asked = np.frombuffer(token_bytes, dtype=np.int32)
+        asked = token_ids_of(token_bytes)
         name, most = "", 0
         for other, card in self._held.cards.items():
             if card.scope == scope:
                 tokens = common_tokens(card.token_ids, card.floor_tokens, asked)
                 name, most = (other, tokens) if tokens > most else (name, most)
         return [*Found(name, most, self._held.nbytes(name) * self._kind.ranks)] if name else None
+
+    def export_for(
+        self,
+        extra_args: dict[str, Any] | None,
+        cache_salt: str | None,
+        token_bytes: bytes,
+        most_bytes_per_token: float,
+        path: str,
+    ) -> list[Any] | None:
+        """Find a request's cache and write it to this rank's file; return it with its card.
+
+        Returns None if there is none, or none that is small enough for the tokens that it saves.
+
+        Raises:
+            OSError: there is no room for the file.
+        """
+        fields = self.find(extra_args, cache_salt, token_bytes)
+        if fields is None:
+            return None
+        found = Found(*fields)
+        if found.nbytes > most_bytes_per_token * found.tokens:
+            return None
+        card = self.export(found.name, path)
+        return None if card is None else [fields, card]
 
     def list(self) -> list[list[Any]]:
         """Return the fields of a `Found` for each cache, the newest first."""
@@ -63,7 +84,7 @@ class HeldMoves:
     def export(self, name: str, path: str) -> dict[str, Any] | None:
         """Write a cache, which stays held, to this rank's file; return its card.
 
-        Returns None if it is not held any more.
+        Returns None if it is not held any more, or if the folder is gone: then nobody waits.
 
         Raises:
             OSError: there is no room for the file.
@@ -73,13 +94,14 @@ class HeldMoves:
             return None
         header = self._kind.header(card.scope, card.token_ids)
         file = rank_file(path, self._kind.rank)
+        if not file.parent.exists():
+            return None
         write_state(lambda room: self._held.export(name, room), header, file, self._files)
-        fields: dict[str, Any] = msgspec.to_builtins(card, builtin_types=(bytes,))
-        return fields
+        return card.as_fields()
 
     def arrive(self, name: str, path: str, fields: dict[str, Any]) -> str | None:
         """Copy a cache from this rank's file; return the reason of a refusal."""
-        card = msgspec.convert(fields, HeldCard, builtin_types=(bytes,))
+        card = HeldCard.of_fields(fields)
         header = self._kind.header(card.scope, card.token_ids)
         try:
             state = read_state(rank_file(path, self._kind.rank), header, self._files).cache

@@ -1,9 +1,11 @@
-"""The tenant header, in which the front door tells a replica whose API key a request has."""
+"""What a replica's app is told of a request's session: its tenant, and who holds its cache."""
 
 import hashlib
 from collections.abc import Mapping
 
-# The front door sets it, and removes what a client has sent.
+# In a request's scope: the replica that probably holds its cache.
+HOLDER = "adakv.holder"
+# The header by which the front door tells whose API key a request has; it removes a client's own.
 TENANT_HEADER = b"x-adakv-tenant"
 _DIGITS = 16
 

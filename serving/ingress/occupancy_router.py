@@ -10,6 +10,7 @@ from router.lending.leases import Lease
 from serving.ingress.routing import Routing
 from serving.spill.membership import Membership
 from serving.spill.parcels import LenderName
+from serving.spill.peers import Addressee
 
 T = TypeVar("T")
 
@@ -32,19 +33,20 @@ class OccupancyRouter(RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        if lease := _last_argument(pending_request, Lease):
-            # A moved request continues only at its lender. If that is gone, any other replica
-            # refuses at once; with no candidates Serve would retry for ever.
-            wanted = LenderName.of(lease.lender).replica_id
-            lender = [one for one in candidate_replicas if one.replica_id.unique_id == wanted]
-            return [lender or candidate_replicas[:1]]
+        if (wanted := _addressee(pending_request)) is not None:
+            # If it is gone, any other replica refuses at once; with no candidates Serve would retry
+            # for ever.
+            named = [one for one in candidate_replicas if one.replica_id.unique_id == wanted]
+            return [named or candidate_replicas[:1]]
         routing = self.routing
         if routing is not None and pending_request is not None and candidate_replicas:
             by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
             request_id = pending_request.metadata.internal_request_id
             footprint = _last_argument(pending_request, Footprint)
             decision = routing.choose(request_id, list(by_id), footprint)
-            if decision is not None:
+            if decision is not None and footprint is not None:
+                # Where it goes elsewhere all the same, its held cache may follow.
+                pending_request.args[-1] = footprint._replace(holder=decision.holder)
                 return [[by_id[replica_id]] for replica_id in decision.replica_ids]
         return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
 
@@ -66,10 +68,19 @@ class OccupancyRouter(RequestRouter):
             self.routing.retain(left)
 
 
+def _addressee(pending_request: PendingRequest | None) -> str | None:
+    """Return the only replica that a call between replicas is for, or None."""
+    if lease := _last_argument(pending_request, Lease):
+        # A moved request continues only at its lender.
+        return LenderName.of(lease.lender).replica_id
+    to = _last_argument(pending_request, Addressee)
+    return to.replica_id if to is not None else None
+
+
 def _last_argument(pending_request: PendingRequest | None, kind: type[T]) -> T | None:
     """Return the last argument of a request if it is of that kind.
 
-    The ingress appends footprints, a borrower appends leases.
+    The ingress appends footprints, a borrower leases, and replicas that move sessions addressees.
     """
     last = pending_request.args[-1] if pending_request and pending_request.args else None
     return last if isinstance(last, kind) else None

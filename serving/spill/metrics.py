@@ -1,11 +1,17 @@
-"""Ray metrics of requests that have moved."""
+"""Ray metrics of requests and of held caches that have moved."""
 
-from typing import TYPE_CHECKING
+import json
+import logging
+from typing import TYPE_CHECKING, Any
 
 from ray.serve import metrics
 
 if TYPE_CHECKING:
     from serving.spill.move import MoveReport
+    from serving.spill.sessions import SessionMove
+
+
+logger = logging.getLogger("ray.serve")
 
 
 class SpillMetrics:
@@ -31,3 +37,26 @@ class SpillMetrics:
         if report.problem is None:
             self._bytes.inc(report.state_bytes)
             self._seconds.observe(report.seconds)
+
+
+class SessionMetrics:
+    """Counts held caches that have come for a request or were handed over, and their bytes."""
+
+    def __init__(self) -> None:
+        labels: Any = ("way", "outcome")  # Ray annotates a tuple of one.
+        self._moves = metrics.Counter(
+            "adakv_session_moves",
+            "Held caches that came to this replica for a request (fetched), or that it sent to "
+            "another one because it was to go (handed_over); lost ones were not whole",
+            labels,
+        )
+        self._bytes = metrics.Counter(
+            "adakv_session_moved_bytes", "Bytes of the held caches that have moved", ("way",)
+        )
+
+    def note(self, move: "SessionMove") -> None:
+        outcome = "moved" if move.is_whole else "lost"
+        self._moves.inc(tags={"way": move.way, "outcome": outcome})
+        if move.is_whole and move.nbytes:
+            self._bytes.inc(move.nbytes, tags={"way": move.way})
+        logger.info("session moved %s", json.dumps(move._asdict()))

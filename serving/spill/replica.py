@@ -17,9 +17,11 @@ from serving.config import AppConfig
 from serving.spill.borrower import Borrower
 from serving.spill.lender import Lender
 from serving.spill.membership import Membership
-from serving.spill.metrics import SpillMetrics
+from serving.spill.metrics import SessionMetrics, SpillMetrics
 from serving.spill.move import Send, SpillSettings
 from serving.spill.parcels import Guest, LenderName, open_parcels, remove_orphans
+from serving.spill.peers import ReplicaPeers
+from serving.spill.sessions import SessionTraffic
 
 logger = logging.getLogger("ray.serve")
 
@@ -65,6 +67,7 @@ class ReplicaSpill:
             park_bytes=spill.park_bytes,
             max_requests=min(host.max_running, config.max_ongoing_requests),
         )
+        self.sessions = self._make_sessions(config, keys.application)
         self._borrower = Borrower(
             core=host.core,
             load=host.load,
@@ -75,6 +78,24 @@ class ReplicaSpill:
             settings=_settings(config),
             on_move=SpillMetrics().note,
         )
+
+    def _make_sessions(self, config: AppConfig, application: str) -> SessionTraffic | None:
+        """Return the traffic of held caches; None where requests leave none."""
+        if config.compression is None or not config.compression.sessions.enabled:
+            return None
+        peers = ReplicaPeers(self._name, application, self._ledger)
+        traffic = SessionTraffic(
+            core=self._host.sessions,
+            peers=peers,
+            pack=peers.pack,
+            folder=self._folder,
+            prefill_tokens_per_s=config.routing.prefill_tokens_per_s,
+            bytes_per_s=config.spill.bytes_per_s,
+            interval_s=config.spill.interval_s,
+            on_move=SessionMetrics().note,
+        )
+        self._host.sessions.fetch_by(traffic.fetch)
+        return traffic
 
     def start(self) -> None:
         remove_orphans(self._folder)
@@ -93,6 +114,8 @@ class ReplicaSpill:
 
     async def _follow_membership(self, is_there: bool) -> None:
         self._borrower.drain(not is_there)
+        if self.sessions is not None:
+            self.sessions.drain(not is_there)
         if is_there:
             logger.info("this replica gets requests again")
             self.lender.start()
@@ -104,6 +127,8 @@ class ReplicaSpill:
         if self._watch is not None:
             self._watch.cancel()
         await self._borrower.stop()
+        if self.sessions is not None:
+            await self.sessions.stop()
         await self.lender.stop()
         await self._ledger.close()
 

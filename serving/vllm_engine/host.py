@@ -16,6 +16,7 @@ from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.frontend.kv_events import CacheChange, EventSockets, cache_changes
 from adakv_worker.frontend.moving import MovableLLM, MovingCore
 from adakv_worker.frontend.sent_requests import BookedLLM
+from adakv_worker.frontend.session_moves import SessionCore
 from adakv_worker.messages import Proof
 from adakv_worker.refusals import refuse_unsupported
 from serving.http.api_keys import VLLM_VARIABLE
@@ -31,8 +32,8 @@ from serving.vllm_engine.options import (
     with_kv_events,
 )
 from serving.vllm_engine.proofs import take_proofs
+from serving.vllm_engine.sessions import SessionMiddleware
 from serving.vllm_engine.surface import mend_surface
-from serving.vllm_engine.tenants import TenantMiddleware
 
 
 class _Server:
@@ -94,13 +95,18 @@ class VllmHost:
         if not compressing:
             return cls(engine, app, stats, events)
         take_proofs(engine)
-        return cls(engine, TenantMiddleware(ProofMiddleware(app)), stats, events)
+        return cls(engine, SessionMiddleware(ProofMiddleware(app)), stats, events)
 
     @property
     def core(self) -> MovingCore:
         """The part of an engine with movable requests through which they leave and enter."""
         assert isinstance(self.engine.engine_core, MovingCore)
         return self.engine.engine_core
+
+    @property
+    def sessions(self) -> SessionCore:
+        """The held caches of an engine with movable requests."""
+        return SessionCore(self.core)
 
     @property
     def max_running(self) -> int:

@@ -24,7 +24,7 @@ ROOMS = {
     "kernels.paging": May("kernels", "torch"),
     "kernels.policies": May("kernels kernels.paging kernels.policies", "torch"),
     # The vLLM plug-in. Its root holds settings and messages, which every process imports.
-    "adakv_worker": May("kernels kernels.policies", "msgspec pydantic vllm"),
+    "adakv_worker": May("kernels kernels.policies", "msgspec numpy pydantic vllm"),
     "adakv_worker.frontend": May(
         "adakv_worker kernels", "msgspec prometheus_client torch vllm zmq"
     ),

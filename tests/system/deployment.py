@@ -273,12 +273,17 @@ def deployed(
 
 
 def twins_config(http_port: int, store_port: int) -> dict[str, Any]:
-    """As `spill_config`, but two replicas that lend to each other, behind two ingresses."""
+    """As `spill_config`, but two replicas that lend to each other, behind two ingresses.
+
+    They hold caches for the next turns, and tell all ingresses of them.
+    """
     config = spill_config(http_port, store_port)
     args = config["applications"][0]["args"]
     del args["spill"]["lenders"]
     args["replica"]["count"] = 2
     args["ingress"] = {"count": 2}
+    args["compression"]["sessions"] = {"enabled": True, "host_bytes": 256 << 20}
+    args["engine"]["kv_events_config"] = {"enable_kv_cache_events": True}
     config["applications"][0]["deployments"] = [{"name": "Engine", "num_replicas": 2}]
     return config
 

@@ -1,22 +1,64 @@
-"""A replica that is removed: its compressed requests go on at the one that stays."""
+"""A replica that is removed: its requests and its sessions go on at the one that stays."""
 
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import openai
 import pytest
 
-from tests.system.deployment import Deployment, deployed, eventually, twins_config
-from tests.system.spilling import ask, ask_many, moves
+from tests.system.deployment import MODEL, Deployment, deployed, eventually, twins_config
+from tests.system.spilling import SENTENCE, ask, ask_many, moves
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def twins() -> Iterator[Deployment]:
     with deployed(config=twins_config) as deployment:
         yield deployment
+
+
+class Talk:
+    """A conversation about one text; each turn says which replica answered, and from what."""
+
+    def __init__(self, client: openai.OpenAI, number: int) -> None:
+        self._client = client
+        self._messages: list[dict[str, str]] = []
+        self._text = f"{number}. {SENTENCE * 60}"
+
+    def ask(self) -> tuple[str, dict[str, Any]]:
+        question = f"{self._text if not self._messages else ''} What else did the master write?"
+        self._messages.append({"role": "user", "content": question})
+        raw: Any = self._client.chat.completions.with_raw_response.create(
+            model=MODEL, messages=self._messages, max_tokens=24, temperature=0,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        answer = raw.parse()
+        self._messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+        session: dict[str, Any] = answer.model_extra["kv_compression"]["session"]
+        return raw.headers["x-replica-id"], session
+
+
+def test_a_session_is_found_wherever_its_next_turn_goes(twins: Deployment) -> None:
+    eventually(lambda: len(twins.who_answer()) == 2, 60, "answers from both")
+    client = twins.client(timeout=300)
+    talks = [Talk(client, number) for number in range(100, 106)]
+    with ThreadPoolExecutor(len(talks)) as pool:
+        first = list(pool.map(Talk.ask, talks))
+        assert len({replica for replica, _ in first}) == 2
+        # All at once, with others beside them: not every turn goes where its session is.
+        sources = []
+
+        def elsewhere() -> bool:
+            busy = pool.submit(ask_many, twins, range(200, 204), tokens=60)
+            sources.extend(session for _, session in pool.map(Talk.ask, talks))
+            busy.result()
+            return any(session["source"] == "replica" for session in sources)
+
+        eventually(elsewhere, 300, "a turn at another replica than its session")
+    assert all(one["resumed_tokens"] for one in sources if one["source"] is not None)
 
 
 def _scale_down(config: dict[str, Any]) -> None:
@@ -30,6 +72,9 @@ def test_requests_leave_a_replica_that_is_removed_and_no_client_notices(
     eventually(lambda: len(twins.who_answer()) == 2, 60, "answers from both")
     numbers, tokens, enough = range(4), 300, threading.Event()
     client = twins.client(timeout=300)
+    talks = [Talk(client, number) for number in range(300, 304)]
+    with ThreadPoolExecutor(len(talks)) as pool:
+        before = list(pool.map(Talk.ask, talks))
 
     def keep_asking(number: int) -> set[str]:
         answers = set()
@@ -52,4 +97,8 @@ def test_requests_leave_a_replica_that_is_removed_and_no_client_notices(
             enough.set()
         answers = [answer.result() for answer in asked]
     eventually(lambda: len(twins.occupancy()) == 1, 60, "one replica")
+    # Its sessions are not lost either.
+    last = [talk.ask() for talk in talks]
+    assert [session["turn"] for _, session in last] == [2] * len(talks), last
+    assert any(replica not in twins.occupancy() for replica, _ in before)
     assert answers == [{answer} for answer in ask_many(twins, numbers, tokens=tokens)]

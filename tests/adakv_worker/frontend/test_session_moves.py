@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from adakv_worker.frontend.session_moves import SessionAsk, SessionCore
+from adakv_worker.frontend.session_moves import SessionAsk, SessionCore, probable_holder
 from adakv_worker.frontend.tenants import current_tenant
 from adakv_worker.session_messages import Found
 from tests.adakv_worker.async_engines import Client, Side
@@ -185,24 +185,27 @@ async def test_a_request_is_prepared_before_its_engine_gets_it(
     first = await asked(here, prompt(300, 15))
     turn = [*first.ids, *first.tokens, *prompt(60, 16)]
     await found(here, turn)
-    asks: list[SessionAsk | None] = []
+    asks: list[tuple[str, SessionAsk]] = []
 
-    async def fetch(request: Any) -> None:
-        asks.append(ask := SessionAsk.of(request))
-        assert ask is not None
+    async def fetch(holder: str, ask: SessionAsk) -> None:
+        asks.append((holder, ask))
         one = await SessionCore(here.core).find(ask)
         assert one is not None
         card = await SessionCore(here.core).export(one.name, str(tmp_path / "state"))
         assert card is not None
         await SessionCore(there.core).take_in(card, str(tmp_path / "state"))
 
-    there.core.prepare = fetch
+    SessionCore(there.core).fetch_by(fetch)
+    token = probable_holder.set("holder")
     try:
         client = await asked(there, turn)
+        await asked(there, turn, skip_reading_prefix_cache=True)
+        probable_holder.reset(token)
+        await asked(there, turn)
     finally:
         there.core.prepare = None
     assert session(client)["source"] == "replica"
-    assert len(asks) == 1
+    assert [(holder, ask.tokens) for holder, ask in asks] == [("holder", len(turn))]
 
 
 async def test_a_client_that_leaves_while_its_request_is_prepared_leaves_nothing(

@@ -29,6 +29,7 @@ from serving.config import AppConfig
 from serving.ingress.occupancy_router import OccupancyRouter
 from serving.ingress.routing import Routing, configured_routing
 from serving.spill.parcels import LenderName
+from serving.spill.peers import Addressee
 from tests.router.occupancies import occupancy
 
 FOOTPRINT = Footprint(10, 10, 300, 20, (1, 2, 3))
@@ -107,6 +108,26 @@ async def test_before_the_first_report_all_go_to_one_of_two_random_replicas() ->
     finally:
         Router.routing = None
     assert len(set(two)) == 2
+
+
+async def test_a_request_tells_its_replica_who_holds_its_prompt(router: OccupancyRouter) -> None:
+    first, other = (
+        pending({}, b"", FOOTPRINT),
+        pending({}, b"", FOOTPRINT._replace(block_hashes=(9,))),
+    )
+    await router.choose_replicas(replicas, first)  # type: ignore[arg-type]
+    assert first.args[-1].holder is None
+    router.on_request_routed(first, THREE.replica_id, None)
+    again = pending({}, b"", FOOTPRINT)
+    # It may have less to do elsewhere.
+    for request, holder in ((again, "three"), (other, None)):
+        await router.choose_replicas(replicas, request)  # type: ignore[arg-type]
+        assert request.args[-1].holder == holder
+
+
+async def test_a_call_between_replicas_goes_to_its_addressee_alone(router: OccupancyRouter) -> None:
+    assert await ranks(router, pending("ask", "node", Addressee("three"))) == [["three"]]
+    assert await ranks(router, pending("ask", "node", Addressee("gone"))) == [["one"]]
 
 
 async def test_a_moved_request_goes_to_its_lender_alone(router: OccupancyRouter) -> None:

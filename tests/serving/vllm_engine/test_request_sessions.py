@@ -11,7 +11,7 @@ from adakv_worker.frontend.validator import RequestOptionsValidator
 from adakv_worker.session_messages import TENANT_KEY
 from serving.http.asgi import Receive, Scope, Send
 from serving.http.tenants import TENANT_HEADER
-from serving.vllm_engine.tenants import TenantMiddleware
+from serving.vllm_engine.sessions import SessionMiddleware
 
 
 async def _params_of(*tenants: bytes | None) -> list[SamplingParams]:
@@ -26,7 +26,7 @@ async def _params_of(*tenants: bytes | None) -> list[SamplingParams]:
     async def nothing(*_: Any) -> Any:
         return {}
 
-    door = TenantMiddleware(app)
+    door = SessionMiddleware(app)
     scopes = [
         {"type": "http", "path": index, "headers": [(TENANT_HEADER, name)] if name else []}
         for index, name in enumerate(tenants)

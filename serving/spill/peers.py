@@ -1,0 +1,74 @@
+"""The other replicas of a deployment, for held caches that move between them."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import ray
+from ray import serve
+
+from router.lending.redis_leases import LendingLedger
+from serving.spill.parcels import LenderName, open_parcels
+from serving.spill.sessions import Parcel
+
+if TYPE_CHECKING:
+    from adakv_worker.frontend.session_moves import SessionAsk
+    from adakv_worker.session_messages import Found, HeldCard
+
+
+class Addressee(NamedTuple):
+    """The one replica that a call is for; the request router finds it by this last argument."""
+
+    replica_id: str
+
+
+class ReplicaPeers:
+    """Calls the other replicas of this one's deployment by its handle."""
+
+    def __init__(self, name: LenderName, application: str, ledger: LendingLedger) -> None:
+        self._name = name
+        self._application = application
+        self._ledger = ledger
+        self._handle: Any = None
+
+    def _call(self, method: str, **options: Any) -> Any:
+        if self._handle is None:
+            self._handle = serve.get_deployment_handle(self._name.deployment, self._application)
+        return self._handle.options(method_name=method, **options)
+
+    async def give(
+        self, holder: str, ask: "SessionAsk", most_bytes_per_token: float
+    ) -> AsyncGenerator[Parcel, None]:
+        call = self._call("give_session", stream=True)
+        to = Addressee(holder)
+        parcels = call.remote(ask, most_bytes_per_token, self._name.node_id, to)
+        try:
+            async for parcel in parcels:
+                yield parcel
+        finally:
+            parcels.cancel()
+
+    async def take(self, receiver: str, one: "Found", card: "HeldCard", path: Path) -> bool:
+        name = LenderName.of(receiver)
+        arrays = await asyncio.to_thread(self.pack, path, name.node_id)
+        here = str(path) if arrays is None else None
+        parcel = Parcel(one.tokens, one.nbytes, card, here, arrays or ())
+        is_whole: bool = await self._call("take_session").remote(parcel, Addressee(name.replica_id))
+        return is_whole
+
+    async def others(self) -> list[str]:
+        room = (await self._ledger.read()).room()
+        names = sorted(room, key=lambda name: -room[name])
+        own = self._name
+        return [
+            name
+            for name in names
+            if LenderName.of(name).deployment == own.deployment and name != str(own)
+        ]
+
+    def pack(self, path: Path, node_id: str) -> list[ray.ObjectRef[Any]] | None:
+        """Return references to the parts of a cache for another node; None for this node."""
+        if node_id == self._name.node_id:
+            return None
+        return [ray.put(parcel) for parcel in open_parcels(path)]

@@ -1,0 +1,23 @@
+"""ASGI middleware that has the engine know whose an HTTP request is, and who holds its cache."""
+
+from adakv_worker.frontend.session_moves import probable_holder
+from adakv_worker.frontend.tenants import current_tenant
+from serving.http.asgi import ASGIApp, Receive, Scope, Send
+from serving.http.tenants import HOLDER, TENANT_HEADER
+
+
+class SessionMiddleware:
+    """An ASGI app around a replica's, for the requests that it makes to the engine."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        named = dict(scope.get("headers", ())).get(TENANT_HEADER)
+        tenant = current_tenant.set(named.decode("latin-1") if named is not None else None)
+        holder = probable_holder.set(scope.get(HOLDER))
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            current_tenant.reset(tenant)
+            probable_holder.reset(holder)
