@@ -1,5 +1,6 @@
 """Turns of one conversation, each checked against a forward pass that sees what its tokens saw."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,11 +39,15 @@ class Conversation:
         self.note(result)
         return result
 
-    def note(self, result: Result) -> None:
+    def note(self, result: Result, kept_at: Sequence[torch.Tensor | None] | None = None) -> None:
+        """Check an answer.
+
+        Args:
+            kept_at: for each of its tokens the entries of its step among the first, if they change.
+        """
         assert result.proof is not None
-        assert result.kept is not None
         self.proof = result.proof
-        self._follow(result, self.resumed)
+        self._follow(result, self.resumed, kept_at)
         logprobs = self._reference.seeing(self.tokens, self.seen)
         expected = logprobs[len(result.prompt) - 1 :]
         for step, (token, candidates) in enumerate(
@@ -53,10 +58,14 @@ class Conversation:
                 assert difference < _TOLERANCE, f"step {step}: off by {difference}"
             assert float(expected[step].max() - expected[step, token]) < _TOLERANCE
 
-    def _follow(self, result: Result, resumed: int) -> None:
+    def _follow(
+        self, result: Result, resumed: int, kept_at: Sequence[torch.Tensor | None] | None
+    ) -> None:
         n = len(result.prompt)
         tokens = [*result.prompt, *result.tokens]
-        layers, heads = result.kept.shape[:2]
+        last = result.kept if kept_at is None else kept_at[-1]
+        assert last is not None
+        layers, heads = last.shape[:2]
         seen = torch.ones((len(tokens), len(tokens)), dtype=torch.bool).tril()
         seen = seen.expand(layers, heads, -1, -1).clone()
         if resumed:
@@ -65,6 +74,11 @@ class Conversation:
             before = self._kept[..., :resumed]
             seen[:, :, resumed:n, : before.shape[-1]] &= before[:, :, None]
         # Where all entries of the new turn stay, there is no record of them.
-        kept = torch.nn.functional.pad(result.kept, (0, n - result.kept.shape[-1]), value=True)
-        seen[:, :, n:, :n] &= kept[:, :, None, :]
+        kept = torch.nn.functional.pad(last, (0, max(0, n - last.shape[-1])), value=True)
+        if kept_at is None:
+            seen[:, :, n:, :n] &= kept[:, :, None, :]
+        # The first token comes from the prompt's own step.
+        for row, one in enumerate((kept_at or ())[1:], start=n):
+            assert one is not None
+            seen[:, :, row, : one.shape[-1]] &= one
         self.tokens, self.seen, self._kept = tokens, seen, kept

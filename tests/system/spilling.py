@@ -21,7 +21,8 @@ def ask(client: openai.OpenAI, number: int, *, stream: bool = False, tokens: int
     """The text of so many tokens after about 1,300."""
     arguments: dict[str, Any] = {
         "model": MODEL, "prompt": f"{number}. {SENTENCE * 80}", "max_tokens": tokens,
-        "temperature": 0, "extra_body": {"ignore_eos": True},
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True, "vllm_xargs": {"adakv_session": "off"}},
         "extra_headers": {"x-request-id": f"spilling-{number}"},
     }  # fmt: skip
     if not stream:

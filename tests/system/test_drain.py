@@ -1,5 +1,6 @@
 """A replica that is removed: its requests and its sessions go on at the one that stays."""
 
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,14 @@ from typing import Any
 import openai
 import pytest
 
-from tests.system.deployment import MODEL, Deployment, deployed, eventually, twins_config
+from tests.system.deployment import (
+    MODEL,
+    Deployment,
+    dashboard_metrics,
+    deployed,
+    eventually,
+    twins_config,
+)
 from tests.system.spilling import SENTENCE, ask, ask_many, moves
 
 pytestmark = pytest.mark.slow
@@ -100,5 +108,7 @@ def test_requests_leave_a_replica_that_is_removed_and_no_client_notices(
     # Its sessions are not lost either.
     last = [talk.ask() for talk in talks]
     assert [session["turn"] for _, session in last] == [2] * len(talks), last
+    names = {name for name in dashboard_metrics() if re.search("session|resumed", name)}
+    eventually(lambda: names <= twins.metric_names(), 30, f"what tells of sessions, {names}")
     assert any(replica not in twins.occupancy() for replica, _ in before)
     assert answers == [{answer} for answer in ask_many(twins, numbers, tokens=tokens)]

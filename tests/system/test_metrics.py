@@ -8,8 +8,9 @@ from tests.system.deployment import MODEL, Deployment, dashboard_metrics, eventu
 
 
 def test_the_dashboard_asks_for_metrics_and_labels_that_exist(deployment: Deployment) -> None:
-    # What tells of moves comes with the first one.
-    names = {name for name in dashboard_metrics() if not re.search("spill|recomputed", name)}
+    # What tells of moves and of sessions comes with the first one.
+    later = "spill|recomputed|sessions_total|resumed|session_move"
+    names = {name for name in dashboard_metrics() if not re.search(later, name)}
     assert len(names) >= 6
     body = {"model": MODEL, "prompt": "The lighthouse keeper wrote. " * 150, "max_tokens": 8}
     assert deployment.post("/v1/completions", body).status_code == 200

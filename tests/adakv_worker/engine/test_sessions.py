@@ -178,25 +178,29 @@ def test_new_turns_join_others_that_decode(engine: Engine, reference: Reference)
         assert_equals_reference(result, reference, 1e-3)
 
 
-def test_a_bounded_cache_goes_on_from_its_last_eviction(engine: Engine) -> None:
+def test_a_bounded_cache_goes_on_from_its_last_eviction(
+    engine: Engine, reference: Reference
+) -> None:
+    talk = Conversation(engine, reference)
     params = engine.params(max_tokens=100, extra_args=BOUND)
-    (first,) = engine.run([prompt(300, seed=70)], params)
-    assert first.proof is not None
-    assert first.proof["decode_evictions"] == 3
-    asked = [*first.prompt, *first.tokens, *prompt(60, seed=71)]
-    second = Traced(engine, "second", asked, params)
-    run(engine, {"second": second})
-    assert second.result is not None
-    proof = second.result.proof
-    assert proof is not None
-    assert proof["session"]["resumed_tokens"] == 399
-    assert proof["kept_mean"] == 48
-    assert proof["decode_evictions"] == 3
-    # Its tokens never attend to more than the bound.
-    last = second.kept_at[-1]
-    assert last is not None
-    lens = last.sum(dim=-1)
-    assert int(lens.sum()) == lens.numel() * 48
+    asked = prompt(300, seed=70)
+    for turn, evictions in enumerate((3, 3, 3)):
+        traced = Traced(engine, f"bounded-{turn}", asked, params)
+        run(engine, {f"bounded-{turn}": traced})
+        result = traced.result
+        assert result is not None
+        assert result.proof is not None
+        talk.note(result, traced.kept_at)
+        assert talk.resumed == (len(asked) - 61 if turn else 0)
+        assert (result.proof["kept_mean"] <= 150, result.proof["decode_evictions"]) == (
+            True, evictions,
+        )  # fmt: skip
+        # Its tokens never attend to more than the bound.
+        last = traced.kept_at[-1]
+        assert last is not None
+        lens = last.sum(dim=-1)
+        assert int(lens.sum()) == lens.numel() * 48
+        asked = [*asked, *result.tokens, *prompt(60, seed=71 + turn)]
 
 
 def test_a_preempted_request_computes_nothing_again(engine: Engine) -> None:
