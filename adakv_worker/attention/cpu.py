@@ -16,14 +16,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from adakv_worker.attention.folding import (
-    Folded,
-    FoldingBackend,
-    FoldingBuilder,
-    FoldingImpl,
-    Pages,
-    WithStep,
-)
+from adakv_worker.attention.folded import Folded, Pages
+from adakv_worker.attention.folding import FoldingBackend, FoldingBuilder, FoldingImpl, WithStep
 from kernels.paging.growth import ExtendedStep, GrownStep
 from kernels.paging.paged_cache import PagedCache
 

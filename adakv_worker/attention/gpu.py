@@ -15,13 +15,11 @@ from vllm.v1.attention.backends import flash_attn, triton_attn
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from adakv_worker.attention.folded import Folded, Pages, Step
 from adakv_worker.attention.folding import (
-    Folded,
     FoldingBackend,
     FoldingBuilder,
     FoldingImpl,
-    Pages,
-    Step,
     WithStep,
     is_on,
 )

@@ -11,7 +11,8 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.worker_base import WorkerBase
 
-from adakv_worker.attention.folding import FoldingBuilder, Pages
+from adakv_worker.attention.folded import Pages
+from adakv_worker.attention.folding import FoldingBuilder
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.spec import AdaKVSpec
 from adakv_worker.worker.held_moves import HeldMoves

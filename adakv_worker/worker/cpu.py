@@ -9,7 +9,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from adakv_worker.attention.cpu import paged_cache
-from adakv_worker.attention.folding import Pages
+from adakv_worker.attention.folded import Pages
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.refusals import refuse_unsupported
 from adakv_worker.worker.base import AdaKVRunner, AdaKVWorkerMixin, KVMemory

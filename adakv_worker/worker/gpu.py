@@ -11,7 +11,7 @@ from vllm.v1.worker.gpu_worker import Worker
 import kernels.gpu.compaction
 import kernels.gpu.top
 import kernels.gpu.window_scores  # noqa: F401
-from adakv_worker.attention.folding import Pages
+from adakv_worker.attention.folded import Pages
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.refusals import refuse_unsupported
 from adakv_worker.worker.base import AdaKVRunner, AdaKVWorkerMixin, KVMemory

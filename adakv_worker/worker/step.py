@@ -9,7 +9,8 @@ from torch import Tensor
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
-from adakv_worker.attention.folding import FoldingBuilder, Pages, Step
+from adakv_worker.attention.folded import Pages, Step
+from adakv_worker.attention.folding import FoldingBuilder
 from adakv_worker.attention.watcher import Watcher
 from adakv_worker.messages import (
     NO_ANSWER,

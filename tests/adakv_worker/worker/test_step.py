@@ -7,7 +7,8 @@ import torch
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
-from adakv_worker.attention.folding import Folded, FoldingBuilder, Pages, Step
+from adakv_worker.attention.folded import Folded, Pages, Step
+from adakv_worker.attention.folding import FoldingBuilder
 from adakv_worker.config import CompressionConfig
 from adakv_worker.messages import (
     Capture,

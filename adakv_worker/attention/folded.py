@@ -1,0 +1,75 @@
+"""Compressed requests of one step, folded: each (request, KV head) is a sequence of its own."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from adakv_worker.attention.watcher import Watcher
+from kernels.paging.growth import ExtendedStep, GrownStep
+
+
+class Pages(NamedTuple):
+    """The whole KV memory, in the shape of the kernels' caches of one KV head.
+
+    keys, values: [pages, 1, page_tokens, D] on CPU, [pages, page_tokens, 1, D] on CUDA.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+
+class Folded(NamedTuple):
+    """Compressed requests of one step that attend in one call, R requests of H KV heads each.
+
+    In a CUDA graph R is the whole batch: the folded call and the stock call both attend for all
+    rows, and `mask` selects between them.
+
+    first: the batch's token with which they begin. tokens: their number in the batch.
+    query_start_loc: [R * H + 1] int32.
+    most_tokens: most tokens that one of them has in this step.
+    order: [tokens * H] int64, the pairs of token and head in the order of request, head and token;
+        None where each request has one token.
+    plan: the backend's own preparation of the step.
+    mask: [R] bool, the compressed rows; None outside a graph.
+    """
+
+    requests: int
+    grown: GrownStep | ExtendedStep
+    pages: Pages
+    query_start_loc: Tensor
+    first: int
+    tokens: int
+    most_tokens: int = 1
+    order: Tensor | None = None
+    plan: object = None
+    mask: Tensor | None = None
+
+    @property
+    def rows(self) -> slice:
+        """Their tokens in the batch."""
+        return slice(self.first, self.first + self.tokens)
+
+
+class Step(NamedTuple):
+    """Our additions to a step's attention metadata.
+
+    decodes: the compressed requests with one token. extends: those with several.
+    """
+
+    decodes: Folded | None
+    watchers: list[Watcher]
+    extends: Folded | None = None
+
+    @property
+    def folded(self) -> list[Folded]:
+        return [folded for folded in (self.decodes, self.extends) if folded is not None]
+
+    @property
+    def stock_row(self) -> int:
+        """The batch's first request for the stock call."""
+        return sum(folded.requests for folded in self.folded if folded.mask is None)
+
+    @property
+    def stock_token(self) -> int:
+        """The batch's first token for the stock call."""
+        return sum(folded.tokens for folded in self.folded if folded.mask is None)
