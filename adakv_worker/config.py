@@ -74,9 +74,9 @@ class SessionsConfig(Section):
         description="Tokens that a held cache must save beyond the prefix cache's hit",
     )
     compress: Literal["newest", "all"] = Field(
-        default="newest",
-        description="Entries that compete at the end of a resumed prompt: those since the last "
-        "compression, or all, which loses early turns",
+        default="all",
+        description="Entries that compete at the end of a resumed prompt: all, or only those since "
+        "the last compression",
     )
 
 

@@ -93,6 +93,9 @@ def summary(records: Sequence[Record], limits: Limits | None = None) -> dict[str
         "elapsed_s": round(elapsed, 3),
         "prompt_tokens": sum(record.prompt_tokens for record in done),
         "prefix_hit_tokens": sum(record.cached_tokens for record in done),
+        "computed_prompt_tokens": sum(
+            record.prompt_tokens - record.cached_tokens for record in done
+        ),
         "output_tokens": output_tokens,
         "tokens_per_s": round(output_tokens / elapsed, 3),
         "requests_per_s": round(len(done) / elapsed, 4),

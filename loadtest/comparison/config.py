@@ -9,8 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loadtest.traffic.workloads import WORKLOADS
 
-# Workloads of several turns, or of many sizes.
-_UNEQUAL = ("chat", "regenerate", "agent", "mixed")
 # Arms and loads name files.
 _NAME = r"^[\w.-]+$"
 
@@ -47,8 +45,8 @@ class LoadConfig(_Section):
 
     @property
     def has_bound(self) -> bool:
-        """Return whether this is a closed loop of single turns of one size."""
-        return self.rate_per_s is None and self.workload not in _UNEQUAL
+        """Return whether this is a closed loop: in others the reference does not always work."""
+        return self.rate_per_s is None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -16,7 +16,8 @@ _MEDIANS = (
     "tokens_per_s", "requests_per_s", "elapsed_s", "ttft_p50_s", "ttft_p95_s", "ttft_p99_s",
     "tpot_p50_s", "tpot_p95_s", "itl_p50_s", "itl_p95_s", "e2e_p50_s", "e2e_p95_s",
     "goodput_requests_per_s", "good_share", "late_p95_s", "preemptions", "peak_running",
-    "peak_occupancy", "decode_tokens_per_s", "output_tokens", "prefix_hit_tokens", "compressed",
+    "peak_occupancy", "decode_tokens_per_s", "output_tokens", "prefix_hit_tokens",
+    "computed_prompt_tokens", "compressed",
 )  # fmt: skip
 
 
@@ -33,7 +34,7 @@ def arm_figures(config: CompareConfig, done: Mapping[Unit, UnitRun]) -> list[dic
             for unit, run in done.items()
             if load.name in run.loads
         }
-        prefill_s = _prefill_s(config, load, [run.loads for run in done.values()])
+        prefill_s = _prefill_s_per_token(config, load, [run.loads for run in done.values()])
         reference = [one for unit, one in each.items() if unit.arm == config.reference]
         for arm in config.arms:
             mine = {unit: one for unit, one in each.items() if unit.arm == arm}
@@ -46,7 +47,7 @@ def arm_figures(config: CompareConfig, done: Mapping[Unit, UnitRun]) -> list[dic
                 **_medians(list(mine.values())),
                 "written": {unit.repetition: one["output_tokens"] for unit, one in mine.items()},
                 **_ratio(config, each, mine),
-                "bound": _bound(list(mine.values()), reference, prefill_s, load),
+                "bound": _bound(list(mine.values()), reference, prefill_s),
             }
             crashes = [run.crashed for unit, run in done.items() if unit.arm == arm and run.crashed]
             if crashes:
@@ -147,33 +148,38 @@ def _ratio(
     }
 
 
-def _prefill_s(
+def _prefill_s_per_token(
     config: CompareConfig, load: LoadConfig, runs: Sequence[dict[str, LoadRun]]
 ) -> float | None:
-    """Return the seconds that the reference takes for one prompt of the load alone."""
-    times = [
-        record.ttft_s
+    """Return the seconds in which the reference computes a token of the load's prompts alone."""
+    records = [
+        record
         for loads in runs
         if (run := loads.get(prefill_only(load).name))
         for record in run.records
         if record.ttft_s is not None
     ]
-    return statistics.fmean(times) if times else None
+    tokens = sum(record.prompt_tokens - record.cached_tokens for record in records)
+    return sum(record.ttft_s or 0.0 for record in records) / tokens if tokens else None
 
 
 def _bound(
     runs: list[dict[str, Any]],
     reference: list[dict[str, Any]],
-    prefill_s: float | None,
-    load: LoadConfig,
+    prefill_s_per_token: float | None,
 ) -> float | None:
     """Return the bound from the reference's time and both decode rates, where all were measured."""
     mine, theirs = (
         [rate for run in some if (rate := run.get("decode_tokens_per_s"))]
         for some in (runs, reference)
     )
-    if not mine or not theirs or prefill_s is None or not load.has_bound:
+    if not mine or not theirs or prefill_s_per_token is None:
         return None
     total = statistics.median(run["elapsed_s"] for run in reference)
+    ours, computed = (
+        statistics.median(run["computed_prompt_tokens"] for run in some)
+        for some in (runs, reference)
+    )
     gain = statistics.median(mine) / statistics.median(theirs)
-    return round(bound(total, prefill_s * load.sessions, gain), 4)
+    share = ours / computed if computed else 1.0
+    return round(bound(total, prefill_s_per_token * computed, gain, share), 4)

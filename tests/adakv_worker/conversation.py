@@ -7,7 +7,7 @@ import torch
 
 from tests.adakv_worker.engines import Engine, Reference, Result
 
-SESSIONS = {"enabled": True, "min_saved_tokens": 1, "share": 1.0}
+SESSIONS = {"enabled": True, "min_saved_tokens": 1, "share": 1.0, "compress": "newest"}
 _TOLERANCE = 1e-3
 
 

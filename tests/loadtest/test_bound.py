@@ -13,6 +13,11 @@ def test_a_decode_twice_as_fast_halves_what_is_not_prefill() -> None:
     assert bound(10.0, 4.0, 2.0) == 10 / 7
 
 
+def test_what_is_not_computed_takes_no_time() -> None:
+    # Half of the prompts' tokens are resumed, and decoding is twice as fast.
+    assert bound(10.0, 4.0, 2.0, 0.5) == 10 / 5
+
+
 @given(SECONDS, st.floats(0.01, 1.0), GAINS)
 def test_the_bound_lies_between_one_and_both_limits(
     total: float, share: float, gain: float

@@ -33,9 +33,14 @@ CONFIG: dict[str, Any] = {
 
 
 def write_unit(
-    folder: Path, unit: str, seconds: float, crashed: str | None = None, python: str = "3.11"
+    folder: Path,
+    unit: str,
+    seconds: float,
+    crashed: str | None = None,
+    python: str = "3.11",
+    cached_tokens: int = 0,
 ) -> None:
-    """Write the files of a unit: two requests of 10 tokens in `seconds`."""
+    """Write the files of a unit: two requests of 10 tokens for 100 each in `seconds`."""
     path = folder / "runs" / unit
     path.mkdir(parents=True)
     (path / "done.json").write_text(
@@ -45,7 +50,7 @@ def write_unit(
         return
     records = [
         Record(f"qa-{number}", 0, at_s=0.0, ttft_s=number + 1.0, tpot_s=0.1, e2e_s=seconds,
-               output_tokens=10)
+               prompt_tokens=100, cached_tokens=cached_tokens, output_tokens=10)
         for number in range(2)
     ]  # fmt: skip
     (path / "qa.records.jsonl").write_text("".join(record.line() + "\n" for record in records))
@@ -56,7 +61,9 @@ def write_unit(
     looks = [[0.0, [{**load, "running": 0, "preemptions": 1}]], [1.0, [load]]]
     (path / "qa.looks.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
     if unit.endswith("stock"):
-        prefill = [Record("qa-0", 0, at_s=0.0, ttft_s=1.0, e2e_s=1.0, output_tokens=1)]
+        prefill = [
+            Record("qa-0", 0, at_s=0.0, ttft_s=1.0, e2e_s=1.0, prompt_tokens=100, output_tokens=1)
+        ]
         text = "".join(record.line() + "\n" for record in prefill)
         (path / "qa.prefill.records.jsonl").write_text(text)
         (path / "qa.prefill.looks.jsonl").write_text("")
@@ -91,6 +98,19 @@ def test_the_report_has_medians_ratios_and_the_bound(tmp_path: Path) -> None:
     assert results["environments"] == [{"python": "3.11"}]
     assert "| small | 4.50 | 1.80 [1.60, 2.00] |" in (folder / "report.md").read_text()
     assert (folder / "report.html").read_text().count("data:image/png;base64,") == 3
+
+
+def test_the_bound_counts_the_prompts_that_an_arm_computes(tmp_path: Path) -> None:
+    config = {**CONFIG, "loads": [{**LOAD, "workload": "chat"}]}
+    for unit in ("0-stock", "1-stock"):
+        write_unit(tmp_path / "out" / "mine", unit, 8.0)
+    for unit in ("0-small", "1-small"):
+        write_unit(tmp_path / "out" / "mine", unit, 4.0, cached_tokens=75)
+    _, folder = run(tmp_path, config)
+    small = json.loads((folder / "results.json").read_text())["arms"][1]
+    # Stock computes 200 tokens in two seconds, and this one 50.
+    assert (small["prefix_hit_tokens"], small["computed_prompt_tokens"]) == (150, 50)
+    assert small["bound"] == pytest.approx(8 / (2 / 4 + 6 / 2), abs=1e-3)
 
 
 def test_an_arm_that_crashed_is_reported(tmp_path: Path) -> None:
