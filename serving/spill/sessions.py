@@ -24,7 +24,7 @@ logger = logging.getLogger("ray.serve")
 _NEWEST = 0.3
 # Time of an engine's step with a long prefill.
 _STEP_S = 1.0
-# Longest time that a replica which stops takes to hand over what it still holds.
+# Longest time that a replica takes to hand over one cache; when it stops, what it still holds.
 _LAST_S = 10.0
 
 
@@ -208,9 +208,10 @@ class SessionTraffic:
 
     async def _send(self, one: "Found", receiver: str) -> bool:
         try:
-            with self._files.path() as path:
-                card = await self._core.export(one.name, str(path))
-                return card is not None and await self._peers.take(receiver, one, card, path)
+            async with asyncio.timeout(_LAST_S):
+                with self._files.path() as path:
+                    card = await self._core.export(one.name, str(path))
+                    return card is not None and await self._peers.take(receiver, one, card, path)
         except Exception as error:
             logger.info("a session is lost: %s did not take it: %r", receiver, error)
             return False
