@@ -1,6 +1,6 @@
 """Held caches that leave an engine or come to it, on the side of its front end."""
 
-import contextlib
+import asyncio
 import time
 import uuid
 from array import array
@@ -121,25 +121,29 @@ class SessionCore:
     async def take_in(self, card: HeldCard, path: str) -> bool:
         """Hold a cache from the files at `path`, which are free afterwards.
 
-        Returns whether it is held: a damaged one, or one of another model, is not.
+        Returns whether it is held: a damaged one, or one of another model, is not. It goes on if
+        the caller is cancelled, so that workers and scheduler know of the same caches; then the
+        files may be removed, but not written.
 
         Raises:
             ConnectionError: the engine core has ended.
         """
+        return await asyncio.shield(asyncio.create_task(self._take_in(card, path)))
+
+    async def _take_in(self, card: HeldCard, path: str) -> bool:
         name = f"arrived-{uuid.uuid4().hex}"
         fields = card.as_fields()
         problems = await self._core.call_workers("adakv_arrive", (name, path, fields))
-        if not any(problems):
-            # The scheduler takes it as a request, the only way that leads there.
-            params = SamplingParams(max_tokens=1, extra_args={ARRIVAL_KEY: fields})
-            carrier = EngineCoreRequest(
-                name, card.token_ids.tolist(), None, params, None, time.time(), None, None, None
-            )
-            with contextlib.suppress(Exception):
-                await self._core.bring(carrier)
-                return True
-        await self._core.call_workers("adakv_forget_held", (name,))
-        return False
+        if any(problems):
+            await self._core.call_workers("adakv_forget_held", (name,))
+            return False
+        # The scheduler takes it as a request, the only way that leads there.
+        params = SamplingParams(max_tokens=1, extra_args={ARRIVAL_KEY: fields})
+        carrier = EngineCoreRequest(
+            name, card.token_ids.tolist(), None, params, None, time.time(), None, None, None
+        )
+        await self._core.bring(carrier)
+        return True
 
 
 def _plain(ask: SessionAsk) -> tuple[Any, ...]:

@@ -142,6 +142,28 @@ async def test_a_damaged_cache_is_refused(sides: tuple[Side, Side], tmp_path: Pa
     assert session(await asked(there, turn))["skipped"] == "no_match"
 
 
+async def test_a_cache_arrives_whole_even_if_nobody_waits_for_it(
+    sides: tuple[Side, Side], tmp_path: Path
+) -> None:
+    here, there = sides
+    first = await asked(here, prompt(300, 19))
+    turn = [*first.ids, *first.tokens, *prompt(60, 20)]
+    one = await found(here, turn)
+    assert one is not None
+    path = tmp_path / "state"
+    card = await SessionCore(here.core).export(one.name, str(path))
+    assert card is not None
+    coming = asyncio.create_task(SessionCore(there.core).take_in(card, str(path)))
+    await asyncio.sleep(0)
+    coming.cancel()
+    await asyncio.wait([coming])
+    async with asyncio.timeout(60):
+        while await found(there, turn) is None:
+            await asyncio.sleep(0.01)
+    client = await asked(there, turn)
+    assert session(client)["source"] == "replica"
+
+
 async def test_all_held_caches_are_listed_the_newest_first(
     sides: tuple[Side, Side],
 ) -> None:
