@@ -12,6 +12,8 @@ from router.score import Score, Speeds, ranked, reason, score
 
 # Blocks of a prompt for which a replica has one block: it may hold them compressed.
 _BLOCKS_OF_A_HELD_BLOCK = 16
+# Most blocks to remember of all replicas, some 350 bytes each.
+_MOST_BLOCKS = 1_000_000
 # Most replicas in the random sample that is scored. Its best is hardly worse than the fleet's, a
 # decision stays well under a millisecond, and routers do not all pick the same replica.
 _SHORTLIST = 48
@@ -113,7 +115,8 @@ class Chooser:
 
     def _most_blocks(self, replica_id: str) -> int:
         """Return the most prefix blocks to remember of a replica; held caches are of many more."""
-        return _BLOCKS_OF_A_HELD_BLOCK * self.view.blocks_total(replica_id)
+        share = _MOST_BLOCKS // max(1, len(self.view.replica_ids))
+        return min(share, _BLOCKS_OF_A_HELD_BLOCK * self.view.blocks_total(replica_id))
 
     def retain(self, replica_ids: Collection[str]) -> None:
         """Forget all replicas but these."""

@@ -6,6 +6,7 @@ Keys, under `{prefix}:{application}:`
 Channels, under the same prefix:
     occupancy             each report
     prefixes              changes of prefix caches, which are not stored
+    sendings              what each ingress has sent where, not stored either
 
 Ages come from Redis' remaining time to live, so the clocks of machines need not agree.
 """
@@ -21,6 +22,7 @@ from redis.retry import Retry
 
 from router.ledger.occupancy import REPORT_TTL_S, Occupancy, SchemaMismatch
 from router.ledger.prefixes import PrefixChange
+from router.ledger.sendings import Sendings
 
 SOCKET_TIMEOUT_S = 1.0
 
@@ -53,6 +55,10 @@ class LedgerKeys(NamedTuple):
     def prefix_channel(self) -> str:
         return f"{self.prefix}:{self.application}:prefixes"
 
+    @property
+    def sendings_channel(self) -> str:
+        return f"{self.prefix}:{self.application}:sendings"
+
     def replica(self, replica_id: str) -> str:
         return f"{self.prefix}:{self.application}:replica:{replica_id}"
 
@@ -71,7 +77,7 @@ def connect(url: str, timeout_s: float = SOCKET_TIMEOUT_S) -> redis.asyncio.Redi
 
 
 class LedgerWriter:
-    """Publisher of one replica's reports, for one event loop.
+    """Publisher of one replica's reports, or of one ingress' sendings, for one event loop.
 
     Every method raises `redis.RedisError` when the store is unreachable or slower than
     `SOCKET_TIMEOUT_S`.
@@ -92,6 +98,9 @@ class LedgerWriter:
 
     async def publish_prefixes(self, change: PrefixChange) -> None:
         await self._client.publish(self._keys.prefix_channel, change.model_dump_json())
+
+    async def publish_sendings(self, sendings: Sendings) -> None:
+        await self._client.publish(self._keys.sendings_channel, sendings.model_dump_json())
 
     async def withdraw(self, replica_id: str) -> None:
         """Remove the replica's report, when it shuts down."""

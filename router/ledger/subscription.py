@@ -15,6 +15,7 @@ from redis.asyncio.client import PubSub
 from router.ledger.occupancy import REPORT_TTL_S, SchemaMismatch
 from router.ledger.prefixes import PrefixChange
 from router.ledger.redis_ledger import LedgerKeys, connect
+from router.ledger.sendings import Sendings
 from router.local_view import LocalView
 
 logger = logging.getLogger(__name__)
@@ -36,17 +37,20 @@ class LedgerSubscription:
         view: LocalView,
         clock: Callable[[], float] = time.monotonic,
         on_prefixes: Callable[[PrefixChange], None] = lambda change: None,
+        on_sendings: Callable[[Sendings], None] = lambda sendings: None,
         ttl_s: float = REPORT_TTL_S,
     ) -> None:
         """
         Args:
             on_prefixes: called with each change of a replica's prefix cache.
+            on_sendings: called with what each ingress has sent, this one included.
             ttl_s: time to live of the reports, as their writers set it.
         """
         self._keys = keys
         self._view = view
         self._clock = clock
         self._on_prefixes = on_prefixes
+        self._on_sendings = on_sendings
         self._ttl_s = ttl_s
         self._lost = False
         self._client = connect(url)
@@ -66,7 +70,8 @@ class LedgerSubscription:
             await self._client.aclose()
 
     async def _listen(self, pubsub: PubSub) -> None:
-        await pubsub.subscribe(self._keys.channel, self._keys.prefix_channel)
+        keys = self._keys
+        await pubsub.subscribe(keys.channel, keys.prefix_channel, keys.sendings_channel)
         reread_at = self._clock()
         task = asyncio.current_task()
         # redis-py uses `asyncio.wait_for`, which before Python 3.12 can swallow a cancellation.
@@ -80,12 +85,15 @@ class LedgerSubscription:
                 self._take(message)
 
     def _take(self, message: dict[str, Any]) -> None:
-        if message["channel"] != self._keys.prefix_channel.encode():
-            self._view.receive(message["data"], self._clock())
-            return
-        # Affinity is approximate anyway.
+        channel, data = message["channel"].decode(), message["data"]
+        # Affinity and others' bookings are approximate anyway.
         with contextlib.suppress(ValidationError, SchemaMismatch):
-            self._on_prefixes(PrefixChange.parse(message["data"]))
+            if channel == self._keys.prefix_channel:
+                self._on_prefixes(PrefixChange.parse(data))
+            elif channel == self._keys.sendings_channel:
+                self._on_sendings(Sendings.parse(data))
+            else:
+                self._view.receive(data, self._clock())
 
     async def _read_all(self) -> None:
         keys = self._keys

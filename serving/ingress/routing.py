@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import time
+import uuid
 from collections.abc import Collection, Sequence
 
 from ray.serve import metrics
@@ -11,7 +12,9 @@ from ray.serve import metrics
 from router.chooser import Chooser, Decision
 from router.footprint import Footprint
 from router.ledger.redis_ledger import LedgerKeys
+from router.ledger.sendings import Sending, Sendings
 from router.ledger.subscription import LedgerSubscription
+from router.ledger.teller import Teller
 from router.local_view import LocalView
 from router.score import Speeds
 from serving.config import AppConfig
@@ -20,10 +23,16 @@ logger = logging.getLogger("ray.serve")
 
 
 class Routing:
-    """A chooser of replicas with metrics, a log, and a subscription to the ledger."""
+    """A chooser of replicas with metrics, a log, and a subscription to the ledger.
+
+    Ingresses tell each other what they have sent, so that each counts the requests and remembers
+    the prefixes of all.
+    """
 
     def __init__(self, chooser: Chooser, *, log_decisions: bool) -> None:
         self._chooser = chooser
+        self._ingress_id = uuid.uuid4().hex
+        self._teller: Teller | None = None
         self._log_decisions = log_decisions
         self._decisions = metrics.Counter(
             "adakv_routing_decisions", "Routed requests by the reason of the choice", ("reason",)
@@ -31,14 +40,40 @@ class Routing:
         self._dropped = metrics.Gauge(
             "adakv_routing_reports_dropped", "Occupancy reports that could not be read"
         )
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def listen(self, url: str, keys: LedgerKeys) -> None:
-        """Start to follow the ledger, in the running event loop."""
+        """Start to follow the ledger, and to tell others by it, in the running event loop."""
         subscription = LedgerSubscription(
-            url, keys, self._chooser.view, on_prefixes=self._chooser.learn
+            url,
+            keys,
+            self._chooser.view,
+            on_prefixes=self._chooser.learn,
+            on_sendings=self._learn,
         )
-        self._task = asyncio.get_running_loop().create_task(subscription.run())
+        self._teller = Teller(url, keys, self._ingress_id)
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(subscription.run()),
+            loop.create_task(self._teller.run()),
+        ]
+
+    def stop(self) -> None:
+        """Follow the ledger no more."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _learn(self, sendings: Sendings) -> None:
+        if sendings.ingress_id == self._ingress_id:
+            return
+        now_s = time.monotonic()
+        for one in sendings.sent:
+            footprint = Footprint(
+                one.peak_blocks, one.steady_blocks, one.prompt_tokens, one.output_tokens,
+                tuple(one.block_hashes),
+            )  # fmt: skip
+            request_id = sendings.ingress_id, one.request_id
+            self._chooser.sent(request_id, one.replica_id, footprint, now_s)
 
     def choose(
         self, request_id: str, replica_ids: Sequence[str], footprint: Footprint | None
@@ -55,8 +90,16 @@ class Routing:
         return decision
 
     def sent(self, request_id: str, replica_id: str, footprint: Footprint) -> None:
-        """Book a request on the replica that got it."""
+        """Book a request on the replica that got it, and tell the other ingresses."""
         self._chooser.sent(request_id, replica_id, footprint, time.monotonic())
+        if self._teller is None:
+            return
+        sending = Sending(
+            request_id=request_id, replica_id=replica_id, peak_blocks=footprint.peak_blocks,
+            steady_blocks=footprint.steady_blocks, prompt_tokens=footprint.prompt_tokens,
+            output_tokens=footprint.output_tokens, block_hashes=list(footprint.block_hashes),
+        )  # fmt: skip
+        self._teller.tell(sending)
 
     def retain(self, replica_ids: Collection[str]) -> None:
         """Forget all replicas but these."""

@@ -216,6 +216,16 @@ def test_in_a_large_fleet_the_holder_of_the_prefix_is_among_the_ranked() -> None
     assert decision.replica_ids[0] == "r777"
 
 
+def test_a_fleet_of_any_size_remembers_a_million_blocks_at_most() -> None:
+    ids = [f"r{index}" for index in range(1000)]
+    fleet = chooser(*(idle(i, blocks_total=25_000, blocks_free=25_000) for i in ids))
+    for index, name in enumerate(ids[:3]):
+        hashes = tuple(range(5000 * index, 5000 * (index + 1)))
+        fleet.sent(name, name, Footprint(60, 60, 160_000, 50, hashes), 0.0)
+        assert fleet._affinity.cached_blocks(name, hashes[4000:]) == 1000
+        assert fleet._affinity.cached_blocks(name, hashes) == 0
+
+
 @given(
     free=st.lists(st.integers(0, 100), min_size=2, max_size=6),
     peak=st.integers(1, 120),
