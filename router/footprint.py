@@ -1,5 +1,6 @@
 """The KV blocks that a request will take, predicted before it runs."""
 
+import hashlib
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
@@ -111,6 +112,11 @@ class OutputQuantiles:
         self._sorted: list[int] = []
         self._prior_tokens = prior_tokens
 
+    @property
+    def count(self) -> int:
+        """Outputs that it knows of, 256 at most."""
+        return len(self._recent)
+
     def note(self, tokens: int) -> None:
         self._recent.append(tokens)
         insort(self._sorted, tokens)
@@ -125,13 +131,26 @@ class OutputQuantiles:
         return guess if max_tokens is None else min(guess, max_tokens)
 
 
-def prefix_hashes(token_ids: Sequence[int], block_size_tokens: int) -> tuple[int, ...]:
+def seed_hash(cache_salt: str | None, adapter: str | None) -> int:
+    """Return the hash before a prompt's first block; 0 without a salt and a LoRA adapter."""
+    if cache_salt is None and adapter is None:
+        return 0
+    text = repr((cache_salt, adapter)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
+
+
+def prefix_hashes(
+    token_ids: Sequence[int], block_size_tokens: int, seed: int = 0
+) -> tuple[int, ...]:
     """Return a hash for each full block of a prompt, of all tokens up to the block's end.
 
     vLLM's prefix cache finds full blocks only.
+
+    Args:
+        seed: see `seed_hash`.
     """
     hashes: list[int] = []
-    parent = 0
+    parent = seed
     for start in range(0, len(token_ids) - block_size_tokens + 1, block_size_tokens):
         parent = prefix_hash(parent, token_ids[start : start + block_size_tokens])
         hashes.append(parent)

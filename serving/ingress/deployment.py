@@ -19,8 +19,14 @@ from serving.http.api_keys import vllm_keys
 from serving.http.asgi import ASGIApp, Message, Scope
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
 from serving.http.front_door import FrontDoor, FrontDoorSettings
-from serving.ingress.footprints import FootprintPredictor, OutputCounter, footprint_predictor
+from serving.ingress.footprints import (
+    FootprintPredictor,
+    OutputCounter,
+    Prediction,
+    footprint_predictor,
+)
 from serving.ingress.occupancy_router import OccupancyRouter
+from serving.ingress.prediction_metrics import PredictionMetrics
 from serving.ingress.routing import configured_routing
 from serving.store import store_url
 
@@ -39,12 +45,16 @@ class HandleBackend:
         self._stream: Any = engine.options(stream=True, _by_reference=False).asgi
         self._ping = engine.options(_by_reference=False).ping
         self._predictor = predictor
+        self._metrics = PredictionMetrics()
 
     async def stream(self, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:
-        footprint = None
+        predicted = Prediction(None, body)
         if self._predictor is not None:
-            footprint = await self._predictor.footprint(scope["path"], body)
-        response = self._stream.remote(scope, body, footprint)
+            predicted = await self._predictor.predict(scope["path"], body)
+            self._metrics.note(predicted)
+        if predicted.body is not body:
+            scope = _sized(scope, predicted.body)
+        response = self._stream.remote(scope, predicted.body, predicted.footprint)
         counter = OutputCounter()
         try:
             async for item in response:
@@ -52,7 +62,9 @@ class HandleBackend:
                 counter.see(batch)
                 yield batch
             if self._predictor is not None and counter.tokens:
-                self._predictor.note_output(counter.tokens)
+                tokens = counter.tokens // predicted.answers
+                self._predictor.note_output(predicted.kind, tokens)
+                self._metrics.note_output(predicted, counter.tokens)
         except (GeneratorExit, asyncio.CancelledError):
             response.cancel()
             raise
@@ -64,6 +76,12 @@ class HandleBackend:
             await self._ping.remote()
         except Exception as error:
             raise _translated(error) from error
+
+
+def _sized(scope: Scope, body: bytes) -> Scope:
+    """Return a request's scope with the length of its body, which may have changed."""
+    headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+    return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
 
 
 def _batch(item: bytes | list[Message]) -> list[Message]:

@@ -1,42 +1,58 @@
-"""Predicts in the ingress how much KV memory a request takes, by tokenizing its prompt."""
+"""Predicts in the ingress how much KV memory a request takes, by rendering its prompt."""
 
 import asyncio
 import hashlib
-import json
 import logging
 import re
+import threading
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from adakv_worker.config import FULL, CompressionConfig
 from adakv_worker.options import RequestOptions
-from router.footprint import Budget, Footprint, OutputQuantiles, predict, prefix_hashes
+from router.footprint import Budget, Footprint, OutputQuantiles, predict, prefix_hashes, seed_hash
 from serving.config import AppConfig
 from serving.http.asgi import Message
+from serving.http.rendered import NotRendered, Rendered, Renderer
 from serving.models.embedded import model_path_and_name
 
 logger = logging.getLogger("ray.serve")
 
-_PATHS = ("/v1/chat/completions", "/v1/completions")
-# Longer texts are estimated: tokenizing them would delay the prompts behind them.
-_LONGEST_TEXT_BYTES = 1 << 20
+# Longer bodies are not parsed: to parse lists of tokens holds all threads of this process.
+_LONGEST_BODY_BYTES = 1 << 20
+# Bodies that are rendered at once; others that come meanwhile are estimated.
+_MOST_BYTES_AT_ONCE = 4 << 20
 _BYTES_PER_TOKEN = 4
+# Threads that tokenize, so that short prompts need not wait for a long one.
+_WORKERS = 4
+# Answers of a class from which on they say more than those of all requests.
+_ENOUGH_OUTPUTS = 8
 # The first event of a chat has the role, the last is [DONE].
 _EVENTS_WITHOUT_TOKEN = 2
 
 
-class _Prompt(NamedTuple):
-    """A prompt's length and the prefix hashes of its full blocks."""
+class Prediction(NamedTuple):
+    """What is known of a request before it is sent.
 
-    tokens: int
-    block_hashes: tuple[int, ...]
+    footprint: None if it generates nothing or is malformed.
+    body: the request, with its prompt's ids if the engine takes them.
+    kind: the class of requests by whose answers its length is expected.
+    answers: number of its answers.
+    unknown: why its prompt was estimated, or not even that; None if it is known.
+    """
+
+    footprint: Footprint | None
+    body: bytes
+    kind: str = ""
+    answers: int = 1
+    unknown: str | None = None
 
 
 class OutputCounter:
     """Counts the tokens of a passing answer: by its usage, else by its stream's events."""
 
-    _USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
+    # Responses and messages call them otherwise than completions.
+    _USAGE = re.compile(rb'"(?:completion|output)_tokens": ?(\d+)')
 
     def __init__(self) -> None:
         self._events = 0
@@ -57,117 +73,168 @@ class OutputCounter:
 
 
 class FootprintPredictor:
-    """Predicts footprints off the event loop, with the model's own tokenizer."""
+    """Predicts footprints off the event loop, by rendering requests as the engine does."""
 
     def __init__(
         self,
-        tokenizer: Any,
+        renderer: Renderer,
         compression: CompressionConfig | None,
         block_size_tokens: int,
-        outputs: OutputQuantiles,
+        prior_output_tokens: int = 256,
+        served_name: str | None = None,
         remembered_prompts: int = 512,
     ) -> None:
         """
         Args:
-            tokenizer: a tokenizer of transformers.
             compression: None if compression is off.
-            remembered_prompts: number of recent prompts that are not tokenized again.
+            prior_output_tokens: expected length of answers before the first.
+            served_name: the model's name; requests for another name are for an adapter.
+            remembered_prompts: number of recent requests that are not rendered again.
         """
-        self._tokenizer = tokenizer
+        self._renderer = renderer
         self._compression = compression
         self._block_size_tokens = block_size_tokens
-        self._outputs = outputs
+        self._prior_output_tokens = prior_output_tokens
+        self._served_name = served_name
         self._remembered_prompts = remembered_prompts
-        self._prompts: OrderedDict[bytes, _Prompt] = OrderedDict()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._rendered: OrderedDict[bytes, Rendered] = OrderedDict()
+        self._outputs: dict[str, OutputQuantiles] = {}
+        self._bytes_at_once = 0
+        # A loop of its own: vLLM's rendering is not all in its threads.
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="renderer", daemon=True).start()
 
-    async def footprint(self, path: str, body: bytes) -> Footprint | None:
-        """Return a request's footprint; None if it generates nothing or is malformed."""
-        if path not in _PATHS:
-            return None
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, self._predict, body)
-
-    def note_output(self, tokens: int) -> None:
-        """Learn the length of an answer that has ended."""
-        self._outputs.note(tokens)
-
-    def _predict(self, body: bytes) -> Footprint | None:
+    async def predict(self, path: str, body: bytes) -> Prediction:
+        """Return what is known of a request."""
+        if not self._renderer.takes(path):
+            return Prediction(None, body)
+        size = len(body)
+        if size > _LONGEST_BODY_BYTES:
+            return self._estimated(path, body, "long")
+        if self._bytes_at_once and self._bytes_at_once + size > _MOST_BYTES_AT_ONCE:
+            return self._estimated(path, body, "busy")
+        self._bytes_at_once += size
         try:
-            request = json.loads(body)
-            prompt = self._prompt(request)
-            budget = self._budget(request)
-            asked = request.get("max_completion_tokens") or request.get("max_tokens")
-            return predict(
-                prompt.tokens,
-                self._outputs.expected(asked),
+            work = asyncio.run_coroutine_threadsafe(self._predict(path, body), self._loop)
+            return await asyncio.wrap_future(work)
+        except NotRendered as error:
+            logger.debug("not rendered (%s): %s", error.reason, error)
+            if error.reason == "malformed":
+                # The engine refuses it with a better message.
+                return Prediction(None, body, unknown=error.reason)
+            return self._estimated(path, body, error.reason)
+        finally:
+            self._bytes_at_once -= size
+
+    def note_output(self, kind: str, tokens: int) -> None:
+        """Learn the length of an answer that has ended."""
+        self._outputs_of(kind).note(tokens)
+        if kind:
+            self._outputs_of("").note(tokens)
+
+    def _outputs_of(self, kind: str) -> OutputQuantiles:
+        if kind not in self._outputs:
+            self._outputs[kind] = OutputQuantiles(self._prior_output_tokens)
+        return self._outputs[kind]
+
+    def _expected(self, kind: str, most: int | None) -> int:
+        known = self._outputs.get(kind)
+        if known is None or known.count < _ENOUGH_OUTPUTS:
+            known = self._outputs_of("")
+        return known.expected(most)
+
+    def _estimated(self, path: str, body: bytes, reason: str) -> Prediction:
+        """Return the footprint of a prompt as long as the request's bytes suggest."""
+        kind = _kind(path, None, None)
+        tokens = len(body) // _BYTES_PER_TOKEN
+        footprint = predict(
+            tokens, self._expected(kind, None), self._budget(None), self._block_size_tokens
+        )
+        return Prediction(footprint, body, kind, unknown=reason)
+
+    async def _predict(self, path: str, body: bytes) -> Prediction:
+        rendered = await self._render(path, body)
+        try:
+            budget = self._budget(RequestOptions.of(rendered.extra_args))
+        except ValueError as error:
+            raise NotRendered("malformed", error) from error
+        most = rendered.most_output_tokens
+        kind = _kind(path, most, rendered.model)
+        outputs = self._expected(kind, most)
+        each = [
+            predict(
+                len(ids),
+                outputs,
                 budget,
                 self._block_size_tokens,
-                prompt.block_hashes,
-                answers=request.get("n") or 1,
-                most_output_tokens=asked,
+                answers=rendered.answers,
+                most_output_tokens=most,
             )
-        except Exception as error:
-            # The engine refuses a malformed request with a better message.
-            logger.debug("no footprint: %s", error)
-            return None
+            for ids in rendered.prompts
+        ]
+        longest = max(rendered.prompts, key=len)
+        seed = seed_hash(rendered.cache_salt, self._adapter(rendered.model))
+        hashes = prefix_hashes(longest, self._block_size_tokens, seed)
+        footprint = Footprint(
+            sum(one.peak_blocks for one in each),
+            sum(one.steady_blocks for one in each),
+            sum(one.prompt_tokens for one in each),
+            sum(one.output_tokens for one in each),
+            hashes,
+        )
+        answers = rendered.answers * len(each)
+        return Prediction(footprint, _with_ids(body, rendered), kind, answers)
 
-    def _budget(self, request: dict[str, Any]) -> Budget | None:
+    async def _render(self, path: str, body: bytes) -> Rendered:
+        key = hashlib.sha256(path.encode() + b" " + body).digest()
+        known = self._rendered.get(key)
+        if known is None:
+            known = self._rendered[key] = await self._renderer.render(path, body)
+            if len(self._rendered) > self._remembered_prompts:
+                self._rendered.popitem(last=False)
+        self._rendered.move_to_end(key)
+        return known
+
+    def _adapter(self, model: str | None) -> str | None:
+        return None if model == self._served_name else model
+
+    def _budget(self, options: RequestOptions | None) -> Budget | None:
         if self._compression is None:
             return None
-        budget = RequestOptions.of(request.get("vllm_xargs")).budget(self._compression)
+        budget = (options or RequestOptions()).budget(self._compression)
         if budget.choice.preset == FULL:
             return None
         return Budget(budget.budget_tokens, budget.keep_ratio, budget.decode, budget.limit)
 
-    def _prompt(self, request: dict[str, Any]) -> _Prompt:
-        given: dict[str, Any] = {
-            name: request[name] for name in ("prompt", "messages", "tools") if name in request
-        }
-        text = json.dumps(given).encode()
-        if len(text) > _LONGEST_TEXT_BYTES:
-            return _Prompt(len(text) // _BYTES_PER_TOKEN, ())
-        key = hashlib.sha256(text).digest()
-        known = self._prompts.get(key)
-        if known is None:
-            ids = self._token_ids(given)
-            known = _Prompt(len(ids), prefix_hashes(ids, self._block_size_tokens))
-            self._prompts[key] = known
-            if len(self._prompts) > self._remembered_prompts:
-                self._prompts.popitem(last=False)
-        self._prompts.move_to_end(key)
-        return known
 
-    def _token_ids(self, given: dict[str, Any]) -> list[int]:
-        ids: list[int]
-        if "messages" in given:
-            text = self._tokenizer.apply_chat_template(
-                given["messages"],
-                tools=given.get("tools"),
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-            ids = self._tokenizer.encode(text, add_special_tokens=False)
-        elif isinstance(prompt := given["prompt"], str):
-            ids = self._tokenizer.encode(prompt)
-        elif all(isinstance(item, int) for item in prompt):
-            ids = prompt
-        else:
-            # Several prompts in one request run on one replica, side by side.
-            ids = [token for one in prompt for token in self._token_ids({"prompt": one})]
-        return ids
+def _kind(path: str, most_output_tokens: int | None, model: str | None) -> str:
+    """Return the class of a request: its endpoint, model, and the size of its limit."""
+    limit = "" if most_output_tokens is None else most_output_tokens.bit_length()
+    return f"{path} {model or ''} {limit}"
+
+
+def _with_ids(body: bytes, rendered: Rendered) -> bytes:
+    """Return a request with its prompt's ids, so that the engine need not render it again."""
+    start = body.find(b"{") + 1
+    if not rendered.takes_ids or len(rendered.prompts) != 1 or not start:
+        return body
+    ids = ",".join(map(str, rendered.prompts[0]))
+    given = f'"kv_transfer_params":{{"prompt_token_ids":[{ids}]}},'
+    return body[:start] + given.encode() + body[start:]
 
 
 def footprint_predictor(config: AppConfig) -> FootprintPredictor:
-    """Return a predictor with the configured model's tokenizer."""
+    """Return a predictor with the configured model's renderer, made in some seconds."""
     # A slow import, needed only in an ingress that predicts.
-    from transformers import AutoTokenizer
+    from serving.vllm_engine.rendering import VllmRenderer
 
-    path, _ = model_path_and_name(config.model)
+    path, name = model_path_and_name(config.model)
     compression = config.compression
+    engine = {"renderer_num_workers": _WORKERS, **config.engine}
     return FootprintPredictor(
-        AutoTokenizer.from_pretrained(config.engine.get("tokenizer") or path),
+        VllmRenderer.of_model(path, name, engine, config.server),
         compression if compression and compression.enabled else None,
         config.block_size_tokens,
-        OutputQuantiles(config.routing.prior_output_tokens),
+        config.routing.prior_output_tokens,
+        name,
     )

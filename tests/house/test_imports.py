@@ -48,8 +48,8 @@ ROOMS = {
     "serving.http": May("adakv_worker adakv_worker.frontend"),
     "serving.ingress": May(
         "adakv_worker router router.ledger router.lending serving serving.http serving.models"
-        " serving.spill",
-        "grpc ray starlette transformers",
+        " serving.spill serving.vllm_engine",
+        "grpc ray starlette",
     ),
     "serving.models": May("", "torch transformers"),
     "serving.spill": May("adakv_worker router.ledger router.lending serving", "numpy ray redis"),

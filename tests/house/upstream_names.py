@@ -75,6 +75,9 @@ UPSTREAM_NAMES = {
         ),
     },
     "serving.vllm_engine": {
+        "vllm.entrypoints.anthropic.serving.AnthropicServingMessages": (
+            "_should_merge_inline_system"
+        ),
         "vllm.v1.metrics.loggers.StatLoggerBase": "log_engine_initialized record",
     },
 }

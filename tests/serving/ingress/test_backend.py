@@ -17,6 +17,7 @@ from serving.http.asgi import Message
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
 from serving.http.front_door import FrontDoor, FrontDoorSettings
 from serving.ingress.deployment import HandleBackend, with_cors
+from serving.ingress.footprints import Prediction
 
 
 class Answer:
@@ -67,11 +68,12 @@ class Predictor:
         self.asked: list[tuple[str, bytes]] = []
         self.learnt: list[int] = []
 
-    async def footprint(self, path: str, body: bytes) -> Footprint:
+    async def predict(self, path: str, body: bytes) -> Prediction:
         self.asked.append((path, body))
-        return self.FOOTPRINT
+        return Prediction(self.FOOTPRINT, body.replace(b"two", b"three"), "kind", answers=2)
 
-    def note_output(self, tokens: int) -> None:
+    def note_output(self, kind: str, tokens: int) -> None:
+        assert kind == "kind"
         self.learnt.append(tokens)
 
 
@@ -95,8 +97,18 @@ async def test_a_footprint_goes_along_and_the_output_length_is_learnt() -> None:
         assert predictor.learnt == []
     assert predictor.asked == [("/v1/completions", b"body")]
     assert handle.called_with == ({"path": "/v1/completions"}, b"body", Predictor.FOOTPRINT)
-    assert predictor.learnt == [17]
+    # For each of two answers.
+    assert predictor.learnt == [8]
     assert not handle.answer.cancelled
+
+
+async def test_a_body_with_the_prompts_ids_goes_along_with_its_length() -> None:
+    handle = Handle([START])
+    scope = {"path": "/", "headers": [(b"content-length", b"3"), (b"a", b"b")]}
+    async for _ in backend_of(handle, Predictor()).stream(scope, b"two"):
+        pass
+    sent, body, _ = handle.called_with
+    assert (body, sent["headers"]) == (b"three", [(b"a", b"b"), (b"content-length", b"5")])
 
 
 async def test_without_a_predictor_no_footprint_goes_along() -> None:

@@ -12,6 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from adakv_worker.config import CompressionConfig
+from serving.http.rendered import NotRendered
+from serving.ingress.footprints import FootprintPredictor
+from serving.vllm_engine.rendering import VllmRenderer
 from tests.adakv_worker.engines import VOCABULARY, make_tiny_model
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -21,7 +24,10 @@ OPTIONS: dict[str, Any] = {
     "kv_cache_memory_bytes": 32 << 20, "max_num_batched_tokens": 512, "max_num_seqs": 8,
     "enable_prefix_caching": False,
 }  # fmt: skip
-TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }} "
+    "{% if twice %}{{ message['content'] }} {% endif %}{% endfor %}"
+)
 
 
 def words(count: int) -> str:
@@ -237,3 +243,133 @@ async def test_models_are_listed_and_shown(client: httpx.AsyncClient) -> None:
 async def test_http_errors_have_openais_form(client: httpx.AsyncClient) -> None:
     for response in (await client.get("/v1/nothing"), await client.get("/v1/completions")):
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+JSON = {"content-type": "application/json"}
+TEXT = {"type": "text", "text": words(60)}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    **ENDPOINTS,
+    "content parts": (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": [TEXT, TEXT]}], "max_tokens": 4},
+    ),
+    "tool calls": (
+        "/v1/chat/completions",
+        {
+            "messages": [
+                {"role": "user", "content": SHORT},
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                {"role": "tool", "content": SHORT, "tool_call_id": "c"},
+            ],
+            "max_tokens": 4,
+        },
+    ),
+    "no content": (
+        "/v1/chat/completions",
+        {
+            "messages": [
+                {"role": "user", "content": SHORT},
+                {"role": "assistant", "tool_calls": [CALL]},
+                {"role": "tool", "content": SHORT, "tool_call_id": "c"},
+            ],
+            "max_tokens": 4,
+        },
+    ),
+    "template arguments": (
+        "/v1/chat/completions",
+        {
+            "messages": [{"role": "user", "content": SHORT}], "max_tokens": 4,
+            "chat_template_kwargs": {"twice": True},
+        },
+    ),
+    "messages with a system": (
+        "/v1/messages",
+        {
+            "system": SHORT, "messages": [{"role": "user", "content": [TEXT]}], "max_tokens": 4,
+        },
+    ),
+    "a response to items": (
+        "/v1/responses",
+        {
+            "instructions": SHORT,
+            "input": [{"role": "user", "content": [{"type": "input_text", "text": SHORT}]}],
+            "max_output_tokens": 4,
+        },
+    ),
+    "batch": (
+        "/v1/chat/completions/batch",
+        {
+            "messages": [[{"role": "user", "content": text}] for text in (SHORT, LONG)],
+            "max_tokens": 4,
+        },
+    ),
+    "several prompts": ("/v1/completions", {"prompt": [SHORT, LONG], "max_tokens": 4}),
+    "tokens": ("/v1/completions", {"prompt": [5, 6, 7] * 30, "max_tokens": 4}),
+    "a chat by its invocation": (
+        "/invocations",
+        {"messages": [{"role": "user", "content": SHORT}], "max_tokens": 4},
+    ),
+    "a completion by its invocation": ("/invocations", {"prompt": SHORT, "max_tokens": 4}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def renderer(worded_model: Path) -> VllmRenderer:
+    return VllmRenderer.of_model(str(worded_model), "tiny", OPTIONS, {})
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_the_router_renders_each_form_as_the_engine_does(
+    client: httpx.AsyncClient, renderer: VllmRenderer, form: str
+) -> None:
+    path, fields = FORMS[form]
+    body = json.dumps({"model": "tiny", **fields}).encode()
+    rendered = await renderer.render(path, body)
+    answer = await client.post(path, content=body, headers=JSON, timeout=60)
+    assert answer.status_code == 200, answer.text
+    usage = answer.json()["usage"]
+    counted = usage.get("prompt_tokens", usage.get("input_tokens"))
+    assert sum(map(len, rendered.prompts)) == counted > 0
+    assert (rendered.most_output_tokens, rendered.model) == (4, "tiny")
+
+
+@pytest.mark.parametrize("form", ["chat", "content parts", "tool calls"])
+async def test_the_engine_answers_the_same_to_a_request_with_its_ids(
+    client: httpx.AsyncClient, renderer: VllmRenderer, form: str
+) -> None:
+    path, fields = FORMS[form]
+    body = json.dumps({"model": "tiny", "temperature": 0, **fields}).encode()
+    predictor = FootprintPredictor(renderer, None, 32, served_name="tiny")
+    given = (await predictor.predict(path, body)).body
+    assert b"prompt_token_ids" in given
+    plain, with_ids = [
+        (await client.post(path, content=one, headers=JSON, timeout=60)).json()
+        for one in (body, given)
+    ]
+    assert plain["choices"] == with_ids["choices"]
+    assert plain["usage"] == with_ids["usage"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "reason"),
+    [
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [
+                {"type": "image_url", "image_url": {"url": "http://nowhere/image"}}]}]},
+            "content",
+        ),
+        ("/v1/responses", {"input": "x", "previous_response_id": "resp_1"}, "content"),
+        ("/v1/chat/completions", {"messages": []}, "malformed"),
+        ("/v1/chat/completions", {}, "malformed"),
+        ("/v1/completions", {"prompt": words(3000)}, "malformed"),
+        ("/invocations", {"input": "x"}, "form"),
+    ],
+)  # fmt: skip
+async def test_what_the_router_cannot_render_has_a_reason(
+    renderer: VllmRenderer, path: str, fields: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(NotRendered) as caught:
+        await renderer.render(path, json.dumps({"model": "tiny", **fields}).encode())
+    assert caught.value.reason == reason
