@@ -55,7 +55,8 @@ async def measure(
         await asyncio.sleep(0.1)
     times_s, tokens = [], 0
     for number in range(requests):
-        body = _body(words, number)
+        # Requests that were rendered before are remembered.
+        body = _body(words, number + beside * requests)
         began = time.perf_counter()
         prediction = await predictor.predict(_PATH, body)
         times_s.append(time.perf_counter() - began)
