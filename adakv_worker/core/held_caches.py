@@ -153,13 +153,13 @@ class HeldCaches:
 
     def arrive(self, held: Held) -> None:
         """Hold a cache from another replica, which the workers have in the host's memory."""
+        if not self._arrived.fits(held):
+            self._gone.append(held.name)
+            self.dropped["cap"] += 1
+            return
         self._note(held)
-        if self._arrived.fits(held):
-            self._put_on_host(held)
-            self._publish(held, True)
-        else:
-            self._publish(held, True)
-            self._end(held, "cap")
+        self._put_on_host(held)
+        self._publish(held, True)
 
     def refresh(self, name: str) -> None:
         """Count a held cache as used now: a request waits for it."""
@@ -294,7 +294,7 @@ class HeldCaches:
         self._publish(held, False)
 
     def _free_lost(self) -> None:
-        """Move the blocks of lost caches to the front of the queue: nobody needs their content."""
+        """Move the blocks of lost caches to the front of the queue: vLLM takes them next."""
         lost, self._lost = self._lost, []
         for held in lost:
             self._requeue(

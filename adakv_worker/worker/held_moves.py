@@ -84,7 +84,7 @@ class HeldMoves:
     def export(self, name: str, path: str) -> dict[str, Any] | None:
         """Write a cache, which stays held, to this rank's file; return its card.
 
-        Returns None if it is not held any more, or if the folder is gone: then nobody waits.
+        Returns None if it is not held any more, or if its receiver has removed the folder.
 
         Raises:
             OSError: there is no room for the file.

@@ -54,7 +54,7 @@ class HeldRows:
         self._tables = tables
         self._rows: dict[str, int] = {}
         self._parked: dict[str, CompressedState] = {}
-        # Of all of them, the oldest first.
+        # The cards of the caches in both, the oldest first.
         self._cards: dict[str, HeldCard] = {}
 
     @property

@@ -1,4 +1,4 @@
-"""The message by which an ingress tells the others what it has sent where."""
+"""The message in which an ingress lists the requests that it has sent, for other ingresses."""
 
 from typing import Self
 

@@ -1,11 +1,11 @@
-"""What a replica's app is told of a request's session: its tenant, and who holds its cache."""
+"""Names under which a replica's app finds a request's tenant and the holder of its cache."""
 
 import hashlib
 from collections.abc import Mapping
 
 # In a request's scope: the replica that probably holds its cache.
 HOLDER = "adakv.holder"
-# The header by which the front door tells whose API key a request has; it removes a client's own.
+# The header with a request's tenant. The front door sets it, and removes what a client has sent.
 TENANT_HEADER = b"x-adakv-tenant"
 _DIGITS = 16
 

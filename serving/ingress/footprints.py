@@ -27,6 +27,8 @@ _BYTES_PER_TOKEN = 4
 _WORKERS = 4
 # Answers of a class from which on they say more than those of all requests.
 _ENOUGH_OUTPUTS = 8
+# vLLM's own limit of `n`, unless the operator raises it.
+_MOST_ANSWERS = 16384
 # The first event of a chat has the role, the last is [DONE].
 _EVENTS_WITHOUT_TOKEN = 2
 
@@ -117,12 +119,13 @@ class FootprintPredictor:
         try:
             work = asyncio.run_coroutine_threadsafe(self._predict(path, body), self._loop)
             return await asyncio.wrap_future(work)
-        except NotRendered as error:
-            logger.debug("not rendered (%s): %s", error.reason, error)
-            if error.reason == "malformed":
+        except Exception as error:
+            reason = error.reason if isinstance(error, NotRendered) else "malformed"
+            logger.debug("not rendered (%s): %r", reason, error)
+            if reason == "malformed":
                 # The engine refuses it with a better message.
-                return Prediction(None, body, unknown=error.reason)
-            return self._estimated(path, body, error.reason)
+                return Prediction(None, body, unknown=reason)
+            return self._estimated(path, body, reason)
         finally:
             self._bytes_at_once -= size
 
@@ -154,11 +157,10 @@ class FootprintPredictor:
 
     async def _predict(self, path: str, body: bytes) -> Prediction:
         rendered = await self._render(path, body)
-        try:
-            budget = self._budget(RequestOptions.of(rendered.extra_args))
-        except ValueError as error:
-            raise NotRendered("malformed", error) from error
+        budget = self._budget(RequestOptions.of(rendered.extra_args))
         most = rendered.most_output_tokens
+        if not 1 <= rendered.answers <= _MOST_ANSWERS or (most is not None and most < 0):
+            raise NotRendered("malformed", "a count is out of range")
         kind = _kind(path, most, rendered.model)
         outputs = self._expected(kind, most)
         each = [

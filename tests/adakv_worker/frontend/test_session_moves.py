@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from adakv_worker.frontend.session_moves import SessionAsk, SessionCore, probable_holder
 from adakv_worker.frontend.tenants import current_tenant
-from adakv_worker.session_messages import Found
+from adakv_worker.session_messages import Found, HeldCard
 from tests.adakv_worker.async_engines import Client, Side
 from tests.adakv_worker.conversation import SESSIONS
 from tests.adakv_worker.engines import make_tiny_model, prompt
@@ -48,6 +48,17 @@ async def found(side: Side, ids: list[int], **fields: Any) -> Found | None:
     # The workers hold a cache with the step after its request has ended.
     await asked(side, prompt(5, 999), max_tokens=1)
     return await SessionCore(side.core).find(ask_for(ids, **fields))
+
+
+async def exported(side: Side, seed: int, path: Path) -> tuple[list[int], HeldCard]:
+    """Return the second turn of a conversation, and the card of its cache in the files at `path`."""
+    first = await asked(side, prompt(300, seed))
+    turn = [*first.ids, *first.tokens, *prompt(60, seed + 1)]
+    one = await found(side, turn)
+    assert one is not None
+    card = await SessionCore(side.core).export(one.name, str(path))
+    assert card is not None
+    return turn, card
 
 
 async def moved(here: Side, there: Side, ids: list[int], path: Path) -> Found:
@@ -121,13 +132,8 @@ async def test_only_the_same_request_finds_it(sides: tuple[Side, Side]) -> None:
 
 async def test_a_damaged_cache_is_refused(sides: tuple[Side, Side], tmp_path: Path) -> None:
     here, there = sides
-    first = await asked(here, prompt(300, 9))
-    turn = [*first.ids, *first.tokens, *prompt(60, 10)]
-    one = await found(here, turn)
-    assert one is not None
     path = tmp_path / "state"
-    card = await SessionCore(here.core).export(one.name, str(path))
-    assert card is not None
+    turn, card = await exported(here, 9, path)
     file = Path(f"{path}.0")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -146,13 +152,8 @@ async def test_a_cache_arrives_whole_even_if_nobody_waits_for_it(
     sides: tuple[Side, Side], tmp_path: Path
 ) -> None:
     here, there = sides
-    first = await asked(here, prompt(300, 19))
-    turn = [*first.ids, *first.tokens, *prompt(60, 20)]
-    one = await found(here, turn)
-    assert one is not None
     path = tmp_path / "state"
-    card = await SessionCore(here.core).export(one.name, str(path))
-    assert card is not None
+    turn, card = await exported(here, 19, path)
     coming = asyncio.create_task(SessionCore(there.core).take_in(card, str(path)))
     await asyncio.sleep(0)
     coming.cancel()

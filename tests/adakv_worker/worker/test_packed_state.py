@@ -107,7 +107,7 @@ def test_a_state_loses_the_last_entries_of_each_head(tokens: int, seed: int) -> 
     torch.manual_seed(seed)
     lens = torch.randint(tokens, 100, (5, 3), dtype=torch.int32)
     pages = -(-lens.reshape(-1).long() // 32)
-    # Each page tells its head, and its place there.
+    # A page's number is 100 times its head's, plus its place in the head.
     names = torch.cat([torch.arange(count) + 100 * head for head, count in enumerate(pages)])
     keys = names[:, None].expand(-1, 32 * 8).float()
     shorter = CompressedState(lens, keys, -keys).without_last(tokens, 32)

@@ -154,7 +154,7 @@ async def test_answers_are_learnt_by_the_class_of_their_requests() -> None:
     assert (await footprint(predictor, "y", most=2000)).output_tokens == 900
     assert (await footprint(predictor, "y", most=1100)).output_tokens == 900
     assert (await footprint(predictor, "y", model="a", n=2)).output_tokens == 80
-    # Of a class that nothing is known of, those of all say most.
+    # For a class without answers, those of all classes count.
     assert (await footprint(predictor, "y", model="b")).output_tokens == 900
 
 
@@ -252,7 +252,9 @@ async def test_the_configured_tokenizer_and_compression_are_used(tmp_path: Path)
     "body",
     [
         b"{", b"[]", b"{}", b'{"prompt": {}}', b'{"messages": "hello"}',
-        b'{"prompt": "x", "vllm_xargs": {"adakv_policy": "no"}}',
+        b'{"prompt": "x", "vllm_xargs": {"adakv_policy": "no"}}', b'{"prompt": []}',
+        b'{"prompt": "x", "n": -1}', b'{"prompt": "x", "max_tokens": -5}',
+        b'{"prompt": "x", "n": 1' + b"0" * 400 + b"}",
     ],
 )  # fmt: skip
 async def test_what_the_engine_refuses_has_no_footprint(

@@ -115,13 +115,13 @@ async def test_a_request_tells_its_replica_who_holds_its_prompt(router: Occupanc
         pending({}, b"", FOOTPRINT),
         pending({}, b"", FOOTPRINT._replace(block_hashes=(9,))),
     )
-    await router.choose_replicas(replicas, first)  # type: ignore[arg-type]
+    await ranks(router, first)
     assert first.args[-1].holder is None
     router.on_request_routed(first, THREE.replica_id, None)
     again = pending({}, b"", FOOTPRINT)
     # It may have less to do elsewhere.
     for request, holder in ((again, "three"), (other, None)):
-        await router.choose_replicas(replicas, request)  # type: ignore[arg-type]
+        await ranks(router, request)
         assert request.args[-1].holder == holder
 
 

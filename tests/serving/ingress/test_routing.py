@@ -51,6 +51,8 @@ class Door:
 @pytest.fixture
 async def doors(store: str) -> AsyncIterator[tuple[Door, Door]]:
     doors = Door(store), Door(store)
+    for door in doors:
+        await listened(door, store)
     yield doors
     for door in doors:
         door.routing.stop()
@@ -76,11 +78,9 @@ async def listened(door: Door, url: str) -> None:
 
 
 async def test_a_door_counts_what_another_one_has_sent(
-    doors: tuple[Door, Door], store: str
+    doors: tuple[Door, Door],
 ) -> None:
     here, there = doors
-    for door in doors:
-        await listened(door, store)
     before = here.waiting("two"), there.waiting("two")
     here.routing.sent("a request", "two", FOOTPRINT)
     await until(lambda: there.waiting("two") == before[1] + 1)
@@ -91,11 +91,9 @@ async def test_a_door_counts_what_another_one_has_sent(
 
 
 async def test_a_door_sends_the_next_turn_where_another_door_sent_the_first(
-    doors: tuple[Door, Door], store: str
+    doors: tuple[Door, Door],
 ) -> None:
     here, there = doors
-    for door in doors:
-        await listened(door, store)
     small = Footprint(3, 3, 96, 10, (7, 8, 9))
     for name in ("one", "two"):
         hashes = (hash(name), 1, 2)
