@@ -51,7 +51,7 @@ async def found(side: Side, ids: list[int], **fields: Any) -> Found | None:
 
 
 async def exported(side: Side, seed: int, path: Path) -> tuple[list[int], HeldCard]:
-    """Return the second turn of a conversation, and the card of its cache in the files at `path`."""
+    """Return a conversation's second turn, and the card of its cache in the files at `path`."""
     first = await asked(side, prompt(300, seed))
     turn = [*first.ids, *first.tokens, *prompt(60, seed + 1)]
     one = await found(side, turn)
