@@ -8,7 +8,6 @@ import torch
 from tests.adakv_worker.engines import Engine, Reference, Result
 
 SESSIONS = {"enabled": True, "min_saved_tokens": 1, "share": 1.0, "compress": "newest"}
-_TOLERANCE = 1e-3
 
 
 class Conversation:
@@ -18,8 +17,16 @@ class Conversation:
     seen: [L, H, n, n] bool, the entries that each of them attended to.
     """
 
-    def __init__(self, engine: Engine, reference: Reference, **options: Any) -> None:
+    def __init__(
+        self, engine: Engine, reference: Reference, tolerance: float = 1e-3, **options: Any
+    ) -> None:
+        """
+        Args:
+            tolerance: largest difference of a log-probability.
+            options: `extra_args` of every turn.
+        """
         self._engine = engine
+        self._tolerance = tolerance
         self._reference = reference
         self._options = options
         self.tokens: list[int] = []
@@ -55,8 +62,8 @@ class Conversation:
         ):
             for candidate, logprob in candidates.items():
                 difference = abs(logprob - float(expected[step, candidate]))
-                assert difference < _TOLERANCE, f"step {step}: off by {difference}"
-            assert float(expected[step].max() - expected[step, token]) < _TOLERANCE
+                assert difference < self._tolerance, f"step {step}: off by {difference}"
+            assert float(expected[step].max() - expected[step, token]) < self._tolerance
 
     def _follow(
         self, result: Result, resumed: int, kept_at: Sequence[torch.Tensor | None] | None

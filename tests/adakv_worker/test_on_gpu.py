@@ -1,7 +1,7 @@
 """Engines on a CUDA GPU answer as a reference that attends to the kept entries.
 
 Run every kind of engine in a process of its own, where vLLM for CUDA is installed:
-`pytest -n 9 --dist loadgroup tests/adakv_worker/test_on_gpu.py`.
+`pytest -n 13 --dist loadgroup tests/adakv_worker/test_on_gpu.py`.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ import torch
 
 from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
 from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
+from tests.adakv_worker.conversation import SESSIONS, Conversation
 from tests.adakv_worker.engine.test_eviction import BOUND, Traced, run
 from tests.adakv_worker.engines import (
     Engine,
@@ -78,23 +79,53 @@ def reference(model: Path) -> Reference:
 _PARAMS = [
     pytest.param(kind, id=kind.name, marks=pytest.mark.xdist_group(kind.name)) for kind in _KINDS
 ]
+_TALKING = [
+    pytest.param(kind, id=kind.name, marks=pytest.mark.xdist_group(f"{kind.name}-sessions"))
+    for kind in _KINDS
+    if kind.name in ("V2", "V2-eager", "V1", "V2-Triton")
+]
 
 
-@pytest.fixture(scope="module", params=_PARAMS)
-def engine(request: pytest.FixtureRequest, in_process: None, model: Path) -> Iterator[Engine]:
-    kind: Kind = request.param
-    compression = {"budget_tokens": 48, "keep_ratio": 0.0, "window_tokens": 8}
+def _engines(
+    kind: Kind, model: Path, folder: Path, sessions: dict[str, Any] | None = None
+) -> Iterator[Engine]:
+    compression = {
+        "budget_tokens": 48, "keep_ratio": 0.0, "window_tokens": 8, "sessions": sessions or {},
+    }  # fmt: skip
     settings = {
         "dtype": "float16", "block_size": 16, "enforce_eager": False,
         "max_num_batched_tokens": 256, "gpu_memory_utilization": 0.05, **kind.options,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(kind.use_v2)))
+        # Engines that start at once would write compiled code to the same files.
+        patch.setenv("VLLM_CACHE_ROOT", str(folder))
         engine = Engine(model, compression, **settings)
         yield engine
         engine.flush()
         engine.assert_nothing_leaked()
         engine.close()
+
+
+@pytest.fixture(scope="module", params=_PARAMS)
+def engine(
+    request: pytest.FixtureRequest,
+    in_process: None,
+    model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Engine]:
+    yield from _engines(request.param, model, tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module", params=_TALKING)
+def talking(
+    request: pytest.FixtureRequest,
+    in_process: None,
+    model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Engine]:
+    folder = tmp_path_factory.mktemp("compiled")
+    yield from _engines(request.param, model, folder, {**SESSIONS, "host_bytes": 64 << 20})
 
 
 def test_the_engine_is_of_that_kind(engine: Engine, request: pytest.FixtureRequest) -> None:
@@ -148,3 +179,43 @@ def test_a_full_batch_answers_as_the_reference(engine: Engine, reference: Refere
     for result in engine.run(prompts, params):
         assert result.kept is not None
         assert_equals_reference(result, reference, _TOLERANCE)
+
+
+def test_turns_go_on_from_the_held_cache(talking: Engine, reference: Reference) -> None:
+    talks = [Conversation(talking, reference, _TOLERANCE) for _ in range(3)]
+    params = talking.params(max_tokens=12)
+    results = talking.run([prompt(n, seed=70 + n) for n in (300, 150, 700)], params)
+    for talk, result in zip(talks, results, strict=True):
+        talk.note(result)
+    # Turns that fit one chunk, that take several, and of one token, beside prompts from the start.
+    for new in ((90, 5, 400), (1, 300, 33)):
+        asked = [
+            [*result.prompt, *result.tokens, *prompt(count, seed=80 + count)]
+            for result, count in zip(results, new, strict=True)
+        ]
+        fresh = prompt(200, seed=90 + new[0])
+        every = talking.run([*asked, fresh], params)
+        before, results = results, every[:3]
+        assert_equals_reference(every[3], reference, _TOLERANCE)
+        for talk, last, result in zip(talks, before, results, strict=True):
+            talk.note(result)
+            # All but the last token of the answer, which was never an input.
+            assert talk.resumed == len(last.prompt) + 11
+
+
+def test_an_answer_is_asked_for_again(talking: Engine, reference: Reference) -> None:
+    talk = Conversation(talking, reference, _TOLERANCE)
+    first = talk.turn(prompt(300, seed=75))
+    talk.turn(first.prompt)
+    assert talk.resumed == 299
+
+
+def test_branches_of_one_conversation_get_copies(talking: Engine, reference: Reference) -> None:
+    talks = [Conversation(talking, reference, _TOLERANCE) for _ in range(3)]
+    first = talks[0].turn(prompt(300, seed=76))
+    for talk in talks[1:]:
+        talk.tokens, talk.seen, talk._kept = talks[0].tokens, talks[0].seen, talks[0]._kept
+    asked = [[*first.prompt, *first.tokens, *prompt(60, seed=77 + n)] for n in range(3)]
+    for talk, result in zip(talks, talking.run(asked, talking.params()), strict=True):
+        talk.note(result)
+        assert talk.resumed == 311
