@@ -7,7 +7,8 @@ gets fewer, by what it holds beside the KV blocks. Each arm's engine has a proce
 one of them runs at a time; with `--at-once` several start together, which saves time.
 
 S_max, what stock would gain if decoding took no time, comes first. Published is 5.18 at a 64th.
-With `--profile N`, each arm also prints where the time of a step with N decoding requests goes.
+With `--profile N`, each arm also prints where the time of a prompt goes, and that of a step with N
+decoding requests.
 """
 
 import argparse
@@ -29,9 +30,13 @@ from loadtest.engines.published_arms import ARMS, Load, Setup, start
 PUBLISHED = 5.18
 # Requests whose steps are profiled: short, so that all of them fit into any arm's KV memory.
 _PROFILED = {"prompt_tokens": 192, "profile_steps": 16, "seed": -2}
+# Prompts that are profiled one by one, and the seed of the first.
+_PROFILED_PROMPTS = {"profile_prompts": 3, "seed": -100}
+# What engines take of a GPU's memory.
+_GPU_SHARE = 0.9
 _FIGURES = (
     "elapsed_s", "output_tokens", "tokens_per_s", "decode_tokens_per_s", "peak_running", "blocks",
-    "preemptions",
+    "preemptions", "compress_s", "evict_s",
 )  # fmt: skip
 
 
@@ -126,6 +131,8 @@ class Comparison:
                     self._save()
         finally:
             for engine in engines.values():
+                engine.ask_to_end()
+            for engine in engines.values():
                 engine.stop()
 
     @contextmanager
@@ -146,9 +153,13 @@ class Comparison:
         self.results[arm] = compare(figures, self.results.get("stock", figures))
         _print(arm, self.results[arm])
         profiles = self.results[arm]["profiles"] = {}
+        if self._plan.profile:
+            load = {**_PROFILED_PROMPTS, "prompt_tokens": self._setup.load.prompt_tokens}
+            profiles["prompt"] = engine.ask(load)
+            _print_profile("a prompt and a token", profiles["prompt"])
         for requests in self._plan.profile:
             profiles[requests] = engine.ask({**_PROFILED, "requests": requests})
-            _print_profile(requests, profiles[requests])
+            _print_profile(f"a step of {requests} that decode", profiles[requests])
 
 
 def _print_limit(stock: dict[str, Any]) -> float:
@@ -164,10 +175,10 @@ def _print_limit(stock: dict[str, Any]) -> float:
     return s_max
 
 
-def _print_profile(requests: int, row: dict[str, Any]) -> None:
+def _print_profile(what: str, row: dict[str, Any]) -> None:
     host = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in row["host"].items())
     print(
-        f"    {requests} decode: {row['step_s'] * 1e3:.2f} ms a step, the GPU computes "
+        f"    {what}: {row['step_s'] * 1e3:.2f} ms, the GPU computes "
         f"{row['gpu_busy_share']:.0%} of it; ms of the host: {host}"[:400], flush=True,
     )  # fmt: skip
 
@@ -202,6 +213,8 @@ def _engine(args: argparse.Namespace) -> dict[str, Any]:
         "max_num_batched_tokens": 8192, "enforce_eager": not cuda, "skip_tokenizer_init": True,
         "enable_prefix_caching": True,
     }  # fmt: skip
+    if cuda:
+        engine["gpu_memory_utilization"] = round(_GPU_SHARE / args.at_once, 3)
     if args.model is None:
         engine["load_format"] = "dummy"
     return {**engine, **json.loads(args.engine)}
@@ -222,11 +235,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument(
         "--at-once", type=int, default=1,
-        help="engines that start together, as memory allows: see --engine's gpu_memory_utilization",
+        help="engines that start together, as memory allows",
     )  # fmt: skip
     parser.add_argument(
         "--profile", type=int, nargs="*", default=[],
-        help="profile steps of so many decoding requests in each arm",
+        help="profile prompts, and steps of so many decoding requests, in each arm",
     )  # fmt: skip
     parser.add_argument("--beside-mib", type=float, default=384, help="taken off ours")
     parser.add_argument("--engine", default="{}", help="vLLM's engine arguments, as JSON")

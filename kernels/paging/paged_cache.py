@@ -176,8 +176,18 @@ def compact_in_place(kept: Tensor, cache: PagedCache, tables: Tensor, lens: Tens
         kept: [K, H, n] bool.
         tables, lens: [K, H, W] int32, the pages, and [K, H], entries kept.
     """
+    compact.reference(kept, cache, _own_pages(kept, cache, tables), tables, lens)
+
+
+@compact_in_place.on("cpu")
+def _compact_in_place(kept: Tensor, cache: PagedCache, tables: Tensor, lens: Tensor) -> None:
+    compact(kept, cache, _own_pages(kept, cache, tables), tables, lens)
+
+
+def _own_pages(kept: Tensor, cache: PagedCache, tables: Tensor) -> Tensor:
+    """Return the pages [K, nb, H] int64 of entries [K, H, n] that lie in `tables`."""
     used = -(-kept.shape[-1] // cache.keys.shape[1])
-    compact(kept, cache, tables[..., :used].transpose(1, 2).long(), tables, lens)
+    return tables[..., :used].transpose(1, 2).long()
 
 
 def placed_slots(tables: Tensor, lens: Tensor, page_tokens: int) -> Tensor:

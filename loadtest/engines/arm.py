@@ -114,6 +114,20 @@ class Engine:
             **step_figures(steps, self._compression()),
         }
 
+    def profile_prompts(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Profile prompts that are alone, each until its second token; as `profile_steps` does."""
+        seed = command["seed"]
+
+        def answer() -> None:
+            nonlocal seed
+            self._add({**command, "requests": 1, "output_tokens": 2, "seed": seed})
+            while self._engine.has_unfinished_requests():
+                self._engine.step()
+            seed -= 1
+
+        answer()
+        return profile_steps(answer, command["profile_prompts"])
+
     def profile(self, command: dict[str, Any]) -> dict[str, Any]:
         """Profile steps of `requests` that all decode; return what `profile_steps` does.
 
@@ -181,7 +195,11 @@ def main() -> None:
     engine = Engine(json.loads(sys.argv[1]))
     for line in sys.stdin:
         command = json.loads(line)
-        answer = engine.profile if "profile_steps" in command else engine.round
+        answer = engine.round
+        if "profile_steps" in command:
+            answer = engine.profile
+        elif "profile_prompts" in command:
+            answer = engine.profile_prompts
         print(json.dumps(answer(command)), flush=True)
 
 

@@ -7,6 +7,9 @@ import sys
 from contextlib import suppress
 from typing import IO, Any
 
+# An engine that still starts does not read that it is to end.
+_MOST_SECONDS_TO_END = 20
+
 
 class EngineProcess:
     """`loadtest.engines.arm`, which answers each line that it reads with one of its own."""
@@ -45,8 +48,16 @@ class EngineProcess:
         raise RuntimeError(f"the engine of arm {self._name} died: see the log")
 
     def stop(self) -> None:
-        """Let the engine end by itself."""
+        """Let the engine end by itself, or end it if it does not."""
+        self.ask_to_end()
+        try:
+            self._process.wait(_MOST_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def ask_to_end(self) -> None:
+        """Tell the engine to end, without waiting for it."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
-        self._process.wait(60)

@@ -50,6 +50,7 @@ def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for arm in arms.values():
         assert arm["profiles"]["2"]["step_s"] > 0
         assert any("execute_model" in name for name in arm["profiles"]["2"]["host"])
+        assert arm["profiles"]["prompt"]["step_s"] > 0
 
 
 def test_bad_arguments_are_a_line(capsys: pytest.CaptureFixture) -> None:

@@ -121,8 +121,9 @@ def test_a_spike_far_away_takes_it_all(device: torch.device) -> None:
     keys[0, 17] = 10.0
     pool, pages = paged(keys, 32, seed=0)
     scores = window_scores(queries, pool, pages, 1.0, 5000)
-    assert float(scores[0, 17]) == pytest.approx(1.0)
-    assert float(scores.sum()) == pytest.approx(1.0)
+    # Float32 knows logits of 640 to 6e-5.
+    assert float(scores[0, 17]) == pytest.approx(1.0, abs=1e-4)
+    assert float(scores.sum()) == pytest.approx(1.0, abs=1e-4)
 
 
 def test_a_long_prompt_is_split(device: torch.device) -> None:
