@@ -25,6 +25,9 @@ from kernels.bench import DIM, DTYPE, GROUP, HEADS, PAGE, Ceilings, ceilings, se
 # Deviation of the logarithm of a head's length: a tenth of the heads keep more than twice the mean,
 # as with adaptive heads.
 _SKEW = 0.8
+# What `sweep` compares: most parts of a sequence, and sequences up to which each is split.
+_PARTS = (1, 2, 4, 8, 32)
+_SPLIT_SEQUENCES = (0, 4096)
 
 
 class Sequences(NamedTuple):
@@ -50,11 +53,16 @@ class Sequences(NamedTuple):
 Attend = Callable[[Sequences], Any]
 
 
-def flash(s: Sequences) -> None:
+def flash(s: Sequences, splits: int | None = None) -> None:
+    """Attend with FlashAttention.
+
+    Args:
+        splits: most parts of a sequence; None for as our backend calls it for folded sequences.
+    """
     version = flash_attn.get_flash_attn_version() or 2
-    # As our backend calls it for folded sequences.
-    most = AttentionConfig.flash_attn_max_num_splits_for_cuda_graph
-    splits = folded_splits(len(s.lens), version, most) if s.keys.shape[2] == 1 else 0
+    if splits is None:
+        most = AttentionConfig.flash_attn_max_num_splits_for_cuda_graph
+        splits = folded_splits(len(s.lens), version, most) if s.keys.shape[2] == 1 else 0
     flash_attn.flash_attn_varlen_func(
         q=s.query, k=s.keys, v=s.values, out=s.output, cu_seqlens_q=s.starts, max_seqlen_q=1,
         seqused_k=s.lens, max_seqlen_k=s.tables.shape[1] * PAGE, softmax_scale=DIM**-0.5,
@@ -62,9 +70,15 @@ def flash(s: Sequences) -> None:
     )  # fmt: skip
 
 
-def triton_unified(s: Sequences) -> None:
+def triton_unified(s: Sequences, most: int | None = None) -> None:
+    """Attend with vLLM's kernel in Triton.
+
+    Args:
+        most: sequences up to which each is split; None for as our backend calls it.
+    """
     count, segments = s.query.shape[0], triton_attn.NUM_PAR_SOFTMAX_SEGMENTS
-    most = triton_attn.MIN_LAUNCH_GRID_SIZE_2D // s.keys.shape[2]
+    if most is None:
+        most = triton_attn.MIN_LAUNCH_GRID_SIZE_2D // s.keys.shape[2]
     shape = (min(most, count), s.query.shape[1], segments)
     sizes = ((*shape, DIM), shape, shape)
     outputs, maxima, sums = (torch.empty(size, device=s.query.device) for size in sizes)
@@ -120,6 +134,25 @@ def measure(attend: Attend, requests: int, mean: int, device: str) -> dict[str, 
     }
 
 
+def sweep(
+    requests: Sequence[int], entries: Sequence[int], device: str = "cuda"
+) -> list[dict[str, Any]]:
+    """Print how long folded sequences take with other limits on their parts."""
+    rows = []
+    for count in requests:
+        for mean in entries:
+            folded = sequences(skewed(count, mean, device), 1)
+            for attend, limits in ((flash, _PARTS), (triton_unified, _SPLIT_SEQUENCES)):
+                taken = {most: seconds(partial(attend, folded, most)) for most in limits}
+                name = attend.__name__
+                rows.append({
+                    "kernel": name, "requests": count, "mean_entries": mean, "seconds": taken,
+                })  # fmt: skip
+                figures = "  ".join(f"{most}: {s * 1e6:.1f}us" for most, s in taken.items())
+                print(f"{name:16}{count:9}{mean:9}  {figures}", flush=True)
+    return rows
+
+
 def report(
     limits: Ceilings,
     requests: Sequence[int] = (1, 16, 64, 256),
@@ -149,10 +182,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--entries", type=int, nargs="+", default=[256, 1500, 6000])
+    parser.add_argument("--sweep", action="store_true", help="of limits on a sequence's parts")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("attention_bench: needs a CUDA GPU, and there is none", file=sys.stderr)
         return 2
+    if args.sweep:
+        rows = sweep(args.requests, args.entries)
+        if args.json:
+            args.json.write_text(json.dumps({"sweep": rows}, indent=2) + "\n")
+        return 0
     limits = ceilings()
     print(f"{torch.cuda.get_device_name()}: copies {limits.bytes_per_s / 1e12:.2f} TB/s")
     rows = report(limits, args.requests, args.entries)

@@ -95,9 +95,7 @@ class Eviction:
         kept = self._select()
         lens = kept.sum(dim=-1, dtype=torch.int32)
         pages = tables.tables(row)
-        for layer in range(len(kept)):
-            part = slice(layer, layer + 1)
-            compact_in_place(kept[part], self._cache, pages[part], lens[part])
+        compact_in_place(kept, self._cache, pages, lens)
         move_pages(self._cache, *tables.shrink(row, lens, self._command.slabs))
         return kept
 

@@ -1,4 +1,4 @@
-"""Copies of kept entries: prefix sums give each its place, then rows move from page to page."""
+"""Copies of kept entries: their positions are listed, then rows move from page to page."""
 
 import torch
 import triton
@@ -16,18 +16,28 @@ _PROGRAMS = 2048
 def compact_paged(
     kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, lens: Tensor
 ) -> None:
-    """Do what `kernels.paging.paged_cache.compact` does; no target page may be a source."""
+    """Do what `kernels.paging.paged_cache.compact` does; no target page may be a source.
+
+    The positions of the kept entries are listed first, so that every thread that copies has an
+    entry to copy.
+    """
     layers, heads, n = kept.shape
     rows = layers * heads
     kept, source, tables = kept.contiguous(), source.contiguous(), tables.contiguous()
+    room = min(n, tables.shape[2] * cache.keys.shape[1])
     tiles = triton.cdiv(n, _COUNTED)
     splits = max(1, min(tiles, _PROGRAMS // rows))
     span = triton.cdiv(tiles, splits) * _COUNTED
     counts = torch.empty((rows, splits), dtype=torch.int32, device=kept.device)
-    _count_kept[(rows, splits)](kept, counts, n, span, splits, TILE=_COUNTED)
-    before = (counts.cumsum(dim=1) - counts).to(torch.int32)
-    _copy_kept[(rows, splits)](
-        kept, before, source, tables, *cache, n, span, splits, heads, source.shape[1],
+    if splits > 1:
+        _count_kept[(rows, splits)](kept, counts, n, span, splits, TILE=_COUNTED)
+    positions = torch.empty((rows, room), dtype=torch.int32, device=kept.device)
+    _list_kept[(rows, splits)](
+        kept, counts, positions, n, span, splits, room,
+        TILE=_COUNTED, SPLITS=triton.next_power_of_2(splits),
+    )  # fmt: skip
+    _copy_listed[(rows, triton.cdiv(room, _TILE))](
+        positions, lens.contiguous(), source, tables, *cache, room, heads, source.shape[1],
         tables.shape[2], *cache.keys.stride(), *cache.values.stride(), **_shape(cache), TILE=_TILE,
     )  # fmt: skip
 
@@ -69,37 +79,54 @@ def _offsets(
     return start[:, None] + dim[None, :] * stride_dim
 
 
-@triton.jit(do_not_specialize=["splits", "blocks", "width"])
-def _copy_kept(
-    kept, before, source, tables, keys, values, n, span, splits, heads, blocks, width,
-    key_page, key_token, key_dim, value_page, value_token, value_dim,
-    PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
+@triton.jit(do_not_specialize=["splits", "room"])
+def _list_kept(
+    kept, counts, positions, n, span, splits, room, TILE: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip
+    """List the positions of a row's kept entries in order, one span of the row per program."""
     row, split = tl.program_id(0), tl.program_id(1)
-    layer, head = row // heads, row % heads
     start = split * span
-    entries = tl.load(before + row * splits + split)
-    is_dim = tl.arange(0, BLOCK_DIM) < DIM
+    entries = 0
+    if SPLITS > 1:
+        other = tl.arange(0, SPLITS)
+        entries = tl.sum(tl.load(counts + row * splits + other, mask=other < split, other=0), 0)
+    listed = positions + row.to(tl.int64) * room
     for tile in range(start, min(start + span, n), TILE):
         position = tile + tl.arange(0, TILE)
         here = tl.load(kept + row.to(tl.int64) * n + position, mask=position < n, other=0)
-        stays = here != 0
-        rank = tl.cumsum(stays.to(tl.int32), 0)
-        entry = entries + rank - 1
+        stays = (here != 0).to(tl.int32)
+        entry = entries + tl.cumsum(stays, 0) - 1
+        tl.store(listed + entry, position, mask=(stays == 1) & (entry < room))
+        entries += tl.sum(stays, 0)
+
+
+@triton.jit(do_not_specialize=["room", "blocks", "width"])
+def _copy_listed(
+    positions, lens, source, tables, keys, values, room, heads, blocks, width,
+    key_page, key_token, key_dim, value_page, value_token, value_dim,
+    PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    first = tl.program_id(1) * TILE
+    count = tl.load(lens + row)
+    if first < count:
+        layer, head = row // heads, row % heads
+        entry = first + tl.arange(0, TILE)
+        stays = entry < count
+        position = tl.load(positions + row.to(tl.int64) * room + entry, mask=stays, other=0)
         block = (layer * blocks + position // PAGE).to(tl.int64) * heads + head
         old = tl.load(source + block, mask=stays, other=0)
         new = tl.load(tables + row.to(tl.int64) * width + entry // PAGE, mask=stays, other=0)
-        mask = stays[:, None] & is_dim[None, :]
+        mask = stays[:, None] & (tl.arange(0, BLOCK_DIM) < DIM)[None, :]
         offset, new_offset = position % PAGE, entry % PAGE
         place = _offsets(old, offset, key_page, key_token, key_dim, BLOCK_DIM)
         key = tl.load(keys + place, mask=mask, other=0.0)
         place = _offsets(old, offset, value_page, value_token, value_dim, BLOCK_DIM)
         value = tl.load(values + place, mask=mask, other=0.0)
-        key_place = _offsets(new, new_offset, key_page, key_token, key_dim, BLOCK_DIM)
-        value_place = _offsets(new, new_offset, value_page, value_token, value_dim, BLOCK_DIM)
-        tl.store(keys + key_place, key, mask=mask)
-        tl.store(values + value_place, value, mask=mask)
-        entries += tl.sum(stays.to(tl.int32), 0)
+        place = _offsets(new, new_offset, key_page, key_token, key_dim, BLOCK_DIM)
+        tl.store(keys + place, key, mask=mask)
+        place = _offsets(new, new_offset, value_page, value_token, value_dim, BLOCK_DIM)
+        tl.store(values + place, value, mask=mask)
 
 
 @triton.jit(do_not_specialize=["width"])

@@ -85,8 +85,10 @@ def _scores(
         queries, keys, most, total, scale, n, rows, window, splits,
         triton.cdiv(key_tiles, splits), heads, **layout,
     )  # fmt: skip
-    highest = most.amax(dim=-1)
-    normalizer = highest + (total * torch.exp2(most - highest[..., None])).sum(dim=-1).log2()
+    normalizer = queries.new_empty((heads, rows), dtype=torch.float32)
+    _combine[(heads * rows,)](
+        most, total, normalizer, splits, BLOCK_SPLITS=triton.next_power_of_2(splits), num_warps=1
+    )
     scores = queries.new_empty((heads, n - window), dtype=torch.float32)
     segments, segment_rows = (group, window) if reduction == "max" else (1, rows)
     if n > window:
@@ -169,6 +171,18 @@ def _log_sum_exp(
     place = (head.to(tl.int64) * rows + row) * splits + split
     tl.store(most + place, highest, mask=is_row)
     tl.store(total + place, summed, mask=is_row)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _combine(most, total, normalizer, splits, BLOCK_SPLITS: tl.constexpr):
+    """Compute the logarithm of a row's sum of powers from those of its splits."""
+    row = tl.program_id(0)
+    split = tl.arange(0, BLOCK_SPLITS)
+    place = row.to(tl.int64) * splits + split
+    highest = tl.load(most + place, mask=split < splits, other=float("-inf"))
+    summed = tl.load(total + place, mask=split < splits, other=0.0)
+    base = tl.max(highest, 0)
+    tl.store(normalizer + row, base + tl.log2(tl.sum(summed * tl.exp2(highest - base), 0)))
 
 
 @triton.jit

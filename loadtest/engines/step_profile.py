@@ -73,7 +73,7 @@ def _gpu_spans(step: Callable[[], object], count: int) -> list[Span]:
     return [
         Span(event.name, event.time_range.start, event.time_range.end)
         for event in profiler.events()
-        if event.device_type is DeviceType.CUDA
+        if event.device_type == DeviceType.CUDA
     ]
 
 

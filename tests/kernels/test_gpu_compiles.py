@@ -24,7 +24,7 @@ POINTERS = {
     "histogram": "*i32", "left": "*i32", "ties": "*i32", "before": "*i32", "mask": "*i1",
     "kept": "*i1", "counts": "*i32", "source": "*i64", "tables": "*i32", "needed": "*i64",
     "first": "*i64", "slabs": "*i32", "offsets": "*i64", "lens": "*i32", "used": "*i32",
-    "granted": "*i32", "slots": "*i64",
+    "granted": "*i32", "slots": "*i64", "positions": "*i32",
 }  # fmt: skip
 ATTENTION = {
     "PAGE": 16, "DIM": 128, "BLOCK_DIM": 128, "BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "EXACT": False,
@@ -45,6 +45,7 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
     ),
     "log-sum-exp, wide": (window_scores._log_sum_exp, WIDE, {}),
     "log-sum-exp, widest": (window_scores._log_sum_exp, WIDEST, FLOAT32),
+    "combined splits": (window_scores._combine, {"BLOCK_SPLITS": 64}, {}),
     "column means, wide": (window_scores._column_scores, {**WIDE, "SQUARES": False}, {}),
     "column means, widest": (window_scores._column_scores, {**WIDEST, "SQUARES": False}, FLOAT32),
     "column means": (window_scores._column_scores, {**ATTENTION, "SQUARES": False}, {}),
@@ -55,7 +56,8 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
     "ties": (top._count_ties, {"TILE": 1024}, {}),
     "marks": (top._mark, {"TILE": 1024}, {}),
     "counts": (compaction._count_kept, {"TILE": 1024}, {}),
-    "copies": (compaction._copy_kept, ROWS, {}),
+    "lists": (compaction._list_kept, {"TILE": 1024, "SPLITS": 8}, {}),
+    "copies": (compaction._copy_listed, ROWS, {}),
     "moves": (compaction._move_kept, ROWS, {}),
     "placement": (tables._place, {"EACH": 256, "TILE": 64}, {}),
     "growth": (tables._grow, {"PAGE": 16, "EACH": 256, "BLOCK": 256}, {}),

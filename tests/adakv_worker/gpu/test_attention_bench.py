@@ -29,6 +29,14 @@ def test_both_kernels_attend_to_the_same_bytes() -> None:
         assert row["ratio_at_equal_bytes"] == row["kv_bytes"] / row["folded_kv_bytes"]
 
 
+@pytest.mark.usefixtures("unmeasured")
+def test_a_sweep_is_of_both_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = attention_bench.sweep([2], [40], device="cpu")
+    assert [row["kernel"] for row in rows] == ["flash", "triton_unified"]
+    assert all(len(row["seconds"]) > 1 for row in rows)
+    assert "triton_unified" in capsys.readouterr().out
+
+
 def test_the_kernels_agree_on_skewed_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_bench, "DTYPE", torch.float32)
     torch.manual_seed(0)
