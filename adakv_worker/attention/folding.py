@@ -201,7 +201,7 @@ class FoldingImpl(AttentionImpl[Any]):
         if masked is not None and step.decodes is not None and step.decodes.mask is not None:
             mask = step.decodes.mask.view(-1, *[1] * (output.dim() - 1))
             stocks = output[: len(mask)]
-            stocks.copy_(torch.where(mask, masked, stocks))
+            torch.where(mask, masked, stocks, out=stocks)
         for watcher in step.watchers:
             watcher.see(index, query)
         return output
