@@ -216,10 +216,22 @@ def window_queries(earlier: Tensor | None, query: Tensor, span: int, layer: int)
     Raises:
         LookupError: there are too few, since the device had no memory for those of earlier steps.
     """
-    have = 0 if earlier is None else earlier.shape[1]
-    if span - have > len(query):
-        raise LookupError(f"the window has {span} queries, only {have + len(query)} are there")
-    fresh = query[len(query) - (span - have) :]
+    fresh = fresh_queries(earlier, query, span)
     if earlier is not None:
         fresh = torch.cat((earlier[layer], fresh))
     return fresh.transpose(0, 1)
+
+
+def fresh_queries(earlier: Tensor | None, query: Tensor, span: int) -> Tensor:
+    """Return the rows of `query` [tokens, Hq, D] that complete a window of `span` queries.
+
+    Args:
+        earlier: [L, e, Hq, D], the window's first queries.
+
+    Raises:
+        LookupError: there are too few, since the device had no memory for those of earlier steps.
+    """
+    have = 0 if earlier is None else earlier.shape[1]
+    if span - have > len(query):
+        raise LookupError(f"the window has {span} queries, only {have + len(query)} are there")
+    return query[len(query) - (span - have) :]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adakv_worker.messages import Evict, Recompress
-from adakv_worker.worker.compression import window_queries
+from adakv_worker.worker.compression import fresh_queries, window_queries
 from adakv_worker.worker.contained import Contained
 from adakv_worker.worker.model_parts import LayerParts
 from kernels.paging.entries import PagedEntries
@@ -16,11 +16,20 @@ from kernels.paging.paged_cache import PagedCache, compact_in_place, move_pages
 from kernels.paging.pages import PageTables
 from kernels.policies.observation import Observation
 from kernels.policies.policy import Policy, Scored, stacked
-from kernels.policies.reselection import keep_recent, reallocate, score_heads, stacked_layers
+from kernels.policies.reselection import (
+    keep_recent,
+    reallocate,
+    score_heads,
+    score_ragged,
+    stacked_layers,
+)
 
 
 class Eviction:
-    """Eviction of one request, which scores each layer after its attention and ends the last one.
+    """Eviction of one request, which sees each layer after its attention and ends the last one.
+
+    A policy that scores heads of different lengths at once scores all layers at the end, from
+    their queries; any other one scores each layer as it is seen.
 
     The entries that a head keeps move to the front of the head's own pages. Then pages in slabs
     that the request gives back move to free pages in slabs that it keeps. So a request never holds
@@ -55,6 +64,8 @@ class Eviction:
         self._tables = tables
         self._parts = parts
         self._scored: dict[int, Scored] = {}
+        # This step's queries [tokens, Hq, D] of each layer that waits for the end.
+        self._queries: dict[int, Tensor] = {}
         self._contained = Contained(request_id, command.choice)
         with self._contained:
             self._policy: Policy = command.choice.build()
@@ -68,6 +79,7 @@ class Eviction:
     def nbytes(self) -> int:
         """Bytes held from layer to layer: scores, and queries of earlier steps."""
         held = [tensor for scored in self._scored.values() for tensor in scored]
+        held += self._queries.values()
         return sum(t.numel() * t.element_size() for t in (*held, self._earlier) if t is not None)
 
     @functools.cached_property
@@ -84,7 +96,20 @@ class Eviction:
     def see(self, layer: int, query: Tensor) -> None:
         if not self.failed:
             with self._contained:
-                self._scored[layer] = self._score(self._observe(layer, query))
+                if self._at_once:
+                    fresh = fresh_queries(
+                        self._earlier, query[self._rows], self._command.query_span
+                    )
+                    # The forward pass reuses the memory of its queries.
+                    self._queries[layer] = fresh.clone()
+                else:
+                    self._scored[layer] = self._score(self._observe(layer, query))
+
+    @functools.cached_property
+    def _at_once(self) -> bool:
+        """Whether all layers are scored in one call."""
+        same_scale = len({part.scale for part in self._parts}) == 1
+        return self._policy.scores_ragged and same_scale
 
     def _score(self, heads: list[Observation]) -> Scored:
         return score_heads(self._policy, heads)
@@ -103,21 +128,31 @@ class Eviction:
         lens, keep = self._tables.lens(self._row), self._command.keep
         if not self.failed:
             with self._contained:
-                scored = stacked_layers([self._scored[layer] for layer in sorted(self._scored)])
-                return reallocate(self._policy, scored, lens, keep)
+                return reallocate(self._policy, self._all_scored(lens), lens, keep)
         self._scored.clear()
+        self._queries.clear()
         self._earlier = None
         return keep_recent(lens, keep)
+
+    def _all_scored(self, lens: Tensor) -> Scored:
+        """Return the scores [L, H, n - window] of all layers, whose heads have lens [L, H]."""
+        if not self._at_once:
+            return stacked_layers([self._scored[layer] for layer in sorted(self._scored)])
+        layers, heads = lens.shape
+        flat, pages = lens.flatten(), self._tables.tables(self._row).flatten(0, 1).long()
+        keys, values = (PagedEntries(pool, pages, int(lens.max()), flat) for pool in self._cache)
+        window = torch.stack([self._queries.pop(layer) for layer in range(layers)])
+        if self._earlier is not None:
+            window = torch.cat((self._earlier, window), dim=1)
+        queries = window.transpose(1, 2).flatten(0, 1)
+        observation = Observation(queries, keys, values, self._parts[0].scale)
+        scores = score_ragged(self._policy, observation, flat).scores
+        return Scored(scores.view(layers, heads, -1), None)
 
     def _observe(self, layer: int, query: Tensor) -> list[Observation]:
         """Return an observation for each head as a cache of its own."""
         part, group = self._parts[layer], self._parts[layer].num_heads // self._tables.heads
-        queries = window_queries(
-            self._earlier,
-            query[self._rows],
-            self._command.query_span,
-            layer,
-        )
+        queries = window_queries(self._earlier, query[self._rows], self._command.query_span, layer)
         pages = self._tables.tables(self._row)[layer].long()
         return [
             Observation(
@@ -149,6 +184,9 @@ class Recompression(Eviction):
         """
         super().__init__(*args, **kwargs)
         self._among = among
+
+    # New entries are as many in all heads, and selected as a prompt's.
+    _at_once = False
 
     def _score(self, heads: list[Observation]) -> Scored:
         window = self._policy.scorer.window_tokens

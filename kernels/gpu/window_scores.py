@@ -47,7 +47,7 @@ def _reduced(queries: Tensor, keys: Entries, scale: float, reduction: Reduction 
     n = keys.shape[1]
     if isinstance(keys, PagedEntries):
         pages = keys.pages.t().contiguous()
-        return _scores(queries, keys.pool, pages, scale, n, reduction)
+        return _scores(queries, keys.pool, pages, scale, n, reduction, keys.lens)
     return _scores(queries, keys, None, scale, n, reduction)
 
 
@@ -58,7 +58,9 @@ def _scores(
     scale: float,
     n: int,
     reduction: Reduction,
+    lens: Tensor | None = None,
 ) -> Tensor:
+    """Return scores [H, n - w]; heads with `lens` [H] int32 have 0 behind their ends."""
     heads, group, window, dim = queries.shape
     rows = group * window
     queries = queries.reshape(heads, rows, dim)
@@ -70,6 +72,8 @@ def _scores(
     scale = scale * math.log2(math.e)
     layout = {
         "pages": queries if pages is None else pages,
+        "lens": queries if lens is None else lens.contiguous(),
+        "RAGGED": lens is not None,
         "stride_head": keys.stride(0),
         "stride_token": keys.stride(1),
         "stride_dim": keys.stride(2),
@@ -93,8 +97,8 @@ def _scores(
     segments, segment_rows = (group, window) if reduction == "max" else (1, rows)
     if n > window:
         _column_scores[(heads, triton.cdiv(n - window, tile))](
-            queries, keys, normalizer, scores, scale, n - window, rows, segments, segment_rows,
-            heads, SQUARES=reduction == "squares", **layout,
+            queries, keys, normalizer, scores, scale, n - window, window, rows, segments,
+            segment_rows, heads, SQUARES=reduction == "squares", **layout,
         )  # fmt: skip
     return scores
 
@@ -139,15 +143,18 @@ def _product(query, key, EXACT: tl.constexpr):
     return tl.dot(query, key)
 
 
-@triton.jit(do_not_specialize=["splits", "tiles_per_split"])
+# Lengths differ from request to request; a number that is divisible by 16 would be compiled anew.
+@triton.jit(do_not_specialize=["n", "splits", "tiles_per_split"])
 def _log_sum_exp(
     queries, keys, most, total, scale, n, rows, window, splits, tiles_per_split, heads,
-    pages, stride_head, stride_token, stride_dim,
+    pages, lens, stride_head, stride_token, stride_dim, RAGGED: tl.constexpr,
     PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Compute maximum and sum of powers over one split of the keys, for a tile of rows."""
     head, split = tl.program_id(0), tl.program_id(2)
+    if RAGGED:
+        n = tl.load(lens + head)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = row < rows
     query = _load_queries(queries, head, rows, row, is_row, DIM, BLOCK_DIM)
@@ -185,10 +192,10 @@ def _combine(most, total, normalizer, splits, BLOCK_SPLITS: tl.constexpr):
     tl.store(normalizer + row, base + tl.log2(tl.sum(summed * tl.exp2(highest - base), 0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def _column_scores(
-    queries, keys, normalizer, scores, scale, entries, rows, segments, segment_rows, heads,
-    pages, stride_head, stride_token, stride_dim,
+    queries, keys, normalizer, scores, scale, columns, window, rows, segments, segment_rows, heads,
+    pages, lens, stride_head, stride_token, stride_dim, RAGGED: tl.constexpr,
     SQUARES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -198,6 +205,9 @@ def _column_scores(
     """
     head = tl.program_id(0)
     position = tl.program_id(1) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    entries = columns
+    if RAGGED:
+        entries = tl.load(lens + head) - window
     is_entry = position < entries
     key = _load_keys(
         keys, pages, head, heads, position, is_entry,
@@ -219,4 +229,5 @@ def _column_scores(
         best = tl.maximum(best, summed)
     if not SQUARES:
         best = best / segment_rows
-    tl.store(scores + head.to(tl.int64) * entries + position, best, mask=is_entry)
+    best = tl.where(is_entry, best, 0.0)
+    tl.store(scores + head.to(tl.int64) * columns + position, best, mask=position < columns)

@@ -22,11 +22,14 @@ class PagedEntries(NamedTuple):
     pool: [pages, page_tokens, D].
     pages: [H, W] int64, each head's pages in order of position.
     num_entries: n; the rest of the last page holds old or foreign entries.
+    lens: [H] int32, the entries of each head where they differ, at most n; only functions that
+        say so take such heads.
     """
 
     pool: Tensor
     pages: Tensor
     num_entries: int
+    lens: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import Operation
-from kernels.paging.entries import PART_BYTES, Entries, one_head, parts, read
+from kernels.paging.entries import PART_BYTES, Entries, PagedEntries, one_head, parts, read
 from kernels.policies.observation import Observation
 
 # Over the queries of a group: the mean, the largest mean of a query head, the sum of squares.
@@ -92,10 +92,12 @@ def reduced_window_attention(
 
     Args:
         queries: [H, G, w, D], the queries of the last w positions.
-        keys: [H, n, D].
+        keys: [H, n, D]; heads may have different lengths. What is behind a head's end gets 0.
         scale: softmax scale.
         reduction: how the G * w probabilities of an entry become one number.
     """
+    if isinstance(keys, PagedEntries) and keys.lens is not None:
+        return _reduced_by_head(queries, keys, scale, reduction)
     window = queries.shape[2]
     attention = window_attention(queries, keys, scale)[..., :-window]
     if reduction == "squares":
@@ -109,6 +111,8 @@ def reduced_window_attention(
 def _reduced_by_rows(
     queries: Tensor, keys: Entries, scale: float, reduction: Reduction = "mean"
 ) -> Tensor:
+    if isinstance(keys, PagedEntries) and keys.lens is not None:
+        return _reduced_by_head(queries, keys, scale, reduction)
     heads, group, window, _ = queries.shape
     if reduction == "max":
         by_member = (
@@ -129,6 +133,22 @@ def _reduced_by_rows(
         # A product with ones adds the rows at a fraction of what `torch.sum` over them costs.
         sums[head] += (ones[:, : len(before)] @ before)[0]
     return sums if reduction == "squares" else sums.div_(group * window)
+
+
+def _reduced_by_head(
+    queries: Tensor, keys: PagedEntries, scale: float, reduction: Reduction
+) -> Tensor:
+    """Do what `reduced_window_attention` does for heads of different lengths, one by one."""
+    assert keys.lens is not None
+    heads, _, window, _ = queries.shape
+    reduced = queries.new_zeros((heads, keys.num_entries - window), dtype=torch.float32)
+    for head, entries in enumerate(keys.lens.tolist()):
+        pages = keys.pages[head : head + 1]
+        one = PagedEntries(keys.pool, pages, entries)
+        reduced[head, : entries - window] = reduced_window_attention(
+            queries[head : head + 1], one, scale, reduction
+        )[0]
+    return reduced
 
 
 def observed_attention(observation: Observation, window: int, reduction: Reduction) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.policies.observation import Observation
 from kernels.policies.projected_values import ProjectedValues
-from kernels.policies.scorers.base import Scorer
+from kernels.policies.scorers.base import RaggedScorer, Scorer
 
 # Largest magnitude of a score: sinks get higher ones, and products of scores stay finite.
 LARGEST_SCORE = 1e18
@@ -103,6 +103,20 @@ class Policy:
             return Scored(scores, None)
         weights = self.second_stage.weights(observation, scores.shape[-1])
         return Scored(scores, _finite(weights))
+
+    @property
+    def scores_ragged(self) -> bool:
+        """Whether `score_ragged` can be called."""
+        return self.second_stage is None and isinstance(self.scorer, RaggedScorer)
+
+    def score_ragged(self, observation: Observation) -> Tensor:
+        """Return the finite scores [H, n - window_tokens] of heads of different lengths.
+
+        Args:
+            observation: its keys and values have `lens`; n is the longest head's.
+        """
+        assert isinstance(self.scorer, RaggedScorer)
+        return _finite(self.scorer.score_ragged(observation))
 
     def select(self, observations: Sequence[Observation], keep_tokens: int) -> Selection:
         """Select `keep_tokens` entries per head on average, the window included.

@@ -39,6 +39,19 @@ def score_heads(policy: Policy, heads: Sequence[Observation]) -> Scored:
     return Scored(scores, _padded(weights, 1.0) if weights else None)
 
 
+def score_ragged(policy: Policy, observation: Observation, lens: Tensor) -> Scored:
+    """Return scores [H, m] as `score_heads` does, in one call.
+
+    Args:
+        observation: H heads of different lengths.
+        lens: [H], their entries.
+    """
+    scores = with_sinks(Scored(policy.score_ragged(observation), None)).scores
+    position = torch.arange(scores.shape[-1], device=scores.device)
+    before_window = lens[:, None] - policy.scorer.window_tokens
+    return Scored(scores.masked_fill(position >= before_window, float("-inf")), None)
+
+
 def stacked_layers(layers: Sequence[Scored]) -> Scored:
     """Return the scores [H, m] of L layers, of different m, as [L, H, m] padded with -inf."""
     scores = _padded([layer.scores[None] for layer in layers], float("-inf"))

@@ -6,9 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.blocks import SINK_TOKENS, DecodeBound, entries_after, most_entries
+from kernels.paging.entries import PagedEntries
+from kernels.policies.observation import Observation
 from kernels.policies.policy import Scored
 from kernels.policies.presets import PRESETS, preset
-from kernels.policies.reselection import fitted, keep_recent, reallocate, with_sinks
+from kernels.policies.reselection import (
+    fitted,
+    keep_recent,
+    reallocate,
+    score_heads,
+    score_ragged,
+    with_sinks,
+)
+from tests.kernels.paging import in_pages
 
 
 @given(st.integers(1, 60), st.integers(1, 40), st.integers(0, 60), st.integers(0, 300))
@@ -47,6 +57,31 @@ def test_clipped_numbers_keep_their_sum_and_limits(data: st.DataObject) -> None:
     assert all(low <= one <= high for low, one, high in zip(least, got, most, strict=True))
     if all(low <= one <= high for low, one, high in zip(least, wanted, most, strict=True)):
         assert got == wanted
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if preset(name).scores_ragged])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_heads_of_different_lengths_score_together_as_alone(
+    name: str, data: st.DataObject
+) -> None:
+    policy = preset(name)
+    window = policy.scorer.window_tokens
+    spread = st.integers(window + SINK_TOKENS, window + 60)
+    lens = data.draw(st.lists(spread, min_size=1, max_size=6))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
+    queries = torch.randn((2 * len(lens), window, 32), generator=generator)
+    keys = torch.randn((len(lens), max(lens), 32), generator=generator)
+    paged = in_pages(keys, 16, generator)
+    counts = torch.tensor(lens, dtype=torch.int32)
+    together = Observation(queries, paged._replace(lens=counts), paged, 0.2)
+    alone = [
+        Observation(queries[2 * head : 2 * head + 2], one, one, 0.2)
+        for head, entries in enumerate(lens)
+        for one in (PagedEntries(paged.pool, paged.pages[head : head + 1], entries),)
+    ]
+    got, wanted = score_ragged(policy, together, counts).scores, score_heads(policy, alone).scores
+    torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("name", PRESETS)

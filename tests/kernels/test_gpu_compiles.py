@@ -28,6 +28,7 @@ POINTERS = {
 }  # fmt: skip
 ATTENTION = {
     "PAGE": 16, "DIM": 128, "BLOCK_DIM": 128, "BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "EXACT": False,
+    "RAGGED": False,
 }  # fmt: skip
 WIDE = {**ATTENTION, "DIM": 256, "BLOCK_DIM": 256}
 # As wide as float32 gets.
@@ -42,6 +43,12 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
         window_scores._log_sum_exp,
         {**ATTENTION, "PAGE": 0, "EXACT": True},
         {**FLOAT32, "pages": "*fp32"},
+    ),
+    "log-sum-exp, ragged": (window_scores._log_sum_exp, {**ATTENTION, "RAGGED": True}, {}),
+    "column squares, ragged": (
+        window_scores._column_scores,
+        {**ATTENTION, "SQUARES": True, "RAGGED": True},
+        {},
     ),
     "log-sum-exp, wide": (window_scores._log_sum_exp, WIDE, {}),
     "log-sum-exp, widest": (window_scores._log_sum_exp, WIDEST, FLOAT32),

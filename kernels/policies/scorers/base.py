@@ -32,3 +32,21 @@ class Scorer(Protocol):
         The highest scores stay. Scores are finite and comparable between the heads of a layer.
         """
         ...
+
+
+@runtime_checkable
+class RaggedScorer(Scorer, Protocol):
+    """A scorer that scores heads of different lengths at once.
+
+    On a GPU the host then starts a few kernels for all heads of all layers, instead of for each.
+    """
+
+    def score_ragged(self, observation: Observation) -> Tensor:
+        """Return scores [H, n - window_tokens] float32 as `score` does; n is the longest head's.
+
+        What is behind a head's end may be anything.
+
+        Args:
+            observation: its keys and values have `lens`.
+        """
+        ...

@@ -31,3 +31,7 @@ class WindowScorer:
     def score(self, observation: Observation) -> Tensor:
         scores = observed_attention(observation, self.window_tokens, self.group_reduction)
         return pool(scores, self.kernel_size, self.pooling)
+
+    def score_ragged(self, observation: Observation) -> Tensor:
+        # Entries of 0 behind a head's end pool as its end does.
+        return self.score(observation)

@@ -29,3 +29,7 @@ class WindowL2Scorer:
     def score(self, observation: Observation) -> Tensor:
         scores = observed_attention(observation, self.window_tokens, "squares")
         return pool(scores, self.kernel_size, self.pooling)
+
+    def score_ragged(self, observation: Observation) -> Tensor:
+        # Entries of 0 behind a head's end pool as its end does.
+        return self.score(observation)

@@ -114,6 +114,26 @@ def test_keys_in_one_piece_give_the_same(device: torch.device) -> None:
     assert torch.equal(_reduced(queries, PagedEntries(pool, pages.t(), 96), 0.125), scores)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "max", "squares"])
+def test_heads_of_different_lengths(reduction: Reduction, device: torch.device) -> None:
+    lens, window = [40, 9, 300, 129, 8], 8
+    generator = torch.Generator().manual_seed(3)
+    queries = torch.randn((len(lens), 2, window, 64), generator=generator).to(device)
+    keys = torch.randn((len(lens), max(lens), 64), generator=generator).to(device)
+    for head, entries in enumerate(lens):
+        keys[head, entries:] = torch.nan
+    pool, pages = paged(keys, 16, seed=3)
+    ragged = PagedEntries(pool, pages.t(), max(lens), torch.tensor(lens, device=device).int())
+    scores = _reduced(queries, ragged, 0.125, reduction)
+    assert scores.shape == (len(lens), max(lens) - window)
+    for head, entries in enumerate(lens):
+        one = slice(head, head + 1)
+        wanted = expected(queries[one], keys[one, :entries], 0.125, reduction)
+        if entries > window:
+            assert relative_error(scores[one, : entries - window], wanted) < 1e-5
+        assert not scores[head, entries - window :].any()
+
+
 def test_a_spike_far_away_takes_it_all(device: torch.device) -> None:
     """Logits of hundreds neither overflow nor lose the rest."""
     queries = torch.ones((1, 1, 4, 64), device=device)
