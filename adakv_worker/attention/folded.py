@@ -31,6 +31,7 @@ class Folded(NamedTuple):
         None where each request has one token.
     plan: the backend's own preparation of the step.
     mask: [R] bool, the compressed rows; None outside a graph.
+    queries: [L, R, Hq, D], where a graph leaves all rows' queries for the step's watchers.
     """
 
     requests: int
@@ -43,6 +44,7 @@ class Folded(NamedTuple):
     order: Tensor | None = None
     plan: object = None
     mask: Tensor | None = None
+    queries: Tensor | None = None
 
     @property
     def rows(self) -> slice:

@@ -49,6 +49,8 @@ class FoldingBuilder(AttentionMetadataBuilder[Any]):
     pages: Pages
     tables: PageTables
     next_step: Step | None = None
+    # Memory [L, rows, Hq, D] for the queries of full CUDA graphs, if something looks at them.
+    graph_queries: Tensor | None = None
     # A stock metadata class with `WithStep`.
     metadata_class: ClassVar[Callable[..., Any]]
 
@@ -211,6 +213,8 @@ class FoldingImpl(AttentionImpl[Any]):
     ) -> Tensor | None:
         """Attend for compressed decodes; in a graph return the result for all rows instead."""
         rows, group = folded.rows, self.num_heads // self.num_kv_heads
+        if folded.queries is not None:
+            folded.queries[index].copy_(query[rows])
         attended = output[rows] if folded.mask is None else torch.empty_like(output[rows])
         by_head = attended.view(-1, group, self.head_size)
         self._attend_folded(layer, index, fold(query[rows], group), by_head, folded)

@@ -68,7 +68,8 @@ class GPUFoldingBuilder(FoldingBuilder):
         mask = self._mask[:rows]
         mask[:compressed], mask[compressed:] = True, False
         self._compressed = compressed
-        return self.fold(grown, rows)._replace(mask=mask)
+        queries = None if self.graph_queries is None else self.graph_queries[:, :rows]
+        return self.fold(grown, rows)._replace(mask=mask, queries=queries)
 
     def build(
         self,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -29,11 +30,15 @@ from kernels.paging.pages import PageTables
 
 
 class KVMemory(NamedTuple):
-    """An engine's KV memory: as its kernels see it, as pages in logical order, and their tables."""
+    """An engine's KV memory: as its kernels see it, as pages in logical order, and their tables.
+
+    graph_queries: memory [L, rows, Hq, D] for the queries of full CUDA graphs; None without.
+    """
 
     pages: Pages
     cache: PagedCache
     tables: PageTables
+    graph_queries: Tensor | None = None
 
 
 class AdaKVRunner:
@@ -99,7 +104,7 @@ class AdaKVRunner:
         held = HeldMoves(state.held, kind, config, self._unsupported(), moves.files)
         return StepWork(
             state, memory.pages, builders, batch, moves, held, ranks,
-            check_invariants=config.check_invariants,
+            graph_queries=memory.graph_queries, check_invariants=config.check_invariants,
         )  # fmt: skip
 
     def _builders(self) -> list[FoldingBuilder]:
@@ -220,7 +225,7 @@ class AdaKVWorkerMixin(WorkerBase):
     def adakv_start_timings(self) -> None:
         """Record timings from the next step on, and forget those recorded before."""
         work = self._work if isinstance(self.model_runner, AdaKVRunner) else None
-        self._timings = Timings(lambda: work.state.extra_bytes if work else 0, wall_clock)
+        self._timings = Timings(lambda: work.extra_bytes if work else 0, wall_clock)
         if work:
             work.timings = self._timings
 

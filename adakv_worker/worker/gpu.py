@@ -35,7 +35,12 @@ class BlocksOutermost(AdaKVRunner):
         rows = most + config.most_held
         tables = DeviceTables(layout, page_tokens, rows, columns, in_graph)
         cache = PagedCache(pages.keys[:, :, 0], pages.values[:, :, 0])
-        return KVMemory(pages, cache, tables)
+        queries = None
+        if columns and config.decode_budget_tokens is not None:
+            # Evictions look at the queries of steps that graphs run.
+            shape = (len(layers), in_graph, layers[0].num_heads, layers[0].head_size)
+            queries = cache.keys.new_zeros(shape)
+        return KVMemory(pages, cache, tables, queries)
 
     def _graph_columns(self, config: CompressionConfig, sequences: int, page_tokens: int) -> int:
         """Return the pages of the longest head that full CUDA graphs attend to; 0 without graphs.

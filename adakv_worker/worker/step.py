@@ -82,8 +82,13 @@ class StepWork:
         held_moves: HeldMoves,
         ranks: Ranks,
         *,
+        graph_queries: Tensor | None = None,
         check_invariants: bool = False,
     ) -> None:
+        """
+        Args:
+            graph_queries: [L, rows, Hq, D], where full CUDA graphs leave the queries of their rows.
+        """
         self.state = state
         self.moves = moves
         self.held_moves = held_moves
@@ -91,11 +96,21 @@ class StepWork:
         self._builders = builders
         self._batch = batch
         self._ranks = ranks
+        self._graph_queries = graph_queries
+        # Watchers that look at those after the step.
+        self._late_watchers: list[Watcher] = []
         self._check_invariants = check_invariants
         self.step: SchedulerOutput | None = None
         self._answer = NO_ANSWER
         for builder in builders:
             builder.pages, builder.tables = pages, state.tables
+            builder.graph_queries = graph_queries
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes held beside the engine's KV memory."""
+        queries = 0 if self._graph_queries is None else self._graph_queries.nbytes
+        return self.state.extra_bytes + queries
 
     @property
     def _commands(self) -> StepCommands:
@@ -112,9 +127,10 @@ class StepWork:
             self.state.held.park(name)
         try:
             result = execute()
+            self._see_graph()
             commands = self._commands
         finally:
-            self.step = None
+            self.step, self._late_watchers = None, []
         # Requests that began in this step may have copied them.
         for name in sessions.drop:
             self.state.drop(name)
@@ -147,8 +163,7 @@ class StepWork:
     def may_replay(self) -> bool:
         """Return whether a full CUDA graph can run this step if all its requests decode."""
         assert self.step is not None
-        # Graphs contain no watchers.
-        if self._commands.needs_queries:
+        if self._commands.needs_queries and self._graph_queries is None:
             return False
         rows = self.state.rows(self.step.num_scheduled_tokens)
         return self.state.tables.fits_graphs(rows)
@@ -165,6 +180,9 @@ class StepWork:
         with self._timed("plan"):
             decodes, extends = self._compressed_first(rows)
             watchers = self._watchers(rows, self._commands)
+            if graph_rows is not None:
+                # A graph calls nothing of ours while it runs.
+                self._late_watchers, watchers = watchers, []
             extended = None
             if extends:
                 tokens = [row.tokens for row in extends]
@@ -181,6 +199,14 @@ class StepWork:
                     several = builder.fold_extends(extended, tokens, len(decodes))
                 step = Step(folded, watchers, several)
                 builder.next_step = step if step.folded or watchers else None
+
+    def _see_graph(self) -> None:
+        """Show the layers of the full graph that has run this step to its watchers."""
+        if self._late_watchers:
+            assert self._graph_queries is not None
+            for layer, queries in enumerate(self._graph_queries):
+                for watcher in self._late_watchers:
+                    watcher.see(layer, queries)
 
     def attach_answer(self, output: Any) -> Any:
         """Attach the answer to the step's commands to vLLM's output, now or when it is there."""

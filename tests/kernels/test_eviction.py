@@ -62,9 +62,7 @@ def test_clipped_numbers_keep_their_sum_and_limits(data: st.DataObject) -> None:
 @pytest.mark.parametrize("name", [name for name in PRESETS if preset(name).scores_ragged])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_heads_of_different_lengths_score_together_as_alone(
-    name: str, data: st.DataObject
-) -> None:
+def test_heads_of_different_lengths_score_together_as_alone(name: str, data: st.DataObject) -> None:
     policy = preset(name)
     window = policy.scorer.window_tokens
     spread = st.integers(window + SINK_TOKENS, window + 60)

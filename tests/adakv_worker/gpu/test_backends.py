@@ -69,13 +69,18 @@ def on(*kinds: Kind) -> pytest.MarkDecorator:
 
 @contextmanager
 def started(
-    model: Path, kind: Kind, sessions: dict[str, Any] | None = None, **options: Any
+    model: Path,
+    kind: Kind,
+    sessions: dict[str, Any] | None = None,
+    decode_budget_tokens: int | None = None,
+    **options: Any,
 ) -> Iterator[Engine]:
     from adakv_worker.attention import cpu as cpu_backend
     from adakv_worker.attention import gpu as gpu_backends
 
     compression = {
         "budget_tokens": 40, "keep_ratio": 0.0, "window_tokens": 8, "sessions": sessions or {},
+        "decode_budget_tokens": decode_budget_tokens,
     }  # fmt: skip
     settings = {
         "block_size": 16, "max_model_len": 512, "max_num_batched_tokens": 64,
@@ -174,6 +179,39 @@ def test_evictions_while_answers_are_written(engine: Engine, reference: Referenc
     assert result.proof is not None
     assert result.proof["decode_evictions"] == 1
     assert_equals_reference(result, reference, 1e-3, traced.kept_at)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind in _QUICK else pytest.mark.slow, id=str(kind))
+        for kind in (_TRITON, *_FAST)
+        if kind.graphs
+    ],
+)
+def test_graphs_run_the_steps_before_an_eviction_and_its_own(
+    model: Path, reference: Reference, kind: Kind
+) -> None:
+    with started(model, kind, decode_budget_tokens=40) as engine:
+        interpreted.graphs.replayed.clear()
+        bound = {"adakv_decode_budget_tokens": 40, "adakv_decode_interval_tokens": 32}
+        traced = {
+            f"{length}": Traced(
+                engine, f"{length}", prompt(length, seed=length),
+                engine.params(max_tokens=tokens, extra_args=bound),
+            )
+            for length, tokens in ((60, 40), (90, 50))
+        }  # fmt: skip
+        run(engine, traced)
+        replayed = list(interpreted.graphs.replayed)
+    for one in traced.values():
+        assert one.result is not None
+        assert one.result.proof is not None
+        assert one.result.proof["decode_evictions"] == 1
+        assert_equals_reference(one.result, reference, 1e-3, one.kept_at)
+    # All tokens but the first of each come from steps of decodes alone, or beside the other's
+    # prompt.
+    assert len(replayed) >= 48
 
 
 @on(*_FAST)
