@@ -19,6 +19,14 @@ class Offer(NamedTuple):
         return self.blocks if resource == "blocks" else self.host_bytes
 
 
+class Room(NamedTuple):
+    """What can still be leased of a lender: its offer less its leases, at least 0."""
+
+    lender: str
+    blocks: int
+    host_bytes: int
+
+
 class Lease(NamedTuple):
     """`amount` of a lender's resource, held by a borrower until it gives it back or it expires."""
 

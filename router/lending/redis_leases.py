@@ -1,58 +1,92 @@
 """The ledger of lent memory in Redis. Every operation is one script, and so is atomic.
 
-Keys, under `{prefix}:{application}:lending:`, all hashes but the last two, which are sorted sets:
-    offers, leases            offers by lender and leases by lease id, as JSON
-    offer_ends, lease_ends    their expiry times, in ms of Redis' own clock
+Keys, under `{prefix}:{application}:lending:`:
+    offers, leases            hashes: offers by lender and leases by lease id, as JSON
+    offer_ends, lease_ends    sorted sets: their expiry times, in ms of Redis' own clock
+    lent                      hash: what is lent, by resource and lender
+    room_blocks, room_bytes   sorted sets: what can still be leased of each lender
 
 Each script first removes expired entries. So nothing depends on replicas' clocks, and a replica
-that dies needs no clean-up. A jump of Redis' clock only makes leases expire earlier or later.
+that dies needs no clean-up. A jump of Redis' clock only makes leases expire earlier or later. What
+a script does grows with the logarithm of the number of lenders, except `read`.
 """
 
 import json
 from typing import Any, NamedTuple, cast
 
 from router.ledger.redis_ledger import SOCKET_TIMEOUT_S, LedgerKeys, connect
-from router.lending.leases import Lease, Lending, Offer
+from router.lending.leases import Lease, Lending, Offer, Room
 
 OFFER_TTL_S = 5.0
 LEASE_TTL_S = 10.0
+# A plan moves a few requests at once, and others take from the same lenders.
+_BEST_LENDERS = 16
 
 _BEGIN = """
 local offers, leases, offer_ends, lease_ends = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local lent, rooms = KEYS[5], {blocks = KEYS[6], host_bytes = KEYS[7]}
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local function remove_ended(hash, ends)
-    for _, name in ipairs(redis.call('ZRANGEBYSCORE', ends, '-inf', now)) do
-        redis.call('HDEL', hash, name)
-        redis.call('ZREM', ends, name)
+
+-- Brings a lender's room up to date.
+local function rank(lender)
+    local text = redis.call('HGET', offers, lender)
+    local offer = text and cjson.decode(text)
+    for resource, room in pairs(rooms) do
+        if offer then
+            local sum = tonumber(redis.call('HGET', lent, resource .. ':' .. lender) or '0')
+            redis.call('ZADD', room, math.max(0, offer[resource] - sum), lender)
+        else
+            redis.call('ZREM', room, lender)
+        end
     end
 end
-remove_ended(offers, offer_ends)
-remove_ended(leases, lease_ends)
+
+local function remove_offer(lender)
+    redis.call('HDEL', offers, lender)
+    redis.call('ZREM', offer_ends, lender)
+    rank(lender)
+end
+
+local function add_lent(lease, sign)
+    local name = lease.resource .. ':' .. lease.lender
+    local change = string.format('%.0f', sign * lease.amount)
+    if redis.call('HINCRBY', lent, name, change) <= 0 then redis.call('HDEL', lent, name) end
+    rank(lease.lender)
+end
+
+local function remove_lease(id)
+    local text = redis.call('HGET', leases, id)
+    redis.call('ZREM', lease_ends, id)
+    if not text then return 0 end
+    redis.call('HDEL', leases, id)
+    add_lent(cjson.decode(text), -1)
+    return 1
+end
+
+for _, lender in ipairs(redis.call('ZRANGEBYSCORE', offer_ends, '-inf', now)) do
+    remove_offer(lender)
+end
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', lease_ends, '-inf', now)) do
+    remove_lease(id)
+end
 """
 _OFFER = """
 redis.call('HSET', offers, ARGV[1], ARGV[2])
 redis.call('ZADD', offer_ends, now + ARGV[3], ARGV[1])
+rank(ARGV[1])
 """
 _WITHDRAW = """
-redis.call('HDEL', offers, ARGV[1])
-redis.call('ZREM', offer_ends, ARGV[1])
+remove_offer(ARGV[1])
 """
 _TAKE = """
 local id, wanted, ttl = ARGV[1], cjson.decode(ARGV[2]), ARGV[3]
 if redis.call('HEXISTS', leases, id) == 1 then return 1 end
-local offer = redis.call('HGET', offers, wanted.lender)
-if not offer then return 0 end
-local left = cjson.decode(offer)[wanted.resource] - wanted.amount
-for _, text in ipairs(redis.call('HVALS', leases)) do
-    local lease = cjson.decode(text)
-    if lease.lender == wanted.lender and lease.resource == wanted.resource then
-        left = left - lease.amount
-    end
-end
-if left < 0 then return 0 end
+local room = redis.call('ZSCORE', rooms[wanted.resource], wanted.lender)
+if not room or tonumber(room) < wanted.amount then return 0 end
 redis.call('HSET', leases, id, ARGV[2])
 redis.call('ZADD', lease_ends, now + ttl, id)
+add_lent(wanted, 1)
 return 1
 """
 _RENEW = """
@@ -62,8 +96,21 @@ redis.call('ZADD', lease_ends, now + ARGV[2], ARGV[1])
 return 1
 """
 _GIVE_BACK = """
-redis.call('ZREM', lease_ends, ARGV[1])
-return redis.call('HDEL', leases, ARGV[1])
+return remove_lease(ARGV[1])
+"""
+_BEST = """
+local best, seen = {}, {}
+for _, key in pairs(rooms) do
+    for _, lender in ipairs(redis.call('ZREVRANGE', key, 0, ARGV[1] - 1)) do
+        if not seen[lender] then
+            seen[lender] = true
+            local blocks = redis.call('ZSCORE', rooms.blocks, lender)
+            local host_bytes = redis.call('ZSCORE', rooms.host_bytes, lender)
+            table.insert(best, {lender, blocks, host_bytes})
+        end
+    end
+end
+return best
 """
 _READ = """
 return {redis.call('HGETALL', offers), redis.call('HGETALL', leases)}
@@ -77,6 +124,9 @@ class LendingKeys(NamedTuple):
     leases: str
     offer_ends: str
     lease_ends: str
+    lent: str
+    room_blocks: str
+    room_bytes: str
 
     @classmethod
     def of(cls, keys: LedgerKeys) -> "LendingKeys":
@@ -94,7 +144,7 @@ class LendingLedger:
     def __init__(self, url: str, keys: LedgerKeys, timeout_s: float = SOCKET_TIMEOUT_S) -> None:
         self._keys = LendingKeys.of(keys)
         self._client = connect(url, timeout_s)
-        bodies = (_OFFER, _WITHDRAW, _TAKE, _RENEW, _GIVE_BACK, _READ)
+        bodies = (_OFFER, _WITHDRAW, _TAKE, _RENEW, _GIVE_BACK, _BEST, _READ)
         self._scripts = {body: self._client.register_script(_BEGIN + body) for body in bodies}
 
     async def offer(self, offer: Offer, ttl_s: float = OFFER_TTL_S) -> None:
@@ -131,8 +181,17 @@ class LendingLedger:
         """End a lease. Return False if it had ended before."""
         return await self._run(_GIVE_BACK, lease_id) == 1
 
+    async def best(self, count: int = _BEST_LENDERS) -> list[Room]:
+        """Return the lenders with the most room: `count` by blocks, and as many by host memory.
+
+        The one with the most blocks comes first.
+        """
+        found = cast(list[tuple[bytes, bytes, bytes]], await self._run(_BEST, count))
+        rooms = [Room(name.decode(), int(blocks), int(size)) for name, blocks, size in found]
+        return sorted(rooms, key=lambda room: (-room.blocks, -room.host_bytes, room.lender))
+
     async def read(self) -> Lending:
-        """Return all offers and leases."""
+        """Return all offers and leases, which takes long in a large fleet."""
         offers, leases = cast(list[list[bytes]], await self._run(_READ))
         return Lending(
             sorted(Offer(name, **fields) for name, fields in _items(offers)),

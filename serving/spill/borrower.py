@@ -7,13 +7,13 @@ import logging
 import sys
 import time
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import redis
 
-from router.lending.leases import Lease, Lending
+from router.lending.leases import Lease, Room
 from router.lending.redis_leases import LEASE_TTL_S, LendingLedger
 from router.lending.spill_plan import Candidate, Peer, plan_spill
 from serving.spill.move import MoveReport, RequestMove, Send, SpillSettings, Stayed
@@ -27,6 +27,8 @@ logger = logging.getLogger("ray.serve")
 
 # Weight of a new measurement of a lender's speed.
 _NEWEST = 0.3
+# Lenders whose speeds are remembered, those of the last moves.
+_MOST_SPEEDS = 256
 
 
 @dataclass
@@ -146,12 +148,11 @@ class Borrower:
         ]
         if not candidates:
             return
-        lending = await self._ledger.read()
-        self._forget_all_but([offer.lender for offer in lending.offers])
+        rooms = await self._ledger.best()
         moves = plan_spill(
             max(needed, pressing),
             candidates,
-            self._peers(lending),
+            self._peers(rooms),
             self._settings.prefill_tokens_per_s,
             limits,
             pressing_blocks=pressing,
@@ -163,16 +164,10 @@ class Borrower:
             if await self._ledger.take(lease):
                 self._start_move(move.request_id, lease)
 
-    def _forget_all_but(self, lenders: Collection[str]) -> None:
-        """Forget the measured speeds of replicas that no longer lend."""
-        speeds = self._bytes_per_s.items()
-        self._bytes_per_s = {lender: speed for lender, speed in speeds if lender in lenders}
-
-    def _peers(self, lending: Lending) -> list[Peer]:
-        host_bytes = lending.room("host_bytes")
+    def _peers(self, rooms: Iterable[Room]) -> list[Peer]:
         return [
-            Peer(lender, blocks, host_bytes[lender], self._speed(lender))
-            for lender, blocks in lending.room().items()
+            Peer(lender, blocks, host_bytes, self._speed(lender))
+            for lender, blocks, host_bytes in rooms
             if lender != self._replica_id
         ]
 
@@ -261,8 +256,11 @@ class Borrower:
                 await self._ledger.give_back(lease.lease_id)
 
     def _note(self, report: MoveReport, lease: Lease) -> None:
-        before = self._speed(report.lender)
-        self._bytes_per_s[report.lender] = before + _NEWEST * (report.bytes_per_s - before)
+        speeds, before = self._bytes_per_s, self._speed(report.lender)
+        speeds.pop(report.lender, None)
+        speeds[report.lender] = before + _NEWEST * (report.bytes_per_s - before)
+        if len(speeds) > _MOST_SPEEDS:
+            del speeds[next(iter(speeds))]
         logger.info("spill moved %s", json.dumps(report.log_line() | {"to": lease.resource}))
         self._on_move(report)
 

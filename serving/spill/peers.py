@@ -58,8 +58,7 @@ class ReplicaPeers:
         return is_whole
 
     async def others(self) -> list[str]:
-        room = (await self._ledger.read()).room()
-        names = sorted(room, key=lambda name: -room[name])
+        names = [room.lender for room in await self._ledger.best()]
         own = self._name
         return [
             name

