@@ -11,7 +11,7 @@ import redis
 
 from router.ledger.occupancy import Occupancy
 from router.ledger.prefixes import PrefixChange
-from router.ledger.redis_ledger import LedgerKeys, LedgerWriter
+from router.ledger.redis_ledger import LedgerKeys, LedgerWriter, report_gap_s
 
 if TYPE_CHECKING:
     # The ingress imports this module through the application and does not need vLLM.
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from serving.vllm_engine.load import EngineLoad
 
 logger = logging.getLogger("ray.serve")
-
-# Shorter gaps give readers nothing, and each report takes host time from the engine.
-_MIN_GAP_S = 0.1
-
 
 class LoadSource(Protocol):
     """Where a reporter reads the load, and waits for its changes."""
@@ -35,6 +31,8 @@ class LoadSource(Protocol):
 
 class OccupancyReporter:
     """Reports on change, and at least every interval, in one background task per replica.
+
+    In a larger fleet the least time between two reports is longer.
 
     Without the store it logs a warning and serving continues.
     """
@@ -60,6 +58,7 @@ class OccupancyReporter:
         self._replica_id = replica_id
         self._model = model
         self._interval_s = interval_s
+        self._gap_s = report_gap_s(1)
         self._epoch = time.time_ns()
         self._sequence = 0
         self._store_lost = False
@@ -97,7 +96,7 @@ class OccupancyReporter:
         """Return when the load differs from the last report, or the interval is over."""
         loop = asyncio.get_running_loop()
         due = loop.time() + self._interval_s
-        await asyncio.sleep(_MIN_GAP_S)
+        await asyncio.sleep(self._gap_s)
         while _reportable(self._source.load()) == self._reported and loop.time() < due:
             self._source.changed.clear()
             with contextlib.suppress(TimeoutError):
@@ -108,7 +107,7 @@ class OccupancyReporter:
         occupancy = self._occupancy()
         self._on_report(occupancy)
         try:
-            await self._writer.publish(occupancy)
+            self._gap_s = report_gap_s(await self._writer.publish(occupancy))
         except (redis.RedisError, OSError) as error:
             if not self._store_lost:
                 logger.warning("occupancy store lost, serving goes on: %s", error)

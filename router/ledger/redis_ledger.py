@@ -25,6 +25,20 @@ from router.ledger.prefixes import PrefixChange
 from router.ledger.sendings import Sendings
 
 SOCKET_TIMEOUT_S = 1.0
+# Reports of all replicas together, which an ingress reads and the store takes.
+_REPORTS_PER_S = 1000
+# Shorter gaps give readers nothing, and each report takes host time from the engine.
+_LEAST_GAP_S = 0.1
+# A report that is older would count as lost.
+_MOST_GAP_S = REPORT_TTL_S / 2
+
+
+def report_gap_s(replicas: int) -> float:
+    """Return the least time between two reports of a replica in a fleet of `replicas`.
+
+    Between reports routers count what has been sent to a replica since.
+    """
+    return min(max(_LEAST_GAP_S, replicas / _REPORTS_PER_S), _MOST_GAP_S)
 
 
 class Report(NamedTuple):
@@ -88,13 +102,16 @@ class LedgerWriter:
         self._ttl_ms = round(ttl_s * 1000)
         self._client = connect(url)
 
-    async def publish(self, occupancy: Occupancy) -> None:
+    async def publish(self, occupancy: Occupancy) -> int:
+        """Publish a report; return the number of replicas that have one."""
         payload = occupancy.model_dump_json()
-        async with self._client.pipeline(transaction=True) as pipe:
+        async with self._client.pipeline(transaction=False) as pipe:
             pipe.set(self._keys.replica(occupancy.replica_id), payload, px=self._ttl_ms)
             pipe.sadd(self._keys.members, occupancy.replica_id)
             pipe.publish(self._keys.channel, payload)
-            await pipe.execute()
+            pipe.scard(self._keys.members)
+            replicas: int = (await pipe.execute())[-1]
+        return replicas
 
     async def publish_prefixes(self, change: PrefixChange) -> None:
         await self._client.publish(self._keys.prefix_channel, change.model_dump_json())

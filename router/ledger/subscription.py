@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import redis
@@ -21,12 +21,15 @@ from router.local_view import LocalView
 logger = logging.getLogger(__name__)
 
 _REREAD_S = 1.0
+# Reports that are read again in a second, beside those that are published.
+_REREAD_PER_S = 100
 _RETRY_S = 0.5
 
 
 class LedgerSubscription:
-    """Listener to published reports, which also reads all reports every second.
+    """Listener to published reports, which also reads all reports now and then.
 
+    That is every second in a small fleet, and less often in a large one.
     It logs a lost store once and retries. Meanwhile the reports in the view grow stale.
     """
 
@@ -78,8 +81,8 @@ class LedgerSubscription:
         while task is None or not task.cancelling():
             now = self._clock()
             if now >= reread_at:
-                await self._read_all()
-                reread_at = now + _REREAD_S
+                replicas = await self._read_all()
+                reread_at = now + max(_REREAD_S, replicas / _REREAD_PER_S)
             message = await pubsub.get_message(timeout=max(0.0, reread_at - now))
             if message is not None:
                 self._take(message)
@@ -95,7 +98,8 @@ class LedgerSubscription:
             else:
                 self._view.receive(data, self._clock())
 
-    async def _read_all(self) -> None:
+    async def _read_all(self) -> int:
+        """Read all reports, and remove the ids of expired ones; return their number."""
         keys = self._keys
         members = cast(set[bytes], await self._client.smembers(keys.members))
         ids = [member.decode() for member in members]
@@ -106,13 +110,21 @@ class LedgerSubscription:
                     pipe.pttl(keys.replica(replica_id))
                 answers = await pipe.execute()
             now = self._clock()
-            for payload, remaining_ms in zip(answers[::2], answers[1::2], strict=True):
-                if payload is not None:
+            reports = zip(ids, answers[::2], answers[1::2], strict=True)
+            expired = []
+            for replica_id, payload, remaining_ms in reports:
+                if payload is None:
+                    expired.append(replica_id)
+                else:
                     age_s = max(0.0, self._ttl_s - remaining_ms / 1000)
                     self._view.receive(payload, now - age_s)
+            if expired:
+                # A replica that is only slow adds its id again with its next report.
+                await cast(Awaitable[int], self._client.srem(keys.members, *expired))
         if self._lost:
             logger.info("occupancy store is back")
         self._lost = False
+        return len(ids)
 
     def _note_loss(self, error: Exception) -> None:
         if self._lost:

@@ -1,8 +1,11 @@
 """The ledger's writer and reader against a real server."""
 
 import redis
+from hypothesis import given
+from hypothesis import strategies as st
 
-from router.ledger.redis_ledger import LedgerKeys, LedgerReader, LedgerWriter
+from router.ledger.occupancy import REPORT_TTL_S
+from router.ledger.redis_ledger import LedgerKeys, LedgerReader, LedgerWriter, report_gap_s
 from tests.router.occupancies import occupancy
 
 KEYS = LedgerKeys("test", "app")
@@ -76,3 +79,21 @@ async def test_reports_are_published_too(store_url: str, client: redis.Redis) ->
     message = listener.get_message(timeout=5)
     assert message is not None
     assert b'"replica_id":"a"' in message["data"]
+
+
+async def test_a_writer_learns_the_size_of_its_fleet(store_url: str, client: redis.Redis) -> None:
+    await _publish(store_url, "a", "b")
+    writer = LedgerWriter(store_url, KEYS, TTL_S)
+    assert await writer.publish(occupancy("c")) == 3
+    assert await writer.publish(occupancy("a")) == 3
+    await writer.close()
+
+
+@given(st.integers(1, 10_000))
+def test_a_large_fleet_reports_less_often_and_no_report_is_lost(replicas: int) -> None:
+    gap_s = report_gap_s(replicas)
+    assert 0.1 <= report_gap_s(max(1, replicas // 2)) <= gap_s <= REPORT_TTL_S / 2
+    if replicas <= 1000:
+        # Ten of each replica in a small fleet.
+        assert replicas / gap_s <= max(1000, 10 * replicas) + 1e-6
+        assert replicas <= 100 or replicas / gap_s <= 1000 + 1e-6

@@ -122,6 +122,18 @@ async def test_a_report_that_was_never_published_is_found(
         await view.until(lambda: view.running() == 5)
 
 
+async def test_the_ids_of_replicas_whose_reports_have_expired_are_removed(
+    store_url: str, client: redis.Redis
+) -> None:
+    client.sadd(KEYS.members, "gone")
+    await report(store_url, running=1)
+    async with following(store_url) as view:
+        await view.until(lambda: view.running() == 1)
+        while client.sismember(KEYS.members, "gone"):
+            await asyncio.sleep(0)
+    assert client.smembers(KEYS.members) == {b"r1"}
+
+
 async def test_stored_reports_are_as_old_as_their_times_to_live_show(
     store_url: str, client: redis.Redis
 ) -> None:
