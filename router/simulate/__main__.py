@@ -18,9 +18,9 @@ from router.footprint import Budget
 from router.simulate.fleet import capacity_per_s, simulate
 from router.simulate.replica import ServiceTimes
 from router.simulate.routers import ROUTERS
-from router.simulate.traces import SHAPES, trace
+from router.simulate.traces import SCENARIOS, trace
 
-SERVICE_TIMES = Path(__file__).with_name("service_times.json")
+PROFILES = Path(__file__).with_name("service_times.json")
 BUDGET = Budget(budget_tokens=256, keep_ratio=0.5)
 # Requests for each replica, by size of the fleet: enough for a p99 in a small fleet.
 _REQUESTS_PER_REPLICA = {2: 200, 8: 60, 64: 30, 256: 15}
@@ -55,7 +55,13 @@ def run_job(job: Job) -> Cell:
     rate = job.capacity_per_s * job.replicas * job.load_percent / 100
     results = [
         simulate(
-            job.router, trace(job.trace, count, rate, seed), job.replicas, job.times, BUDGET, seed
+            job.router,
+            trace(job.trace, count, rate, seed),
+            job.replicas,
+            job.times,
+            BUDGET,
+            seed,
+            SCENARIOS[job.trace],
         )
         for seed in range(job.seeds)
     ]
@@ -185,15 +191,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m router.simulate", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="draw them here (needs matplotlib)")
-    parser.add_argument("--traces", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--traces", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS))
     parser.add_argument("--loads", nargs="+", type=int, default=[60, 85, 100], metavar="PERCENT")
     parser.add_argument("--replicas", nargs="+", type=int, default=[2, 8, 64, 256])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--blocks", type=int, help="KV blocks of a replica; else the live run's")
+    profiles = json.loads(PROFILES.read_text())
+    parser.add_argument("--profile", choices=list(profiles), default="cpu", help="service times")
+    parser.add_argument("--blocks", type=int, help="KV blocks of a replica; else the profile's")
     args = parser.parse_args(argv)
     if min(args.replicas) < 2 or min(args.loads) < 1 or args.seeds < 1:
         parser.error("replicas start at 2, loads and seeds at 1")
-    times = ServiceTimes(**json.loads(SERVICE_TIMES.read_text())["times"])
+    times = ServiceTimes(**profiles[args.profile]["times"])
     if args.blocks is not None:
         times = times._replace(blocks_total=args.blocks)
     print(f"one replica: {times._asdict()}")

@@ -2,13 +2,13 @@
 
 import heapq
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from router.footprint import Budget
 from router.simulate.replica import ServiceTimes, SimulatedReplica, check_replica
 from router.simulate.routers import Router, make_router
-from router.simulate.traces import Request
+from router.simulate.traces import SCENARIOS, Request, Scenario
 
 # The least time between two reports of a replica, as in `serving.reporter`.
 _REPORT_GAP_S = 0.1
@@ -45,19 +45,27 @@ class _Events:
 class _Fleet:
     """Replicas behind one router, and the events due."""
 
-    def __init__(self, router: Router, replicas: Sequence[SimulatedReplica]) -> None:
+    def __init__(
+        self, router: Router, replicas: list[SimulatedReplica], late_reports: bool
+    ) -> None:
         self._router = router
         self._replicas = replicas
+        self._late_reports = late_reports
         self._events = _Events()
-        self._reported_at_s = [float("-inf")] * len(replicas)
-        self._report_due = [False] * len(replicas)
+        self._reported_at_s: dict[int, float] = {}
+        self._report_due: set[int] = set()
+
+    def join(self, replica: SimulatedReplica, now_s: float) -> None:
+        """Add a replica, which reports at once."""
+        self._replicas.append(replica)
+        self._router.report(len(self._replicas) - 1, now_s)
 
     def run_until(self, at_s: float) -> float:
         """Run all events up to this time; return the time of the last one."""
         now_s = 0.0
         for now_s, what, index in self._events.until(at_s):
             if what == "report":
-                self._report_due[index] = False
+                self._report_due.discard(index)
                 self._reported_at_s[index] = now_s
                 self._router.report(index, now_s)
             else:
@@ -77,10 +85,10 @@ class _Fleet:
         due_s = self._replicas[index].busy_until_s
         if step and due_s is not None:
             self._events.add(due_s, "step", index)
-        if not self._report_due[index]:
-            self._report_due[index] = True
-            at_s = max(now_s, self._reported_at_s[index] + _REPORT_GAP_S)
-            self._events.add(at_s, "report", index)
+        if index not in self._report_due and (step or not self._late_reports):
+            self._report_due.add(index)
+            last_s = self._reported_at_s.get(index, float("-inf"))
+            self._events.add(max(now_s, last_s + _REPORT_GAP_S), "report", index)
 
 
 def simulate(
@@ -90,13 +98,26 @@ def simulate(
     times: ServiceTimes,
     budget: Budget | None,
     seed: int,
+    scenario: Scenario = SCENARIOS["poisson"],
 ) -> Result:
-    """Run all requests through a fleet, to the end of the last."""
-    simulated = [SimulatedReplica(f"replica-{index}", times, budget) for index in range(replicas)]
+    """Run all requests through a fleet, to the end of the last.
+
+    Args:
+        scenario: what the fleet is like.
+    """
+    every = [
+        SimulatedReplica(
+            f"replica-{index}", times.slower(scenario.slowdown) if index == 0 else times, budget
+        )
+        for index in range(replicas)
+    ]
+    simulated = every[:-1] if scenario.joins else list(every)
     router = make_router(router_name, simulated, random.Random(seed), times, budget)
-    fleet = _Fleet(router, simulated)
-    for request in requests:
+    fleet = _Fleet(router, simulated, scenario.late_reports)
+    for number, request in enumerate(requests):
         fleet.run_until(request.arrival_s)
+        if scenario.joins and number == len(requests) // 3:
+            fleet.join(every[-1], request.arrival_s)
         fleet.arrive(request)
     elapsed_s = fleet.run_until(float("inf"))
     for replica in simulated:

