@@ -19,6 +19,9 @@ _ONE_LOOP = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
 
+# Share of its limit that an ingress is to have when their number follows the load.
+_INGRESS_FILL = 0.5
+
 
 def build(config: AppConfig) -> Application:
     """Build `Ingress -> Engine` from the YAML's `args`."""
@@ -27,13 +30,7 @@ def build(config: AppConfig) -> Application:
         lenders = serve.deployment(name="Lender", **engine_options(lending))(Engine).bind(lending)
     deployment = serve.deployment(name="Engine", **engine_options(config))
     engine = deployment(Engine).bind(config, lenders)
-    ingress = serve.deployment(
-        name="Ingress",
-        num_replicas=config.ingress.count,
-        max_ongoing_requests=config.ingress.max_ongoing_requests,
-        graceful_shutdown_timeout_s=config.replica.graceful_shutdown_timeout_s,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _ONE_LOOP}},
-    )
+    ingress = serve.deployment(name="Ingress", **ingress_options(config))
     settings = FrontDoorSettings(
         api_keys=api_keys(config),
         max_body_bytes=config.ingress.max_body_bytes,
@@ -41,6 +38,26 @@ def build(config: AppConfig) -> Application:
         health_timeout_s=config.ingress.health_timeout_s,
     )
     return ingress(Ingress).bind(engine, settings, config)
+
+
+def ingress_options(config: AppConfig) -> dict[str, Any]:
+    """Return the Serve options of the `Ingress` deployment: scale and limits."""
+    limit, ingress = config.ingress_max_ongoing_requests, config.ingress
+    scale: dict[str, Any] = {"num_replicas": ingress.count}
+    if ingress.max_count is not None:
+        scale = {
+            "autoscaling_config": {
+                "min_replicas": ingress.count,
+                "max_replicas": ingress.max_count,
+                "target_ongoing_requests": _INGRESS_FILL * limit,
+            }
+        }
+    return {
+        **scale,
+        "max_ongoing_requests": limit,
+        "graceful_shutdown_timeout_s": config.replica.graceful_shutdown_timeout_s,
+        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": _ONE_LOOP}},
+    }
 
 
 def engine_options(config: AppConfig, on_cpus: bool | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from router.score import Speeds
 # vLLM's defaults; for the second the larger one, which vLLM takes on large GPUs.
 _DEFAULT_BLOCK_SIZE_TOKENS = 16
 _DEFAULT_MAX_NUM_SEQS = 1024
+_LEAST_INGRESS_REQUESTS = 1000
 
 
 class ModelConfig(Section):
@@ -69,12 +70,18 @@ class ReplicaConfig(Section):
 class IngressConfig(Section):
     """The front door: number of processes, and limits."""
 
-    count: int = Field(default=1, ge=1, description="Number of front doors")
+    count: int = Field(default=1, ge=1, description="Number of front doors, at least")
+    max_count: int | None = Field(
+        default=None, ge=1, description="Number of front doors under load; None keeps `count`"
+    )
     max_body_bytes: int = Field(
         default=16 * 1024 * 1024, ge=1, description="Size above which a body is refused by 413"
     )
-    max_ongoing_requests: int = Field(
-        default=1000, ge=1, description="Requests inside one front door"
+    max_ongoing_requests: int | None = Field(
+        default=None,
+        ge=1,
+        description="Requests inside one front door; None takes its share of what the engines "
+        "compute and queue, at least 1000",
     )
     retry_after_s: float = Field(default=1.0, ge=0.0, description="Retry-After of a 503")
     health_timeout_s: float = Field(
@@ -239,6 +246,15 @@ class AppConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_ingress(self) -> Self:
+        most = self.ingress.max_count
+        if most is not None and most < self.ingress.count:
+            raise ValueError(
+                f"ingress.max_count={most} is below ingress.count={self.ingress.count}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_spill(self) -> Self:
         if not self.spill.enabled:
             return self
@@ -269,6 +285,15 @@ class AppConfig(Section):
         """Most requests inside one replica."""
         running = int(self.engine.get("max_num_seqs") or _DEFAULT_MAX_NUM_SEQS)
         return self.replica.max_ongoing_requests or 2 * running
+
+    @property
+    def ingress_max_ongoing_requests(self) -> int:
+        """Most requests inside one ingress: its share of the fleet's, with a quarter to spare."""
+        if self.ingress.max_ongoing_requests is not None:
+            return self.ingress.max_ongoing_requests
+        replica = self.replica
+        fleet = replica.count * self.max_ongoing_requests + max(0, replica.max_queued_requests)
+        return max(_LEAST_INGRESS_REQUESTS, -(-5 * fleet // (4 * self.ingress.count)))
 
     @property
     def block_size_tokens(self) -> int:

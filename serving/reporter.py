@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
+
 class LoadSource(Protocol):
     """Where a reporter reads the load, and waits for its changes."""
 

@@ -54,7 +54,7 @@ _BLIND: dict[str, Callable[[random.Random, Sequence[SimulatedReplica], int], int
     "random": lambda rng, fleet, count: rng.randrange(len(fleet)),
     "round_robin": lambda rng, fleet, count: count % len(fleet),
     "power_of_two": lambda rng, fleet, count: _shortest(
-        rng, fleet, rng.sample(range(len(fleet)), 2)
+        rng, fleet, rng.sample(range(len(fleet)), min(2, len(fleet)))
     ),
     "least_queue": lambda rng, fleet, count: _shortest(rng, fleet, range(len(fleet))),
 }

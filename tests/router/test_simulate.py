@@ -73,6 +73,14 @@ def test_routers_avoid_a_busy_replica(name: str) -> None:
     assert router.choose(third, 2.0) == 0
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_replica_that_joins_gets_requests(router: str) -> None:
+    requests = trace("joins_cold", 60, 3.0, seed=0)
+    alone = simulate(router, requests, 1, TIMES, BUDGET, 0, SCENARIOS["multi_turn"])
+    joined = simulate(router, requests, 2, TIMES, BUDGET, 0, SCENARIOS["joins_cold"])
+    assert joined.elapsed_s < alone.elapsed_s
+
+
 def test_round_robin_takes_turns() -> None:
     fleet = [SimulatedReplica(f"r{index}", TIMES, BUDGET) for index in range(3)]
     router = make_router("round_robin", fleet, random.Random(0), TIMES, BUDGET)

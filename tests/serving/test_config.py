@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from serving.app import api_keys, engine_options
+from serving.app import api_keys, engine_options, ingress_options
 from serving.config import AppConfig, ModelConfig
 from serving.http.api_keys import ApiKeys, vllm_keys
 from serving.models.embedded import (
@@ -199,3 +199,38 @@ def test_a_replica_over_several_nodes_gets_one_bundle_per_worker() -> None:
     options = engine_options(config)
     assert options["placement_group_bundles"] == bundles
     assert "num_gpus" not in options["ray_actor_options"]
+
+
+@pytest.mark.parametrize(
+    ("args", "most"),
+    [
+        # Two engines of 64 and a queue of 256.
+        ({"engine": {"max_num_seqs": 32}}, 1000),
+        ({"engine": {"max_num_seqs": 256}, "replica": {"count": 8}}, 5440),
+        (
+            {
+                "engine": {"max_num_seqs": 256},
+                "replica": {"count": 8},
+                "ingress": {"count": 4},
+            },
+            1360,
+        ),
+        ({"replica": {"count": 8}, "ingress": {"max_ongoing_requests": 50}}, 50),
+        ({"engine": {"max_num_seqs": 8}, "replica": {"max_queued_requests": -1}}, 1000),
+    ],
+)
+def test_the_limit_of_an_ingress_follows_the_fleet(args: dict[str, Any], most: int) -> None:
+    options = ingress_options(AppConfig.model_validate(args))
+    assert options["max_ongoing_requests"] == most
+    assert options["num_replicas"] == args.get("ingress", {}).get("count", 1)
+
+
+def test_the_number_of_ingresses_follows_the_load() -> None:
+    options = ingress_options(AppConfig.model_validate({"ingress": {"count": 2, "max_count": 6}}))
+    assert options["autoscaling_config"] == {
+        "min_replicas": 2, "max_replicas": 6,
+        "target_ongoing_requests": options["max_ongoing_requests"] / 2,
+    }  # fmt: skip
+    assert "num_replicas" not in options
+    with pytest.raises(ValueError, match="max_count=1 is below"):
+        AppConfig.model_validate({"ingress": {"count": 2, "max_count": 1}})
