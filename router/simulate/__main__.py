@@ -6,6 +6,7 @@ their service times come from a live run. All routers get the same requests, see
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -97,7 +98,8 @@ def run(
         for load in loads
         for router in ROUTERS
     ]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    # Dynamo's threads do not survive a fork.
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         cells = []
         for cell in pool.map(run_job, jobs):
             cells.append(cell)
