@@ -10,7 +10,7 @@ from router.ledger.prefixes import PrefixChange
 from router.local_view import LocalView
 from router.score import Score, Speeds, ranked, reason, score
 
-# Blocks of a prompt for which a replica has one block: it may hold them compressed.
+# Blocks of a prompt for which a replica with sessions has one block: it may hold them compressed.
 _BLOCKS_OF_A_HELD_BLOCK = 16
 # Most blocks to remember of all replicas, some 350 bytes each.
 _MOST_BLOCKS = 1_000_000
@@ -67,8 +67,15 @@ class Chooser:
         speeds: Speeds | None = None,
         block_size_tokens: int = 32,
         rng: random.Random | None = None,
+        *,
+        holds_sessions: bool = False,
     ) -> None:
+        """
+        Args:
+            holds_sessions: whether replicas hold compressed caches of requests that have ended.
+        """
         self.view = view
+        self._blocks_per_block = _BLOCKS_OF_A_HELD_BLOCK if holds_sessions else 1
         self._speeds = speeds or Speeds()
         self._block_size_tokens = block_size_tokens
         self._affinity = PrefixAffinity()
@@ -114,9 +121,9 @@ class Chooser:
         self._affinity.note(replica_id, change.stored, self._most_blocks(replica_id))
 
     def _most_blocks(self, replica_id: str) -> int:
-        """Return the most prefix blocks to remember of a replica; held caches are of many more."""
+        """Return the most prefix blocks to remember of a replica."""
         share = _MOST_BLOCKS // max(1, len(self.view.replica_ids))
-        return min(share, _BLOCKS_OF_A_HELD_BLOCK * self.view.blocks_total(replica_id))
+        return min(share, self._blocks_per_block * self.view.blocks_total(replica_id))
 
     def retain(self, replica_ids: Collection[str]) -> None:
         """Forget all replicas but these."""

@@ -33,6 +33,8 @@ def build(config: AppConfig) -> Application:
     ingress = serve.deployment(name="Ingress", **ingress_options(config))
     settings = FrontDoorSettings(
         api_keys=api_keys(config),
+        keys_file=config.auth.keys_file,
+        more_paths=tuple(config.ingress.more_paths),
         max_body_bytes=config.ingress.max_body_bytes,
         retry_after_s=config.ingress.retry_after_s,
         health_timeout_s=config.ingress.health_timeout_s,

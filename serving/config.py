@@ -1,5 +1,6 @@
 """The application's configuration, as written under `args:` in `configs/*.yaml`."""
 
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -74,6 +75,10 @@ class IngressConfig(Section):
     max_count: int | None = Field(
         default=None, ge=1, description="Number of front doors under load; None keeps `count`"
     )
+    more_paths: list[str] = Field(
+        default_factory=list,
+        description="Endpoints of vLLM that are closed otherwise, such as /v1/load_lora_adapter",
+    )
     max_body_bytes: int = Field(
         default=16 * 1024 * 1024, ge=1, description="Size above which a body is refused by 413"
     )
@@ -90,11 +95,19 @@ class IngressConfig(Section):
 
 
 class AuthConfig(Section):
-    """API keys. With none, the API is open."""
+    """API keys. Without any the API must be meant to be open, or on this machine's own address."""
 
     api_keys: list[SecretStr] = Field(default_factory=list, description="Accepted API keys")
     api_keys_env: str = Field(
         default="ADAKV_API_KEYS", description="Environment variable with more keys, comma-separated"
+    )
+    keys_file: Path | None = Field(
+        default=None,
+        description="File with lines `NAME SHA256` of more keys, on every node with an ingress; "
+        "read again when it changes",
+    )
+    open: bool = Field(
+        default=False, description="Serve without keys on addresses that others can reach"
     )
 
 
@@ -279,6 +292,12 @@ class AppConfig(Section):
     @property
     def tensor_parallel_size(self) -> int:
         return int(self.engine.get("tensor_parallel_size", 1))
+
+    @property
+    def holds_sessions(self) -> bool:
+        """Whether replicas hold the compressed caches of requests that have ended."""
+        compression = self.compression
+        return compression is not None and compression.enabled and compression.sessions.enabled
 
     @property
     def max_ongoing_requests(self) -> int:

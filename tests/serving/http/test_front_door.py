@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from urllib.parse import quote
 
 import pytest
 
@@ -106,21 +107,14 @@ async def test_an_answer_proves_health_for_five_seconds() -> None:
     assert (await door.get("/health")).status_code == 503
 
 
-@pytest.mark.parametrize("method", ["POST", "DELETE"])
-async def test_other_methods_on_health_go_to_a_replica(method: str) -> None:
-    backend = ScriptedBackend([WHOLE])
-    await client(backend).request(method, "/health")
-    assert backend.calls[0][0]["method"] == method
-
-
 async def test_a_replica_gets_the_whole_request() -> None:
     backend = ScriptedBackend([WHOLE])
     headers = {"x-custom": "kept", "content-encoding": "identity"}
-    await client(backend).put("/v1/a%2Fb?limit=3&after=x", content=b"in", headers=headers)
+    await client(backend).put("/v1/models/a%2Fb?limit=3&after=x", content=b"in", headers=headers)
     scope, body = backend.calls[0]
-    assert (scope["method"], scope["path"], body) == ("PUT", "/v1/a/b", b"in")
+    assert (scope["method"], scope["path"], body) == ("PUT", "/v1/models/a/b", b"in")
     assert scope["query_string"] == b"limit=3&after=x"
-    assert scope["raw_path"] == b"/v1/a%2Fb"
+    assert scope["raw_path"] == b"/v1/models/a%2Fb"
     assert dict(scope["headers"])[b"x-custom"] == b"kept"
 
 
@@ -199,3 +193,90 @@ async def test_a_body_of_exactly_the_limit_passes(chunked: bool) -> None:
     content = pieces() if chunked else b"x" * 16
     response = await client(backend, max_body_bytes=16).post("/v1/completions", content=content)
     assert (response.status_code, backend.calls[0][1]) == (200, b"x" * 16)
+
+
+@pytest.mark.parametrize("path", ["/version", "/health"])
+@pytest.mark.parametrize("method", ["POST", "OPTIONS", "DELETE"])
+async def test_an_open_path_takes_no_other_method(path: str, method: str) -> None:
+    backend = ScriptedBackend()
+    response = await client(backend, api_keys=("right",)).request(method, path, content=b"body")
+    assert response.status_code == 405
+    assert response.headers["allow"] == "GET, HEAD"
+    assert backend.calls == []
+
+
+async def test_what_comes_to_an_open_path_reaches_no_engine() -> None:
+    backend = ScriptedBackend([WHOLE])
+    response = await client(backend, api_keys=("right",)).request(
+        "GET", "/version", content=b"x" * 1000
+    )
+    assert response.status_code == 200
+    scope, body = backend.calls[0]
+    assert body == b""
+    assert not {b"content-length", b"content-type"} & {name for name, _ in scope["headers"]}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/sleep", "/wake_up", "/collective_rpc", "/reset_prefix_cache", "/v1/load_lora_adapter",
+        "/start_profile", "/scale_elastic_ep", "/v1", "/v1/modelsx", "//v1/models", "/server_info",
+    ],
+)  # fmt: skip
+async def test_what_acts_on_one_replica_is_closed(path: str) -> None:
+    backend = ScriptedBackend()
+    response = await client(backend).post(path)
+    assert response.status_code == 404
+    assert "ingress.more_paths" in error_of(response)["message"]
+    assert backend.calls == []
+
+
+async def test_an_operator_opens_an_endpoint() -> None:
+    door = client(
+        ScriptedBackend([WHOLE], [WHOLE]), more_paths=("/v1/load_lora_adapter", "/sleep/")
+    )
+    assert (await door.post("/v1/load_lora_adapter")).status_code == 200
+    assert (await door.post("/sleep")).status_code == 200
+    assert (await door.post("/wake_up")).status_code == 404
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "-1", "+5", "1_0", "five", "\u00b2"])
+async def test_a_senseless_length_is_413(length: str) -> None:
+    backend = ScriptedBackend()
+    headers = [(b"content-length", length.encode("latin-1"))]
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "headers": headers,
+        "query_string": b"", "http_version": "1.1",
+    }  # fmt: skip
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await FrontDoor(backend, FrontDoorSettings(), logging.getLogger("test"))(scope, receive, send)
+    assert sent[0]["status"] == 413
+    assert backend.calls == []
+
+
+@pytest.mark.parametrize(
+    "character", ["\r\n", "\n", "\0", "\x1b", "\x85", "\u2028", "\x7f", "\u202e"]
+)
+async def test_a_path_is_one_line_of_the_log(
+    character: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "test")
+    door = client(ScriptedBackend([WHOLE]))
+    await door.post(f"/v1/completions/{quote(character)}INFO request_id=forged")
+    (record,) = caplog.records
+    assert len(record.getMessage().splitlines()) == 1
+    assert not set(character) & set(record.getMessage())
+    assert record.getMessage().startswith("request_id=")
+
+
+async def test_a_long_path_is_cut_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "test")
+    await client(ScriptedBackend([WHOLE])).post("/v1/completions/" + "x" * 5000)
+    assert len(caplog.text) < 1000

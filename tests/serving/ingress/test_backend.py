@@ -16,7 +16,7 @@ from router.footprint import Footprint
 from serving.http.asgi import Message
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
 from serving.http.front_door import FrontDoor, FrontDoorSettings
-from serving.ingress.deployment import HandleBackend, with_cors
+from serving.ingress.deployment import HandleBackend, refuse_open_door, with_cors
 from serving.ingress.footprints import Prediction
 
 
@@ -190,7 +190,8 @@ async def test_a_missing_deployment_is_no_replica() -> None:
             {"access-control-allow-origin", "access-control-allow-credentials"},
         ),
         ({"allowed_origins": ["http://other.example"]}, set()),
-        ({}, set()),
+        # vLLM's own default.
+        ({}, {"access-control-allow-origin"}),
     ],
 )
 async def test_the_front_doors_own_errors_allow_the_configured_origins(
@@ -205,6 +206,31 @@ async def test_the_front_doors_own_errors_allow_the_configured_origins(
     assert response.status_code == 413
     given = {name for name in response.headers if name.startswith("access-control-allow-")}
     assert given - {"access-control-allow-methods"} == allowed
+
+
+async def test_a_preflight_request_reaches_no_engine_and_needs_no_key() -> None:
+    backend = backend_of(Handle(error=AssertionError()))
+    door = FrontDoor(backend, FrontDoorSettings(("key",)), logging.getLogger("test"))
+    transport = httpx.ASGITransport(with_cors(door, {}))
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+        asked = {"origin": "http://ui.example", "access-control-request-method": "POST"}
+        preflight = await client.options("/v1/completions", headers=asked)
+        other = await client.options("/v1/completions")
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == "*"
+    assert other.status_code == 401
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_a_door_on_this_machines_own_address_may_be_open(host: str) -> None:
+    refuse_open_door(host, is_meant=False)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "example.com", ""])
+def test_an_open_door_to_others_must_be_meant(host: str) -> None:
+    with pytest.raises(ValueError, match=r"auth\.keys_file.*auth\.open: true"):
+        refuse_open_door(host, is_meant=False)
+    refuse_open_door(host, is_meant=True)
 
 
 async def test_an_overload_keeps_its_time_to_wait() -> None:

@@ -10,9 +10,15 @@ from vllm.entrypoints.launchers.app import build_app
 
 from serving.http.asgi import Message, Scope
 from serving.http.front_door import FrontDoor, FrontDoorSettings
+from serving.http.paths import Paths
 from serving.vllm_engine.options import server_options
 
 OPEN = {"/health", "/version"}
+# Those of vLLM that the front door does not let through.
+CLOSED = {
+    "/inference/v1/abort_requests", "/is_scaling_elastic_ep", "/kv_event_sources", "/load",
+    "/metrics", "/scale_elastic_ep",
+}  # fmt: skip
 TASKS = ("generate", "embed", "classify", "score", "transcription", "realtime")
 
 
@@ -53,3 +59,8 @@ async def test_without_a_key_every_route_is_401(routes: list[tuple[str, str]]) -
             for method, path in routes
         }
     assert set(answers.values()) == {401}, answers
+
+
+def test_every_route_is_known_as_open_or_closed(routes: list[tuple[str, str]]) -> None:
+    closed = {path for _, path in routes if not Paths().allow(path)}
+    assert closed == CLOSED
