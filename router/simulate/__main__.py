@@ -13,72 +13,17 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from router.footprint import Budget
-from router.simulate.fleet import capacity_per_s, simulate
+from router.simulate.fleet import capacity_per_s
+from router.simulate.jobs import BUDGET, Cell, Job, run_job
 from router.simulate.replica import ServiceTimes
 from router.simulate.routers import ROUTERS
 from router.simulate.traces import SCENARIOS, trace
 
 PROFILES = Path(__file__).with_name("service_times.json")
-BUDGET = Budget(budget_tokens=256, keep_ratio=0.5)
-# Requests for each replica, by size of the fleet: enough for a p99 in a small fleet.
-_REQUESTS_PER_REPLICA = {2: 200, 8: 60, 64: 30, 256: 15}
 # Two-sided 95 % points of Student's t for 1 to 9 degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-class Cell(NamedTuple):
-    """Figures of one router on one trace, load and fleet, by seed."""
-
-    trace: str
-    load_percent: int
-    replicas: int
-    router: str
-    p50_s: list[float]
-    p99_s: list[float]
-    preemptions: list[int]
-
-
-class Job(NamedTuple):
-    trace: str
-    load_percent: int
-    replicas: int
-    router: str
-    seeds: int
-    times: ServiceTimes
-    capacity_per_s: float
-
-
-def run_job(job: Job) -> Cell:
-    count = requests_per_replica(job.replicas) * job.replicas
-    rate = job.capacity_per_s * job.replicas * job.load_percent / 100
-    results = [
-        simulate(
-            job.router,
-            trace(job.trace, count, rate, seed),
-            job.replicas,
-            job.times,
-            BUDGET,
-            seed,
-            SCENARIOS[job.trace],
-        )
-        for seed in range(job.seeds)
-    ]
-    return Cell(
-        job.trace,
-        job.load_percent,
-        job.replicas,
-        job.router,
-        [result.wait_s(0.5) for result in results],
-        [result.wait_s(0.99) for result in results],
-        [result.preemptions for result in results],
-    )
-
-
-def requests_per_replica(replicas: int) -> int:
-    return next((n for size, n in _REQUESTS_PER_REPLICA.items() if replicas <= size), 10)
 
 
 def run(

@@ -140,8 +140,8 @@ class Ingress:
 
 def http_host() -> str:
     """Return the address on which Serve's proxies listen."""
-    host: str = _get_global_client()._http_config.host
-    return host
+    client = _get_global_client()
+    return "" if client is None else client._http_config.host or ""
 
 
 def refuse_open_door(host: str, *, is_meant: bool) -> None:

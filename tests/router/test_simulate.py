@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,16 @@ def test_the_command_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFi
     assert set(row["ours"]) == {"wait_p50_s", "wait_p99_s", "preemptions"}
     assert "long_tail@85, 2 replicas" in capsys.readouterr().out
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_it_runs_as_a_command() -> None:
+    arguments = ["--traces", "poisson", "--loads", "60", "--replicas", "2", "--seeds", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "router.simulate", *arguments],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "poisson@60, 2 replicas" in done.stdout
 
 
 def test_a_fleet_of_one_is_refused(capsys: pytest.CaptureFixture) -> None:
