@@ -145,7 +145,9 @@ class Eviction:
         if self._earlier is not None:
             window = torch.cat((self._earlier, window), dim=1)
         queries = window.transpose(1, 2).flatten(0, 1)
-        observation = Observation(queries, keys, values, self._parts[0].scale)
+        observation = Observation(
+            queries, keys, values, self._parts[0].scale, seen_tokens=self._command.tokens
+        )
         scores = score_ragged(self._policy, observation, flat).scores
         return Scored(scores.view(layers, heads, -1), None)
 

@@ -106,8 +106,13 @@ class Policy:
 
     @property
     def scores_ragged(self) -> bool:
-        """Whether `score_ragged` can be called."""
-        return self.second_stage is None and isinstance(self.scorer, RaggedScorer)
+        """Whether `score_ragged` can be called.
+
+        A subclass that changes `score` must change `score_ragged` too: until then it has none.
+        """
+        if self.second_stage is not None or not isinstance(self.scorer, RaggedScorer):
+            return False
+        return _definer(self.scorer, "score") is _definer(self.scorer, "score_ragged")
 
     def score_ragged(self, observation: Observation) -> Tensor:
         """Return the finite scores [H, n - window_tokens] of heads of different lengths.
@@ -185,6 +190,11 @@ class Policy:
                 "raise the budget or lower the window"
             )
         return keep_tokens - window
+
+
+def _definer(scorer: Scorer, name: str) -> type:
+    """Return the class that defines a scorer's method."""
+    return next(base for base in type(scorer).__mro__ if name in vars(base))
 
 
 def _finite(scores: Tensor) -> Tensor:

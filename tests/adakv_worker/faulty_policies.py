@@ -19,6 +19,7 @@ class Fault:
     layer: where scoring fails.
     evicting: whether it fails in evictions instead of compressions.
     needs_scores: whether the layers' shares depend on all scores.
+    ragged: whether evictions score all layers at once.
     """
 
     stage: str
@@ -27,6 +28,7 @@ class Fault:
     layer: int = 0
     evicting: bool = False
     needs_scores: bool = False
+    ragged: bool = False
     times: int = field(default=0, init=False)
 
     def at(self, stage: str) -> None:
@@ -36,7 +38,8 @@ class Fault:
                 raise self.error()
 
     def policy(self) -> Policy:
-        return Policy(FaultyScorer(fault=self), FaultyLayers(self), FaultyHeads(fault=self))
+        scorer = FaultyRaggedScorer if self.ragged else FaultyScorer
+        return Policy(scorer(fault=self), FaultyLayers(self), FaultyHeads(fault=self))
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,15 @@ class FaultyScorer(WindowScorer):
         if (observation.layer, evicting) == (self.fault.layer, self.fault.evicting):
             self.fault.at("score")
         return super().score(observation)
+
+
+@dataclass(frozen=True)
+class FaultyRaggedScorer(FaultyScorer):
+    def score(self, observation: Observation) -> Tensor:
+        return super().score(observation)
+
+    def score_ragged(self, observation: Observation) -> Tensor:
+        return self.score(observation)
 
 
 class FaultyLayers:

@@ -1,9 +1,12 @@
 """Evictions while decoding: counts, and selections among heads of different lengths."""
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from kernels.blocks import SINK_TOKENS, DecodeBound, entries_after, most_entries
 from kernels.paging.entries import PagedEntries
@@ -18,6 +21,7 @@ from kernels.policies.reselection import (
     score_ragged,
     with_sinks,
 )
+from kernels.policies.scorers.window import WindowScorer
 from tests.kernels.paging import in_pages
 
 
@@ -57,6 +61,22 @@ def test_clipped_numbers_keep_their_sum_and_limits(data: st.DataObject) -> None:
     assert all(low <= one <= high for low, one, high in zip(least, got, most, strict=True))
     if all(low <= one <= high for low, one, high in zip(least, wanted, most, strict=True)):
         assert got == wanted
+
+
+def test_a_scorer_that_changes_only_its_scores_is_asked_head_by_head() -> None:
+    @dataclass(frozen=True)
+    class Backwards(WindowScorer):
+        def score(self, observation: Observation) -> Tensor:
+            return super().score(observation).flip(-1)
+
+    @dataclass(frozen=True)
+    class Narrow(WindowScorer):
+        window_tokens: int = 8
+
+    policy = preset("ada_snapkv")
+    assert policy.scores_ragged
+    assert replace(policy, scorer=Narrow()).scores_ragged
+    assert not replace(policy, scorer=Backwards()).scores_ragged
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if preset(name).scores_ragged])

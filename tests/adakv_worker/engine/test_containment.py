@@ -197,6 +197,7 @@ EVICTING = {
     "scores of the first layer": Fault("score", evicting=True),
     "scores of the last layer": Fault("score", evicting=True, layer=LAST_LAYER),
     "no memory for scores": Fault("score", _out_of_memory, evicting=True),
+    "scores of all layers at once": Fault("score", evicting=True, ragged=True),
     # The first call is the compression's.
     "totals": Fault("totals", spared=1),
     "allocation": Fault("allocate", spared=1),
