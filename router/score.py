@@ -78,8 +78,10 @@ def score(view: ReplicaView, footprint: Footprint, cached_tokens: int, speeds: S
     missing = footprint.peak_blocks - view.room_blocks
     memory_s = 0.0
     if missing > 0:
-        # Requests return their blocks when they end, on average after half of a decoding.
-        held_s = max(footprint.output_tokens, 1) * step_s / 2
+        # Requests return their blocks when they end, on average after half of a decoding; long
+        # prompts with short answers hold most of theirs while they are computed.
+        computed_s = footprint.prompt_tokens / speeds.prefill_tokens_per_s
+        held_s = computed_s + max(footprint.output_tokens, 1) * step_s / 2
         memory_s = held_s * missing / max(view.used_blocks, footprint.peak_blocks, 1)
     own = footprint.prompt_tokens - min(cached_tokens, footprint.prompt_tokens)
     prefill_s = (view.prefill_tokens + own) / speeds.prefill_tokens_per_s

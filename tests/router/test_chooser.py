@@ -180,8 +180,8 @@ def test_the_decision_explains_itself_in_one_line() -> None:
         "candidates": [
             {
                 "replica": "a",
-                "total_s": 1.083,
-                "memory_s": 0.15,
+                "total_s": 1.194,
+                "memory_s": 0.261,
                 "prefill_s": 0.333,
                 "decode_s": 0.6,
                 "cached_tokens": 0,

@@ -35,29 +35,30 @@ def test_a_request_fits_if_its_peak_does(room: int, fits: bool) -> None:
     assert (full.memory_s == 0) is fits
 
 
-def test_missing_blocks_come_back_over_half_of_a_decoding() -> None:
+def test_missing_blocks_come_back_over_a_prefill_and_half_of_a_decoding() -> None:
     full = EMPTY._replace(room_blocks=0, used_blocks=80)
-    # 64 steps of 1/32 s, half of them over on average, for 40 of 80 blocks.
-    assert cost(full) == cost()._replace(memory_s=0.5, fits=False)
-    assert cost(full._replace(room_blocks=20)).memory_s == 0.25
-    assert cost(full._replace(room_blocks=-40)).memory_s == 1.0
+    # 2 s, and 64 steps of 1/32 s, half of them over on average, for 40 of 80 blocks.
+    assert cost(full) == cost()._replace(memory_s=1.5, fits=False)
+    assert cost(full._replace(room_blocks=20)).memory_s == 0.75
+    assert cost(full._replace(room_blocks=-40)).memory_s == 3.0
 
 
 def test_more_used_blocks_come_back_sooner() -> None:
     full = EMPTY._replace(room_blocks=0)
-    assert cost(full._replace(used_blocks=160)).memory_s == 0.25
+    assert cost(full._replace(used_blocks=160)).memory_s == 0.75
     # A request waits for no more blocks than it needs.
-    assert cost(full._replace(used_blocks=10)).memory_s == 1.0
-    assert cost(full, REQUEST._replace(peak_blocks=1)).memory_s == 1.0
+    assert cost(full._replace(used_blocks=10)).memory_s == 3.0
+    assert cost(full, REQUEST._replace(peak_blocks=1)).memory_s == 3.0
 
 
-def test_blocks_come_back_later_from_longer_and_slower_decodings() -> None:
+def test_blocks_come_back_later_from_longer_prompts_and_slower_decodings() -> None:
     full = EMPTY._replace(room_blocks=0, used_blocks=80)
-    assert cost(full, REQUEST._replace(output_tokens=128)).memory_s == 1.0
-    assert cost(full, REQUEST._replace(output_tokens=0)).memory_s == 0.5 / 64
+    assert cost(full, REQUEST._replace(prompt_tokens=2048)).memory_s == 2.5
+    assert cost(full, REQUEST._replace(output_tokens=128)).memory_s == 2.0
+    assert cost(full, REQUEST._replace(output_tokens=0)).memory_s == 1 + 0.5 / 64
     # 8 requests more: a step takes twice as long.
-    assert cost(full._replace(running=8)).memory_s == 1.0
-    assert cost(full._replace(waiting=8)).memory_s == 1.0
+    assert cost(full._replace(running=8)).memory_s == 2.0
+    assert cost(full._replace(waiting=8)).memory_s == 2.0
 
 
 def test_a_prefill_waits_for_those_before_it() -> None:
