@@ -128,8 +128,13 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
                 [max(statistics.mean(cell.p99_s), 0.01) for cell in row],
                 marker="o", label=name, linewidth=2.5 if name == "ours" else 1,
             )  # fmt: skip
+        sizes = sorted({cell.replicas for cell in cells})
         axis.set(title=f"{panel[0]} at {panel[1]} %", xscale="log", yscale="log")
         axis.set(xlabel="replicas", ylabel="p99 wait, s")
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.minorticks_off()
+    for unused in list(axes.flat)[len(panels) :]:
+        unused.set_axis_off()
     axes.flat[0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
