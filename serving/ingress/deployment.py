@@ -138,19 +138,20 @@ class Ingress:
         return with_cors(door, self._config.server)
 
 
-def http_host() -> str:
-    """Return the address on which Serve's proxies listen."""
+def http_host() -> str | None:
+    """Return the address on which Serve's proxies listen; None if there are none."""
     client = _get_global_client()
-    return "" if client is None else client._http_config.host or ""
+    assert client is not None, "an ingress is part of a cluster"
+    return client._http_config.host
 
 
-def refuse_open_door(host: str, *, is_meant: bool) -> None:
+def refuse_open_door(host: str | None, *, is_meant: bool) -> None:
     """Refuse to serve without keys where others can reach the API.
 
     Raises:
         ValueError: others can reach the host, and the door is not meant to be open.
     """
-    if is_meant or host == "localhost":
+    if is_meant or host in (None, "localhost"):
         return
     with contextlib.suppress(ValueError):
         if ipaddress.ip_address(host).is_loopback:
@@ -158,7 +159,8 @@ def refuse_open_door(host: str, *, is_meant: bool) -> None:
     raise ValueError(
         f"there are no API keys, and anyone who reaches {host} could use the API: set "
         "auth.keys_file, auth.api_keys or the variable that auth.api_keys_env names (in the "
-        "environment of `ray start` on a cluster that runs), or auth.open: true"
+        "environment of `ray start` on a cluster that runs), http_options.host to 127.0.0.1, or "
+        "auth.open: true"
     )
 
 

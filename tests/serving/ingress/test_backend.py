@@ -221,8 +221,8 @@ async def test_a_preflight_request_reaches_no_engine_and_needs_no_key() -> None:
     assert other.status_code == 401
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
-def test_a_door_on_this_machines_own_address_may_be_open(host: str) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost", None])
+def test_a_door_on_this_machines_own_address_may_be_open(host: str | None) -> None:
     refuse_open_door(host, is_meant=False)
 
 
