@@ -21,8 +21,9 @@ class KeyFile:
         """
         self._path = path
         self._logger = logger
-        self._version = self._seen()
+        self._version: tuple[int, int, int] | None = self._seen()
         self._digests = _read(path)
+        self._is_lost = False
 
     def digests(self) -> dict[bytes, str]:
         """Return the names of the keys by their digests."""
@@ -30,9 +31,15 @@ class KeyFile:
             if (version := self._seen()) != self._version:
                 self._version = version
                 self._digests = _read(self._path)
+                self._is_lost = False
                 self._logger.info("%s: %d API keys", self._path, len(self._digests))
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             self._logger.error("the API keys stay as they were: %s", error)
+        except OSError as error:
+            # Once, until the file is there again.
+            if not self._is_lost:
+                self._logger.error("the API keys stay as they were: %s", error)
+            self._is_lost, self._version = True, None
         return self._digests
 
     def _seen(self) -> tuple[int, int, int]:
