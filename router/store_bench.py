@@ -66,6 +66,7 @@ class _CountingView(LocalView):
     def receive(self, payload: bytes | str, now_s: float) -> None:
         super().receive(payload, now_s)
         self.reports += 1
+        # The replica whose report was taken last is the last one.
         self.seen_at_s |= dict.fromkeys(self.replica_ids[-1:], now_s)
 
 

@@ -140,7 +140,9 @@ class Eviction:
             return stacked_layers([self._scored[layer] for layer in sorted(self._scored)])
         layers, heads = lens.shape
         flat, pages = lens.flatten(), self._tables.tables(self._row).flatten(0, 1).long()
-        keys, values = (PagedEntries(pool, pages, int(lens.max()), flat) for pool in self._cache)
+        # Waits for the device.
+        longest = int(lens.max())
+        keys, values = (PagedEntries(pool, pages, longest, flat) for pool in self._cache)
         window = torch.stack([self._queries.pop(layer) for layer in range(layers)])
         if self._earlier is not None:
             window = torch.cat((self._earlier, window), dim=1)

@@ -144,7 +144,7 @@ def _reduced_by_head(
     reduced = queries.new_zeros((heads, keys.num_entries - window), dtype=torch.float32)
     for head, entries in enumerate(keys.lens.tolist()):
         pages = keys.pages[head : head + 1]
-        one = PagedEntries(keys.pool, pages, entries)
+        one = keys._replace(pages=pages, num_entries=entries, lens=None)
         reduced[head, : entries - window] = reduced_window_attention(
             queries[head : head + 1], one, scale, reduction
         )[0]

@@ -58,7 +58,7 @@ class Dynamo:
     """The selection service of the package ai-dynamo-runtime, which Ray's `KVAwareRouter` uses.
 
     It gets a request's tokens, and with each report what of its requests has been prefilled,
-    decoded and ended. It knows prefixes by what it has sent where. Of compression it knows nothing.
+    decoded and ended. It knows prefixes by what it has sent where. It knows nothing of compression.
     """
 
     def __init__(self, fleet: Sequence[SimulatedReplica], blocks_total: int) -> None:
@@ -74,7 +74,7 @@ class Dynamo:
         self._loop = asyncio.new_event_loop()
         self._service: Any = self._run(lambda: _started(SelectionService))
         self._count = 0
-        # Its requests by replica.
+        # Requests that it has sent and that have not ended, by replica.
         self._open: dict[int, dict[int, _Booked]] = {}
         for index in range(len(fleet)):
             self.report(index, 0.0)

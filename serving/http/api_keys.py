@@ -41,7 +41,10 @@ class ApiKeys:
         """
         if path in OPEN_PATHS or (not self._digests and self._file is None):
             return True
-        digests = [*self._digests, *(self._file.digests() if self._file is not None else ())]
+        digests = self._digests
+        if self._file is not None:
+            self._file.refresh()
+            digests = [*digests, *self._file.digests]
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = _digest(key.encode("latin-1", "replace"))
         # Compare every key, so that the time taken reveals nothing.

@@ -29,12 +29,12 @@ from serving.http.asgi import (
 )
 from serving.http.failures import BackendFailure, ReplicaLost
 from serving.http.key_file import KeyFile
+from serving.http.loggable import loggable
 from serving.http.openai_error import error_event, error_messages
 from serving.http.paths import Paths
 from serving.http.tenants import TENANT_HEADER, tenant_of
 
 _LENGTH = re.compile(r"[0-9]{1,18}")
-_MOST_LOGGED = 512
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _BODY_HEADERS = (b"content-length", b"content-type", b"transfer-encoding", b"expect")
 _REPLACED_HEADERS = (b"x-request-id", b"authorization", TENANT_HEADER)
@@ -48,14 +48,6 @@ _ATTEMPTS = 2
 _RETRY_PAUSE_S = 0.25
 # An answer this recent proves that a replica works, even if a ping would wait in a long queue.
 _RECENT_ANSWER_S = 5.0
-
-
-def loggable(text: str) -> str:
-    """Return text in which nothing ends a log line, at most 512 characters of it."""
-    shown = "".join(
-        one if one.isprintable() else f"\\u{ord(one):04x}" for one in text[:_MOST_LOGGED]
-    )
-    return shown + "..." * (len(text) > _MOST_LOGGED)
 
 
 def _closed(path: str) -> str:

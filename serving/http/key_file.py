@@ -10,7 +10,9 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 class KeyFile:
     """The SHA-256 digests in a file of lines `NAME DIGEST`; `#` begins a comment.
 
-    A change counts with the next request. While the file cannot be read, what it had counts on.
+    While the file cannot be read, what it had counts on.
+
+    digests: those of the keys.
     """
 
     def __init__(self, path: Path, logger: logging.Logger) -> None:
@@ -22,17 +24,17 @@ class KeyFile:
         self._path = path
         self._logger = logger
         self._version: tuple[int, int, int] | None = self._seen()
-        self._digests = _read(path)
+        self.digests = _read(path)
         self._is_lost = False
 
-    def digests(self) -> dict[bytes, str]:
-        """Return the names of the keys by their digests."""
+    def refresh(self) -> None:
+        """Read the file if it has changed."""
         try:
             if (version := self._seen()) != self._version:
                 self._version = version
-                self._digests = _read(self._path)
+                self.digests = _read(self._path)
                 self._is_lost = False
-                self._logger.info("%s: %d API keys", self._path, len(self._digests))
+                self._logger.info("%s: %d API keys", self._path, len(self.digests))
         except ValueError as error:
             self._logger.error("the API keys stay as they were: %s", error)
         except OSError as error:
@@ -40,22 +42,21 @@ class KeyFile:
             if not self._is_lost:
                 self._logger.error("the API keys stay as they were: %s", error)
             self._is_lost, self._version = True, None
-        return self._digests
 
     def _seen(self) -> tuple[int, int, int]:
         status = self._path.stat()
         return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _read(path: Path) -> dict[bytes, str]:
-    digests: dict[bytes, str] = {}
+def _read(path: Path) -> set[bytes]:
+    digests: set[bytes] = set()
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         words = line.partition("#")[0].split()
         if not words:
             continue
         if len(words) != 2 or not _DIGEST.fullmatch(words[1]):
             raise ValueError(f"{path}, line {number}: expected NAME and a SHA-256 digest in hex")
-        digests[bytes.fromhex(words[1])] = words[0]
+        digests.add(bytes.fromhex(words[1]))
     if not digests:
         raise ValueError(f"{path} has no API key")
     return digests

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
-# What answers prompts, and what tells of models. Everything else that vLLM's app has acts on one
-# replica, which nobody chose: it sleeps, forgets caches, loads adapters or weights, runs code.
+# These answer prompts or describe models. vLLM's other endpoints change the replica that the
+# request happens to reach, and no other: they put it to sleep, empty its caches, load adapters,
+# run code.
 _PATHS = (
     "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",
     "/v1/systemone", "/generative_scoring", "/v1/embeddings", "/v1/score", "/v1/rerank",
