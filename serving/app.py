@@ -9,7 +9,7 @@ from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
 from serving.config import AppConfig
 from serving.engine import Engine
-from serving.http.front_door import FrontDoorSettings
+from serving.http.door_settings import FrontDoorSettings
 from serving.ingress.deployment import Ingress
 
 # The ingress forwards chunks and never blocks. Passing each chunk between Serve's three event loops

@@ -12,8 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from serving.http.api_keys import OPEN_PATHS, ApiKeys
 from serving.http.asgi import (
@@ -27,6 +26,7 @@ from serving.http.asgi import (
     portable_scope,
     run_lifespan,
 )
+from serving.http.door_settings import FrontDoorSettings
 from serving.http.failures import BackendFailure, ReplicaLost
 from serving.http.key_file import KeyFile
 from serving.http.loggable import loggable
@@ -64,21 +64,6 @@ class Backend(Protocol):
     async def ping(self) -> None:
         """Return when some replica has answered."""
         ...
-
-
-class FrontDoorSettings(NamedTuple):
-    """Limits and keys of the front door."""
-
-    api_keys: tuple[str, ...] = ()
-    keys_file: Path | None = None
-    more_paths: tuple[str, ...] = ()
-    max_body_bytes: int = 16 * 1024 * 1024
-    retry_after_s: float = 1.0
-    health_timeout_s: float = 2.0
-
-    @property
-    def has_keys(self) -> bool:
-        return bool(self.api_keys) or self.keys_file is not None
 
 
 class _BodyTooLarge(Exception):

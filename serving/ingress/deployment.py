@@ -20,8 +20,9 @@ from router.ledger.redis_ledger import LedgerKeys
 from serving.config import AppConfig
 from serving.http.api_keys import vllm_keys
 from serving.http.asgi import ASGIApp, Message, Scope
+from serving.http.door_settings import FrontDoorSettings
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
-from serving.http.front_door import FrontDoor, FrontDoorSettings
+from serving.http.front_door import FrontDoor
 from serving.ingress.footprints import (
     FootprintPredictor,
     OutputCounter,

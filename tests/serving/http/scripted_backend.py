@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 
 from serving.http.asgi import Message, Scope
-from serving.http.front_door import FrontDoor, FrontDoorSettings
+from serving.http.door_settings import FrontDoorSettings
+from serving.http.front_door import FrontDoor
 
 SSE_START: Message = {
     "type": "http.response.start",

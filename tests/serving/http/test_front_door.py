@@ -8,8 +8,9 @@ from urllib.parse import quote
 import pytest
 
 from serving.http.asgi import Message
+from serving.http.door_settings import FrontDoorSettings
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
-from serving.http.front_door import FrontDoor, FrontDoorSettings
+from serving.http.front_door import FrontDoor
 from serving.http.tenants import TENANT_HEADER
 from tests.serving.http.scripted_backend import (
     WHOLE,

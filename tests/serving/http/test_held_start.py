@@ -12,8 +12,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.middleware.exceptions import ExceptionMiddleware
 
 from serving.http.asgi import Message, Receive, Scope, Send, call_app
+from serving.http.door_settings import FrontDoorSettings
 from serving.http.failures import ReplicaLost
-from serving.http.front_door import FrontDoor, FrontDoorSettings
+from serving.http.front_door import FrontDoor
 from serving.http.held_start import HeldStart
 
 REFUSED = {"error": {"message": "no", "type": "BadRequestError", "param": "p", "code": 400}}

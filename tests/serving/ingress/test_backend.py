@@ -14,8 +14,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from router.footprint import Footprint
 from serving.http.asgi import Message
+from serving.http.door_settings import FrontDoorSettings
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
-from serving.http.front_door import FrontDoor, FrontDoorSettings
+from serving.http.front_door import FrontDoor
 from serving.ingress.deployment import HandleBackend, refuse_open_door, with_cors
 from serving.ingress.footprints import Prediction
 

@@ -9,7 +9,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.app import build_app
 
 from serving.http.asgi import Message, Scope
-from serving.http.front_door import FrontDoor, FrontDoorSettings
+from serving.http.door_settings import FrontDoorSettings
+from serving.http.front_door import FrontDoor
 from serving.http.paths import Paths
 from serving.vllm_engine.options import server_options
 

@@ -1,0 +1,19 @@
+"""Limits and keys of the front door."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class FrontDoorSettings(NamedTuple):
+    """Limits and keys of the front door."""
+
+    api_keys: tuple[str, ...] = ()
+    keys_file: Path | None = None
+    more_paths: tuple[str, ...] = ()
+    max_body_bytes: int = 16 * 1024 * 1024
+    retry_after_s: float = 1.0
+    health_timeout_s: float = 2.0
+
+    @property
+    def has_keys(self) -> bool:
+        return bool(self.api_keys) or self.keys_file is not None
