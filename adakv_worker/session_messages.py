@@ -31,6 +31,7 @@ class HeldCard(msgspec.Struct, frozen=True):
     compressed_at: tokens at its last compression.
     turn: compressions of prompts so far.
     is_named: whether routers may know which prompt it is of.
+    has_session: whether its client names its session.
     """
 
     scope: str
@@ -41,6 +42,7 @@ class HeldCard(msgspec.Struct, frozen=True):
     compressed_at: int
     turn: int
     is_named: bool
+    has_session: bool = False
 
     @property
     def token_ids(self) -> TokenIds:

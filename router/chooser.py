@@ -9,6 +9,7 @@ from router.footprint import Footprint
 from router.ledger.prefixes import PrefixChange
 from router.local_view import LocalView
 from router.score import Score, Speeds, ranked, reason, score
+from router.session_hints import LastTurn, SessionHints
 
 # Blocks of a prompt for which a replica with sessions has one block: it may hold them compressed.
 _BLOCKS_OF_A_HELD_BLOCK = 16
@@ -79,6 +80,7 @@ class Chooser:
         self._speeds = speeds or Speeds()
         self._block_size_tokens = block_size_tokens
         self._affinity = PrefixAffinity()
+        self._sessions = SessionHints()
         self._rng = rng or random.Random()
 
     def choose(
@@ -87,28 +89,44 @@ class Chooser:
         """Rank the replicas with a fresh report for a request; return None if there are none.
 
         In a large fleet it ranks a random sample and replicas that hold the request's prefix. It
-        books the request on the best at once, so that the next decisions count it.
+        books the request on the best at once, so that the next decisions count it. Where no
+        replica is known to have the prefix, the one with the session's last turn counts as having
+        it.
         """
         # An earlier choice may have found its replica full.
         self.view.unbook(request_id)
         hashes = footprint.block_hashes
-        views = self.view.views(self._shortlist(replica_ids, hashes), now_s)
+        holders = self._affinity.holders(hashes)
+        hint = None if holders else self._sessions.last_turn(footprint.session)
+        if hint is not None:
+            holders = {hint.replica_id}
+        views = self.view.views(self._shortlist(replica_ids, holders), now_s)
         if not views:
             return None
         scores = ranked(
             [
-                score(view, footprint, self._cached_tokens(view.replica_id, hashes), self._speeds)
+                score(
+                    view,
+                    footprint,
+                    self._cached_tokens(view.replica_id, hashes, hint),
+                    self._speeds,
+                )
                 for view in views
             ]
         )
         self.view.book(request_id, scores[0].replica_id, footprint, now_s)
-        return Decision([one.replica_id for one in scores], scores, reason(scores[0], scores[1:]))
+        why = reason(scores[0], scores[1:])
+        if why == "affinity" and hint is not None:
+            why = "session"
+        return Decision([one.replica_id for one in scores], scores, why)
 
     def sent(
         self, request_id: Hashable, replica_id: str, footprint: Footprint, now_s: float
     ) -> None:
         """Book the request on the replica that got it, as chosen or not."""
         self.view.book(request_id, replica_id, footprint, now_s)
+        if footprint.session is not None:
+            self._sessions.note(footprint.session, replica_id, footprint.prompt_tokens)
         if footprint.block_hashes:
             self._affinity.note(replica_id, footprint.block_hashes, self._most_blocks(replica_id))
 
@@ -131,13 +149,15 @@ class Chooser:
             self.view.withdraw(gone)
             self._affinity.forget(gone)
 
-    def _shortlist(self, replica_ids: Sequence[str], hashes: Sequence[int]) -> Sequence[str]:
+    def _shortlist(self, replica_ids: Sequence[str], holders: Collection[str]) -> Sequence[str]:
         # The random order spreads requests over replicas of equal scores.
         picked = self._rng.sample(replica_ids, min(len(replica_ids), _SHORTLIST))
-        if len(picked) < len(replica_ids) and (holders := self._affinity.holders(hashes)):
+        if len(picked) < len(replica_ids) and holders:
             others = set(replica_ids).difference(picked)
-            picked += sorted(holders & others)[:_HOLDERS]
+            picked += sorted(others.intersection(holders))[:_HOLDERS]
         return picked
 
-    def _cached_tokens(self, replica_id: str, hashes: Sequence[int]) -> int:
+    def _cached_tokens(self, replica_id: str, hashes: Sequence[int], hint: LastTurn | None) -> int:
+        if hint is not None:
+            return hint.prompt_tokens if hint.replica_id == replica_id else 0
         return self._affinity.cached_blocks(replica_id, hashes) * self._block_size_tokens

@@ -28,6 +28,7 @@ class Footprint(NamedTuple):
     prompt_tokens: exact length of the prompt.
     output_tokens: expected length of all answers.
     block_hashes: prefix hashes of the prompt's full blocks, for affinity.
+    session: the session that its client names, as `router.session_hints.session_key`.
     holder: the replica that probably has most of its prompt cached, set when a replica is chosen.
     """
 
@@ -36,6 +37,7 @@ class Footprint(NamedTuple):
     prompt_tokens: int
     output_tokens: int
     block_hashes: tuple[int, ...] = ()
+    session: int | None = None
     holder: str | None = None
 
 

@@ -1,6 +1,6 @@
 """A held cache: what an ended or preempted request leaves for the next turn."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ class Held:
     block_hashes: vLLM's hashes of the full blocks that its tokens would fill.
     parked_blocks: blocks that its content would fill; 0 while it is in the pool.
     has_arrived: whether it came from another replica, and no request has begun with it here.
+    has_session: whether its client names its session, and so will probably ask on.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Held:
     block_hashes: tuple[BlockHash, ...] = ()
     parked_blocks: int = 0
     has_arrived: bool = False
+    has_session: bool = False
 
     @property
     def size_blocks(self) -> int:
@@ -61,7 +63,7 @@ class Held:
         tokens, entries = self.floor
         return HeldCard(
             self.scope, self.token_ids.tobytes(), self.entry_tokens, tokens, entries,
-            self.compressed_at, self.turn, bool(self.block_hashes),
+            self.compressed_at, self.turn, bool(self.block_hashes), self.has_session,
         )  # fmt: skip
 
 
@@ -72,6 +74,7 @@ class ToHold(NamedTuple):
     token_ids: TokenIds
     entry_tokens: int
     block_hashes: Sequence[BlockHash] = ()
+    has_session: bool = False
 
 
 class Match(NamedTuple):
@@ -79,3 +82,8 @@ class Match(NamedTuple):
 
     held: Held
     tokens: int
+
+
+def least_valuable(among: Iterable[Held], value: Callable[[Held], float], newest: Held) -> Held:
+    """Return the cache that goes first, the older one of two equals; the newest one goes last."""
+    return min((held for held in among if held is not newest), key=value, default=newest)

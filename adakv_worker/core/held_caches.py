@@ -6,6 +6,7 @@ to the host's memory.
 """
 
 import itertools
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -15,17 +16,21 @@ from typing import Literal
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-from adakv_worker.core.held import Held, Match
+from adakv_worker.core.held import Held, Match, least_valuable
 from adakv_worker.core.host_tier import HostTier
 from adakv_worker.session_messages import TokenIds
 
 # Why a held cache is gone. reused: vLLM gave its blocks to a request. cap: the caches exceeded a
 # limit. idle: no request resumed it in time. forgotten: a reset dropped all caches.
 Reason = Literal["reused", "cap", "idle", "forgotten"]
+# A cache whose client names its session is kept like one that was used so much later.
+_NAMED_LATER_S = 60.0
 
 
 class HeldCaches:
     """The held caches of an engine core, the one that was used least recently first.
+
+    That one goes first, too, but those of named sessions stay a minute longer.
 
     At most `most_blocks` blocks are held, by at most `most` caches, for at most `idle_s` seconds.
     Caches that lose their blocks to others go to the host's memory, if they fit there.
@@ -63,14 +68,15 @@ class HeldCaches:
         self._idle_s = idle_s
         self._clock = clock
         self._held: OrderedDict[str, Held] = OrderedDict()
-        self._host = HostTier(host_blocks)
-        self._arrived = HostTier(arrived_blocks)
+        self._host = HostTier(host_blocks, self._value)
+        self._arrived = HostTier(arrived_blocks, self._value)
         self._held_at_s: dict[str, float] = {}
         self._by_scope: dict[str, dict[str, Held]] = {}
         self._owners: dict[int, str] = {}
         self._expected: dict[str, Held] = {}
         self._names = map(str, itertools.count())
         self._lost: list[Held] = []
+        self._lent: set[str] = set()
         self.blocks = 0
         # Since the engine's start.
         self.dropped: dict[str, int] = {"reused": 0, "cap": 0, "idle": 0, "forgotten": 0}
@@ -91,6 +97,12 @@ class HeldCaches:
         yield from self._held.values()
         yield from self._host
         yield from self._arrived
+
+    def _value(self, held: Held) -> float:
+        """Return how late a cache was used; one that this step copies is worth most."""
+        if held.name in self._lent:
+            return math.inf
+        return self._held_at_s[held.name] + _NAMED_LATER_S * held.has_session
 
     def _tier_of(self, name: str) -> HostTier:
         """Return the part of the host's memory with a cache that is not in the pool."""
@@ -149,7 +161,7 @@ class HeldCaches:
         self._pool.unpin_blocks(held.blocks, self._taken)
         self._publish(held, True)
         while self.blocks > self._most_blocks or len(self._held) > self._most:
-            self._lose(next(iter(self._held.values())), "cap")
+            self._lose(least_valuable(self._held.values(), self._value, held), "cap")
 
     def arrive(self, held: Held) -> None:
         """Hold a cache from another replica, which the workers have in the host's memory."""
@@ -187,10 +199,12 @@ class HeldCaches:
     def lend(self, name: str) -> Held:
         """Return a held cache for a copy; it stays held, unless others overwrite it."""
         self.refresh(name)
+        self._lent.add(name)
         return self.get(name)
 
     def next_step(self) -> None:
         """Forget idle caches, and keep those that are held out of the allocator's reach."""
+        self._lent.clear()
         now = self._clock()
         for tier in (self._held.values(), self._host, self._arrived):
             idle = itertools.takewhile(
@@ -311,21 +325,46 @@ class HeldCaches:
     def _move_back(self) -> None:
         """Move held caches that the next allocations would take behind the blocks of prefixes.
 
-        A held block saves more tokens than one of a prefix: it holds a compressed cache.
+        A held block saves more tokens than one of a prefix: it holds a compressed cache. Where
+        there are too few others, the least valuable held caches stay in front, in order.
         """
-        others = self._pool.get_num_free_blocks() - self.blocks
-        if not self._held or others <= self._reach_blocks:
+        if not self._held:
             return
+        others = self._pool.get_num_free_blocks() - self.blocks
+        to_go = self._least_valuable(self._reach_blocks - others)
+        moving: list[Held] = []
+        least = math.inf
+        for held in reversed(self._near()):
+            if held.name not in to_go or self._value(held) > least:
+                moving.append(held)
+            else:
+                least = self._value(held)
+        for held in reversed(moving):
+            self._to_the_end(held)
+
+    def _near(self) -> list[Held]:
+        """Return the caches that the next allocations would take, in the pool's order."""
         block = self._pool.free_block_queue.fake_free_list_head.next_free_block
-        near = []
+        near: dict[str, Held] = {}
         for _ in range(self._reach_blocks):
             if block is None or block.block_id < 0:
                 break
-            if (name := self._owners.get(block.block_id)) is not None and name not in near:
-                near.append(name)
+            if (name := self._owners.get(block.block_id)) is not None:
+                near[name] = self._held[name]
             block = block.next_free_block
-        for name in near:
-            self._to_the_end(self._held[name])
+        return list(near.values())
+
+    def _least_valuable(self, blocks: int) -> set[str]:
+        """Return the least valuable caches with at least so many blocks in all, by name."""
+        names: set[str] = set()
+        if blocks <= 0:
+            return names
+        for held in sorted(self._held.values(), key=self._value):
+            names.add(held.name)
+            blocks -= len(held.blocks)
+            if blocks <= 0:
+                break
+        return names
 
     def _to_the_end(self, held: Held) -> None:
         """Have the pool take other free blocks first."""

@@ -1,9 +1,10 @@
 """Held caches in the host's memory, to which they go when the pool wants their blocks."""
 
+import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from adakv_worker.core.held import Held
+from adakv_worker.core.held import Held, least_valuable
 
 
 class HostTier:
@@ -12,8 +13,14 @@ class HostTier:
     Their content is at most that of `most_blocks` blocks.
     """
 
-    def __init__(self, most_blocks: int) -> None:
+    def __init__(self, most_blocks: int, value: Callable[[Held], float]) -> None:
+        """
+        Args:
+            value: what a cache is worth: the least valuable goes first, and one of infinite value
+                only if there are no others.
+        """
         self._most_blocks = most_blocks
+        self._value = value
         self._parked: OrderedDict[str, Held] = OrderedDict()
         self.blocks = 0
 
@@ -27,8 +34,9 @@ class HostTier:
         return self._parked[name]
 
     def fits(self, held: Held) -> bool:
-        """Return whether a cache fits if all others go."""
-        return held.size_blocks <= self._most_blocks
+        """Return whether a cache fits if all others go that can."""
+        staying = sum(one.parked_blocks for one in self if self._value(one) == math.inf)
+        return held.size_blocks + staying <= self._most_blocks
 
     def put(self, held: Held) -> list[Held]:
         """Take a cache, and return those that went to make room."""
@@ -36,7 +44,7 @@ class HostTier:
         self.blocks += held.parked_blocks
         out = []
         while self.blocks > self._most_blocks:
-            out.append(self.take(next(iter(self._parked))))
+            out.append(self.take(least_valuable(self, self._value, held).name))
         return out
 
     def take(self, name: str) -> Held:

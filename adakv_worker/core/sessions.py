@@ -134,7 +134,7 @@ class Sessions:
         plain = request.lora_request is None and request.cache_salt is None
         to_hold = ToHold(
             _scope(request, budget), _token_ids(request), request.num_computed_tokens,
-            request.block_hashes if plain else (),
+            request.block_hashes if plain else (), request.session_id is not None,
         )  # fmt: skip
         held = self._manager.hold(request.request_id, to_hold)
         if held is not None:
@@ -153,7 +153,7 @@ class Sessions:
         held = Held(
             request.request_id, card.scope, card.token_ids, card.entry_tokens, floor,
             card.compressed_at, (), card.turn, tuple(request.block_hashes if card.is_named else ()),
-            parked_blocks=blocks, has_arrived=True,
+            parked_blocks=blocks, has_arrived=True, has_session=card.has_session,
         )  # fmt: skip
         self._held.arrive(held)
 

@@ -19,6 +19,7 @@ class Sending(BaseModel):
     prompt_tokens: Count
     output_tokens: Count
     block_hashes: list[int] = []
+    session: int | None = None
 
 
 class Sendings(BaseModel):

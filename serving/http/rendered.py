@@ -13,6 +13,7 @@ class Rendered(NamedTuple):
     extra_args: its own options (`vllm_xargs`).
     cache_salt, model: prompts with other ones share no prefix.
     takes_ids: whether the engine takes the ids instead of rendering the request again.
+    session_id: what its body calls the conversation.
     """
 
     prompts: list[list[int]]
@@ -22,6 +23,7 @@ class Rendered(NamedTuple):
     cache_salt: str | None = None
     model: str | None = None
     takes_ids: bool = False
+    session_id: str | None = None
 
 
 class NotRendered(Exception):
@@ -29,11 +31,13 @@ class NotRendered(Exception):
 
     reason: `form`, `content` (images, embeddings, a response that the engine has stored), or
         `malformed`, for a request that the engine refuses with a better message.
+    session_id: what its body calls the conversation, where that is known.
     """
 
-    def __init__(self, reason: str, message: object = "") -> None:
+    def __init__(self, reason: str, message: object = "", session_id: str | None = None) -> None:
         super().__init__(message)
         self.reason = reason
+        self.session_id = session_id
 
 
 class Renderer(Protocol):

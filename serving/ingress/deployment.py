@@ -27,6 +27,7 @@ from serving.ingress.footprints import (
     FootprintPredictor,
     OutputCounter,
     Prediction,
+    Sender,
     footprint_predictor,
 )
 from serving.ingress.occupancy_router import OccupancyRouter
@@ -54,7 +55,9 @@ class HandleBackend:
     async def stream(self, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:
         predicted = Prediction(None, body)
         if self._predictor is not None:
-            predicted = await self._predictor.predict(scope["path"], body)
+            predicted = await self._predictor.predict(
+                scope["path"], body, Sender.of(scope["headers"])
+            )
             self._metrics.note(predicted)
         if predicted.body is not body:
             scope = _sized(scope, predicted.body)

@@ -6,14 +6,17 @@ import logging
 import re
 import threading
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, Self
 
 from adakv_worker.config import FULL, CompressionConfig
 from adakv_worker.options import RequestOptions
 from router.footprint import Budget, Footprint, OutputQuantiles, predict, prefix_hashes, seed_hash
+from router.session_hints import session_key
 from serving.config import AppConfig
 from serving.http.asgi import Message
 from serving.http.rendered import NotRendered, Rendered, Renderer
+from serving.http.tenants import TENANT_HEADER
 from serving.models.embedded import model_path_and_name
 
 logger = logging.getLogger("ray.serve")
@@ -31,6 +34,7 @@ _ENOUGH_OUTPUTS = 8
 _MOST_ANSWERS = 16384
 # The first event of a chat has the role, the last is [DONE].
 _EVENTS_WITHOUT_TOKEN = 2
+_SESSION_HEADER = b"x-session-id"
 
 
 class Prediction(NamedTuple):
@@ -48,6 +52,22 @@ class Prediction(NamedTuple):
     kind: str = ""
     answers: int = 1
     unknown: str | None = None
+
+
+class Sender(NamedTuple):
+    """What a request's headers say of its client.
+
+    session_id: vLLM's `X-Session-ID`.
+    """
+
+    tenant: str | None = None
+    session_id: str | None = None
+
+    @classmethod
+    def of(cls, headers: Iterable[tuple[bytes, bytes]]) -> Self:
+        """Return what the headers of a request that was let in say."""
+        named = {name: value.decode("latin-1") for name, value in headers}
+        return cls(named.get(TENANT_HEADER), named.get(_SESSION_HEADER) or None)
 
 
 class OutputCounter:
@@ -72,6 +92,9 @@ class OutputCounter:
                 self._events += body.count(b"data: ")
                 if found := self._USAGE.search(body):
                     self._usage = int(found[1])
+
+
+_NOBODY = Sender()
 
 
 class FootprintPredictor:
@@ -106,18 +129,18 @@ class FootprintPredictor:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="renderer", daemon=True).start()
 
-    async def predict(self, path: str, body: bytes) -> Prediction:
+    async def predict(self, path: str, body: bytes, sender: Sender = _NOBODY) -> Prediction:
         """Return what is known of a request."""
         if not self._renderer.takes(path):
             return Prediction(None, body)
         size = len(body)
         if size > _LONGEST_BODY_BYTES:
-            return self._estimated(path, body, "long")
+            return self._estimated(path, body, "long", sender)
         if self._bytes_at_once and self._bytes_at_once + size > _MOST_BYTES_AT_ONCE:
-            return self._estimated(path, body, "busy")
+            return self._estimated(path, body, "busy", sender)
         self._bytes_at_once += size
         try:
-            work = asyncio.run_coroutine_threadsafe(self._predict(path, body), self._loop)
+            work = asyncio.run_coroutine_threadsafe(self._predict(path, body, sender), self._loop)
             return await asyncio.wrap_future(work)
         except Exception as error:
             reason = error.reason if isinstance(error, NotRendered) else "malformed"
@@ -125,7 +148,9 @@ class FootprintPredictor:
             if reason == "malformed":
                 # The engine refuses it with a better message.
                 return Prediction(None, body, unknown=reason)
-            return self._estimated(path, body, reason)
+            if isinstance(error, NotRendered) and error.session_id:
+                sender = sender._replace(session_id=error.session_id)
+            return self._estimated(path, body, reason, sender)
         finally:
             self._bytes_at_once -= size
 
@@ -146,16 +171,17 @@ class FootprintPredictor:
             known = self._outputs_of("")
         return known.expected(most)
 
-    def _estimated(self, path: str, body: bytes, reason: str) -> Prediction:
+    def _estimated(self, path: str, body: bytes, reason: str, sender: Sender) -> Prediction:
         """Return the footprint of a prompt as long as the request's bytes suggest."""
         kind = _kind(path, None, None)
         tokens = len(body) // _BYTES_PER_TOKEN
         footprint = predict(
             tokens, self._expected(kind, None), self._budget(None), self._block_size_tokens
         )
+        footprint = footprint._replace(session=_session(sender))
         return Prediction(footprint, body, kind, unknown=reason)
 
-    async def _predict(self, path: str, body: bytes) -> Prediction:
+    async def _predict(self, path: str, body: bytes, sender: Sender) -> Prediction:
         rendered = await self._render(path, body)
         budget = self._budget(RequestOptions.of(rendered.extra_args))
         most = rendered.most_output_tokens
@@ -183,6 +209,7 @@ class FootprintPredictor:
             sum(one.prompt_tokens for one in each),
             sum(one.output_tokens for one in each),
             hashes,
+            _session(sender, rendered),
         )
         answers = rendered.answers * len(each)
         return Prediction(footprint, _with_ids(body, rendered), kind, answers)
@@ -213,6 +240,14 @@ def _kind(path: str, most_output_tokens: int | None, model: str | None) -> str:
     """Return the class of a request: its endpoint, model, and the size of its limit."""
     limit = "" if most_output_tokens is None else most_output_tokens.bit_length()
     return f"{path} {model or ''} {limit}"
+
+
+def _session(sender: Sender, rendered: Rendered | None = None) -> int | None:
+    """Return the key of a request's session, which vLLM looks for in the same places."""
+    named: object = sender.session_id
+    if rendered is not None:
+        named = rendered.session_id or named or (rendered.extra_args or {}).get("session_id")
+    return session_key(sender.tenant, named) if isinstance(named, str) and named else None
 
 
 def _with_ids(body: bytes, rendered: Rendered) -> bytes:

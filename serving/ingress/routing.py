@@ -70,7 +70,7 @@ class Routing:
         for one in sendings.sent:
             footprint = Footprint(
                 one.peak_blocks, one.steady_blocks, one.prompt_tokens, one.output_tokens,
-                tuple(one.block_hashes),
+                tuple(one.block_hashes), one.session,
             )  # fmt: skip
             request_id = sendings.ingress_id, one.request_id
             self._chooser.sent(request_id, one.replica_id, footprint, now_s)
@@ -98,6 +98,7 @@ class Routing:
             request_id=request_id, replica_id=replica_id, peak_blocks=footprint.peak_blocks,
             steady_blocks=footprint.steady_blocks, prompt_tokens=footprint.prompt_tokens,
             output_tokens=footprint.output_tokens, block_hashes=list(footprint.block_hashes),
+            session=footprint.session,
         )  # fmt: skip
         self._teller.tell(sending)
 

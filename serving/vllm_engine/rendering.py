@@ -89,12 +89,19 @@ class VllmRenderer:
             request = json.loads(body)
             if not isinstance(request, dict):
                 raise NotRendered("malformed")
-            return await self._forms[path](request)
-        except NotRendered:
+        except (ValueError, RecursionError) as error:
+            raise NotRendered("malformed", error) from error
+        named = request.get("session_id")
+        session_id = named if isinstance(named, str) else None
+        try:
+            rendered = await self._forms[path](request)
+        except NotRendered as error:
+            error.session_id = session_id
             raise
         except Exception as error:
             # The engine refuses it with a better message.
             raise NotRendered("malformed", error) from error
+        return rendered._replace(session_id=session_id)
 
     async def _chat(self, fields: dict[str, Any]) -> Rendered:
         return await self._of_chat(ChatCompletionRequest(**fields))

@@ -242,6 +242,40 @@ def test_only_replicas_with_sessions_have_more_than_fits_into_their_blocks(
     assert score.cached_tokens == 32 * cached
 
 
+def test_a_session_leads_back_to_its_replica_where_no_prefix_is_known() -> None:
+    ids = [f"r{index}" for index in range(100)]
+    fleet = chooser(*(idle(i) for i in ids))
+    # Its prompts' tokens are unknown, as those with images.
+    turn = Footprint(25, 25, 800, 50, session=7)
+    for name, session in (("r42", 7), ("r5", 8)):
+        fleet.sent(name, name, turn._replace(session=session), 0.0)
+        fleet.view.accept(idle(name, sequence=2), 1.0)
+    longer = turn._replace(prompt_tokens=1000)
+    decision = decided(fleet, *ids, footprint=longer, now_s=1.0)
+    assert (decision.replica_ids[0], decision.reason) == ("r42", "session")
+    assert decision.holder == "r42"
+    assert decision.scores[0].cached_tokens == 800
+    for other in (longer._replace(session=None), longer._replace(session=9)):
+        assert decided(fleet, *ids, footprint=other, now_s=1.0).holder is None
+    # A hint, no order.
+    overloaded = idle("r42", prefill_tokens_queued=20_000, sequence=3)
+    fleet.view.accept(overloaded, 2.0)
+    assert decided(fleet, *ids, footprint=longer, now_s=2.0).replica_ids[0] != "r42"
+    fleet.retain([name for name in ids if name != "r42"])
+    assert decided(fleet, *ids, footprint=longer, now_s=3.0).reason == "least_cost"
+
+
+def test_known_prefixes_outweigh_what_a_client_calls_its_session() -> None:
+    fleet = chooser(idle("a"), idle("b"))
+    prompt = Footprint(25, 25, 640, 50, tuple(range(20)))
+    fleet.sent("cached", "a", prompt, 0.0)
+    fleet.sent("named", "b", prompt._replace(block_hashes=(90, 91), session=7), 0.0)
+    for name in "ab":
+        fleet.view.accept(idle(name, sequence=2), 1.0)
+    decision = decided(fleet, "a", "b", footprint=prompt._replace(session=7), now_s=1.0)
+    assert (decision.replica_ids[0], decision.reason) == ("a", "affinity")
+
+
 @given(
     free=st.lists(st.integers(0, 100), min_size=2, max_size=6),
     peak=st.integers(1, 120),

@@ -38,18 +38,25 @@ class Pool:
             lambda: self.now_s,
         )
 
-    def arrive(self, ids: TokenIds, blocks: int, floor: int = 0) -> Held:
+    def arrive(self, ids: TokenIds, blocks: int, floor: int = 0, has_session: bool = False) -> Held:
         held = Held(
             self.held.next_name(), "a", ids, len(ids), Floor(floor, 0), floor, (), turn=1,
-            parked_blocks=blocks, has_arrived=True,
+            parked_blocks=blocks, has_arrived=True, has_session=has_session,
         )  # fmt: skip
         self.held.arrive(held)
         return held
 
-    def hold(self, ids: TokenIds, blocks: int, floor: int = 0, scope: str = "a") -> Held:
+    def hold(
+        self,
+        ids: TokenIds,
+        blocks: int,
+        floor: int = 0,
+        scope: str = "a",
+        has_session: bool = False,
+    ) -> Held:
         held = Held(
             self.held.next_name(), scope, ids, len(ids), Floor(floor, 0), floor,
-            tuple(self.pool.get_new_blocks(blocks)), turn=1,
+            tuple(self.pool.get_new_blocks(blocks)), turn=1, has_session=has_session,
         )  # fmt: skip
         self.held.hold(held)
         return held
@@ -130,6 +137,42 @@ def test_the_least_recently_used_go_beyond_the_cap(pool: Pool) -> None:
         pool.hold(tokens(name), 1)
     assert len(pool.held) == MOST
     assert pool.held.dropped["cap"] == 3
+
+
+def test_caches_of_named_sessions_are_kept_a_minute_longer(pool: Pool) -> None:
+    named = pool.hold(tokens(1), 9, has_session=True)
+    pool.now_s = 50.0
+    other = pool.hold(tokens(2), 9)
+    pool.hold(tokens(3), 9)
+    assert (named.name in pool.held, other.name in pool.held) == (True, False)
+    pool.now_s = 61.0
+    pool.hold(tokens(4), 9)
+    # Only a minute: nobody asks on, and others do.
+    pool.now_s = 130.0
+    pool.hold(tokens(5), 9)
+    assert named.name not in pool.held
+
+
+@pytest.mark.parametrize("reach_blocks", [4, 40])
+def test_blocks_of_named_sessions_are_overwritten_later(reach_blocks: int) -> None:
+    pool = Pool(reach_blocks)
+    running = pool.pool.get_new_blocks(BLOCKS - 1 - 12)
+    named = pool.hold(tokens(1), 4, has_session=True)
+    first, second = pool.hold(tokens(2), 4), pool.hold(tokens(3), 4)
+    for gone in (first, second, named):
+        pool.held.next_step()
+        pool.pool.get_new_blocks(4)
+        assert pool.held.take_gone() == [gone.name]
+    assert running
+
+
+def test_named_sessions_stay_longer_in_the_hosts_memory(pool: Pool) -> None:
+    pool = Pool(arrived_blocks=6)
+    named = pool.arrive(tokens(1), 3, has_session=True)
+    other = pool.arrive(tokens(2), 3)
+    pool.arrive(tokens(3), 3)
+    assert (named.name in pool.held, other.name in pool.held) == (True, False)
+    pool.held.check()
 
 
 def test_a_cache_for_which_nobody_comes_is_forgotten(pool: Pool) -> None:
@@ -269,9 +312,11 @@ class Lives(RuleBasedStateMachine):
         floor = data.draw(st.integers(0, len(ids)))
         name = self.pool.held.next_name()
         self.names.append(name)
-        self.pool.held.hold(
-            Held(name, "a", tokens(*ids), len(ids), Floor(floor, 0), floor, tuple(blocks), 1)
-        )
+        held = Held(
+            name, "a", tokens(*ids), len(ids), Floor(floor, 0), floor, tuple(blocks), 1,
+            has_session=data.draw(st.booleans()),
+        )  # fmt: skip
+        self.pool.held.hold(held)
 
     @rule(ids=st.lists(st.integers(1, 2), min_size=2, max_size=6))
     def go_on(self, ids: list[int]) -> None:
@@ -289,9 +334,14 @@ class Lives(RuleBasedStateMachine):
         self.running.append([*taken.blocks, *fresh])
         self.names.remove(taken.name)
 
-    @rule(ids=st.lists(st.integers(1, 2), min_size=1, max_size=5), blocks=st.integers(1, 9))
-    def come_from_another_replica(self, ids: list[int], blocks: int) -> None:
-        self.names.append(self.pool.arrive(tokens(*ids), blocks).name)
+    @rule(
+        ids=st.lists(st.integers(1, 2), min_size=1, max_size=5),
+        blocks=st.integers(1, 9),
+        has_session=st.booleans(),
+    )
+    def come_from_another_replica(self, ids: list[int], blocks: int, has_session: bool) -> None:
+        arrived = self.pool.arrive(tokens(*ids), blocks, has_session=has_session)
+        self.names.append(arrived.name)
 
     @rule(ids=st.lists(st.integers(1, 2), min_size=2, max_size=6), count=st.integers(1, 9))
     def branch_off(self, ids: list[int], count: int) -> None:

@@ -13,12 +13,12 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from router.footprint import Footprint
-from serving.http.asgi import Message
+from serving.http.asgi import Message, Scope
 from serving.http.door_settings import FrontDoorSettings
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
 from serving.http.front_door import FrontDoor
 from serving.ingress.deployment import HandleBackend, refuse_open_door, with_cors
-from serving.ingress.footprints import Prediction
+from serving.ingress.footprints import Prediction, Sender
 
 
 class Answer:
@@ -66,11 +66,11 @@ class Predictor:
     FOOTPRINT = Footprint(3, 2, 50, 20, ())
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, bytes]] = []
+        self.asked: list[tuple[str, bytes, Sender]] = []
         self.learnt: list[int] = []
 
-    async def predict(self, path: str, body: bytes) -> Prediction:
-        self.asked.append((path, body))
+    async def predict(self, path: str, body: bytes, sender: Sender) -> Prediction:
+        self.asked.append((path, body, sender))
         return Prediction(self.FOOTPRINT, body.replace(b"two", b"three"), "kind", answers=2)
 
     def note_output(self, kind: str, tokens: int) -> None:
@@ -94,10 +94,11 @@ async def test_batches_arrive_pickled_or_not() -> None:
 async def test_a_footprint_goes_along_and_the_output_length_is_learnt() -> None:
     handle, predictor = Handle([START], [USAGE]), Predictor()
     backend = backend_of(handle, predictor)
-    async for _ in backend.stream({"path": "/v1/completions"}, b"body"):
+    scope = {"path": "/v1/completions", "headers": [(b"x-session-id", b"7")]}
+    async for _ in backend.stream(scope, b"body"):
         assert predictor.learnt == []
-    assert predictor.asked == [("/v1/completions", b"body")]
-    assert handle.called_with == ({"path": "/v1/completions"}, b"body", Predictor.FOOTPRINT)
+    assert predictor.asked == [("/v1/completions", b"body", Sender(None, "7"))]
+    assert handle.called_with == (scope, b"body", Predictor.FOOTPRINT)
     # For each of two answers.
     assert predictor.learnt == [8]
     assert not handle.answer.cancelled
@@ -121,7 +122,8 @@ async def test_without_a_predictor_no_footprint_goes_along() -> None:
 
 async def test_an_answer_that_is_closed_early_is_cancelled_and_teaches_nothing() -> None:
     handle, predictor = Handle([START], [USAGE], [USAGE]), Predictor()
-    async with aclosing(backend_of(handle, predictor).stream({"path": "/"}, b"")) as batches:
+    scope: Scope = {"path": "/", "headers": []}
+    async with aclosing(backend_of(handle, predictor).stream(scope, b"")) as batches:
         await anext(batches)
         await anext(batches)
     assert handle.answer.cancelled

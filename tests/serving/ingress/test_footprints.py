@@ -12,12 +12,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from adakv_worker.config import CompressionConfig
 from adakv_worker.options import RequestOptions
 from router.footprint import Budget, Footprint, predict, prefix_hashes, seed_hash
+from router.session_hints import session_key
 from serving.config import AppConfig
 from serving.http.rendered import NotRendered, Rendered
 from serving.ingress.footprints import (
     FootprintPredictor,
     OutputCounter,
     Prediction,
+    Sender,
     footprint_predictor,
 )
 from serving.models.embedded import embedded_model_path
@@ -43,11 +45,12 @@ class Letters:
             await self.release.wait()
         fields = json.loads(body)
         if "problem" in fields:
-            raise NotRendered(fields["problem"])
+            raise NotRendered(fields["problem"], session_id=fields.get("session_id"))
         prompts = [[ord(letter) for letter in prompt] for prompt in fields["prompts"]]
         return Rendered(
             prompts, fields.get("n", 1), fields.get("most"), fields.get("xargs"),
             fields.get("salt"), fields.get("model"), fields.get("takes_ids", False),
+            fields.get("session_id"),
         )  # fmt: skip
 
 
@@ -103,6 +106,40 @@ async def test_prompts_with_another_salt_or_adapter_share_no_blocks() -> None:
     assert named.block_hashes == prefix_hashes(ids, 32)
     salted = await footprint(predictor, prompt, salt="a", model="served")
     assert salted.block_hashes == prefix_hashes(ids, 32, seed_hash("a", None))
+
+
+@pytest.mark.parametrize(
+    ("fields", "header", "named"),
+    [
+        ({}, None, None),
+        ({"session_id": "a"}, "b", "a"),
+        ({"session_id": ""}, "b", "b"),
+        ({"xargs": {"session_id": "c"}}, "b", "b"),
+        ({"xargs": {"session_id": "c"}}, None, "c"),
+        ({"xargs": {"session_id": 3}}, None, None),
+        # Its tokens stay unknown, its session does not.
+        ({"session_id": "a", "problem": "content"}, "b", "a"),
+        ({"problem": "content"}, "b", "b"),
+    ],
+)
+async def test_a_session_is_named_where_vllm_looks_for_it(
+    fields: dict[str, Any], header: str | None, named: str | None
+) -> None:
+    _, predictor = letters()
+    body = json.dumps({"prompts": ["x"], **fields}).encode()
+    headers = [(b"x-adakv-tenant", b"tenant"), (b"x-session-id", (header or "").encode())]
+    prediction = await predictor.predict(PATH, body, Sender.of(headers))
+    assert prediction.footprint is not None
+    expected = None if named is None else session_key("tenant", named)
+    assert prediction.footprint.session == expected
+
+
+async def test_the_header_names_the_session_of_a_request_that_is_too_long_to_be_read() -> None:
+    _, predictor = letters()
+    long = json.dumps({"prompts": ["word " * 300_000], "session_id": "a"}).encode()
+    prediction = await predictor.predict(PATH, long, Sender(None, "b"))
+    assert prediction.footprint is not None
+    assert prediction.footprint.session == session_key(None, "b")
 
 
 async def test_only_the_requests_of_lately_are_remembered() -> None:
@@ -221,6 +258,24 @@ async def test_a_chat_is_counted_with_its_template(embedded: FootprintPredictor)
     assert prediction.footprint is not None
     assert prediction.footprint.prompt_tokens == len(ids)
     assert prediction.footprint.block_hashes == prefix_hashes(ids, 32)
+
+
+async def test_a_requests_session_is_found_by_every_form(embedded: FootprintPredictor) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    for path, fields in (
+        ("/v1/chat/completions", {"messages": messages}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [image]}]}),
+        ("/v1/chat/completions/batch", {"messages": [messages, messages]}),
+        ("/v1/completions", {"prompt": "Hello"}),
+        ("/v1/responses", {"input": "Hello"}),
+        ("/v1/messages", {"model": "m", "max_tokens": 5, "messages": messages}),
+        ("/invocations", {"messages": messages}),
+    ):
+        body = json.dumps({**fields, "session_id": "a"}).encode()
+        found = (await embedded.predict(path, body)).footprint
+        assert found is not None, path
+        assert found.session == session_key(None, "a"), path
 
 
 async def test_the_configured_tokenizer_and_compression_are_used(tmp_path: Path) -> None:

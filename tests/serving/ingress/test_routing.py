@@ -101,3 +101,13 @@ async def test_a_door_sends_the_next_turn_where_another_door_sent_the_first(
     await until(lambda: there.waiting("one") == there.waiting("two") == 1)
     for name in ("one", "two"):
         assert there.best(small._replace(block_hashes=(hash(name), 1, 2))) == name
+
+
+async def test_a_door_knows_the_sessions_of_another_door(doors: tuple[Door, Door]) -> None:
+    here, there = doors
+    unknown = Footprint(3, 3, 96, 10)
+    for session, name in enumerate(("one", "two")):
+        here.routing.sent(f"turn of {name}", name, unknown._replace(session=session))
+    await until(lambda: min(there.waiting("one"), there.waiting("two")) >= 1)
+    for session, name in enumerate(("one", "two")):
+        assert there.best(unknown._replace(session=session)) == name
