@@ -75,3 +75,28 @@ def test_a_cache_comes_back_from_the_host(in_process: None, gqa_model: Path) -> 
     engine.flush()
     engine.assert_nothing_leaked()
     engine.close()
+
+
+def test_a_client_that_names_its_session_keeps_its_cache_longer(
+    in_process: None, gqa_model: Path
+) -> None:
+    sessions = {**SESSIONS, "max_held": 2}
+    engine = Engine(gqa_model, {"budget_tokens": 48, "keep_ratio": 0.5, "sessions": sessions})
+    core, prompts = engine.llm.llm_engine, [prompt(300, seed=170 + n) for n in range(3)]
+    for number, ids in enumerate(prompts):
+        name = "a session" if number == 0 else None
+        params = engine.params(max_tokens=8)
+        core.add_request(str(number), {"prompt_token_ids": ids}, params, session_id=name)
+        while core.has_unfinished_requests():
+            core.step()
+        engine.flush()
+    turns = [
+        proof["session"]["turn"]
+        for ids in (prompts[0], prompts[1])
+        for result in engine.run([[*ids, *prompt(40, seed=180)]])
+        if (proof := result.proof) is not None
+    ]
+    assert turns == [2, 1]
+    engine.flush()
+    engine.assert_nothing_leaked()
+    engine.close()
