@@ -1,12 +1,17 @@
-"""The arithmetic of the autoscaling policy: the replicas that held and waiting caches need."""
+"""The arithmetic of the autoscaling policy: the replicas that caches, work and waits need."""
 
 import math
+from collections import deque
 from collections.abc import Sequence
-from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from router.score import Speeds
+
+# Tokens per second of a replica that decodes some twenty requests, at the default speeds.
+_DECODE_TOKENS_PER_S = 240.0
+# Demand is averaged over so long: one long prompt makes no trend.
+_AVERAGE_S = 20.0
 
 
 class ReplicaDemand(BaseModel):
@@ -15,6 +20,7 @@ class ReplicaDemand(BaseModel):
     held_blocks: used blocks without evictable prefix blocks.
     growth_blocks: blocks that running requests will still take.
     waiting_blocks: blocks that waiting requests need to start.
+    prefill_tokens_per_s, decode_tokens_per_s: tokens computed per second, of late.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -25,78 +31,121 @@ class ReplicaDemand(BaseModel):
     waiting_blocks: float = Field(default=0.0, ge=0)
     prefill_tokens_queued: float = Field(default=0.0, ge=0)
     requests: float = Field(default=0.0, ge=0)
+    prefill_tokens_per_s: float = Field(default=0.0, ge=0)
+    decode_tokens_per_s: float = Field(default=0.0, ge=0)
 
 
 class ScalingTargets(BaseModel):
-    """Band of occupancy and longest wait, as the operator sets them.
-
-    The fleet grows when its occupancy passes `high_occupancy` and shrinks when it falls below
-    `low_occupancy`, in both cases to the middle of the band.
-    """
+    """What the operator wants of a fleet."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    low_occupancy: float = Field(default=0.3, ge=0.0, lt=1.0)
-    high_occupancy: float = Field(default=0.8, gt=0.0, le=1.0)
+    target_occupancy: float = Field(
+        default=0.8, gt=0.0, le=1.0, description="Share of the blocks, and of the time, in use"
+    )
     target_wait_s: float = Field(
-        default=5.0, gt=0.0, description="Most seconds of queued prefill on a replica"
+        default=5.0, gt=0.0, description="Longest predicted wait of a request that comes now"
+    )
+    keep_s: float = Field(
+        default=300.0, ge=0.0, description="The fleet has what it needed at any time in so long"
     )
     prefill_tokens_per_s: float = Field(
         default=Speeds().prefill_tokens_per_s, gt=0.0, description="Speed of one replica"
+    )
+    decode_tokens_per_s: float = Field(
+        default=_DECODE_TOKENS_PER_S, gt=0.0, description="Speed of one replica, in a full batch"
     )
     blocks_per_request: float = Field(
         default=16.0, gt=0.0, description="Blocks of a queued request while none runs"
     )
 
-    @model_validator(mode="after")
-    def _band(self) -> Self:
-        if self.low_occupancy >= self.high_occupancy:
-            raise ValueError(
-                f"low_occupancy={self.low_occupancy} must lie below "
-                f"high_occupancy={self.high_occupancy}"
-            )
-        return self
 
-    @property
-    def middle(self) -> float:
-        return (self.low_occupancy + self.high_occupancy) / 2
+class FleetSize:
+    """The number of replicas that a fleet needs, from what they report time after time."""
+
+    def __init__(self, targets: ScalingTargets) -> None:
+        self._targets = targets
+        # Time and demand in replicas of the last looks, then time and size.
+        self._demands: deque[tuple[float, float]] = deque()
+        self._sizes: deque[tuple[float, int]] = deque()
+
+    def wanted(
+        self,
+        replicas: Sequence[ReplicaDemand],
+        target: int,
+        ongoing_requests: float,
+        queued_requests: float,
+        now_s: float,
+    ) -> int:
+        """Return the replicas that are to serve, at most twice as many as now.
+
+        Serve adds bounds and delays.
+
+        Args:
+            replicas: demand of those that have reported.
+            target: current target of Serve.
+            ongoing_requests: running and queued requests, as Serve counts them.
+            queued_requests: requests that have reached no replica yet.
+        """
+        if target == 0:
+            # Without a replica there are no reports.
+            return 1 if ongoing_requests > 0 else 0
+        if not replicas:
+            return target
+        needed = self._needed(replicas, ongoing_requests, queued_requests, now_s)
+        self._sizes.append((now_s, needed))
+        _forget(self._sizes, now_s - self._targets.keep_s)
+        if needed > target:
+            # A burst is often over before new replicas have started.
+            return min(needed, 2 * target)
+        return min(target, max(size for _, size in self._sizes))
+
+    def _needed(
+        self,
+        replicas: Sequence[ReplicaDemand],
+        ongoing_requests: float,
+        queued_requests: float,
+        now_s: float,
+    ) -> int:
+        targets = self._targets
+        each = sum(r.blocks_total for r in replicas) / len(replicas)
+        full = demand_blocks(replicas, queued_requests, targets) / each
+        # More than there is room for waits, whatever the average is.
+        waits = max(0.0, full - len(replicas))
+        busy = work(replicas, targets)
+        self._demands.append((now_s, max(full, busy)))
+        _forget(self._demands, now_s - _AVERAGE_S)
+        demand = sum(one for _, one in self._demands) / len(self._demands)
+        needed = _whole(max(demand, waits and full) / targets.target_occupancy)
+        backlog_s = backlog_tokens(replicas, queued_requests) / targets.prefill_tokens_per_s
+        if backlog_s / len(replicas) > targets.target_wait_s:
+            to_wait = busy / targets.target_occupancy + backlog_s / targets.target_wait_s
+            needed = max(needed, _whole(to_wait))
+        is_idle = ongoing_requests == 0 and not any(
+            r.held_blocks + r.waiting_blocks for r in replicas
+        )
+        return needed if is_idle else max(1, needed)
 
 
-def desired_replicas(
-    replicas: Sequence[ReplicaDemand],
-    target: int,
-    ongoing_requests: float,
-    queued_requests: float,
-    targets: ScalingTargets,
-) -> int:
-    """Return the number of replicas that the demand needs. Serve adds bounds and delays.
+def _whole(replicas: float) -> int:
+    """Round up, but not for a rounding error."""
+    return math.ceil(replicas - 1e-6)
 
-    Args:
-        replicas: demand of those that have reported.
-        target: current target of Serve.
-        ongoing_requests: running and queued requests, as Serve counts them.
-        queued_requests: requests that have reached no replica yet.
-    """
-    if target == 0:
-        # Without a replica there are no reports.
-        return 1 if ongoing_requests > 0 else 0
-    if not replicas:
-        return target
-    if ongoing_requests == 0 and not any(r.held_blocks + r.waiting_blocks for r in replicas):
-        return 0
-    each = sum(r.blocks_total for r in replicas) / len(replicas)
-    demand = demand_blocks(replicas, queued_requests, targets)
-    occupancy = demand / (each * target)
-    backlog_s = sum(r.prefill_tokens_queued for r in replicas) / targets.prefill_tokens_per_s
-    for_wait = math.ceil(backlog_s / targets.target_wait_s)
-    wanted = max(for_wait, math.ceil(demand / (each * targets.middle)))
-    if occupancy > targets.high_occupancy or for_wait > target:
-        # A burst is often over before new replicas have started.
-        return max(target + 1, min(wanted, 2 * target))
-    if occupancy < targets.low_occupancy:
-        # The caches of a removed replica must fit into the others.
-        return max(1, min(target, wanted))
-    return target
+
+def _forget(
+    recent: "deque[tuple[float, float]] | deque[tuple[float, int]]", before_s: float
+) -> None:
+    while recent[0][0] < before_s:
+        recent.popleft()
+
+
+def work(replicas: Sequence[ReplicaDemand], targets: ScalingTargets) -> float:
+    """Return how many replicas would compute all the time to do what was done of late."""
+    return sum(
+        r.prefill_tokens_per_s / targets.prefill_tokens_per_s
+        + r.decode_tokens_per_s / targets.decode_tokens_per_s
+        for r in replicas
+    )
 
 
 def demand_blocks(
@@ -107,3 +156,10 @@ def demand_blocks(
     requests = sum(r.requests for r in replicas)
     each = here / requests if requests else targets.blocks_per_request
     return here + queued_requests * each
+
+
+def backlog_tokens(replicas: Sequence[ReplicaDemand], queued_requests: float) -> float:
+    """Return the prompt tokens still to be computed, queued requests' included."""
+    here = sum(r.prefill_tokens_queued for r in replicas)
+    requests = sum(r.requests for r in replicas)
+    return here + (queued_requests * here / requests if requests else 0.0)

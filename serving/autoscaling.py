@@ -1,9 +1,10 @@
 """The autoscaling policy that Ray Serve loads, by `autoscaling_config.policy` of the Engine."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
-from router.autoscaling import ReplicaDemand, ScalingTargets, desired_replicas
+from router.autoscaling import FleetSize, ReplicaDemand, ScalingTargets
 
 
 class OccupancyPolicy:
@@ -17,16 +18,16 @@ class OccupancyPolicy:
         Raises:
             pydantic.ValidationError: unknown or impossible targets.
         """
-        self._targets = ScalingTargets(**targets)
+        self._size = FleetSize(ScalingTargets(**targets))
 
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
         replicas = reported(ctx.aggregated_metrics or {})
-        wanted = desired_replicas(
+        wanted = self._size.wanted(
             replicas,
             ctx.target_num_replicas,
             ctx.total_num_requests,
             ctx.total_queued_requests or 0.0,
-            self._targets,
+            time.monotonic(),
         )
         return wanted, {}
 

@@ -201,6 +201,8 @@ class Engine:
             waiting_blocks=load.waiting_blocks or 0,
             prefill_tokens_queued=load.prefill_tokens_queued,
             requests=load.running + load.waiting,
+            prefill_tokens_per_s=load.prefill_tokens_per_s,
+            decode_tokens_per_s=load.decode_tokens_per_s,
         )
         return demand.model_dump()
 

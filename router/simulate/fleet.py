@@ -42,7 +42,7 @@ class _Events:
             yield when, what, index
 
 
-class _Fleet:
+class Fleet:
     """Replicas behind one router, and the events due."""
 
     def __init__(
@@ -73,8 +73,7 @@ class _Fleet:
                 self._continue(index, now_s)
         return now_s
 
-    def arrive(self, request: Request) -> None:
-        now_s = request.arrival_s
+    def arrive(self, request: Request, now_s: float) -> None:
         index = self._router.choose(request, now_s)
         replica = self._replicas[index]
         idle = replica.busy_until_s is None
@@ -113,12 +112,12 @@ def simulate(
     ]
     simulated = every[:-1] if scenario.joins else list(every)
     router = make_router(router_name, simulated, random.Random(seed), times, budget)
-    fleet = _Fleet(router, simulated, scenario.late_reports)
+    fleet = Fleet(router, simulated, scenario.late_reports)
     for number, request in enumerate(requests):
         fleet.run_until(request.arrival_s)
         if scenario.joins and number == len(requests) // 3:
             fleet.join(every[-1], request.arrival_s)
-        fleet.arrive(request)
+        fleet.arrive(request, request.arrival_s)
     elapsed_s = fleet.run_until(float("inf"))
     for replica in simulated:
         check_replica(replica, times.blocks_total)

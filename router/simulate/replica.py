@@ -19,6 +19,10 @@ class ServiceTimes(NamedTuple):
     decode_step_s: float
     decode_step_s_per_request: float
 
+    def decode_tokens_per_s(self, batch: int) -> float:
+        """Return the tokens per second of so many requests that decode together."""
+        return 1 / (self.decode_step_s_per_request + self.decode_step_s / batch)
+
     def slower(self, times: float) -> "ServiceTimes":
         """Return the times of a replica that is so many times as slow."""
         return self._replace(
@@ -54,6 +58,7 @@ class SimulatedReplica:
     """Replica that goes from event to event.
 
     busy_until_s: time of the next event.
+    prefilled_tokens, decoded_tokens: computed so far.
     waits_s: times to the first token of ended requests, without their own prefills.
     """
 
@@ -63,6 +68,7 @@ class SimulatedReplica:
         self.running: list[Running] = []
         self.free_blocks = times.blocks_total
         self.preemptions = 0
+        self.prefilled_tokens = self.decoded_tokens = 0
         self.waits_s: list[float] = []
         self.busy_until_s: float | None = None
         self._times = times
@@ -120,7 +126,9 @@ class SimulatedReplica:
             one.blocks = max(one.footprint.peak_blocks if not one.done_tokens else 0, held)
             self.free_blocks -= one.blocks
             self._doing = (one, 0)
-            prefill_s = self._tokens_to_compute(one) / times.prefill_tokens_per_s
+            tokens = self._tokens_to_compute(one)
+            self.prefilled_tokens += tokens
+            prefill_s = tokens / times.prefill_tokens_per_s
             if one.waited_s is None:
                 one.waited_s = -prefill_s
             self.busy_until_s = now_s + prefill_s
@@ -163,6 +171,7 @@ class SimulatedReplica:
             self.running.append(one)
 
     def _end_decode(self, steps: int) -> None:
+        self.decoded_tokens += steps * len(self.running)
         for one in self.running:
             one.done_tokens += steps
         ended = [one for one in self.running if one.remaining_tokens <= 0]

@@ -80,7 +80,7 @@ class _LeastOccupancy:
         self._free[index] = self._fleet[index].free_blocks
 
 
-class _Ours:
+class Ours:
     """The real chooser and view, fed with reports of the simulated replicas.
 
     It expects outputs by their quantiles and does not see a request's own output length.
@@ -120,6 +120,12 @@ class _Ours:
         # An ingress notes outputs a little later, from the same distribution.
         self._outputs.note(request.output_tokens)
         return self._index[best]
+
+    def leave(self, index: int) -> None:
+        """Choose a replica no more."""
+        if (replica_id := self._fleet[index].replica_id) in self._ids:
+            self._ids.remove(replica_id)
+            self._chooser.retain(self._ids)
 
     def report(self, index: int, now_s: float) -> None:
         replica = self._fleet[index]
@@ -162,7 +168,7 @@ def make_router(
     if name == "dynamo":
         return Dynamo(fleet, times.blocks_total)
     if name == "ours":
-        return _Ours(fleet, rng, times, budget)
+        return Ours(fleet, rng, times, budget)
     if name == "least_occupancy":
         return _LeastOccupancy(fleet, rng)
     return _Blind(fleet, rng, _BLIND[name])

@@ -44,6 +44,7 @@ class EngineLoad(NamedTuple):
     blocks_lent: int = 0
     blocks_borrowed: int = 0
     told_at: float = float("inf")
+    prefill_tokens_per_s: float = 0.0
 
 
 class CacheSize(NamedTuple):
@@ -134,13 +135,16 @@ class LoadStats:
         self.preemptions = 0
         self._decode_evictions = self._selection_failures = 0
         self._told_at = float("-inf")
-        self._tokens: list[tuple[float, int]] = []
+        # Time, prompt tokens and answers' tokens of each step.
+        self._computed: list[tuple[float, int, int]] = []
 
     def logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
         """Return a stat logger that feeds this object."""
         return _LoadLogger(self)
 
-    def note(self, scheduler_stats: SchedulerStats, generated_tokens: int) -> None:
+    def note(
+        self, scheduler_stats: SchedulerStats, generated_tokens: int, prefilled_tokens: int = 0
+    ) -> None:
         """Take over the statistics of a step."""
         now = time.monotonic()
         self.latest = scheduler_stats
@@ -152,9 +156,9 @@ class LoadStats:
                 self._on_proof(proof)
             self._decode_evictions += figures.memory.decode_evictions
             self._selection_failures += figures.memory.selection_failures
-        self._tokens.append((now, generated_tokens))
-        while self._tokens and now - self._tokens[0][0] > _RATE_WINDOW_S:
-            self._tokens.pop(0)
+        self._computed.append((now, prefilled_tokens, generated_tokens))
+        while self._computed and now - self._computed[0][0] > _RATE_WINDOW_S:
+            self._computed.pop(0)
         self.changed.set()
 
     def load(self, cache: CacheSize) -> EngineLoad:
@@ -173,13 +177,18 @@ class LoadStats:
                 decode_evictions=self._decode_evictions,
                 selection_failures=self._selection_failures,
             )
+        prefilled, decoded = self._tokens_per_s()
         return with_unseen(load, sent.prefill_tokens(unseen))._replace(
-            decode_tokens_per_s=self._decode_tokens_per_s(), told_at=self._told_at
+            decode_tokens_per_s=decoded, prefill_tokens_per_s=prefilled, told_at=self._told_at
         )
 
-    def _decode_tokens_per_s(self) -> float:
+    def _tokens_per_s(self) -> tuple[float, float]:
+        """Return the speeds at which prompts and answers were computed of late."""
         since = time.monotonic() - _RATE_WINDOW_S
-        return sum(count for at, count in self._tokens if at > since) / _RATE_WINDOW_S
+        recent = [(prompts, answers) for at, prompts, answers in self._computed if at > since]
+        prefilled = sum(prompts for prompts, _ in recent)
+        decoded = sum(answers for _, answers in recent)
+        return prefilled / _RATE_WINDOW_S, decoded / _RATE_WINDOW_S
 
 
 class _LoadLogger(StatLoggerBase):
@@ -190,8 +199,9 @@ class _LoadLogger(StatLoggerBase):
         # Outputs of a request that is away arrive without scheduler statistics.
         self._stats.preemptions += iteration_stats.num_preempted_reqs if iteration_stats else 0
         if scheduler_stats is not None:
-            generated = iteration_stats.num_generation_tokens if iteration_stats else 0
-            self._stats.note(scheduler_stats, generated)
+            decoded = iteration_stats.num_generation_tokens if iteration_stats else 0
+            prefilled = iteration_stats.prompt_token_stats.computed if iteration_stats else 0
+            self._stats.note(scheduler_stats, decoded, prefilled)
 
     def log_engine_initialized(self) -> None:
         pass

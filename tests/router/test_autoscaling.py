@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.autoscaling import ReplicaDemand, ScalingTargets, desired_replicas
+from router.autoscaling import FleetSize, ReplicaDemand, ScalingTargets
 from serving.autoscaling import OccupancyPolicy
 
-TARGETS = ScalingTargets(low_occupancy=0.3, high_occupancy=0.8, target_wait_s=5)
+TARGETS = ScalingTargets(target_occupancy=0.8, target_wait_s=5, keep_s=100)
 
 
 def replica(**changes: float) -> ReplicaDemand:
@@ -21,41 +21,16 @@ def replica(**changes: float) -> ReplicaDemand:
 def desired(
     *replicas: ReplicaDemand, target: int = 2, ongoing: float = 4, queued: float = 0
 ) -> int:
-    return desired_replicas(replicas, target, ongoing, queued, TARGETS)
+    """Return the size by one look."""
+    return FleetSize(TARGETS).wanted(replicas, target, ongoing, queued, 0.0)
 
 
-def test_inside_the_band_nothing_moves() -> None:
-    assert desired(replica(held_blocks=50), replica(held_blocks=40)) == 2
-
-
-@pytest.mark.parametrize("held", [30, 80])
-def test_the_ends_of_the_band_belong_to_it(held: float) -> None:
-    assert desired(*[replica(held_blocks=held)] * 4, target=4) == 4
-
-
-def test_it_grows_and_shrinks_to_the_middle_of_the_band() -> None:
-    # 4 replicas with 90 blocks each need 6.5 of them at 55 %.
-    assert desired(*[replica(held_blocks=90)] * 4, target=4) == 7
-    assert desired(*[replica(held_blocks=25)] * 8, target=8) == 4
-
-
-def test_a_backlog_that_all_replicas_can_work_off_in_time_scales_nothing() -> None:
-    backlog = [replica(held_blocks=50, prefill_tokens_queued=5 * 500)] * 2
-    assert desired(*backlog) == 2
-    # Nor does it shrink below what the backlog needs.
-    assert desired(*[replica(prefill_tokens_queued=5 * 500)] * 4, target=4) == 4
-
-
-def test_waiting_requests_alone_keep_a_replica() -> None:
-    assert desired(replica(waiting_blocks=5), target=1, ongoing=0) == 1
-    assert desired(replica(held_blocks=5, waiting_blocks=5), target=1, ongoing=0) == 1
-
-
-def test_a_queued_request_counts_by_the_prior_while_none_runs() -> None:
-    # 20 requests of 16 blocks: 3.2 replicas' worth of blocks.
-    idle = [replica(requests=0)] * 2
-    assert desired(*idle, target=2, ongoing=20, queued=20) == 4
-    assert desired(*idle, target=2, ongoing=5, queued=5) == 2
+def test_it_has_what_it_needs_at_the_target_occupancy() -> None:
+    assert desired(replica(held_blocks=80), replica(held_blocks=80)) == 2
+    assert desired(replica(held_blocks=81), replica(held_blocks=80)) == 3
+    # 360 blocks fill 4.5 replicas to 80 %.
+    assert desired(*[replica(held_blocks=90)] * 4, target=4) == 5
+    assert desired(*[replica(held_blocks=25)] * 8, target=8) == 3
 
 
 def test_growth_and_waiting_count_before_they_are_held() -> None:
@@ -66,31 +41,75 @@ def test_growth_and_waiting_count_before_they_are_held() -> None:
 def test_queued_requests_count_by_the_mean_footprint() -> None:
     busy = [replica(held_blocks=60, requests=4), replica(held_blocks=60, requests=4)]
     assert desired(*busy, ongoing=8) == 2
-    assert desired(*busy, ongoing=14, queued=6) == 4
+    assert desired(*busy, ongoing=14, queued=6) == 3
 
 
-def test_a_prefill_backlog_scales_up_with_all_memory_free() -> None:
-    backlog = replica(held_blocks=5, prefill_tokens_queued=5 * 500 * 3)
-    assert desired(backlog, replica(held_blocks=0), target=2) == 3
+def test_a_queued_request_counts_by_the_prior_while_none_runs() -> None:
+    # 20 requests of 16 blocks: 3.2 replicas' worth of blocks.
+    idle = [replica(requests=0)] * 2
+    assert desired(*idle, target=2, ongoing=20, queued=20) == 4
+    assert desired(*idle, target=2, ongoing=5, queued=5) == 1
+
+
+@pytest.mark.parametrize(
+    ("speeds", "size"),
+    [
+        # Half of the time for prompts, and half for answers.
+        ({"prefill_tokens_per_s": 250, "decode_tokens_per_s": 120}, 3),
+        ({"prefill_tokens_per_s": 150, "decode_tokens_per_s": 120}, 2),
+        ({"prefill_tokens_per_s": 500}, 3),
+        ({}, 1),
+    ],
+)
+def test_replicas_that_compute_all_the_time_get_company_whatever_memory_is_free(
+    speeds: dict[str, float], size: int
+) -> None:
+    assert desired(*[replica(held_blocks=5, **speeds)] * 2, target=2) == size
+
+
+def test_a_backlog_scales_up_once_a_new_request_would_wait_too_long() -> None:
+    in_time = replica(held_blocks=5, prefill_tokens_queued=5 * 500)
+    assert desired(in_time, in_time, target=2) == 1
+    late = replica(held_blocks=5, prefill_tokens_queued=5 * 500 * 3)
+    assert desired(late, replica(), target=2) == 3
+    # Queued requests' prompts are as long as the others'.
+    assert desired(in_time, in_time, target=2, ongoing=16, queued=8) == 4
 
 
 def test_it_never_more_than_doubles_at_once() -> None:
     assert desired(replica(held_blocks=100, waiting_blocks=900), target=1) == 2
 
 
-def test_it_shrinks_only_as_far_as_the_held_caches_fit() -> None:
-    assert desired(*[replica(held_blocks=20)] * 4, target=4) == 2
-    assert desired(*[replica(held_blocks=1)] * 4, target=4) == 1
+def test_one_long_prompt_makes_no_trend_but_a_full_fleet_grows_at_once() -> None:
+    size = FleetSize(TARGETS)
+    for second in range(20):
+        assert size.wanted([replica(held_blocks=40)] * 2, 2, 4, 0, float(second)) <= 2
+    # For a moment 95 % is in use, on average 45 %.
+    assert size.wanted([replica(held_blocks=95)] * 2, 2, 4, 0, 20.0) == 2
+    # Whoever comes now waits for memory.
+    assert size.wanted([replica(held_blocks=95, waiting_blocks=10)] * 2, 2, 4, 0, 21.0) == 3
 
 
-def test_one_stays_while_anything_is_held() -> None:
+def test_what_was_needed_of_late_stays() -> None:
+    size = FleetSize(TARGETS)
+    assert size.wanted([replica(held_blocks=80)] * 4, 4, 8, 0, 0.0) == 4
+    for second in range(30, 100, 10):
+        assert size.wanted([replica(held_blocks=20)] * 4, 4, 2, 0, float(second)) == 4
+    assert size.wanted([replica(held_blocks=20)] * 4, 4, 2, 0, 131.0) == 1
+
+
+def test_one_stays_while_anything_is_held_or_waits() -> None:
     assert desired(replica(held_blocks=1), target=1) == 1
+    assert desired(replica(waiting_blocks=5), target=1, ongoing=0) == 1
 
 
 def test_to_zero_and_back() -> None:
-    assert desired(replica(held_blocks=0), target=1, ongoing=0) == 0
-    assert desired(target=0, ongoing=0) == 0
-    assert desired(target=0, ongoing=1) == 1
+    size = FleetSize(TARGETS)
+    assert size.wanted([replica(held_blocks=10)], 1, 1, 0, 0.0) == 1
+    assert size.wanted([replica()], 1, 0, 0, 90.0) == 1
+    assert size.wanted([replica()], 1, 0, 0, 101.0) == 0
+    assert size.wanted([], 0, 0, 0, 102.0) == 0
+    assert size.wanted([], 0, 1, 1, 103.0) == 1
 
 
 def test_without_reports_the_target_holds() -> None:
@@ -129,14 +148,13 @@ def test_the_policy_reads_serves_metrics() -> None:
         "requests": {"a": 3.0, "b": 3.0},
     }
     wanted, state = OccupancyPolicy()(context(aggregated_metrics=metrics, target_num_replicas=2))
-    assert wanted == 4
+    assert wanted == 3
     assert state == {}
     assert OccupancyPolicy()(context(aggregated_metrics=None))[0] == 1
 
 
 @pytest.mark.parametrize(
-    "targets",
-    [{"low_occupancy": 0.9}, {"high_occupancy": 1.5}, {"unknown": 1}, {"target_wait_s": 0}],
+    "targets", [{"target_occupancy": 1.5}, {"unknown": 1}, {"target_wait_s": 0}, {"keep_s": -1}]
 )
 def test_impossible_targets_are_refused(targets: dict[str, float]) -> None:
     with pytest.raises(pydantic.ValidationError):

@@ -1,7 +1,7 @@
 """The load of a replica, from the scheduler's statistics and the requests sent since."""
 
 import pytest
-from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
 from adakv_worker.messages import MemoryStats, StepFigures
 from adakv_worker.statistics_carrier import attach_figures
@@ -33,6 +33,17 @@ def report(
     if memory is not None:
         attach_figures(stats, StepFigures(memory, [], last_received))
     engine.note(stats, 0)
+
+
+def test_speeds_are_of_the_tokens_computed_of_late(engine: LoadStats) -> None:
+    step = IterationStats()
+    step.num_generation_tokens = 30
+    # Cached tokens are no work.
+    step.prompt_token_stats.computed, step.prompt_token_stats.total = 500, 900
+    for _ in range(2):
+        engine.logger(None).record(SchedulerStats(), step)
+    load = engine.load(CACHE)
+    assert (load.prefill_tokens_per_s, load.decode_tokens_per_s) == (200, 12)
 
 
 def test_requests_that_arrive_during_a_step_count_at_once(engine: LoadStats) -> None:
