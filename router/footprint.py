@@ -30,6 +30,7 @@ class Footprint(NamedTuple):
     block_hashes: prefix hashes of the prompt's full blocks, for affinity.
     session: the session that its client names, as `router.session_hints.session_key`.
     holder: the replica that probably has most of its prompt cached, set when a replica is chosen.
+    traceparent: the span below which its way is traced, in the W3C's form.
     """
 
     peak_blocks: int
@@ -39,6 +40,7 @@ class Footprint(NamedTuple):
     block_hashes: tuple[int, ...] = ()
     session: int | None = None
     holder: str | None = None
+    traceparent: str | None = None
 
 
 class Budget(NamedTuple):

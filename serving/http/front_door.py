@@ -33,6 +33,7 @@ from serving.http.loggable import loggable
 from serving.http.openai_error import error_event, error_messages
 from serving.http.paths import Paths
 from serving.http.tenants import TENANT_HEADER, tenant_of
+from serving.tracing import annotate, serving_span
 
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -146,7 +147,11 @@ class _Exchange:
         started = time.monotonic()
         outcome = "ok"
         try:
-            await self._respond()
+            with serving_span("request", self._scope["headers"]):
+                try:
+                    await self._respond()
+                finally:
+                    self._annotate()
         except (_ClientGone, asyncio.CancelledError) as reason:
             outcome = "ok" if self._complete else "client disconnected"
             if isinstance(reason, asyncio.CancelledError):
@@ -158,6 +163,13 @@ class _Exchange:
                 loggable(self._scope["path"]), self._status,
                 (time.monotonic() - started) * 1000, outcome,
             )  # fmt: skip
+
+    def _annotate(self) -> None:
+        known = {
+            "method": self._scope["method"], "path": self._scope["path"], "status": self._status,
+            "id": self._request_id,
+        }  # fmt: skip
+        annotate("adakv.request", known)
 
     async def _respond(self) -> None:
         path, method = self._scope["path"], self._scope["method"]

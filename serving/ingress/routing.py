@@ -18,6 +18,7 @@ from router.ledger.teller import Teller
 from router.local_view import LocalView
 from router.score import Speeds
 from serving.config import AppConfig
+from serving.tracing import note_span
 
 logger = logging.getLogger("ray.serve")
 
@@ -82,11 +83,23 @@ class Routing:
         if footprint is None:
             self._decisions.inc(tags={"reason": "no_footprint"})
             return None
-        decision = self._chooser.choose(request_id, replica_ids, footprint, time.monotonic())
+        began_s = time.monotonic()
+        decision = self._chooser.choose(request_id, replica_ids, footprint, began_s)
         self._decisions.inc(tags={"reason": decision.reason if decision else "no_reports"})
         self._dropped.set(self._chooser.view.dropped)
         if decision and self._log_decisions:
             logger.info("routing %s", json.dumps(decision.log_line(footprint)))
+        if decision and footprint.traceparent is not None:
+            best = decision.scores[0]
+            attributes = {
+                "adakv.reason": decision.reason, "adakv.replica": best.replica_id,
+                "adakv.predicted_wait_s": best.memory_s + best.prefill_s,
+                "adakv.cached_tokens": best.cached_tokens,
+                "adakv.prompt_tokens": footprint.prompt_tokens,
+                "adakv.peak_blocks": footprint.peak_blocks,
+            }  # fmt: skip
+            trace = {"traceparent": footprint.traceparent}
+            note_span("route", trace, time.monotonic() - began_s, attributes)
         return decision
 
     def sent(self, request_id: str, replica_id: str, footprint: Footprint) -> None:

@@ -18,6 +18,7 @@ from router.lending.redis_leases import LEASE_TTL_S, LendingLedger
 from router.lending.spill_plan import Candidate, Peer, plan_spill
 from serving.spill.move import MoveReport, RequestMove, Send, SpillSettings, Stayed
 from serving.spill.parcels import StateFiles
+from serving.tracing import note_span
 
 if TYPE_CHECKING:
     from adakv_worker.frontend.moving import Movable, MovingCore
@@ -221,6 +222,7 @@ class Borrower:
 
         async def on_arrived(report: MoveReport) -> None:
             self._note(report, move.lease)
+            note_span("move", move.trace, report.seconds, report.log_line())
             # The cache has gone from the host's memory to blocks.
             if move.lease.resource == "host_bytes":
                 await self._end_lease(move.lease)

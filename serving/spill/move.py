@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -100,6 +100,8 @@ class RequestMove:
         self._began = time.monotonic()
         self._export_s = self._arrival_s = 0.0
         self._state_bytes = 0
+        # Of the request, once it has left.
+        self.trace: Mapping[str, str] | None = None
 
     async def run(
         self,
@@ -157,6 +159,7 @@ class RequestMove:
             raise Stayed
         task = asyncio.current_task()
         assert task is not None
+        self.trace = departure.request.trace_headers
         self._core.on_end(self.request_id, lambda: self._ended(task))
         return Guest(departure, str(path), self.lease)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from serving.spill.parcels import StateFiles, place_parcels
+from serving.tracing import span
 
 if TYPE_CHECKING:
     from adakv_worker.frontend.session_moves import SessionAsk, SessionCore
@@ -116,8 +117,9 @@ class SessionTraffic:
         """
         try:
             # A call waits for the end of a step, for which the request would wait as well.
-            async with asyncio.timeout(_STEP_S + ask.tokens / self._prefill_tokens_per_s):
-                await self._fetch(holder, ask)
+            with span("fetch session", **{"adakv.holder": holder, "adakv.tokens": ask.tokens}):
+                async with asyncio.timeout(_STEP_S + ask.tokens / self._prefill_tokens_per_s):
+                    await self._fetch(holder, ask)
         except Exception as error:
             logger.info("a session of replica %s is computed anew: %r", holder, error)
 

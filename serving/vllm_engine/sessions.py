@@ -4,6 +4,7 @@ from adakv_worker.frontend.session_moves import probable_holder
 from adakv_worker.frontend.tenants import current_tenant
 from serving.http.asgi import ASGIApp, Receive, Scope, Send
 from serving.http.tenants import HOLDER, TENANT_HEADER
+from serving.tracing import serving_span
 
 
 class SessionMiddleware:
@@ -16,8 +17,10 @@ class SessionMiddleware:
         named = dict(scope.get("headers", ())).get(TENANT_HEADER)
         tenant = current_tenant.set(named.decode("latin-1") if named is not None else None)
         holder = probable_holder.set(scope.get(HOLDER))
+        headers = list(scope.get("headers", ()))
         try:
-            await self._app(scope, receive, send)
+            with serving_span("replica", headers):
+                await self._app({**scope, "headers": headers}, receive, send)
         finally:
             current_tenant.reset(tenant)
             probable_holder.reset(holder)
