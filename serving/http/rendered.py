@@ -4,6 +4,17 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 
+class Handling(NamedTuple):
+    """How a request's body asks to be treated.
+
+    session_id: what it calls the conversation.
+    priority: as in vLLM, a lower number is more important.
+    """
+
+    session_id: str | None = None
+    priority: int = 0
+
+
 class Rendered(NamedTuple):
     """A request's prompts, and what else counts for the memory that it takes.
 
@@ -13,7 +24,6 @@ class Rendered(NamedTuple):
     extra_args: its own options (`vllm_xargs`).
     cache_salt, model: prompts with other ones share no prefix.
     takes_ids: whether the engine takes the ids instead of rendering the request again.
-    session_id: what its body calls the conversation.
     """
 
     prompts: list[list[int]]
@@ -23,7 +33,10 @@ class Rendered(NamedTuple):
     cache_salt: str | None = None
     model: str | None = None
     takes_ids: bool = False
-    session_id: str | None = None
+    handling: Handling = Handling()
+
+
+_USUAL = Handling()
 
 
 class NotRendered(Exception):
@@ -31,13 +44,12 @@ class NotRendered(Exception):
 
     reason: `form`, `content` (images, embeddings, a response that the engine has stored), or
         `malformed`, for a request that the engine refuses with a better message.
-    session_id: what its body calls the conversation, where that is known.
     """
 
-    def __init__(self, reason: str, message: object = "", session_id: str | None = None) -> None:
+    def __init__(self, reason: str, message: object = "", handling: Handling = _USUAL) -> None:
         super().__init__(message)
         self.reason = reason
-        self.session_id = session_id
+        self.handling = handling
 
 
 class Renderer(Protocol):

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import logging
 import pickle
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import grpc
@@ -14,6 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatus
 from starlette.middleware.cors import CORSMiddleware
 
 from router.ledger.redis_ledger import LedgerKeys
@@ -33,41 +36,61 @@ from serving.ingress.footprints import (
 from serving.ingress.occupancy_router import OccupancyRouter
 from serving.ingress.prediction_metrics import PredictionMetrics
 from serving.ingress.routing import configured_routing
+from serving.ingress.shedding import Shedding, Waiting
 from serving.store import store_url
+from serving.tracing import carried, span, start_tracing
 
 logger = logging.getLogger("ray.serve")
+
+# How long a request tries again whose place another one has made free, and the pause between.
+_ROOM_S = 2.0
+_ROOM_PAUSE_S = 0.02
 
 
 class HandleBackend:
     """Backend that calls the `Engine` deployment over gRPC and translates its failures."""
 
-    def __init__(self, engine: DeploymentHandle[Any], predictor: FootprintPredictor | None) -> None:
+    def __init__(
+        self,
+        engine: DeploymentHandle[Any],
+        predictor: FootprintPredictor | None,
+        rests: Callable[[], bool] = lambda: False,
+    ) -> None:
         """
         Args:
             predictor: None if footprints play no part in routing.
+            rests: see `fleet_rests`.
         """
+        self._rests = rests
         # By reference, every chunk of a stream would become a Ray object.
         self._stream: Any = engine.options(stream=True, _by_reference=False).asgi
         self._ping = engine.options(_by_reference=False).ping
         self._predictor = predictor
         self._metrics = PredictionMetrics()
+        self._shedding = Shedding()
 
     async def stream(self, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:
         predicted = Prediction(None, body)
         if self._predictor is not None:
-            predicted = await self._predictor.predict(
-                scope["path"], body, Sender.of(scope["headers"])
-            )
+            with span("predict"):
+                predicted = await self._predictor.predict(
+                    scope["path"], body, Sender.of(scope["headers"])
+                )
             self._metrics.note(predicted)
         if predicted.body is not body:
             scope = _sized(scope, predicted.body)
-        response = self._stream.remote(scope, predicted.body, predicted.footprint)
         counter = OutputCounter()
+        footprint = predicted.footprint
+        if footprint is not None:
+            footprint = footprint._replace(traceparent=carried().get("traceparent"))
+        call = functools.partial(self._stream.remote, scope, predicted.body, footprint)
+        response, item = await self._begun(call, predicted.priority)
         try:
-            async for item in response:
+            while item is not None:
                 batch = _batch(item)
                 counter.see(batch)
                 yield batch
+                item = await anext(response, None)
             if self._predictor is not None and counter.tokens:
                 tokens = counter.tokens // predicted.answers
                 self._predictor.note_output(predicted.kind, tokens)
@@ -78,11 +101,69 @@ class HandleBackend:
         except Exception as error:
             raise _translated(error) from error
 
+    async def _begun(self, call: Callable[[], Any], priority: int) -> tuple[Any, Any]:
+        """Return a call's response and its first item, None at its end.
+
+        Raises:
+            Overloaded: the queue is full of requests that are as important, or this one gave way.
+            Exception: see `_translated`.
+        """
+        with self._shedding.waits(priority) as waiting:
+            room_until_s = None
+            while True:
+                response = call()
+                try:
+                    return response, await _first(response, waiting)
+                except BackPressureError as error:
+                    now_s = time.monotonic()
+                    if room_until_s is None:
+                        if (shed := self._shedding.make_room(priority)) is None:
+                            raise _translated(error) from error
+                        await shed.gone.wait()
+                        room_until_s = now_s + _ROOM_S
+                    elif now_s > room_until_s:
+                        raise _translated(error) from error
+                    # Serve counts the one that gave way a little longer.
+                    await asyncio.sleep(_ROOM_PAUSE_S)
+                except (GeneratorExit, asyncio.CancelledError, Overloaded):
+                    response.cancel()
+                    raise
+                except Exception as error:
+                    raise _translated(error) from error
+
     async def ping(self) -> None:
+        # A call would start a replica of a fleet that has gone to zero.
+        if not OccupancyRouter.replica_count and await asyncio.to_thread(self._rests):
+            return
         try:
             await self._ping.remote()
         except Exception as error:
             raise _translated(error) from error
+
+
+def fleet_rests() -> bool:
+    """Return whether the fleet has no replicas because nobody asks: a request starts one."""
+    application = serve.status().applications.get(serve.get_replica_context().app_name)
+    engine = application and application.deployments.get("Engine")
+    return bool(engine and engine.status is DeploymentStatus.HEALTHY and not engine.replica_states)
+
+
+async def _first(response: Any, waiting: Waiting) -> Any:
+    """Return a response's first item; raise Overloaded if its request gives way before."""
+    if waiting.priority <= 0:
+        return await anext(response, None)
+    first = asyncio.ensure_future(anext(response, None))
+    refused = asyncio.ensure_future(waiting.refused.wait())
+    try:
+        await asyncio.wait((first, refused), return_when=asyncio.FIRST_COMPLETED)
+        if first.done():
+            return first.result()
+        raise Overloaded(None)
+    finally:
+        first.cancel()
+        refused.cancel()
+        # Serve raises an error of its own in a call that was cancelled.
+        first.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
 
 def _sized(scope: Scope, body: bytes) -> Scope:
@@ -126,9 +207,10 @@ class Ingress:
         self, engine: DeploymentHandle[Any], settings: FrontDoorSettings, config: AppConfig
     ) -> None:
         self._config = config
+        start_tracing(config.engine.get("otlp_traces_endpoint"), "adakv ingress")
         self._routing = OccupancyRouter.routing = configured_routing(config)
         predictor = footprint_predictor(config) if self._routing is not None else None
-        self._backend = HandleBackend(engine, predictor)
+        self._backend = HandleBackend(engine, predictor, fleet_rests)
         self._settings = settings._replace(api_keys=(*settings.api_keys, *vllm_keys()))
         if not self._settings.has_keys:
             refuse_open_door(http_host(), is_meant=config.auth.open)

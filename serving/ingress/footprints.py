@@ -1,6 +1,7 @@
 """Predicts in the ingress how much KV memory a request takes, by rendering its prompt."""
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import re
@@ -15,7 +16,7 @@ from router.footprint import Budget, Footprint, OutputQuantiles, predict, prefix
 from router.session_hints import session_key
 from serving.config import AppConfig
 from serving.http.asgi import Message
-from serving.http.rendered import NotRendered, Rendered, Renderer
+from serving.http.rendered import Handling, NotRendered, Rendered, Renderer
 from serving.http.tenants import TENANT_HEADER
 from serving.models.embedded import model_path_and_name
 
@@ -35,6 +36,7 @@ _MOST_ANSWERS = 16384
 # The first event of a chat has the role, the last is [DONE].
 _EVENTS_WITHOUT_TOKEN = 2
 _SESSION_HEADER = b"x-session-id"
+_PRIORITY_HEADER = b"x-vllm-priority"
 
 
 class Prediction(NamedTuple):
@@ -44,6 +46,7 @@ class Prediction(NamedTuple):
     body: the request, with its prompt's ids if the engine takes them.
     kind: the class of requests by whose answers its length is expected.
     answers: number of its answers.
+    priority: as in vLLM, a lower number is more important.
     unknown: why its prompt was estimated, or not even that; None if it is known.
     """
 
@@ -52,22 +55,35 @@ class Prediction(NamedTuple):
     kind: str = ""
     answers: int = 1
     unknown: str | None = None
+    priority: int = 0
 
 
 class Sender(NamedTuple):
     """What a request's headers say of its client.
 
     session_id: vLLM's `X-Session-ID`.
+    priority: vLLM's `X-Vllm-Priority`, which counts more than the body's.
     """
 
     tenant: str | None = None
     session_id: str | None = None
+    priority: int | None = None
 
     @classmethod
     def of(cls, headers: Iterable[tuple[bytes, bytes]]) -> Self:
         """Return what the headers of a request that was let in say."""
         named = {name: value.decode("latin-1") for name, value in headers}
-        return cls(named.get(TENANT_HEADER), named.get(_SESSION_HEADER) or None)
+        priority = None
+        with contextlib.suppress(ValueError):
+            priority = int(named.get(_PRIORITY_HEADER, ""))
+        return cls(named.get(TENANT_HEADER), named.get(_SESSION_HEADER) or None, priority)
+
+    def with_body(self, handling: Handling) -> Self:
+        """Return what its body says as well: its session counts more, its priority less."""
+        return self._replace(
+            session_id=handling.session_id or self.session_id,
+            priority=handling.priority if self.priority is None else self.priority,
+        )
 
 
 class OutputCounter:
@@ -132,7 +148,7 @@ class FootprintPredictor:
     async def predict(self, path: str, body: bytes, sender: Sender = _NOBODY) -> Prediction:
         """Return what is known of a request."""
         if not self._renderer.takes(path):
-            return Prediction(None, body)
+            return Prediction(None, body, priority=sender.priority or 0)
         size = len(body)
         if size > _LONGEST_BODY_BYTES:
             return self._estimated(path, body, "long", sender)
@@ -148,8 +164,8 @@ class FootprintPredictor:
             if reason == "malformed":
                 # The engine refuses it with a better message.
                 return Prediction(None, body, unknown=reason)
-            if isinstance(error, NotRendered) and error.session_id:
-                sender = sender._replace(session_id=error.session_id)
+            if isinstance(error, NotRendered):
+                sender = sender.with_body(error.handling)
             return self._estimated(path, body, reason, sender)
         finally:
             self._bytes_at_once -= size
@@ -179,10 +195,12 @@ class FootprintPredictor:
             tokens, self._expected(kind, None), self._budget(None), self._block_size_tokens
         )
         footprint = footprint._replace(session=_session(sender))
-        return Prediction(footprint, body, kind, unknown=reason)
+        priority = sender.priority or 0
+        return Prediction(footprint, body, kind, unknown=reason, priority=priority)
 
     async def _predict(self, path: str, body: bytes, sender: Sender) -> Prediction:
         rendered = await self._render(path, body)
+        sender = sender.with_body(rendered.handling)
         budget = self._budget(RequestOptions.of(rendered.extra_args))
         most = rendered.most_output_tokens
         if not 1 <= rendered.answers <= _MOST_ANSWERS or (most is not None and most < 0):
@@ -212,7 +230,8 @@ class FootprintPredictor:
             _session(sender, rendered),
         )
         answers = rendered.answers * len(each)
-        return Prediction(footprint, _with_ids(body, rendered), kind, answers)
+        body, priority = _with_ids(body, rendered), sender.priority or 0
+        return Prediction(footprint, body, kind, answers, priority=priority)
 
     async def _render(self, path: str, body: bytes) -> Rendered:
         key = hashlib.sha256(path.encode() + b" " + body).digest()
@@ -246,7 +265,7 @@ def _session(sender: Sender, rendered: Rendered | None = None) -> int | None:
     """Return the key of a request's session, which vLLM looks for in the same places."""
     named: object = sender.session_id
     if rendered is not None:
-        named = rendered.session_id or named or (rendered.extra_args or {}).get("session_id")
+        named = named or (rendered.extra_args or {}).get("session_id")
     return session_key(sender.tenant, named) if isinstance(named, str) and named else None
 
 

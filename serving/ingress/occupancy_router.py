@@ -25,6 +25,8 @@ class OccupancyRouter(RequestRouter):
     # Set by the ingress of this process; None in a process without one. It is a class attribute
     # because Serve creates the routers itself, as instances of `ServedRouter`.
     routing: ClassVar[Routing | None] = None
+    # Replicas that this process could send requests to; None in a process without such a router.
+    replica_count: ClassVar[int | None] = None
     # Set by a replica of this process that spills.
     membership: ClassVar[Membership | None] = None
 
@@ -62,6 +64,7 @@ class OccupancyRouter(RequestRouter):
         before = {replica_id.unique_id for replica_id in self.curr_replicas}
         super().update_replicas(replicas)
         left = {replica.replica_id.unique_id for replica in replicas}
+        OccupancyRouter.replica_count = len(left)
         if self.membership is not None:
             self.membership.update(before, left)
         if self.routing is not None:

@@ -20,7 +20,7 @@ from vllm.renderers import renderer_from_config
 from vllm.renderers.chat_utils import has_non_text_content, load_chat_template
 from vllm.renderers.online_renderer import OnlineRenderer
 
-from serving.http.rendered import NotRendered, Rendered
+from serving.http.rendered import Handling, NotRendered, Rendered
 from serving.vllm_engine.options import server_options
 
 _Render = Callable[[dict[str, Any]], Awaitable[Rendered]]
@@ -91,17 +91,16 @@ class VllmRenderer:
                 raise NotRendered("malformed")
         except (ValueError, RecursionError) as error:
             raise NotRendered("malformed", error) from error
-        named = request.get("session_id")
-        session_id = named if isinstance(named, str) else None
+        handling = _handling(request)
         try:
             rendered = await self._forms[path](request)
         except NotRendered as error:
-            error.session_id = session_id
+            error.handling = handling
             raise
         except Exception as error:
             # The engine refuses it with a better message.
             raise NotRendered("malformed", error) from error
-        return rendered._replace(session_id=session_id)
+        return rendered._replace(handling=handling)
 
     async def _chat(self, fields: dict[str, Any]) -> Rendered:
         return await self._of_chat(ChatCompletionRequest(**fields))
@@ -173,6 +172,14 @@ class VllmRenderer:
             [list(map(int, ids))], params.get("n") or 1, params.get("max_tokens"),
             params.get("extra_args"), fields.get("cache_salt"), fields.get("model"),
         )  # fmt: skip
+
+
+def _handling(request: dict[str, Any]) -> Handling:
+    session_id, priority = request.get("session_id"), request.get("priority")
+    return Handling(
+        session_id if isinstance(session_id, str) else None,
+        priority if isinstance(priority, int) else 0,
+    )
 
 
 def _checked(rendered: Any) -> Any:

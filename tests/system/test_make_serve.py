@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import yaml
 from loadtest.autoscaling import Phases, drive
 from loadtest.servers.occupancy import occupancy_watch
 from loadtest.servers.ports import free_port
+from router.ledger.redis_ledger import LedgerKeys, LedgerReader
 from serving.models.embedded import embedded_model_path
 from tests.system.deployment import ROOT, eventually
 
@@ -38,9 +40,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     application["args"]["store"] = {"port": store_port}
     application["args"]["model"] = {"path": str(embedded_model_path()), "name": "mine"}
     scaling = application["deployments"][0]["autoscaling_config"]
-    scaling |= {"max_replicas": 2, "downscale_delay_s": 5}
+    scaling |= {"min_replicas": 0, "initial_replicas": 1, "max_replicas": 2, "downscale_delay_s": 5}
     # Low enough for ten clients to reach on any machine.
-    scaling["policy"]["policy_kwargs"] |= {"high_occupancy": 0.5, "target_wait_s": 2}
+    targets = {"target_occupancy": 0.4, "target_wait_s": 2, "keep_s": 10}
+    scaling["policy"]["policy_kwargs"] |= targets
     path, log = folder / "cluster.yaml", folder / "log"
     path.write_text(yaml.safe_dump(config))
     url = f"http://127.0.0.1:{http_port}"
@@ -111,3 +114,23 @@ def test_the_fleet_grows_under_load_and_shrinks_without(served: Served) -> None:
     assert result["failed"] == []
     assert result["most_replicas"] == 2
     assert result["last_replicas"] == 1
+
+
+def test_probes_leave_a_fleet_at_zero_and_a_request_brings_it_back(served: Served) -> None:
+    ledger = LedgerReader(served.store_url, LedgerKeys("adakv", "llm"))
+
+    def live() -> int:
+        return len(ledger.read().reports)
+
+    eventually(lambda: live() == 0, 120, "an idle fleet at zero")
+    end_s = time.monotonic() + 15
+    while time.monotonic() < end_s:
+        assert httpx.get(f"{served.base_url}/health", timeout=5).status_code == 200
+        assert live() == 0
+        time.sleep(0.5)
+    client = openai.OpenAI(base_url=f"{served.base_url}/v1", api_key="any", max_retries=0)
+    answer = client.completions.create(model="mine", prompt="Hello", max_tokens=4, timeout=300)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 4
+    assert live() == 1
+    ledger.close()

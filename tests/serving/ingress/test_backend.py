@@ -1,5 +1,6 @@
 """The backend on a Serve handle: its calls, and the translation of its failures."""
 
+import asyncio
 import logging
 import pickle
 from collections.abc import AsyncIterator, Generator
@@ -19,21 +20,24 @@ from serving.http.failures import NoReplica, Overloaded, ReplicaLost
 from serving.http.front_door import FrontDoor
 from serving.ingress.deployment import HandleBackend, refuse_open_door, with_cors
 from serving.ingress.footprints import Prediction, Sender
+from serving.ingress.occupancy_router import OccupancyRouter
 
 
 class Answer:
     """The result of a handle's call: items, then perhaps an error."""
 
     def __init__(self, items: list[Any], error: Exception | None) -> None:
-        self._items = items
+        self._items = iter(items)
         self._error = error
         self.cancelled = False
 
-    async def __aiter__(self) -> AsyncIterator[Any]:
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
         for item in self._items:
-            yield item
-        if self._error is not None:
-            raise self._error
+            return item
+        raise self._error or StopAsyncIteration
 
     def __await__(self) -> Generator[None, None, None]:
         yield
@@ -111,6 +115,99 @@ async def test_a_body_with_the_prompts_ids_goes_along_with_its_length() -> None:
         pass
     sent, body, _ = handle.called_with
     assert (body, sent["headers"]) == (b"three", [(b"a", b"b"), (b"content-length", b"5")])
+
+
+async def test_a_probe_does_not_wake_a_fleet_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    rests = True
+    handle = Handle(error=DeploymentUnavailableError(DeploymentID("Engine")))
+    backend = HandleBackend(handle, None, lambda: rests)  # type: ignore[arg-type]
+    monkeypatch.setattr(OccupancyRouter, "replica_count", 0)
+    await backend.ping()
+    # Replicas that are lost are no rest.
+    rests = False
+    with pytest.raises(NoReplica):
+        await backend.ping()
+    rests = True
+    monkeypatch.setattr(OccupancyRouter, "replica_count", 1)
+    with pytest.raises(NoReplica):
+        await backend.ping()
+
+
+class Queue:
+    """A handle whose queue takes so many requests, which wait until they are cancelled."""
+
+    def __init__(self, places: int) -> None:
+        self.places = places
+        self.waiting: list[Placed] = []
+        self.asgi = self.ping = self
+
+    def options(self, **_: Any) -> "Queue":
+        return self
+
+    def remote(self, scope: Scope, body: bytes, footprint: object) -> "Placed":
+        return Placed(self, body)
+
+
+class Placed:
+    """A call that takes a place in the queue when its answer is awaited."""
+
+    def __init__(self, queue: Queue, body: bytes) -> None:
+        self._queue, self.body = queue, body
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        if len(self._queue.waiting) >= self._queue.places:
+            raise BackPressureError(num_queued_requests=1, max_queued_requests=1)
+        self._queue.waiting.append(self)
+        await asyncio.Event().wait()
+
+    def cancel(self) -> None:
+        # Serve takes a moment to count it no more.
+        asyncio.get_running_loop().call_later(0.05, self._queue.waiting.remove, self)
+
+
+class Wishes(Predictor):
+    """Takes a request's body for its priority."""
+
+    async def predict(self, path: str, body: bytes, sender: Sender) -> Prediction:
+        return Prediction(None, body, priority=int(body))
+
+
+async def test_the_least_important_gives_way_when_the_queue_is_full() -> None:
+    queue = Queue(places=3)
+    backend = backend_of(queue, Wishes())
+
+    def ask(priority: int) -> asyncio.Task[Any]:
+        scope: Scope = {"path": "/", "headers": []}
+        return asyncio.create_task(anext(backend.stream(scope, str(priority).encode())))
+
+    async def waits(*priorities: int) -> None:
+        async with asyncio.timeout(10):
+            while sorted(int(one.body) for one in queue.waiting) != sorted(priorities):
+                await asyncio.sleep(0.005)
+
+    first, second, third = ask(2), ask(0), ask(2)
+    await waits(2, 0, 2)
+    # As important as the least important ones: none gives way.
+    with pytest.raises(Overloaded):
+        await ask(2)
+    important = ask(-1)
+    with pytest.raises(Overloaded):
+        await third
+    await waits(2, 0, -1)
+    usual = ask(0)
+    with pytest.raises(Overloaded):
+        await first
+    await waits(0, -1, 0)
+    # Requests of the usual priority are not shed.
+    with pytest.raises(Overloaded):
+        await ask(-5)
+    for task in (second, important, usual):
+        task.cancel()
+    await asyncio.gather(second, important, usual, return_exceptions=True)
+    await waits()
 
 
 async def test_without_a_predictor_no_footprint_goes_along() -> None:

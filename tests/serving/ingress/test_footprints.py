@@ -14,7 +14,7 @@ from adakv_worker.options import RequestOptions
 from router.footprint import Budget, Footprint, predict, prefix_hashes, seed_hash
 from router.session_hints import session_key
 from serving.config import AppConfig
-from serving.http.rendered import NotRendered, Rendered
+from serving.http.rendered import Handling, NotRendered, Rendered
 from serving.ingress.footprints import (
     FootprintPredictor,
     OutputCounter,
@@ -45,12 +45,12 @@ class Letters:
             await self.release.wait()
         fields = json.loads(body)
         if "problem" in fields:
-            raise NotRendered(fields["problem"], session_id=fields.get("session_id"))
+            raise NotRendered(fields["problem"], handling=Handling(fields.get("session_id")))
         prompts = [[ord(letter) for letter in prompt] for prompt in fields["prompts"]]
         return Rendered(
             prompts, fields.get("n", 1), fields.get("most"), fields.get("xargs"),
             fields.get("salt"), fields.get("model"), fields.get("takes_ids", False),
-            fields.get("session_id"),
+            Handling(fields.get("session_id"), fields.get("priority", 0)),
         )  # fmt: skip
 
 
@@ -132,6 +132,22 @@ async def test_a_session_is_named_where_vllm_looks_for_it(
     assert prediction.footprint is not None
     expected = None if named is None else session_key("tenant", named)
     assert prediction.footprint.session == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "header", "priority"),
+    [
+        ({}, None, 0), ({"priority": 3}, None, 3), ({"priority": 3}, "-2", -2),
+        ({"priority": 3}, "high", 3), ({"problem": "content"}, "4", 4),
+    ],
+)  # fmt: skip
+async def test_the_header_says_how_important_a_request_is_or_its_body(
+    fields: dict[str, Any], header: str | None, priority: int
+) -> None:
+    _, predictor = letters()
+    body = json.dumps({"prompts": ["x"], **fields}).encode()
+    headers = [] if header is None else [(b"x-vllm-priority", header.encode())]
+    assert (await predictor.predict(PATH, body, Sender.of(headers))).priority == priority
 
 
 async def test_the_header_names_the_session_of_a_request_that_is_too_long_to_be_read() -> None:
