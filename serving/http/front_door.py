@@ -33,7 +33,7 @@ from serving.http.loggable import loggable
 from serving.http.openai_error import error_event, error_messages
 from serving.http.paths import Paths
 from serving.http.tenants import TENANT_HEADER, tenant_of
-from serving.tracing import annotate, serving_span
+from serving.http.tracing import annotate, serving_span
 
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")

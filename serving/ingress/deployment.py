@@ -26,6 +26,7 @@ from serving.http.asgi import ASGIApp, Message, Scope
 from serving.http.door_settings import FrontDoorSettings
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
 from serving.http.front_door import FrontDoor
+from serving.http.tracing import carried, span, start_tracing
 from serving.ingress.footprints import (
     FootprintPredictor,
     OutputCounter,
@@ -38,7 +39,6 @@ from serving.ingress.prediction_metrics import PredictionMetrics
 from serving.ingress.routing import configured_routing
 from serving.ingress.shedding import Shedding, Waiting
 from serving.store import store_url
-from serving.tracing import carried, span, start_tracing
 
 logger = logging.getLogger("ray.serve")
 

@@ -18,7 +18,7 @@ from router.ledger.teller import Teller
 from router.local_view import LocalView
 from router.score import Speeds
 from serving.config import AppConfig
-from serving.tracing import note_span
+from serving.http.tracing import note_span
 
 logger = logging.getLogger("ray.serve")
 

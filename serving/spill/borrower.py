@@ -16,9 +16,9 @@ import redis
 from router.lending.leases import Lease, Room
 from router.lending.redis_leases import LEASE_TTL_S, LendingLedger
 from router.lending.spill_plan import Candidate, Peer, plan_spill
+from serving.http.tracing import note_span
 from serving.spill.move import MoveReport, RequestMove, Send, SpillSettings, Stayed
 from serving.spill.parcels import StateFiles
-from serving.tracing import note_span
 
 if TYPE_CHECKING:
     from adakv_worker.frontend.moving import Movable, MovingCore

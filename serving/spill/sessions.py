@@ -12,8 +12,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from serving.http.tracing import span
 from serving.spill.parcels import StateFiles, place_parcels
-from serving.tracing import span
 
 if TYPE_CHECKING:
     from adakv_worker.frontend.session_moves import SessionAsk, SessionCore

