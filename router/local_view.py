@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from router.footprint import Footprint
 from router.ledger.occupancy import REPORT_TTL_S, Occupancy, SchemaMismatch
 from router.score import ReplicaView, Speeds
+from router.slowness import Slowness, relative, usual_ratio
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,8 @@ _SILENCE_S = 60.0
 _STEP_TOKENS = 2048
 # Share of a backlog that counts until the replica reports the backlog's end.
 _DOUBT = 0.75
+# How often the speeds of all replicas are compared.
+_COMPARE_S = 1.0
 
 
 class _Booking(NamedTuple):
@@ -34,10 +37,11 @@ class _Booking(NamedTuple):
 class _Replica:
     __slots__ = (
         "blocks_total", "bookings", "epoch", "prefill_since_s", "prefill_tokens", "room_blocks",
-        "running", "seen_at_s", "sequence", "used_blocks", "waiting",
+        "running", "seen_at_s", "sequence", "slowness", "used_blocks", "waiting",
     )  # fmt: skip
 
-    def __init__(self, report: Occupancy, now_s: float) -> None:
+    def __init__(self, report: Occupancy, now_s: float, speeds: Speeds) -> None:
+        self.slowness = Slowness(speeds)
         # By request, in the order of booking.
         self.bookings: dict[Hashable, _Booking] = {}
         self.epoch, self.prefill_tokens = report.epoch, 0
@@ -45,6 +49,7 @@ class _Replica:
 
     def update(self, report: Occupancy, now_s: float) -> None:
         self.seen_at_s = now_s
+        self.slowness.note(report, now_s)
         same_life = report.epoch == self.epoch
         self.epoch, self.sequence = report.epoch, report.sequence
         self.blocks_total = report.blocks_total
@@ -89,16 +94,18 @@ class LocalView:
     def __init__(
         self,
         ttl_s: float = REPORT_TTL_S,
-        prefill_tokens_per_s: float = Speeds().prefill_tokens_per_s,
+        speeds: Speeds | None = None,
     ) -> None:
         """
         Args:
             ttl_s: how long a report counts.
-            prefill_tokens_per_s: speed of one replica, for its progress between two reports.
+            speeds: of one replica, for its progress between two reports.
         """
         self._ttl_s = ttl_s
         self._silence_s = max(_SILENCE_S, ttl_s)
-        self._prefill_tokens_per_s = prefill_tokens_per_s
+        self._speeds = speeds or Speeds()
+        self._usual_ratio: float | None = None
+        self._compared_at_s = float("-inf")
         # By replica: the one that has been silent for longest comes first.
         self._replicas: dict[str, _Replica] = {}
         # End of the quarantine by replica.
@@ -131,7 +138,7 @@ class LocalView:
             return
         known = self._replicas.get(replica_id)
         if known is None:
-            known = _Replica(report, now_s)
+            known = _Replica(report, now_s, self._speeds)
         elif (report.epoch, report.sequence) > (known.epoch, known.sequence):
             known.update(report, now_s)
             del self._replicas[replica_id]
@@ -140,6 +147,11 @@ class LocalView:
         self._replicas[replica_id] = known
         while (silent := next(iter(self._replicas.items())))[1].seen_at_s < now_s - self._silence_s:
             del self._replicas[silent[0]]
+
+        if now_s - self._compared_at_s >= _COMPARE_S:
+            self._compared_at_s = now_s
+            ratios = (known.slowness.ratio for known in self._replicas.values())
+            self._usual_ratio = usual_ratio(ratios)
 
     def withdraw(self, replica_id: str) -> None:
         self._replicas.pop(replica_id, None)
@@ -181,8 +193,9 @@ class LocalView:
                     known.used_blocks,
                     known.running,
                     known.waiting + len(bookings),
-                    known.prefill_left(now_s, self._prefill_tokens_per_s)
+                    known.prefill_left(now_s, self._speeds.prefill_tokens_per_s)
                     + sum(booking.prompt_tokens for booking in bookings),
+                    relative(known.slowness.ratio, self._usual_ratio),
                 )
             )
         return views

@@ -33,6 +33,7 @@ class ReplicaView(NamedTuple):
     running: running requests.
     waiting: waiting and booked requests.
     prefill_tokens: prompt tokens still to be computed, booked ones included.
+    slowness: how many times as slow as the others it is, see `router.slowness`.
     """
 
     replica_id: str
@@ -42,6 +43,7 @@ class ReplicaView(NamedTuple):
     running: int
     waiting: int
     prefill_tokens: int
+    slowness: float = 1.0
 
 
 class Score(NamedTuple):
@@ -49,7 +51,7 @@ class Score(NamedTuple):
 
     memory_s: wait until enough blocks are free.
     prefill_s: prefill of the prompts before it, and of its own without the cached prefix.
-    decode_s: slower decoding in company.
+    decode_s: slower decoding in company, or on a slow replica.
     fits: whether its peak fits into the room.
     possible: whether its peak fits into the empty replica.
     """
@@ -88,9 +90,9 @@ def score(view: ReplicaView, footprint: Footprint, cached_tokens: int, speeds: S
     decode_s = footprint.output_tokens * speeds.decode_step_s_per_request * company
     return Score(
         view.replica_id,
-        memory_s,
-        prefill_s,
-        decode_s,
+        memory_s * view.slowness,
+        prefill_s * view.slowness,
+        decode_s * view.slowness + (view.slowness - 1) * footprint.output_tokens * step_s,
         cached_tokens,
         fits=missing <= 0,
         possible=footprint.peak_blocks <= view.blocks_total,

@@ -5,7 +5,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 SCHEMA_MAJOR = 1
-SCHEMA_MINOR = 2
+SCHEMA_MINOR = 3
 
 # How long a report counts, and its key lives in Redis.
 REPORT_TTL_S = 2.0
@@ -53,6 +53,7 @@ class Occupancy(BaseModel):
     waiting_blocks: Count | None = None
     prefill_tokens_queued: Count = 0
     decode_tokens_per_s: float = Field(default=0.0, ge=0.0)
+    prefill_tokens_per_s: float = Field(default=0.0, ge=0.0)
     achieved_compression: float = Field(
         default=1.0, gt=0.0, description="Kept over original entries"
     )

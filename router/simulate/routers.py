@@ -97,12 +97,14 @@ class Ours:
         speeds = Speeds(
             times.prefill_tokens_per_s, times.decode_step_s, times.decode_step_s_per_request
         )
-        view = LocalView(_FOREVER_S, times.prefill_tokens_per_s)
+        view = LocalView(_FOREVER_S, speeds)
         self._chooser = Chooser(view, speeds, BLOCK_SIZE_TOKENS, rng)
         self._ids: list[str] = []
         self._index: dict[str, int] = {}
         self._outputs = OutputQuantiles()
         self._sequence = self._chosen = 0
+        # Time and computed tokens at each replica's last report.
+        self._reported: dict[int, tuple[float, int, int]] = {}
         for index in range(len(fleet)):
             self.report(index, 0.0)
 
@@ -133,6 +135,7 @@ class Ours:
             self._index[replica.replica_id] = index
             self._ids.append(replica.replica_id)
         self._sequence += 1
+        prefilled, decoded = self._speeds_of(index, now_s)
         total = self._times.blocks_total
         self._chooser.view.accept(
             Occupancy.model_construct(
@@ -150,8 +153,21 @@ class Ours:
                 waiting=len(replica.waiting),
                 waiting_blocks=replica.waiting_blocks,
                 prefill_tokens_queued=replica.prefill_tokens,
+                prefill_tokens_per_s=prefilled,
+                decode_tokens_per_s=decoded,
             ),
             now_s,
+        )
+
+    def _speeds_of(self, index: int, now_s: float) -> tuple[float, float]:
+        """Return the tokens per second since the replica's last report."""
+        replica = self._fleet[index]
+        at_s, prefilled, decoded = self._reported.get(index, (0.0, 0, 0))
+        self._reported[index] = now_s, replica.prefilled_tokens, replica.decoded_tokens
+        gap_s = max(now_s - at_s, 1e-6)
+        return (
+            (replica.prefilled_tokens - prefilled) / gap_s,
+            (replica.decoded_tokens - decoded) / gap_s,
         )
 
 

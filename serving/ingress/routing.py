@@ -128,6 +128,6 @@ def configured_routing(config: AppConfig) -> Routing | None:
     speeds = Speeds(
         routing.prefill_tokens_per_s, routing.decode_step_s, routing.decode_step_s_per_request
     )
-    view = LocalView(prefill_tokens_per_s=speeds.prefill_tokens_per_s)
+    view = LocalView(speeds=speeds)
     chooser = Chooser(view, speeds, config.block_size_tokens, holds_sessions=config.holds_sessions)
     return Routing(chooser, log_decisions=routing.log_decisions)

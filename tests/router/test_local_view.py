@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from router.footprint import Footprint
 from router.local_view import LocalView, check_local_view
-from router.score import ReplicaView
+from router.score import ReplicaView, Speeds
 from tests.router.occupancies import idle, occupancy
 
 BIG = Footprint(peak_blocks=30, steady_blocks=10, prompt_tokens=900, output_tokens=50)
@@ -248,7 +248,7 @@ def test_a_replica_that_contradicts_itself_is_quarantined_for_a_while(
 
 
 def test_the_step_that_runs_is_taken_to_make_progress() -> None:
-    view = LocalView(ttl_s=60, prefill_tokens_per_s=500)
+    view = LocalView(ttl_s=60, speeds=Speeds(prefill_tokens_per_s=500))
 
     def left(now_s: float, **report: Any) -> int:
         if report:
