@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from router.autoscaling import ReplicaDemand, ScalingTargets
-from router.simulate.__main__ import PROFILES
 from router.simulate.fleet import Fleet, capacity_per_s
-from router.simulate.jobs import BUDGET
+from router.simulate.jobs import BUDGET, PROFILES
 from router.simulate.replica import ServiceTimes, SimulatedReplica, check_replica
 from router.simulate.routers import Ours
 from router.simulate.scaling import (

@@ -1,5 +1,6 @@
 """One cell of a comparison: a router on a trace, a load and a size of the fleet, by seed."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from router.footprint import Budget
@@ -7,6 +8,7 @@ from router.simulate.fleet import simulate
 from router.simulate.replica import ServiceTimes
 from router.simulate.traces import SCENARIOS, trace
 
+PROFILES = Path(__file__).with_name("service_times.json")
 BUDGET = Budget(budget_tokens=256, keep_ratio=0.5)
 # Requests for each replica, by size of the fleet: enough for a p99 in a small fleet.
 _REQUESTS_PER_REPLICA = {2: 200, 8: 60, 64: 30, 256: 15}
