@@ -133,7 +133,7 @@ class HandleBackend:
 
     async def ping(self) -> None:
         # A call would start a replica of a fleet that has gone to zero.
-        if not OccupancyRouter.replica_count and await asyncio.to_thread(self._rests):
+        if await asyncio.to_thread(self._rests):
             return
         try:
             await self._ping.remote()
@@ -143,6 +143,8 @@ class HandleBackend:
 
 def fleet_rests() -> bool:
     """Return whether the fleet has no replicas because nobody asks: a request starts one."""
+    if OccupancyRouter.replica_count:
+        return False
     application = serve.status().applications.get(serve.get_replica_context().app_name)
     engine = application and application.deployments.get("Engine")
     return bool(engine and engine.status is DeploymentStatus.HEALTHY and not engine.replica_states)
