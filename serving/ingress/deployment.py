@@ -16,7 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import DeploymentStatus
+from ray.serve.schema import DeploymentStatus, ReplicaState
 from starlette.middleware.cors import CORSMiddleware
 
 from router.ledger.redis_ledger import LedgerKeys
@@ -45,6 +45,8 @@ logger = logging.getLogger("ray.serve")
 # How long a request tries again whose place another one has made free, and the pause between.
 _ROOM_S = 2.0
 _ROOM_PAUSE_S = 0.02
+# How Serve calls a fleet that has gone to zero, or goes there now.
+_AT_REST = (DeploymentStatus.HEALTHY, DeploymentStatus.DOWNSCALING)
 
 
 class HandleBackend:
@@ -146,8 +148,10 @@ def fleet_rests() -> bool:
     if OccupancyRouter.replica_count:
         return False
     application = serve.status().applications.get(serve.get_replica_context().app_name)
-    engine = application and application.deployments.get("Engine")
-    return bool(engine and engine.status is DeploymentStatus.HEALTHY and not engine.replica_states)
+    engine = application.deployments.get("Engine") if application is not None else None
+    if engine is None or engine.status not in _AT_REST:
+        return False
+    return not set(engine.replica_states) - {ReplicaState.STOPPING}
 
 
 async def _first(response: Any, waiting: Waiting) -> Any:
