@@ -8,9 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from router.score import Speeds
 
-# Tokens per second of a replica that decodes some twenty requests, at the default speeds.
-_DECODE_TOKENS_PER_S = 240.0
-# Demand is averaged over so long: one long prompt makes no trend.
+# Seconds over which demand is averaged.
 _AVERAGE_S = 20.0
 
 
@@ -47,13 +45,17 @@ class ScalingTargets(BaseModel):
         default=5.0, gt=0.0, description="Longest predicted wait of a request that comes now"
     )
     keep_s: float = Field(
-        default=300.0, ge=0.0, description="The fleet has what it needed at any time in so long"
+        default=300.0,
+        ge=0.0,
+        description="The fleet keeps the largest size that it needed in so long",
     )
     prefill_tokens_per_s: float = Field(
         default=Speeds().prefill_tokens_per_s, gt=0.0, description="Speed of one replica"
     )
-    decode_tokens_per_s: float = Field(
-        default=_DECODE_TOKENS_PER_S, gt=0.0, description="Speed of one replica, in a full batch"
+    decode_tokens_per_s: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="Speed of one replica in a full batch; without it work does not count",
     )
     blocks_per_request: float = Field(
         default=16.0, gt=0.0, description="Blocks of a queued request while none runs"
@@ -141,9 +143,12 @@ def _forget(
 
 def work(replicas: Sequence[ReplicaDemand], targets: ScalingTargets) -> float:
     """Return how many replicas would compute all the time to do what was done of late."""
+    decode_tokens_per_s = targets.decode_tokens_per_s
+    if decode_tokens_per_s is None:
+        return 0.0
     return sum(
         r.prefill_tokens_per_s / targets.prefill_tokens_per_s
-        + r.decode_tokens_per_s / targets.decode_tokens_per_s
+        + r.decode_tokens_per_s / decode_tokens_per_s
         for r in replicas
     )
 

@@ -97,7 +97,8 @@ class Chooser:
         self.view.unbook(request_id)
         hashes = footprint.block_hashes
         holders = self._affinity.holders(hashes)
-        hint = None if holders else self._sessions.last_turn(footprint.session)
+        # What replicas report of known tokens is more exact.
+        hint = None if hashes else self._sessions.last_turn(footprint.session)
         if hint is not None:
             holders = {hint.replica_id}
         views = self.view.views(self._shortlist(replica_ids, holders), now_s)

@@ -24,8 +24,7 @@ class LastTurn(NamedTuple):
 class SessionHints:
     """The last turns of the sessions that were active last. Their replicas may be gone.
 
-    A hint says where a prompt is probably cached whose tokens the router does not know, or whose
-    blocks it has forgotten. A client may name any session, so a hint never outweighs known blocks.
+    A hint says where a prompt is probably cached whose tokens the router does not know.
     """
 
     def __init__(self, most: int = _MOST_SESSIONS) -> None:

@@ -14,6 +14,8 @@ _ENOUGH_S = 20.0
 _LONGEST_GAP_S = 5.0
 # Below it a replica counts as fast as the others: loads differ, and so do their costs.
 _NOTABLE = 1.5
+# A replica that hangs is not endlessly slow.
+_MOST = 10.0
 
 
 class Slowness:
@@ -31,21 +33,25 @@ class Slowness:
 
     def note(self, report: Occupancy, now_s: float) -> None:
         """Take a report into account."""
+        if report.decode_steps_per_s is None:
+            return
         if self._at_s is not None:
             gap_s = min(max(0.0, now_s - self._at_s), _LONGEST_GAP_S)
             fading = math.exp(-gap_s / _FADING_S)
             self._busy_s = fading * self._busy_s + gap_s * self._was_busy
-            self._expected_s = fading * self._expected_s + gap_s * self._load(report)
+            self._expected_s = fading * self._expected_s + gap_s * self._load(
+                report, report.decode_steps_per_s
+            )
         self._at_s = now_s
         self._was_busy = report.running + report.waiting > 0
 
-    def _load(self, report: Occupancy) -> float:
+    def _load(self, report: Occupancy, steps_per_s: float) -> float:
         """Return the share of the time that the reported work takes at the expected speeds."""
         speeds = self._speeds
         alone_s = speeds.decode_step_s - speeds.decode_step_s_per_request
-        token_s = speeds.decode_step_s_per_request + alone_s / max(1, report.running)
         prefill = report.prefill_tokens_per_s / speeds.prefill_tokens_per_s
-        return prefill + report.decode_tokens_per_s * token_s
+        tokens = report.decode_tokens_per_s * speeds.decode_step_s_per_request
+        return prefill + tokens + steps_per_s * alone_s
 
     @property
     def ratio(self) -> float | None:
@@ -65,4 +71,4 @@ def relative(ratio: float | None, usual: float | None) -> float:
     """Return how many times as slow as usual a replica is; 1 if that is not notable."""
     if ratio is None or usual is None or ratio < _NOTABLE * usual:
         return 1.0
-    return ratio / usual
+    return min(ratio / usual, _MOST)

@@ -54,6 +54,9 @@ class Occupancy(BaseModel):
     prefill_tokens_queued: Count = 0
     decode_tokens_per_s: float = Field(default=0.0, ge=0.0)
     prefill_tokens_per_s: float = Field(default=0.0, ge=0.0)
+    decode_steps_per_s: float | None = Field(
+        default=None, ge=0.0, description="Without it a replica's speed is not compared"
+    )
     achieved_compression: float = Field(
         default=1.0, gt=0.0, description="Kept over original entries"
     )

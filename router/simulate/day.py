@@ -233,8 +233,7 @@ POLICIES: dict[str, Callable[[Day, list[Request]], Policy]] = {
         ScalingTargets(
             target_wait_s=day.goal_s,
             prefill_tokens_per_s=day.times.prefill_tokens_per_s,
-            decode_tokens_per_s=1
-            / (day.times.decode_step_s_per_request + day.times.decode_step_s / 20),
+            decode_tokens_per_s=day.times.decode_tokens_per_s(_BATCH),
         )
     ),
 }

@@ -58,7 +58,7 @@ class SimulatedReplica:
     """Replica that goes from event to event.
 
     busy_until_s: time of the next event.
-    prefilled_tokens, decoded_tokens: computed so far.
+    prefilled_tokens, decoded_tokens, decode_steps: computed so far.
     waits_s: times to the first token of ended requests, without their own prefills.
     """
 
@@ -68,7 +68,7 @@ class SimulatedReplica:
         self.running: list[Running] = []
         self.free_blocks = times.blocks_total
         self.preemptions = 0
-        self.prefilled_tokens = self.decoded_tokens = 0
+        self.prefilled_tokens = self.decoded_tokens = self.decode_steps = 0
         self.waits_s: list[float] = []
         self.busy_until_s: float | None = None
         self._times = times
@@ -171,6 +171,7 @@ class SimulatedReplica:
             self.running.append(one)
 
     def _end_decode(self, steps: int) -> None:
+        self.decode_steps += steps
         self.decoded_tokens += steps * len(self.running)
         for one in self.running:
             one.done_tokens += steps

@@ -104,7 +104,7 @@ class Ours:
         self._outputs = OutputQuantiles()
         self._sequence = self._chosen = 0
         # Time and computed tokens at each replica's last report.
-        self._reported: dict[int, tuple[float, int, int]] = {}
+        self._reported: dict[int, tuple[float, int, int, int]] = {}
         for index in range(len(fleet)):
             self.report(index, 0.0)
 
@@ -135,7 +135,7 @@ class Ours:
             self._index[replica.replica_id] = index
             self._ids.append(replica.replica_id)
         self._sequence += 1
-        prefilled, decoded = self._speeds_of(index, now_s)
+        prefilled, decoded, steps = self._speeds_of(index, now_s)
         total = self._times.blocks_total
         self._chooser.view.accept(
             Occupancy.model_construct(
@@ -155,20 +155,22 @@ class Ours:
                 prefill_tokens_queued=replica.prefill_tokens,
                 prefill_tokens_per_s=prefilled,
                 decode_tokens_per_s=decoded,
+                decode_steps_per_s=steps,
             ),
             now_s,
         )
 
-    def _speeds_of(self, index: int, now_s: float) -> tuple[float, float]:
-        """Return the tokens per second since the replica's last report."""
+    def _speeds_of(self, index: int, now_s: float) -> tuple[float, float, float]:
+        """Return the tokens and steps per second since the replica's last report."""
         replica = self._fleet[index]
-        at_s, prefilled, decoded = self._reported.get(index, (0.0, 0, 0))
-        self._reported[index] = now_s, replica.prefilled_tokens, replica.decoded_tokens
+        at_s, *before = self._reported.get(index, (0.0, 0, 0, 0))
+        now = replica.prefilled_tokens, replica.decoded_tokens, replica.decode_steps
+        self._reported[index] = (now_s, *now)
         gap_s = max(now_s - at_s, 1e-6)
-        return (
-            (replica.prefilled_tokens - prefilled) / gap_s,
-            (replica.decoded_tokens - decoded) / gap_s,
+        prefilled, decoded, steps = (
+            (count - last) / gap_s for count, last in zip(now, before, strict=True)
         )
+        return prefilled, decoded, steps
 
 
 def make_router(

@@ -45,8 +45,12 @@ logger = logging.getLogger("ray.serve")
 # How long a request tries again whose place another one has made free, and the pause between.
 _ROOM_S = 2.0
 _ROOM_PAUSE_S = 0.02
-# How Serve calls a fleet that has gone to zero, or goes there now.
-_AT_REST = (DeploymentStatus.HEALTHY, DeploymentStatus.DOWNSCALING)
+# The states of replicas in a fleet that is at zero, goes there, or comes back for a request.
+_AT_REST = {
+    DeploymentStatus.HEALTHY: {ReplicaState.STOPPING},
+    DeploymentStatus.DOWNSCALING: {ReplicaState.STOPPING},
+    DeploymentStatus.UPSCALING: {ReplicaState.STOPPING, ReplicaState.STARTING},
+}
 
 
 class HandleBackend:
@@ -135,9 +139,9 @@ class HandleBackend:
 
     async def ping(self) -> None:
         # A call would start a replica of a fleet that has gone to zero.
-        if await asyncio.to_thread(self._rests):
-            return
         try:
+            if await asyncio.to_thread(self._rests):
+                return
             await self._ping.remote()
         except Exception as error:
             raise _translated(error) from error
@@ -151,7 +155,7 @@ def fleet_rests() -> bool:
     engine = application.deployments.get("Engine") if application is not None else None
     if engine is None or engine.status not in _AT_REST:
         return False
-    return not set(engine.replica_states) - {ReplicaState.STOPPING}
+    return set(engine.replica_states) <= _AT_REST[engine.status]
 
 
 async def _first(response: Any, waiting: Waiting) -> Any:

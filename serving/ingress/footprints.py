@@ -163,7 +163,7 @@ class FootprintPredictor:
             logger.debug("not rendered (%s): %r", reason, error)
             if reason == "malformed":
                 # The engine refuses it with a better message.
-                return Prediction(None, body, unknown=reason)
+                return Prediction(None, body, unknown=reason, priority=sender.priority or 0)
             if isinstance(error, NotRendered):
                 sender = sender.with_body(error.handling)
             return self._estimated(path, body, reason, sender)

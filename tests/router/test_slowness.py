@@ -18,6 +18,7 @@ def busy(replica_id: str, slow: float, second: int, running: int = 1) -> Occupan
     return occupancy(
         replica_id, sequence=second + 1, running=running, waiting=0,
         prefill_tokens_per_s=0.5 * 500 / slow, decode_tokens_per_s=0.5 / token_s / slow,
+        decode_steps_per_s=0.5 / token_s / slow / max(1, running),
     )  # fmt: skip
 
 
@@ -36,8 +37,13 @@ def test_work_that_is_reported_after_its_end_counts() -> None:
     slowness = Slowness(SPEEDS)
     for second in range(0, 200, 2):
         # Each prompt takes a second, and the next report tells of it.
-        slowness.note(occupancy(sequence=second, running=1, waiting=0), float(second))
-        done = occupancy(sequence=second + 1, running=0, waiting=0, prefill_tokens_per_s=500)
+        slowness.note(
+            occupancy(sequence=second, running=1, waiting=0, decode_steps_per_s=0), float(second)
+        )
+        done = occupancy(
+            sequence=second + 1, running=0, waiting=0, prefill_tokens_per_s=500,
+            decode_steps_per_s=0,
+        )  # fmt: skip
         slowness.note(done, second + 1.0)
     assert slowness.ratio == pytest.approx(1.0)
 
@@ -48,6 +54,14 @@ def test_only_notable_differences_count() -> None:
     assert usual_ratio([1.0, 2.5]) == 1.0
     assert relative(None, 1.0) == relative(2.0, None) == relative(1.4, 1.0) == 1.0
     assert relative(2.5, 1.0) == 2.5
+    assert relative(300.0, 1.0) == 10.0
+
+
+def test_a_replica_that_does_not_report_its_steps_is_not_compared() -> None:
+    slowness = Slowness(SPEEDS)
+    for second in range(100):
+        slowness.note(occupancy(sequence=second, running=1), float(second))
+    assert slowness.ratio is None
 
 
 def test_a_view_has_the_slowness_of_each_replica() -> None:
