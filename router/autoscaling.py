@@ -47,7 +47,8 @@ class ScalingTargets(BaseModel):
     keep_s: float = Field(
         default=300.0,
         ge=0.0,
-        description="The fleet keeps the largest size that it needed in so long",
+        allow_inf_nan=False,
+        description="The fleet keeps the largest size that it needed in these seconds",
     )
     prefill_tokens_per_s: float = Field(
         default=Speeds().prefill_tokens_per_s, gt=0.0, description="Speed of one replica"
@@ -67,8 +68,9 @@ class FleetSize:
 
     def __init__(self, targets: ScalingTargets) -> None:
         self._targets = targets
-        # Time and demand in replicas of the last looks, then time and size.
+        # Time and demand, in replicas, of the last looks.
         self._demands: deque[tuple[float, float]] = deque()
+        # Time and size of those looks after which no larger size was needed: the largest is first.
         self._sizes: deque[tuple[float, int]] = deque()
 
     def wanted(
@@ -95,12 +97,17 @@ class FleetSize:
         if not replicas:
             return target
         needed = self._needed(replicas, ongoing_requests, queued_requests, now_s)
+        if not self._sizes:
+            # Serve makes its policies anew with its controller: the fleet had its reasons.
+            self._sizes.append((now_s, target))
+        while self._sizes and self._sizes[-1][1] <= needed:
+            self._sizes.pop()
         self._sizes.append((now_s, needed))
         _forget(self._sizes, now_s - self._targets.keep_s)
         if needed > target:
             # A burst is often over before new replicas have started.
             return min(needed, 2 * target)
-        return min(target, max(size for _, size in self._sizes))
+        return min(target, self._sizes[0][1])
 
     def _needed(
         self,
@@ -164,7 +171,11 @@ def demand_blocks(
 
 
 def backlog_tokens(replicas: Sequence[ReplicaDemand], queued_requests: float) -> float:
-    """Return the prompt tokens still to be computed, queued requests' included."""
+    """Return the prompt tokens for which requests wait, queued requests' included.
+
+    Nobody waits for the prompt of a request that is alone on its replica.
+    """
     here = sum(r.prefill_tokens_queued for r in replicas)
     requests = sum(r.requests for r in replicas)
-    return here + (queued_requests * here / requests if requests else 0.0)
+    queued = queued_requests * here / requests if requests else 0.0
+    return queued + sum(r.prefill_tokens_queued for r in replicas if r.requests > 1)

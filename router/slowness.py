@@ -15,6 +15,7 @@ _LONGEST_GAP_S = 5.0
 # Below it a replica counts as fast as the others: loads differ, and so do their costs.
 _NOTABLE = 1.5
 # A replica that hangs is not endlessly slow.
+_LONGEST_RATIO = 100.0
 _MOST = 10.0
 
 
@@ -56,9 +57,9 @@ class Slowness:
     @property
     def ratio(self) -> float | None:
         """Busy time over expected time; None before there is enough of it."""
-        if self._busy_s < _ENOUGH_S or not self._expected_s:
+        if self._busy_s < _ENOUGH_S:
             return None
-        return self._busy_s / self._expected_s
+        return self._busy_s / max(self._expected_s, self._busy_s / _LONGEST_RATIO)
 
 
 def usual_ratio(ratios: Iterable[float | None]) -> float | None:

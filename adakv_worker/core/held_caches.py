@@ -9,13 +9,14 @@ import itertools
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
+from adakv_worker.core.free_blocks import next_blocks, to_the_front
 from adakv_worker.core.held import Held, Match, least_valuable
 from adakv_worker.core.host_tier import HostTier
 from adakv_worker.session_messages import TokenIds
@@ -23,14 +24,15 @@ from adakv_worker.session_messages import TokenIds
 # Why a held cache is gone. reused: vLLM gave its blocks to a request. cap: the caches exceeded a
 # limit. idle: no request resumed it in time. forgotten: a reset dropped all caches.
 Reason = Literal["reused", "cap", "idle", "forgotten"]
-# A cache whose client names its session is kept like one that was used so much later.
-_NAMED_LATER_S = 60.0
+# A cache whose client names its session counts as used so many seconds later.
+_SESSION_LATER_S = 60.0
 
 
 class HeldCaches:
     """The held caches of an engine core, the one that was used least recently first.
 
-    That one goes first, too, but those of named sessions stay a minute longer.
+    The first one is also the first to go, except that caches of named sessions count as used a
+    minute later.
 
     At most `most_blocks` blocks are held, by at most `most` caches, for at most `idle_s` seconds.
     Caches that lose their blocks to others go to the host's memory, if they fit there.
@@ -102,7 +104,7 @@ class HeldCaches:
         """Return how late a cache was used; one that this step copies is worth most."""
         if held.name in self._lent:
             return math.inf
-        return self._held_at_s[held.name] + _NAMED_LATER_S * held.has_session
+        return self._held_at_s[held.name] + _SESSION_LATER_S * held.has_session
 
     def _tier_of(self, name: str) -> HostTier:
         """Return the part of the host's memory with a cache that is not in the pool."""
@@ -311,48 +313,28 @@ class HeldCaches:
         """Move the blocks of lost caches to the front of the queue: vLLM takes them next."""
         lost, self._lost = self._lost, []
         for held in lost:
-            self._requeue(
+            free = [
                 block for block in held.blocks
                 if block.ref_cnt == 0 and block.block_hash is None
                 and block.block_id not in self._owners
-            )  # fmt: skip
-
-    def _requeue(self, blocks: Iterable[KVCacheBlock]) -> None:
-        free = list(blocks)
-        self._pool.touch(free)
-        self._pool.free_blocks(free)
+            ]  # fmt: skip
+            to_the_front(self._pool, free)
 
     def _move_back(self) -> None:
         """Move held caches that the next allocations would take behind the blocks of prefixes.
 
         A held block saves more tokens than one of a prefix: it holds a compressed cache. Where
-        there are too few others, the least valuable held caches stay in front, in order.
+        there are too few others, the least valuable held caches stay in front.
         """
         if not self._held:
             return
         others = self._pool.get_num_free_blocks() - self.blocks
         to_go = self._least_valuable(self._reach_blocks - others)
-        moving: list[Held] = []
-        least = math.inf
-        for held in reversed(self._near()):
-            if held.name not in to_go or self._value(held) > least:
-                moving.append(held)
-            else:
-                least = self._value(held)
-        for held in reversed(moving):
-            self._to_the_end(held)
-
-    def _near(self) -> list[Held]:
-        """Return the caches that the next allocations would take, in the pool's order."""
-        block = self._pool.free_block_queue.fake_free_list_head.next_free_block
-        near: dict[str, Held] = {}
-        for _ in range(self._reach_blocks):
-            if block is None or block.block_id < 0:
-                break
-            if (name := self._owners.get(block.block_id)) is not None:
-                near[name] = self._held[name]
-            block = block.next_free_block
-        return list(near.values())
+        blocks = next_blocks(self._pool, self._reach_blocks)
+        owners = [self._owners.get(block.block_id) for block in blocks]
+        for name in dict.fromkeys(owners):
+            if name is not None and name not in to_go:
+                self._to_the_end(self._held[name])
 
     def _least_valuable(self, blocks: int) -> set[str]:
         """Return the least valuable caches with at least so many blocks in all, by name."""

@@ -32,12 +32,12 @@ from router.simulate.scaling import (
 )
 from router.simulate.traces import Request, trace
 
-# Load by hour, as a share of the busiest one: nearly nobody from 2 to 5.
+# The load of each hour as a share of the busiest hour's. From 2 to 5 there is almost none.
 _HOURS = (
     .2, .1, .02, 0, .02, .05, .15, .35, .65, .9, 1, .95, .8, .85, 1, 1, .95, .8, .6, .5, .45, .4,
     .35, .3,
 )  # fmt: skip
-# Crowds: hour of the day, load beside the usual one; each stays for five minutes.
+# Hour at which each crowd comes, and the load that it adds. It stays for five minutes.
 _CROWDS = ((9.5, 1.0), (11.2, 1.5), (15.3, 1.0), (20.6, 1.5))
 _CROWD_HOURS = 1 / 12
 # Share of its capacity that a replica has to do at the busiest hour.
@@ -266,8 +266,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args(argv)
-    if args.replicas < 1 or not all(map(math.isfinite, (args.start_s, args.goal_s, args.hour_s))):
-        parser.error("replicas start at 1, and times are finite")
+    times_s = (args.start_s, args.goal_s, args.hour_s)
+    if args.replicas < 1 or not all(0 < one < math.inf for one in times_s):
+        parser.error("replicas start at 1, and times are finite and above 0")
     times = ServiceTimes(**profiles[args.profile]["times"])
     day = Day(times, args.replicas, args.start_s, args.goal_s, args.seed, args.hour_s)
     jobs = [(name, day) for name in args.policies]

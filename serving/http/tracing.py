@@ -1,7 +1,8 @@
 """OpenTelemetry spans of requests, one trace for each, from the door to the cache.
 
-They go where the engine sends its own: `engine.otlp_traces_endpoint`. Without it all calls here do
-nothing. vLLM's span `llm_request` has the times of queue, prefill and decoding.
+They go where the engine sends its own: `engine.otlp_traces_endpoint`. Without it nothing is sent,
+and a client's own trace passes through. vLLM's span `llm_request` has the times of queue, prefill
+and decoding.
 """
 
 import os
@@ -52,11 +53,15 @@ def _exporter(endpoint: str) -> SpanExporter:
 def serving_span(name: str, headers: Headers) -> Iterator[Span]:
     """Make a new span the current one, below the one that a request's headers name.
 
-    While it lasts, `headers` names it in place of that one.
+    While it lasts, `headers` names it in place of that one. An exception, as of a client that
+    leaves, is no error of the span.
     """
     tracer, before = trace.get_tracer(_NAME), list(headers)
     context = _PROPAGATOR.extract(_decoded(headers))
-    with tracer.start_as_current_span(name, context=context, kind=SpanKind.SERVER) as span:
+    with tracer.start_as_current_span(
+        name, context=context, kind=SpanKind.SERVER, record_exception=False,
+        set_status_on_exception=False,
+    ) as span:  # fmt: skip
         if span.get_span_context().is_valid:
             headers[:] = [pair for pair in headers if pair[0] not in _TRACE_HEADERS]
             headers += [(key.encode(), value.encode()) for key, value in carried().items()]
@@ -107,8 +112,9 @@ def annotate(prefix: str, values: Mapping[str, Any]) -> None:
 
 
 def _decoded(headers: Headers) -> dict[str, str]:
-    return {
-        name.decode("latin-1"): value.decode("latin-1")
-        for name, value in headers
-        if name in _TRACE_HEADERS
-    }
+    found: dict[str, list[str]] = {}
+    for name, value in headers:
+        if name in _TRACE_HEADERS:
+            found.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
+    # A list may come in several headers.
+    return {name: ",".join(values) for name, values in found.items()}

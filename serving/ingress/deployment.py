@@ -6,7 +6,6 @@ import functools
 import ipaddress
 import logging
 import pickle
-import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -31,21 +30,18 @@ from serving.ingress.footprints import (
     FootprintPredictor,
     OutputCounter,
     Prediction,
-    Sender,
     footprint_predictor,
 )
 from serving.ingress.occupancy_router import OccupancyRouter
 from serving.ingress.prediction_metrics import PredictionMetrics
 from serving.ingress.routing import configured_routing
-from serving.ingress.shedding import Shedding, Waiting
+from serving.ingress.sender import Sender
+from serving.ingress.shedding import Shedding
 from serving.store import store_url
 
 logger = logging.getLogger("ray.serve")
 
-# How long a request tries again whose place another one has made free, and the pause between.
-_ROOM_S = 2.0
-_ROOM_PAUSE_S = 0.02
-# The states of replicas in a fleet that is at zero, goes there, or comes back for a request.
+# By a fleet's status: states of replicas that it has at zero, on the way there, and back.
 _AT_REST = {
     DeploymentStatus.HEALTHY: {ReplicaState.STOPPING},
     DeploymentStatus.DOWNSCALING: {ReplicaState.STOPPING},
@@ -68,6 +64,7 @@ class HandleBackend:
             rests: see `fleet_rests`.
         """
         self._rests = rests
+        self._asking: asyncio.Task[bool] | None = None
         # By reference, every chunk of a stream would become a Ray object.
         self._stream: Any = engine.options(stream=True, _by_reference=False).asgi
         self._ping = engine.options(_by_reference=False).ping
@@ -76,12 +73,11 @@ class HandleBackend:
         self._shedding = Shedding()
 
     async def stream(self, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:
-        predicted = Prediction(None, body)
+        sender = Sender.of(scope["headers"])
+        predicted = Prediction(None, body, priority=sender.priority)
         if self._predictor is not None:
             with span("predict"):
-                predicted = await self._predictor.predict(
-                    scope["path"], body, Sender.of(scope["headers"])
-                )
+                predicted = await self._predictor.predict(scope["path"], body, sender)
             self._metrics.note(predicted)
         if predicted.body is not body:
             scope = _sized(scope, predicted.body)
@@ -90,7 +86,10 @@ class HandleBackend:
         if footprint is not None:
             footprint = footprint._replace(traceparent=carried().get("traceparent"))
         call = functools.partial(self._stream.remote, scope, predicted.body, footprint)
-        response, item = await self._begun(call, predicted.priority)
+        try:
+            response, item = await self._shedding.begin(call, predicted.priority)
+        except Exception as error:
+            raise _translated(error) from error
         try:
             while item is not None:
                 batch = _batch(item)
@@ -107,40 +106,16 @@ class HandleBackend:
         except Exception as error:
             raise _translated(error) from error
 
-    async def _begun(self, call: Callable[[], Any], priority: int) -> tuple[Any, Any]:
-        """Return a call's response and its first item, None at its end.
-
-        Raises:
-            Overloaded: the queue is full of requests that are as important, or this one gave way.
-            Exception: see `_translated`.
-        """
-        with self._shedding.waits(priority) as waiting:
-            room_until_s = None
-            while True:
-                response = call()
-                try:
-                    return response, await _first(response, waiting)
-                except BackPressureError as error:
-                    now_s = time.monotonic()
-                    if room_until_s is None:
-                        if (shed := self._shedding.make_room(priority)) is None:
-                            raise _translated(error) from error
-                        await shed.gone.wait()
-                        room_until_s = now_s + _ROOM_S
-                    elif now_s > room_until_s:
-                        raise _translated(error) from error
-                    # Serve counts the one that gave way a little longer.
-                    await asyncio.sleep(_ROOM_PAUSE_S)
-                except (GeneratorExit, asyncio.CancelledError, Overloaded):
-                    response.cancel()
-                    raise
-                except Exception as error:
-                    raise _translated(error) from error
+    async def _asked_whether_it_rests(self) -> bool:
+        # Serve's controller may hang: all probes wait for one question, which blocks one thread.
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(asyncio.to_thread(self._rests))
+        return await asyncio.shield(self._asking)
 
     async def ping(self) -> None:
         # A call would start a replica of a fleet that has gone to zero.
         try:
-            if await asyncio.to_thread(self._rests):
+            if await self._asked_whether_it_rests():
                 return
             await self._ping.remote()
         except Exception as error:
@@ -148,7 +123,7 @@ class HandleBackend:
 
 
 def fleet_rests() -> bool:
-    """Return whether the fleet has no replicas because nobody asks: a request starts one."""
+    """Return whether the fleet is at zero replicas by its autoscaling, or comes back from there."""
     if OccupancyRouter.replica_count:
         return False
     application = serve.status().applications.get(serve.get_replica_context().app_name)
@@ -156,24 +131,6 @@ def fleet_rests() -> bool:
     if engine is None or engine.status not in _AT_REST:
         return False
     return set(engine.replica_states) <= _AT_REST[engine.status]
-
-
-async def _first(response: Any, waiting: Waiting) -> Any:
-    """Return a response's first item; raise Overloaded if its request gives way before."""
-    if waiting.priority <= 0:
-        return await anext(response, None)
-    first = asyncio.ensure_future(anext(response, None))
-    refused = asyncio.ensure_future(waiting.refused.wait())
-    try:
-        await asyncio.wait((first, refused), return_when=asyncio.FIRST_COMPLETED)
-        if first.done():
-            return first.result()
-        raise Overloaded(None)
-    finally:
-        first.cancel()
-        refused.cancel()
-        # Serve raises an error of its own in a call that was cancelled.
-        first.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
 
 def _sized(scope: Scope, body: bytes) -> Scope:

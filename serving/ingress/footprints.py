@@ -1,23 +1,20 @@
 """Predicts in the ingress how much KV memory a request takes, by rendering its prompt."""
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from adakv_worker.config import FULL, CompressionConfig
 from adakv_worker.options import RequestOptions
 from router.footprint import Budget, Footprint, OutputQuantiles, predict, prefix_hashes, seed_hash
-from router.session_hints import session_key
 from serving.config import AppConfig
 from serving.http.asgi import Message
-from serving.http.rendered import Handling, NotRendered, Rendered, Renderer
-from serving.http.tenants import TENANT_HEADER
+from serving.http.rendered import NotRendered, Rendered, Renderer
+from serving.ingress.sender import Sender
 from serving.models.embedded import model_path_and_name
 
 logger = logging.getLogger("ray.serve")
@@ -35,8 +32,6 @@ _ENOUGH_OUTPUTS = 8
 _MOST_ANSWERS = 16384
 # The first event of a chat has the role, the last is [DONE].
 _EVENTS_WITHOUT_TOKEN = 2
-_SESSION_HEADER = b"x-session-id"
-_PRIORITY_HEADER = b"x-vllm-priority"
 
 
 class Prediction(NamedTuple):
@@ -56,34 +51,6 @@ class Prediction(NamedTuple):
     answers: int = 1
     unknown: str | None = None
     priority: int = 0
-
-
-class Sender(NamedTuple):
-    """What a request's headers say of its client.
-
-    session_id: vLLM's `X-Session-ID`.
-    priority: vLLM's `X-Vllm-Priority`, which counts more than the body's.
-    """
-
-    tenant: str | None = None
-    session_id: str | None = None
-    priority: int | None = None
-
-    @classmethod
-    def of(cls, headers: Iterable[tuple[bytes, bytes]]) -> Self:
-        """Return what the headers of a request that was let in say."""
-        named = {name: value.decode("latin-1") for name, value in headers}
-        priority = None
-        with contextlib.suppress(ValueError):
-            priority = int(named.get(_PRIORITY_HEADER, ""))
-        return cls(named.get(TENANT_HEADER), named.get(_SESSION_HEADER) or None, priority)
-
-    def with_body(self, handling: Handling) -> Self:
-        """Return what its body says as well: its session counts more, its priority less."""
-        return self._replace(
-            session_id=handling.session_id or self.session_id,
-            priority=handling.priority if self.priority is None else self.priority,
-        )
 
 
 class OutputCounter:
@@ -148,7 +115,7 @@ class FootprintPredictor:
     async def predict(self, path: str, body: bytes, sender: Sender = _NOBODY) -> Prediction:
         """Return what is known of a request."""
         if not self._renderer.takes(path):
-            return Prediction(None, body, priority=sender.priority or 0)
+            return Prediction(None, body, priority=sender.priority)
         size = len(body)
         if size > _LONGEST_BODY_BYTES:
             return self._estimated(path, body, "long", sender)
@@ -163,7 +130,7 @@ class FootprintPredictor:
             logger.debug("not rendered (%s): %r", reason, error)
             if reason == "malformed":
                 # The engine refuses it with a better message.
-                return Prediction(None, body, unknown=reason, priority=sender.priority or 0)
+                return Prediction(None, body, unknown=reason, priority=sender.priority)
             if isinstance(error, NotRendered):
                 sender = sender.with_body(error.handling)
             return self._estimated(path, body, reason, sender)
@@ -194,13 +161,12 @@ class FootprintPredictor:
         footprint = predict(
             tokens, self._expected(kind, None), self._budget(None), self._block_size_tokens
         )
-        footprint = footprint._replace(session=_session(sender))
-        priority = sender.priority or 0
-        return Prediction(footprint, body, kind, unknown=reason, priority=priority)
+        footprint = footprint._replace(session=sender.session)
+        return Prediction(footprint, body, kind, unknown=reason, priority=sender.priority)
 
     async def _predict(self, path: str, body: bytes, sender: Sender) -> Prediction:
         rendered = await self._render(path, body)
-        sender = sender.with_body(rendered.handling)
+        sender = sender.with_body(rendered.handling, rendered.extra_args)
         budget = self._budget(RequestOptions.of(rendered.extra_args))
         most = rendered.most_output_tokens
         if not 1 <= rendered.answers <= _MOST_ANSWERS or (most is not None and most < 0):
@@ -227,11 +193,11 @@ class FootprintPredictor:
             sum(one.prompt_tokens for one in each),
             sum(one.output_tokens for one in each),
             hashes,
-            _session(sender, rendered),
+            sender.session,
         )
         answers = rendered.answers * len(each)
-        body, priority = _with_ids(body, rendered), sender.priority or 0
-        return Prediction(footprint, body, kind, answers, priority=priority)
+        body = _with_ids(body, rendered)
+        return Prediction(footprint, body, kind, answers, priority=sender.priority)
 
     async def _render(self, path: str, body: bytes) -> Rendered:
         key = hashlib.sha256(path.encode() + b" " + body).digest()
@@ -259,14 +225,6 @@ def _kind(path: str, most_output_tokens: int | None, model: str | None) -> str:
     """Return the class of a request: its endpoint, model, and the size of its limit."""
     limit = "" if most_output_tokens is None else most_output_tokens.bit_length()
     return f"{path} {model or ''} {limit}"
-
-
-def _session(sender: Sender, rendered: Rendered | None = None) -> int | None:
-    """Return the key of a request's session, which vLLM looks for in the same places."""
-    named: object = sender.session_id
-    if rendered is not None:
-        named = named or (rendered.extra_args or {}).get("session_id")
-    return session_key(sender.tenant, named) if isinstance(named, str) and named else None
 
 
 def _with_ids(body: bytes, rendered: Rendered) -> bytes:

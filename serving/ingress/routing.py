@@ -93,7 +93,7 @@ class Routing:
             best = decision.scores[0]
             attributes = {
                 "adakv.reason": decision.reason, "adakv.replica": best.replica_id,
-                "adakv.predicted_wait_s": best.memory_s + best.prefill_s,
+                "adakv.predicted_first_token_s": best.memory_s + best.prefill_s,
                 "adakv.cached_tokens": best.cached_tokens,
                 "adakv.prompt_tokens": footprint.prompt_tokens,
                 "adakv.peak_blocks": footprint.peak_blocks,

@@ -222,7 +222,8 @@ class Borrower:
 
         async def on_arrived(report: MoveReport) -> None:
             self._note(report, move.lease)
-            note_span("move", move.trace, report.seconds, report.log_line())
+            attributes = {f"adakv.{name}": value for name, value in report.log_line().items()}
+            note_span("move", move.trace, report.seconds, attributes)
             # The cache has gone from the host's memory to blocks.
             if move.lease.resource == "host_bytes":
                 await self._end_lease(move.lease)

@@ -100,7 +100,7 @@ class RequestMove:
         self._began = time.monotonic()
         self._export_s = self._arrival_s = 0.0
         self._state_bytes = 0
-        # Of the request, once it has left.
+        # The request's trace headers. They are known once it has left.
         self.trace: Mapping[str, str] | None = None
 
     async def run(

@@ -175,11 +175,13 @@ class VllmRenderer:
 
 
 def _handling(request: dict[str, Any]) -> Handling:
-    session_id, priority = request.get("session_id"), request.get("priority")
-    return Handling(
-        session_id if isinstance(session_id, str) else None,
-        priority if isinstance(priority, int) else 0,
-    )
+    session_id = request.get("session_id")
+    try:
+        # vLLM takes whole numbers in other types, too, and refuses everything else.
+        priority = int(request.get("priority") or 0)
+    except (TypeError, ValueError, OverflowError):
+        priority = 0
+    return Handling(session_id if isinstance(session_id, str) else None, priority)
 
 
 def _checked(rendered: Any) -> Any:

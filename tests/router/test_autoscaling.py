@@ -21,8 +21,10 @@ def replica(**changes: float) -> ReplicaDemand:
 def desired(
     *replicas: ReplicaDemand, target: int = 2, ongoing: float = 4, queued: float = 0
 ) -> int:
-    """Return the size by one look."""
-    return FleetSize(TARGETS).wanted(replicas, target, ongoing, queued, 0.0)
+    """Return the size after the same look for longer than a fleet keeps what it needed."""
+    size = FleetSize(TARGETS)
+    size.wanted(replicas, target, ongoing, queued, 0.0)
+    return size.wanted(replicas, target, ongoing, queued, TARGETS.keep_s + 1)
 
 
 def test_it_has_what_it_needs_at_the_target_occupancy() -> None:
@@ -72,6 +74,9 @@ def test_a_backlog_scales_up_once_a_new_request_would_wait_too_long() -> None:
     assert desired(in_time, in_time, target=2) == 1
     late = replica(held_blocks=5, prefill_tokens_queued=5 * 500 * 3)
     assert desired(late, replica(), target=2) == 3
+    # Nobody waits for a prompt that is alone.
+    alone = replica(held_blocks=5, requests=1, prefill_tokens_queued=5 * 500 * 3)
+    assert desired(alone, replica(), target=2) == 1
     # Queued requests' prompts are as long as the others'.
     assert desired(in_time, in_time, target=2, ongoing=16, queued=8) == 4
 
@@ -96,6 +101,12 @@ def test_what_was_needed_of_late_stays() -> None:
     for second in range(30, 100, 10):
         assert size.wanted([replica(held_blocks=20)] * 4, 4, 2, 0, float(second)) == 4
     assert size.wanted([replica(held_blocks=20)] * 4, 4, 2, 0, 131.0) == 1
+
+
+def test_a_new_policy_keeps_the_fleet_that_it_finds_for_a_while() -> None:
+    size = FleetSize(TARGETS)
+    assert size.wanted([replica(held_blocks=20)] * 4, 4, 2, 0, 0.0) == 4
+    assert size.wanted([replica(held_blocks=20)] * 4, 4, 2, 0, 101.0) == 1
 
 
 def test_one_stays_while_anything_is_held_or_waits() -> None:
@@ -154,7 +165,14 @@ def test_the_policy_reads_serves_metrics() -> None:
 
 
 @pytest.mark.parametrize(
-    "targets", [{"target_occupancy": 1.5}, {"unknown": 1}, {"target_wait_s": 0}, {"keep_s": -1}]
+    "targets",
+    [
+        {"target_occupancy": 1.5},
+        {"unknown": 1},
+        {"target_wait_s": 0},
+        {"keep_s": -1},
+        {"keep_s": float("inf")},
+    ],
 )
 def test_impossible_targets_are_refused(targets: dict[str, float]) -> None:
     with pytest.raises(pydantic.ValidationError):

@@ -36,7 +36,7 @@ def test_the_ratio_is_that_of_busy_to_expected_time(slow: float) -> None:
 def test_work_that_is_reported_after_its_end_counts() -> None:
     slowness = Slowness(SPEEDS)
     for second in range(0, 200, 2):
-        # Each prompt takes a second, and the next report tells of it.
+        # The replica computes one prompt in a second. Its next report has the prompt's tokens.
         slowness.note(
             occupancy(sequence=second, running=1, waiting=0, decode_steps_per_s=0), float(second)
         )
@@ -55,6 +55,13 @@ def test_only_notable_differences_count() -> None:
     assert relative(None, 1.0) == relative(2.0, None) == relative(1.4, 1.0) == 1.0
     assert relative(2.5, 1.0) == 2.5
     assert relative(300.0, 1.0) == 10.0
+
+
+def test_a_replica_that_computes_nothing_is_slow() -> None:
+    slowness = Slowness(SPEEDS)
+    for second in range(60):
+        slowness.note(occupancy(sequence=second, running=5, decode_steps_per_s=0), float(second))
+    assert relative(slowness.ratio, 1.0) == 10.0
 
 
 def test_a_replica_that_does_not_report_its_steps_is_not_compared() -> None:

@@ -123,6 +123,7 @@ def test_probes_leave_a_fleet_at_zero_and_a_request_brings_it_back(served: Serve
         return len(ledger.read().reports)
 
     eventually(lambda: live() == 0, 120, "an idle fleet at zero")
+    # Serve starts a replica within seconds of a request. Nothing tells that none came.
     end_s = time.monotonic() + 15
     while time.monotonic() < end_s:
         assert httpx.get(f"{served.base_url}/health", timeout=5).status_code == 200

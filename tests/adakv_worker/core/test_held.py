@@ -1,65 +1,8 @@
 """Held caches in vLLM's block pool: always free, found by tokens, lost when overwritten."""
 
-import numpy as np
 import pytest
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-from adakv_worker.core.floor import Floor
-from adakv_worker.core.held import Held, TokenIds
-from adakv_worker.core.held_caches import HeldCaches
-
-BLOCKS, MOST_BLOCKS, MOST, IDLE_S, PATIENCE_S = 41, 20, 4, 100.0, 0.5
-
-
-def tokens(*ids: int) -> TokenIds:
-    return np.array(ids, dtype=np.int32)
-
-
-class Pool:
-    """A pool of blocks, its held caches and a clock."""
-
-    def __init__(
-        self, reach_blocks: int = 4, host_blocks: int = 0, arrived_blocks: int = 0
-    ) -> None:
-        self.now_s = 0.0
-        self.pool = BlockPool(BLOCKS, enable_caching=True, hash_block_size=4)
-        self.held = HeldCaches(
-            self.pool,
-            MOST_BLOCKS,
-            MOST,
-            IDLE_S,
-            reach_blocks,
-            PATIENCE_S,
-            host_blocks,
-            arrived_blocks,
-            lambda: self.now_s,
-        )
-
-    def arrive(self, ids: TokenIds, blocks: int, floor: int = 0, has_session: bool = False) -> Held:
-        held = Held(
-            self.held.next_name(), "a", ids, len(ids), Floor(floor, 0), floor, (), turn=1,
-            parked_blocks=blocks, has_arrived=True, has_session=has_session,
-        )  # fmt: skip
-        self.held.arrive(held)
-        return held
-
-    def hold(
-        self,
-        ids: TokenIds,
-        blocks: int,
-        floor: int = 0,
-        scope: str = "a",
-        has_session: bool = False,
-    ) -> Held:
-        held = Held(
-            self.held.next_name(), scope, ids, len(ids), Floor(floor, 0), floor,
-            tuple(self.pool.get_new_blocks(blocks)), turn=1, has_session=has_session,
-        )  # fmt: skip
-        self.held.hold(held)
-        return held
+from tests.adakv_worker.core.held_pool import BLOCKS, IDLE_S, MOST, PATIENCE_S, Pool, tokens
 
 
 @pytest.fixture
@@ -147,15 +90,13 @@ def test_caches_of_named_sessions_are_kept_a_minute_longer(pool: Pool) -> None:
     assert (named.name in pool.held, other.name in pool.held) == (True, False)
     pool.now_s = 61.0
     pool.hold(tokens(4), 9)
-    # Only a minute: nobody asks on, and others do.
+    # A minute after its own use the others' later use counts again.
     pool.now_s = 130.0
     pool.hold(tokens(5), 9)
     assert named.name not in pool.held
 
 
-@pytest.mark.parametrize("reach_blocks", [4, 40])
-def test_blocks_of_named_sessions_are_overwritten_later(reach_blocks: int) -> None:
-    pool = Pool(reach_blocks)
+def test_blocks_of_named_sessions_are_overwritten_later(pool: Pool) -> None:
     running = pool.pool.get_new_blocks(BLOCKS - 1 - 12)
     named = pool.hold(tokens(1), 4, has_session=True)
     first, second = pool.hold(tokens(2), 4), pool.hold(tokens(3), 4)
@@ -277,106 +218,3 @@ def test_caches_from_other_replicas_have_memory_of_their_own() -> None:
     pool.held.receive("request", [])
     assert pool.held.get(first.name).source == "replica"
     pool.held.check()
-
-
-class Lives(RuleBasedStateMachine):
-    """Requests take blocks, end, and go on, while time passes."""
-
-    @initialize(
-        reach_blocks=st.integers(1, 12),
-        host_blocks=st.integers(0, 30),
-        arrived_blocks=st.integers(0, 9),
-    )
-    def begin(self, reach_blocks: int, host_blocks: int, arrived_blocks: int) -> None:
-        self.pool = Pool(reach_blocks, host_blocks, arrived_blocks)
-        self.running: list[list[KVCacheBlock]] = []
-        self.gone: list[str] = []
-        self.names: list[str] = []
-
-    @rule(count=st.integers(1, 15))
-    def start(self, count: int) -> None:
-        if count <= self.pool.pool.get_num_free_blocks():
-            self.running.append(self.pool.pool.get_new_blocks(count))
-
-    @rule(data=st.data())
-    def end(self, data: st.DataObject) -> None:
-        if self.running:
-            index = data.draw(st.integers(0, len(self.running) - 1))
-            self.pool.pool.free_blocks(reversed(self.running.pop(index)))
-
-    @rule(data=st.data(), ids=st.lists(st.integers(1, 2), min_size=1, max_size=5))
-    def end_and_hold(self, data: st.DataObject, ids: list[int]) -> None:
-        if not self.running:
-            return
-        blocks = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
-        floor = data.draw(st.integers(0, len(ids)))
-        name = self.pool.held.next_name()
-        self.names.append(name)
-        held = Held(
-            name, "a", tokens(*ids), len(ids), Floor(floor, 0), floor, tuple(blocks), 1,
-            has_session=data.draw(st.booleans()),
-        )  # fmt: skip
-        self.pool.held.hold(held)
-
-    @rule(ids=st.lists(st.integers(1, 2), min_size=2, max_size=6))
-    def go_on(self, ids: list[int]) -> None:
-        match = self.pool.held.find("a", tokens(*ids))
-        if match is None:
-            return
-        assert match.held.token_ids[: match.tokens].tolist() == ids[: match.tokens]
-        assert match.held.floor.tokens <= match.tokens < len(ids)
-        if match.held.size_blocks > self.pool.pool.get_num_free_blocks():
-            return
-        taken = self.pool.held.take(match.held.name)
-        assert all(block.ref_cnt == 1 for block in taken.blocks)
-        assert bool(taken.blocks) is (taken.source == "pool")
-        fresh = [] if taken.blocks else self.pool.pool.get_new_blocks(taken.parked_blocks)
-        self.running.append([*taken.blocks, *fresh])
-        self.names.remove(taken.name)
-
-    @rule(
-        ids=st.lists(st.integers(1, 2), min_size=1, max_size=5),
-        blocks=st.integers(1, 9),
-        has_session=st.booleans(),
-    )
-    def come_from_another_replica(self, ids: list[int], blocks: int, has_session: bool) -> None:
-        arrived = self.pool.arrive(tokens(*ids), blocks, has_session=has_session)
-        self.names.append(arrived.name)
-
-    @rule(ids=st.lists(st.integers(1, 2), min_size=2, max_size=6), count=st.integers(1, 9))
-    def branch_off(self, ids: list[int], count: int) -> None:
-        match = self.pool.held.find("a", tokens(*ids))
-        free = self.pool.pool.get_num_free_blocks()
-        if match is None or count > free - len(match.held.blocks):
-            return
-        lent = self.pool.held.lend(match.held.name)
-        assert lent is match.held
-        self.running.append(self.pool.pool.get_new_blocks(count))
-        # The workers can copy it.
-        assert lent.name in self.pool.held
-
-    @rule(seconds=st.sampled_from([0.0, 1.0, IDLE_S]))
-    def step(self, seconds: float) -> None:
-        self.pool.now_s += seconds
-        self.pool.held.next_step()
-
-    @rule()
-    def forget(self) -> None:
-        self.pool.held.forget()
-        assert len(self.pool.held) == 0
-
-    @invariant()
-    def nothing_is_lost_or_counted_twice(self) -> None:
-        self.pool.held.check()
-        used = sum(len(blocks) for blocks in self.running)
-        assert self.pool.pool.get_num_free_blocks() == BLOCKS - 1 - used
-        for blocks in self.running:
-            assert all(block.ref_cnt == 1 for block in blocks)
-
-    @invariant()
-    def every_cache_is_held_or_the_workers_are_told_once(self) -> None:
-        self.gone += self.pool.held.take_gone()
-        assert sorted(self.names) == sorted([*self.gone, *(one.name for one in self.pool.held)])
-
-
-TestLives = Lives.TestCase

@@ -1,5 +1,6 @@
 """Spans of one request across processes, and what happens without tracing."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from serving.http.asgi import Message
 from serving.http.compression_proof import ProofMiddleware
 from serving.http.tracing import annotate, carried, note_span, serving_span, span
 from serving.vllm_engine.sessions import SessionMiddleware
@@ -41,6 +43,7 @@ class Spans:
 def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spans]:
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
+    # A process takes one provider for good, and other tests need none.
     monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
     yield Spans(exporter)
     provider.shutdown()
@@ -69,13 +72,21 @@ def test_a_trace_goes_on_in_the_next_process(spans: Spans) -> None:
     assert route.end_time - route.start_time == 500_000_000
 
 
+async def receive() -> Message:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+async def send(message: Message) -> None:
+    pass
+
+
 async def test_an_engine_finds_its_replicas_span(spans: Spans) -> None:
     async def engine(scope: Any, receive: Any, send: Any) -> None:
         with serving_span("llm_request", list(scope["headers"])):
             pass
 
     scope = {"type": "http", "method": "POST", "headers": [(b"traceparent", CLIENT.encode())]}
-    await SessionMiddleware(ProofMiddleware(engine))(scope, None, None)  # type: ignore[arg-type]
+    await SessionMiddleware(ProofMiddleware(engine))(scope, receive, send)
     assert spans.parent_of("llm_request") == spans.id_of("replica")
 
 
@@ -89,3 +100,12 @@ def test_without_tracing_a_clients_own_trace_passes_unchanged() -> None:
         assert headers == []
         assert carried() == {}
     note_span("route", None, 0.5, {})
+
+
+def test_a_client_that_leaves_is_no_error(spans: Spans) -> None:
+    headers = [(b"traceparent", CLIENT.encode()), (b"tracestate", b"a=1"), (b"tracestate", b"b=2")]
+    with contextlib.suppress(ConnectionError), serving_span("request", headers):
+        assert (b"tracestate", b"a=1,b=2") in headers
+        raise ConnectionError
+    assert spans["request"].status.is_unset
+    assert not spans["request"].events

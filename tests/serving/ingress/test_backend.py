@@ -1,9 +1,8 @@
 """The backend on a Serve handle: its calls, and the translation of its failures."""
 
-import asyncio
 import logging
 import pickle
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import aclosing
 from typing import Any
 
@@ -19,7 +18,8 @@ from serving.http.door_settings import FrontDoorSettings
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
 from serving.http.front_door import FrontDoor
 from serving.ingress.deployment import HandleBackend, refuse_open_door, with_cors
-from serving.ingress.footprints import Prediction, Sender
+from serving.ingress.footprints import Prediction
+from serving.ingress.sender import Sender
 
 
 class Answer:
@@ -85,13 +85,18 @@ START: Message = {"type": "http.response.start", "status": 200, "headers": []}
 USAGE: Message = {"type": "http.response.body", "body": b'{"usage": {"completion_tokens": 17}}'}
 
 
-def backend_of(handle: Any, predictor: Any = None) -> HandleBackend:
-    return HandleBackend(handle, predictor)
+def backend_of(
+    handle: Any, predictor: Any = None, rests: Callable[[], bool] = lambda: False
+) -> HandleBackend:
+    return HandleBackend(handle, predictor, rests)
 
 
 async def test_batches_arrive_pickled_or_not() -> None:
     backend = backend_of(Handle([START], pickle.dumps([USAGE])))
-    assert [batch async for batch in backend.stream({"path": "/"}, b"")] == [[START], [USAGE]]
+    assert [batch async for batch in backend.stream({"path": "/", "headers": []}, b"")] == [
+        [START],
+        [USAGE],
+    ]
 
 
 async def test_a_footprint_goes_along_and_the_output_length_is_learnt() -> None:
@@ -119,7 +124,7 @@ async def test_a_body_with_the_prompts_ids_goes_along_with_its_length() -> None:
 async def test_a_probe_does_not_wake_a_fleet_at_zero() -> None:
     rests = True
     handle = Handle(error=DeploymentUnavailableError(DeploymentID("Engine")))
-    backend = HandleBackend(handle, None, lambda: rests)  # type: ignore[arg-type]
+    backend = backend_of(handle, rests=lambda: rests)
     await backend.ping()
     # Replicas that are lost are no rest.
     rests = False
@@ -127,88 +132,18 @@ async def test_a_probe_does_not_wake_a_fleet_at_zero() -> None:
         await backend.ping()
 
 
-class Queue:
-    """A handle whose queue takes so many requests, which wait until they are cancelled."""
-
-    def __init__(self, places: int) -> None:
-        self.places = places
-        self.waiting: list[Placed] = []
-        self.asgi = self.ping = self
-
-    def options(self, **_: Any) -> "Queue":
-        return self
-
-    def remote(self, scope: Scope, body: bytes, footprint: object) -> "Placed":
-        return Placed(self, body)
-
-
-class Placed:
-    """A call that takes a place in the queue when its answer is awaited."""
-
-    def __init__(self, queue: Queue, body: bytes) -> None:
-        self._queue, self.body = queue, body
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self
-
-    async def __anext__(self) -> Any:
-        if len(self._queue.waiting) >= self._queue.places:
-            raise BackPressureError(num_queued_requests=1, max_queued_requests=1)
-        self._queue.waiting.append(self)
-        await asyncio.Event().wait()
-
-    def cancel(self) -> None:
-        # Serve takes a moment to count it no more.
-        asyncio.get_running_loop().call_later(0.05, self._queue.waiting.remove, self)
-
-
-class Wishes(Predictor):
-    """Takes a request's body for its priority."""
-
-    async def predict(self, path: str, body: bytes, sender: Sender) -> Prediction:
-        return Prediction(None, body, priority=int(body))
-
-
-async def test_the_least_important_gives_way_when_the_queue_is_full() -> None:
-    queue = Queue(places=3)
-    backend = backend_of(queue, Wishes())
-
-    def ask(priority: int) -> asyncio.Task[Any]:
-        scope: Scope = {"path": "/", "headers": []}
-        return asyncio.create_task(anext(backend.stream(scope, str(priority).encode())))
-
-    async def waits(*priorities: int) -> None:
-        async with asyncio.timeout(10):
-            while sorted(int(one.body) for one in queue.waiting) != sorted(priorities):
-                await asyncio.sleep(0.005)
-
-    first, second, third = ask(2), ask(0), ask(2)
-    await waits(2, 0, 2)
-    # As important as the least important ones: none gives way.
+async def test_a_refused_request_is_cancelled_and_overloaded() -> None:
+    error = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+    scope: Scope = {"path": "/", "headers": [(b"x-vllm-priority", b"3")]}
     with pytest.raises(Overloaded):
-        await ask(2)
-    important = ask(-1)
-    with pytest.raises(Overloaded):
-        await third
-    await waits(2, 0, -1)
-    usual = ask(0)
-    with pytest.raises(Overloaded):
-        await first
-    await waits(0, -1, 0)
-    # Requests of the usual priority are not shed.
-    with pytest.raises(Overloaded):
-        await ask(-5)
-    for task in (second, important, usual):
-        task.cancel()
-    await asyncio.gather(second, important, usual, return_exceptions=True)
-    await waits()
+        await anext(backend_of(Handle(error=error)).stream(scope, b""))
 
 
 async def test_without_a_predictor_no_footprint_goes_along() -> None:
     handle = Handle([START])
-    async for _ in backend_of(handle).stream({"path": "/"}, b""):
+    async for _ in backend_of(handle).stream({"path": "/", "headers": []}, b""):
         pass
-    assert handle.called_with == ({"path": "/"}, b"", None)
+    assert handle.called_with == ({"path": "/", "headers": []}, b"", None)
 
 
 async def test_an_answer_that_is_closed_early_is_cancelled_and_teaches_nothing() -> None:
@@ -243,7 +178,7 @@ def task_error(cause: Exception) -> Exception:
 async def raised_by_a_stream(error: Exception) -> Exception:
     backend = backend_of(Handle(error=error))
     with pytest.raises(Exception) as raised:  # noqa: PT011
-        await anext(backend.stream({"path": "/"}, b""))
+        await anext(backend.stream({"path": "/", "headers": []}, b""))
     return raised.value
 
 

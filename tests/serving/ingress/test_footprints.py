@@ -19,9 +19,9 @@ from serving.ingress.footprints import (
     FootprintPredictor,
     OutputCounter,
     Prediction,
-    Sender,
     footprint_predictor,
 )
+from serving.ingress.sender import Sender
 from serving.models.embedded import embedded_model_path
 
 STORY = "The keeper of the lighthouse wrote down every ship that passed. " * 60
@@ -45,7 +45,8 @@ class Letters:
             await self.release.wait()
         fields = json.loads(body)
         if "problem" in fields:
-            raise NotRendered(fields["problem"], handling=Handling(fields.get("session_id")))
+            handling = Handling(fields.get("session_id"), fields.get("priority", 0))
+            raise NotRendered(fields["problem"], handling=handling)
         prompts = [[ord(letter) for letter in prompt] for prompt in fields["prompts"]]
         return Rendered(
             prompts, fields.get("n", 1), fields.get("most"), fields.get("xargs"),
@@ -108,46 +109,26 @@ async def test_prompts_with_another_salt_or_adapter_share_no_blocks() -> None:
     assert salted.block_hashes == prefix_hashes(ids, 32, seed_hash("a", None))
 
 
-@pytest.mark.parametrize(
-    ("fields", "header", "named"),
-    [
-        ({}, None, None),
-        ({"session_id": "a"}, "b", "a"),
-        ({"session_id": ""}, "b", "b"),
-        ({"xargs": {"session_id": "c"}}, "b", "b"),
-        ({"xargs": {"session_id": "c"}}, None, "c"),
-        ({"xargs": {"session_id": 3}}, None, None),
-        # Its tokens stay unknown, its session does not.
-        ({"session_id": "a", "problem": "content"}, "b", "a"),
-        ({"problem": "content"}, "b", "b"),
-    ],
-)
-async def test_a_session_is_named_where_vllm_looks_for_it(
-    fields: dict[str, Any], header: str | None, named: str | None
+@pytest.mark.parametrize("problem", [{}, {"problem": "content"}])
+async def test_a_body_says_whose_turn_it_is_and_how_important_rendered_or_not(
+    problem: dict[str, str],
 ) -> None:
     _, predictor = letters()
-    body = json.dumps({"prompts": ["x"], **fields}).encode()
-    headers = [(b"x-adakv-tenant", b"tenant"), (b"x-session-id", (header or "").encode())]
-    prediction = await predictor.predict(PATH, body, Sender.of(headers))
+    fields = {"prompts": ["x"], "session_id": "a", "priority": 3, **problem}
+    sender = Sender("tenant", "b")
+    prediction = await predictor.predict(PATH, json.dumps(fields).encode(), sender)
     assert prediction.footprint is not None
-    expected = None if named is None else session_key("tenant", named)
-    assert prediction.footprint.session == expected
+    assert prediction.footprint.session == session_key("tenant", "a")
+    assert prediction.priority == 3
 
 
-@pytest.mark.parametrize(
-    ("fields", "header", "priority"),
-    [
-        ({}, None, 0), ({"priority": 3}, None, 3), ({"priority": 3}, "-2", -2),
-        ({"priority": 3}, "high", 3), ({"problem": "content"}, "4", 4),
-    ],
-)  # fmt: skip
-async def test_the_header_says_how_important_a_request_is_or_its_body(
-    fields: dict[str, Any], header: str | None, priority: int
-) -> None:
+async def test_the_headers_count_where_no_body_is_rendered() -> None:
     _, predictor = letters()
-    body = json.dumps({"prompts": ["x"], **fields}).encode()
-    headers = [] if header is None else [(b"x-vllm-priority", header.encode())]
-    assert (await predictor.predict(PATH, body, Sender.of(headers))).priority == priority
+    sender = Sender("tenant", "b", header_priority=4)
+    for fields in ({"problem": "malformed"}, {"prompts": ["word " * 300_000]}):
+        prediction = await predictor.predict(PATH, json.dumps(fields).encode(), sender)
+        assert prediction.priority == 4
+    assert (await predictor.predict("/v1/embeddings", b"{}", sender)).priority == 4
 
 
 async def test_the_header_names_the_session_of_a_request_that_is_too_long_to_be_read() -> None:

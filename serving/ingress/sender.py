@@ -1,0 +1,59 @@
+"""What a request says of its client: tenant, session and priority."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Self
+
+from router.session_hints import session_key
+from serving.http.rendered import Handling
+from serving.http.tenants import TENANT_HEADER
+
+_SESSION_HEADER = b"x-session-id"
+_PRIORITY_HEADER = b"x-vllm-priority"
+
+
+class Sender(NamedTuple):
+    """A request's client, from its headers and then from its body, as vLLM reads them.
+
+    session_id: the conversation's name; the body's counts more than the header's.
+    header_priority: the header's priority, which counts more than the body's; None without one.
+    """
+
+    tenant: str | None = None
+    session_id: str | None = None
+    header_priority: int | None = None
+    body_priority: int = 0
+
+    @classmethod
+    def of(cls, headers: Iterable[tuple[bytes, bytes]]) -> Self:
+        """Return the client of a request that was let in. The first of equal headers counts."""
+        named: dict[bytes, str] = {}
+        for name, value in headers:
+            if name in (TENANT_HEADER, _SESSION_HEADER, _PRIORITY_HEADER):
+                named.setdefault(name, value.decode("latin-1"))
+        try:
+            priority = int(named.get(_PRIORITY_HEADER, ""))
+        except ValueError:
+            priority = None
+        return cls(named.get(TENANT_HEADER), named.get(_SESSION_HEADER) or None, priority)
+
+    def with_body(self, handling: Handling, options: Mapping[str, Any] | None = None) -> Self:
+        """Return the client with what the body says.
+
+        Args:
+            options: the body's `vllm_xargs`, in which vLLM looks for a session at last.
+        """
+        named = handling.session_id or self.session_id or (options or {}).get("session_id")
+        return self._replace(
+            session_id=named if isinstance(named, str) else None,
+            body_priority=handling.priority,
+        )
+
+    @property
+    def priority(self) -> int:
+        """The request's priority; a lower number is more important, and 0 is usual."""
+        return self.body_priority if self.header_priority is None else self.header_priority
+
+    @property
+    def session(self) -> int | None:
+        """The session's key for routers; None without a session."""
+        return session_key(self.tenant, self.session_id) if self.session_id else None
