@@ -19,6 +19,12 @@ _ONE_LOOP = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
 
+# Request routers by `routing.policy`, without Serve's default.
+_ROUTERS = {
+    "occupancy": "serving.ingress.served_router:ServedRouter",
+    "prefix_aware": "serving.ingress.prefix_aware:PrefixAwareRouter",
+}
+
 # Share of its limit that an ingress is to have when their number follows the load.
 _INGRESS_FILL = 0.5
 
@@ -81,9 +87,9 @@ def engine_options(config: AppConfig, on_cpus: bool | None = None) -> dict[str, 
         "health_check_timeout_s": 10.0,
         "ray_actor_options": {"num_cpus": replica.cpus},
     }
-    if config.routing.policy == "occupancy":
+    if (router := _ROUTERS.get(config.routing.policy)) is not None:
         options["request_router_config"] = RequestRouterConfig.model_validate(
-            {"request_router_class": "serving.ingress.served_router:ServedRouter"}
+            {"request_router_class": router}
         )
     if replica.placement_group_bundles:
         # vLLM's Ray executor puts one worker into each bundle; the replica shares the first.

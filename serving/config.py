@@ -141,8 +141,9 @@ class StoreConfig(Section):
 class RoutingConfig(Section):
     """How requests choose a replica. The speeds weigh memory against prefill and decode."""
 
-    policy: Literal["occupancy", "power_of_two"] = Field(
-        default="occupancy", description="`power_of_two` is Ray Serve's own router"
+    policy: Literal["occupancy", "power_of_two", "prefix_aware"] = Field(
+        default="occupancy",
+        description="`power_of_two` and `prefix_aware` are Ray Serve's own routers, to compare with",
     )
     log_decisions: bool = Field(default=False, description="Write a log line for each choice")
     prior_output_tokens: int = Field(

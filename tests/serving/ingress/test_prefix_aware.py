@@ -1,0 +1,45 @@
+"""Ray Serve's prefix-aware router: what of our requests it compares."""
+
+import json
+
+import pytest
+from ray.serve._private.common import RequestMetadata
+from ray.serve.request_router import PendingRequest
+
+from serving.app import engine_options
+from serving.config import AppConfig
+from serving.ingress.prefix_aware import PrefixAwareRouter
+
+PARTS = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]
+
+
+def pending(*args: object) -> PendingRequest:
+    metadata = RequestMetadata(request_id="r", internal_request_id="r")
+    return PendingRequest(args=list(args), kwargs={}, metadata=metadata)
+
+
+@pytest.mark.parametrize("body, text", [
+    ({"messages": [{"role": "system", "content": "Be kind. "}, {"role": "user", "content": PARTS}]},
+     "Be kind. Hello there"),
+    ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, " "),
+    ({"prompt": ["Hello ", "there"]}, "Hello there"),
+    ({"input": [{"role": "user", "content": "Hello"}]}, "Hello"),
+    ({"model": "m"}, " "),
+    ([1], " "),
+])  # fmt: skip
+def test_the_text_of_a_prompt_is_compared(body: object, text: str) -> None:
+    router = PrefixAwareRouter.__new__(PrefixAwareRouter)
+    request = pending({}, json.dumps(body).encode(), None)
+    assert router._extract_text_from_request(request) == text
+
+
+def test_a_malformed_body_has_no_text() -> None:
+    router = PrefixAwareRouter.__new__(PrefixAwareRouter)
+    assert router._extract_text_from_request(pending({}, b"{", None)) == " "
+
+
+@pytest.mark.parametrize("policy", ["occupancy", "prefix_aware"])
+def test_the_configuration_names_a_router_that_serve_can_load(policy: str) -> None:
+    config = AppConfig.model_validate({"routing": {"policy": policy}})
+    router = engine_options(config, on_cpus=True)["request_router_config"]
+    assert router.get_request_router_class().__module__.startswith("serving.ingress.")
