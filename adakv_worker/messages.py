@@ -311,6 +311,17 @@ class MemoryStats(NamedTuple):
     dropped_sessions: dict[str, int] | None = None
 
 
+class StepWork(NamedTuple):
+    """What an engine has computed since the last statistics.
+
+    prefilled_tokens: prompt tokens, those of unfinished prefills and of recomputations included.
+    decode_steps: steps in which answers grew.
+    """
+
+    prefilled_tokens: int = 0
+    decode_steps: int = 0
+
+
 class StepFigures(NamedTuple):
     """Figures of compression that go to the front end after a step.
 
@@ -322,3 +333,4 @@ class StepFigures(NamedTuple):
     memory: MemoryStats
     proofs: list[Proof]
     last_received: str | None
+    work: StepWork = StepWork()

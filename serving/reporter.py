@@ -132,7 +132,9 @@ class OccupancyReporter:
 
 def _reportable(load: "EngineLoad") -> "EngineLoad":
     """Return the load without its rates and time, which change in every step and can wait."""
-    return load._replace(decode_tokens_per_s=0.0, prefill_tokens_per_s=0.0, told_at=0.0)
+    return load._replace(
+        decode_tokens_per_s=0.0, prefill_tokens_per_s=0.0, decode_steps_per_s=None, told_at=0.0
+    )
 
 
 class PrefixWriter(Protocol):

@@ -1,6 +1,9 @@
 """Counts of waiting requests and of lost work, kept as requests come and go."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
+
+from adakv_worker.messages import StepWork
 
 
 class _Waiting(NamedTuple):
@@ -66,3 +69,25 @@ class Recomputes:
     def forget(self, request_id: str) -> None:
         """Drop a request that has ended."""
         self._lost.pop(request_id, None)
+
+
+class Work:
+    """What the engine has computed since it was asked last."""
+
+    def __init__(self) -> None:
+        self._prefilled_tokens = self._decode_steps = 0
+
+    def note(self, scheduled: Iterable[int]) -> None:
+        """Count a step that has computed so many tokens of each request.
+
+        One token of a request counts as decoding; the last token of a prompt may be among them.
+        """
+        counts = list(scheduled)
+        self._prefilled_tokens += sum(count for count in counts if count > 1)
+        self._decode_steps += 1 in counts
+
+    def take(self) -> StepWork:
+        """Return the counts and begin anew."""
+        work = StepWork(self._prefilled_tokens, self._decode_steps)
+        self._prefilled_tokens = self._decode_steps = 0
+        return work

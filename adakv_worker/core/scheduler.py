@@ -17,7 +17,7 @@ from vllm.v1.request import Request
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.core.checks import check_blocks
 from adakv_worker.core.commands import step_commands
-from adakv_worker.core.counts import Recomputes, WaitingRequests
+from adakv_worker.core.counts import Recomputes, WaitingRequests, Work
 from adakv_worker.core.figures import MemoryFigures
 from adakv_worker.core.manager import AdaKVManager
 from adakv_worker.core.plan import make_plan, resumed_plan
@@ -62,6 +62,7 @@ class AdaKVSchedulerMixin(Scheduler):
         self._recomputes = Recomputes()
         self._queue = WaitingRequests()
         self._last_received: str | None = None
+        self._work = Work()
         # Presets that the model does not support, with the reason.
         self._unsupported: dict[str, str] = {}
         self._manager: AdaKVManager | None = None
@@ -242,6 +243,7 @@ class AdaKVSchedulerMixin(Scheduler):
             for request_id in answer.failed:
                 self._manager.fall_back(request_id)
             self._proofs.note_step(self._manager.requests, evicted, answer)
+            self._work.note(scheduler_output.num_scheduled_tokens.values())
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._proofs.attach(outputs)
         if self._adakv.check_invariants and self._manager is not None:
@@ -257,7 +259,8 @@ class AdaKVSchedulerMixin(Scheduler):
                 decode_evictions=counts.decode_evictions,
                 selection_failures=counts.selection_failures,
             )
-            attach_figures(stats, StepFigures(memory, proofs, self._last_received))
+            work = self._work.take()
+            attach_figures(stats, StepFigures(memory, proofs, self._last_received, work))
         return stats
 
     def _memory_stats(self, figures: MemoryFigures) -> MemoryStats:

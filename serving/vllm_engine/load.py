@@ -45,6 +45,18 @@ class EngineLoad(NamedTuple):
     blocks_borrowed: int = 0
     told_at: float = float("inf")
     prefill_tokens_per_s: float = 0.0
+    decode_steps_per_s: float | None = None
+
+
+class _Computed(NamedTuple):
+    """Work of one step: tokens of prompts and of answers, and steps in which answers grew."""
+
+    prompt_tokens: int
+    answer_tokens: int
+    decode_steps: int
+
+
+_NOTHING = _Computed(0, 0, 0)
 
 
 class CacheSize(NamedTuple):
@@ -135,8 +147,7 @@ class LoadStats:
         self.preemptions = 0
         self._decode_evictions = self._selection_failures = 0
         self._told_at = float("-inf")
-        # Time, prompt tokens and answers' tokens of each step.
-        self._computed: list[tuple[float, int, int]] = []
+        self._computed: list[tuple[float, _Computed]] = []
 
     def logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
         """Return a stat logger that feeds this object."""
@@ -156,7 +167,11 @@ class LoadStats:
                 self._on_proof(proof)
             self._decode_evictions += figures.memory.decode_evictions
             self._selection_failures += figures.memory.selection_failures
-        self._computed.append((now, prefilled_tokens, generated_tokens))
+        steps = 0
+        if figures is not None:
+            # vLLM counts a prompt when its prefill ends.
+            prefilled_tokens, steps = figures.work
+        self._computed.append((now, _Computed(prefilled_tokens, generated_tokens, steps)))
         while self._computed and now - self._computed[0][0] > _RATE_WINDOW_S:
             self._computed.pop(0)
         self.changed.set()
@@ -177,18 +192,15 @@ class LoadStats:
                 decode_evictions=self._decode_evictions,
                 selection_failures=self._selection_failures,
             )
-        prefilled, decoded = self._tokens_per_s()
-        return with_unseen(load, sent.prefill_tokens(unseen))._replace(
-            decode_tokens_per_s=decoded, prefill_tokens_per_s=prefilled, told_at=self._told_at
-        )
-
-    def _tokens_per_s(self) -> tuple[float, float]:
-        """Return the speeds at which prompts and answers were computed of late."""
         since = time.monotonic() - _RATE_WINDOW_S
-        recent = [(prompts, answers) for at, prompts, answers in self._computed if at > since]
-        prefilled = sum(prompts for prompts, _ in recent)
-        decoded = sum(answers for _, answers in recent)
-        return prefilled / _RATE_WINDOW_S, decoded / _RATE_WINDOW_S
+        recent = [step for at, step in self._computed if at > since]
+        prefilled, decoded, steps = (sum(counts) for counts in zip(_NOTHING, *recent, strict=True))
+        return with_unseen(load, sent.prefill_tokens(unseen))._replace(
+            decode_tokens_per_s=decoded / _RATE_WINDOW_S,
+            prefill_tokens_per_s=prefilled / _RATE_WINDOW_S,
+            decode_steps_per_s=None if figures is None else steps / _RATE_WINDOW_S,
+            told_at=self._told_at,
+        )
 
 
 class _LoadLogger(StatLoggerBase):

@@ -3,7 +3,7 @@
 import pytest
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
-from adakv_worker.messages import MemoryStats, StepFigures
+from adakv_worker.messages import MemoryStats, StepFigures, StepWork
 from adakv_worker.statistics_carrier import attach_figures
 from serving.vllm_engine.load import (
     CacheSize,
@@ -44,6 +44,16 @@ def test_speeds_are_of_the_tokens_computed_of_late(engine: LoadStats) -> None:
         engine.logger(None).record(SchedulerStats(), step)
     load = engine.load(CACHE)
     assert (load.prefill_tokens_per_s, load.decode_tokens_per_s) == (200, 12)
+    assert load.decode_steps_per_s is None
+
+
+def test_an_unfinished_prefill_is_work_of_a_scheduler_that_compresses(engine: LoadStats) -> None:
+    stats = SchedulerStats()
+    attach_figures(stats, StepFigures(MemoryStats(), [], None, StepWork(500, 1)))
+    for _ in range(2):
+        engine.logger(None).record(stats, IterationStats())
+    load = engine.load(CACHE)
+    assert (load.prefill_tokens_per_s, load.decode_steps_per_s) == (200, 0.4)
 
 
 def test_requests_that_arrive_during_a_step_count_at_once(engine: LoadStats) -> None:
