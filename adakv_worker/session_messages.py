@@ -31,6 +31,7 @@ class HeldCard(msgspec.Struct, frozen=True):
     compressed_at: tokens at its last compression.
     turn: compressions of prompts so far.
     is_named: whether routers may know which prompt it is of.
+    cache_salt: the salt of its requests.
     has_session: whether its client names its session.
     """
 
@@ -43,6 +44,7 @@ class HeldCard(msgspec.Struct, frozen=True):
     turn: int
     is_named: bool
     has_session: bool = False
+    cache_salt: str | None = None
 
     @property
     def token_ids(self) -> TokenIds:
@@ -127,7 +129,6 @@ class Found(NamedTuple):
 
 def scope_of(
     budget: RequestBudget,
-    extra_args: Mapping[str, Any] | None,
     adapter: tuple[str, int, str] | None,
     cache_salt: str | None,
 ) -> str:
@@ -137,11 +138,11 @@ def scope_of(
 
     Args:
         adapter: name, id and path of its LoRA adapter.
+        cache_salt: its salt, which its tenant is part of.
     """
     # The order of a set differs between processes.
     of_budget = {**budget.model_dump(), "unsupported": sorted(budget.unsupported)}
-    tenant = (extra_args or {}).get(TENANT_KEY)
-    text = repr((of_budget, adapter, cache_salt, tenant))
+    text = repr((of_budget, adapter, cache_salt))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -1,6 +1,5 @@
 """The KV blocks that a request will take, predicted before it runs."""
 
-import hashlib
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
@@ -135,14 +134,6 @@ class OutputQuantiles:
         return guess if max_tokens is None else min(guess, max_tokens)
 
 
-def seed_hash(cache_salt: str | None, adapter: str | None) -> int:
-    """Return the hash before a prompt's first block; 0 without a salt and a LoRA adapter."""
-    if cache_salt is None and adapter is None:
-        return 0
-    text = repr((cache_salt, adapter)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
-
-
 def prefix_hashes(
     token_ids: Sequence[int], block_size_tokens: int, seed: int = 0
 ) -> tuple[int, ...]:
@@ -151,7 +142,7 @@ def prefix_hashes(
     vLLM's prefix cache finds full blocks only.
 
     Args:
-        seed: see `seed_hash`.
+        seed: hash before the first block, see `adakv_worker.salts.seed_hash`.
     """
     hashes: list[int] = []
     parent = seed

@@ -7,9 +7,10 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
-from serving.config import AppConfig
+from serving.config import AppConfig, KeyLimitsConfig
 from serving.engine import Engine
 from serving.http.door_settings import FrontDoorSettings
+from serving.http.key_limits import Limits
 from serving.ingress.deployment import Ingress
 
 # The ingress forwards chunks and never blocks. Passing each chunk between Serve's three event loops
@@ -40,12 +41,23 @@ def build(config: AppConfig) -> Application:
     settings = FrontDoorSettings(
         api_keys=api_keys(config),
         keys_file=config.auth.keys_file,
+        shares_caches=config.auth.shares_caches,
+        limits=_limits(config.auth.limits),
+        limits_by_key=tuple(
+            (name, _limits(limits)) for name, limits in config.auth.limits_by_key.items()
+        ),
         more_paths=tuple(config.ingress.more_paths),
         max_body_bytes=config.ingress.max_body_bytes,
+        max_held_body_bytes=config.ingress.max_held_body_bytes,
+        body_timeout_s=config.ingress.body_timeout_s,
         retry_after_s=config.ingress.retry_after_s,
         health_timeout_s=config.ingress.health_timeout_s,
     )
     return ingress(Ingress).bind(engine, settings, config)
+
+
+def _limits(limits: KeyLimitsConfig) -> Limits:
+    return Limits(**limits.model_dump())
 
 
 def ingress_options(config: AppConfig) -> dict[str, Any]:

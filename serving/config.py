@@ -82,6 +82,14 @@ class IngressConfig(Section):
     max_body_bytes: int = Field(
         default=16 * 1024 * 1024, ge=1, description="Size above which a body is refused by 413"
     )
+    max_held_body_bytes: int = Field(
+        default=256 * 1024 * 1024,
+        ge=1,
+        description="Size of all bodies inside one front door above which more are refused by 503",
+    )
+    body_timeout_s: float = Field(
+        default=60.0, gt=0.0, description="Time after which an unfinished body is refused by 408"
+    )
     max_ongoing_requests: int | None = Field(
         default=None,
         ge=1,
@@ -91,6 +99,18 @@ class IngressConfig(Section):
     retry_after_s: float = Field(default=1.0, ge=0.0, description="Retry-After of a 503")
     health_timeout_s: float = Field(
         default=2.0, gt=0.0, description="Longest time that /health waits for a replica"
+    )
+
+
+class KeyLimitsConfig(Section):
+    """What the holder of one API key may ask for. Keys of one name count together."""
+
+    requests_per_minute: int | None = Field(default=None, ge=1, description="Most requests")
+    tokens_per_minute: int | None = Field(
+        default=None, ge=1, description="Most tokens of prompts and answers"
+    )
+    requests_at_once: int | None = Field(
+        default=None, ge=1, description="Most requests that wait or are answered"
     )
 
 
@@ -105,6 +125,13 @@ class AuthConfig(Section):
         default=None,
         description="File with lines `NAME SHA256` of more keys, on every node with an ingress; "
         "read again when it changes",
+    )
+    shares_caches: bool = Field(
+        default=False, description="Whether requests find cached prompts of other keys' requests"
+    )
+    limits: KeyLimitsConfig = KeyLimitsConfig()
+    limits_by_key: dict[str, KeyLimitsConfig] = Field(
+        default_factory=dict, description="Other limits, by names of keys in `keys_file`"
     )
     open: bool = Field(
         default=False, description="Serve without keys on addresses that others can reach"
@@ -143,7 +170,7 @@ class RoutingConfig(Section):
 
     policy: Literal["occupancy", "power_of_two", "prefix_aware"] = Field(
         default="occupancy",
-        description="`power_of_two` and `prefix_aware` are Ray Serve's own routers, to compare with",
+        description="`power_of_two` and `prefix_aware` are Ray Serve's own, to compare with",
     )
     log_decisions: bool = Field(default=False, description="Write a log line for each choice")
     prior_output_tokens: int = Field(

@@ -26,6 +26,7 @@ class Held:
     parked_blocks: blocks that its content would fill; 0 while it is in the pool.
     has_arrived: whether it came from another replica, and no request has begun with it here.
     has_session: whether its client names its session, and so will probably ask on.
+    cache_salt: the salt of its requests.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Held:
     parked_blocks: int = 0
     has_arrived: bool = False
     has_session: bool = False
+    cache_salt: str | None = None
 
     @property
     def size_blocks(self) -> int:
@@ -64,6 +66,7 @@ class Held:
         return HeldCard(
             self.scope, self.token_ids.tobytes(), self.entry_tokens, tokens, entries,
             self.compressed_at, self.turn, bool(self.block_hashes), self.has_session,
+            self.cache_salt,
         )  # fmt: skip
 
 
@@ -75,6 +78,7 @@ class ToHold(NamedTuple):
     entry_tokens: int
     block_hashes: Sequence[BlockHash] = ()
     has_session: bool = False
+    cache_salt: str | None = None
 
 
 class Match(NamedTuple):

@@ -176,6 +176,7 @@ class CompressedRequest:
             name, to_hold.scope, to_hold.token_ids[:known], to_hold.entry_tokens, self.floor,
             self.compressed_at, (), resumed.turn if resumed is not None else 1,
             tuple(to_hold.block_hashes[: known // block_size]), has_session=to_hold.has_session,
+            cache_salt=to_hold.cache_salt,
         )  # fmt: skip
 
     def _leave(self, phase: Phase, to: Phase) -> None:

@@ -130,11 +130,12 @@ class Sessions:
         """Hold the cache of a request whose blocks are about to be freed, if it has one."""
         if not _may_share(request, budget):
             return
-        # The router knows of prompts without adapter and salt.
-        plain = request.lora_request is None and request.cache_salt is None
+        # Routers know held caches of prompts without adapters.
+        plain = request.lora_request is None
         to_hold = ToHold(
             _scope(request, budget), _token_ids(request), request.num_computed_tokens,
             request.block_hashes if plain else (), request.session_id is not None,
+            request.cache_salt,
         )  # fmt: skip
         held = self._manager.hold(request.request_id, to_hold)
         if held is not None:
@@ -154,6 +155,7 @@ class Sessions:
             request.request_id, card.scope, card.token_ids, card.entry_tokens, floor,
             card.compressed_at, (), card.turn, tuple(request.block_hashes if card.is_named else ()),
             parked_blocks=blocks, has_arrived=True, has_session=card.has_session,
+            cache_salt=card.cache_salt,
         )  # fmt: skip
         self._held.arrive(held)
 
@@ -170,6 +172,8 @@ class Sessions:
         stored = BlockStored(
             block_hashes=hashes, parent_block_hash=None, token_ids=tokens, block_size=size,
             lora_id=None, lora_name=None, medium=HELD_MEDIUM,
+            # As vLLM has it for blocks: the salt belongs to the first one.
+            extra_keys=[(held.cache_salt,)] if held.cache_salt is not None else None,
         )  # fmt: skip
         pool.kv_event_queue.append(stored)
 
@@ -196,7 +200,7 @@ def _scope(request: Request, budget: RequestBudget) -> str:
     assert request.sampling_params is not None
     # An adapter that is loaded again under its name has another id.
     adapter = (lora.name, lora.adapter_id, lora.path) if lora is not None else None
-    return scope_of(budget, request.sampling_params.extra_args, adapter, request.cache_salt)
+    return scope_of(budget, adapter, request.cache_salt)
 
 
 def _token_ids(request: Request) -> TokenIds:

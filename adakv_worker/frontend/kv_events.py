@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import zmq
@@ -21,6 +21,7 @@ from vllm.distributed.kv_events import (
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import ExternalBlockHash
 
+from adakv_worker.salts import seed_hash
 from adakv_worker.session_messages import HELD_MEDIUM
 from kernels.blocks import prefix_hash
 
@@ -90,16 +91,23 @@ class PrefixNames:
                     gone.append(name)
         return gone
 
-    def _store(self, event: BlockStored) -> list[int]:
-        # Adapters, images and salts give the same tokens other blocks, which the router leaves out.
-        if event.lora_name or any(event.extra_keys or ()):
-            return []
-        parent = 0
+    def _before(self, event: BlockStored) -> int | None:
+        """Return the name before an event's first block; None if routers cannot know its blocks."""
+        first, *later = _keys_beside(event) or [()]
+        # Images give the same tokens other blocks, which routers leave out.
+        if any(later):
+            return None
         if event.parent_block_hash is not None:
-            known = self._names.get(event.parent_block_hash)
-            if known is None:
-                return []
-            parent = known
+            return None if first else self._names.get(event.parent_block_hash)
+        if not first:
+            return seed_hash(None, event.lora_name)
+        is_salt = len(first) == 1 and isinstance(first[0], str)
+        return seed_hash(first[0], event.lora_name) if is_salt else None
+
+    def _store(self, event: BlockStored) -> list[int]:
+        parent = self._before(event)
+        if parent is None:
+            return []
         names = []
         for index, block in enumerate(event.block_hashes):
             start = index * event.block_size
@@ -111,6 +119,12 @@ class PrefixNames:
                 self._in_blocks.add(block)
             names.append(parent)
         return names
+
+
+def _keys_beside(event: BlockStored) -> list[tuple[Any, ...]]:
+    """Return what the hash of each block has beside tokens and adapter."""
+    skipped = 0 if event.lora_name is None else 1
+    return [tuple(keys or ())[skipped:] for keys in event.extra_keys or ()]
 
 
 class EventSockets(NamedTuple):

@@ -140,7 +140,7 @@ class BookedLLM(AsyncLLM):
         super()._run_output_handler()
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
-        with_tenant(request.sampling_params)
+        with_tenant(request)
         try:
             await super()._add_request(request, *args, **kwargs)
         except BaseException:

@@ -140,7 +140,15 @@ class SessionCore:
         # The scheduler takes it as a request, the only way that leads there.
         params = SamplingParams(max_tokens=1, extra_args={ARRIVAL_KEY: fields})
         carrier = EngineCoreRequest(
-            name, card.token_ids.tolist(), None, params, None, time.time(), None, None, None
+            name,
+            card.token_ids.tolist(),
+            None,
+            params,
+            None,
+            time.time(),
+            None,
+            card.cache_salt,
+            None,
         )
         await self._core.bring(carrier)
         return True

@@ -41,7 +41,7 @@ class HeldMoves:
     ) -> list[Any] | None:
         """Return the fields of the `Found` that saves most of a request; None without one."""
         budget = budget_of(extra_args, self._config, self._unsupported)
-        scope = scope_of(budget, extra_args, None, cache_salt)
+        scope = scope_of(budget, None, cache_salt)
         asked = token_ids_of(token_bytes)
         name, most = "", 0
         for other, card in self._held.cards.items():

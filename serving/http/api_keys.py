@@ -5,11 +5,14 @@ import hashlib
 import os
 import secrets
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from serving.http.key_file import KeyFile
 
 # They need no key, and get no body.
 OPEN_PATHS = ("/health", "/version")
+_DIGITS = 16
+_LOGGED_DIGITS = 8
 VLLM_VARIABLE = "VLLM_API_KEY"
 
 
@@ -17,6 +20,18 @@ def vllm_keys() -> tuple[str, ...]:
     """Return the key in vLLM's own variable, which works here too."""
     key = os.environ.get(VLLM_VARIABLE, "").strip()
     return (key,) if key else ()
+
+
+class Caller(NamedTuple):
+    """Who sends a request.
+
+    tenant: whose cached prompts its requests may find: those of all keys of one name; None for
+        those of all callers without a key.
+    name: the key's name, for logs.
+    """
+
+    tenant: str | None = None
+    name: str = "-"
 
 
 class ApiKeys:
@@ -30,26 +45,44 @@ class ApiKeys:
         Args:
             file: has further keys.
         """
-        self._digests = [_digest(form) for key in keys for form in _forms(key)]
+        self._listed = {_digest(form): _of_listed(key) for key in keys for form in _forms(key)}
         self._file = file
 
-    def allow(self, path: str, headers: Mapping[str, str]) -> bool:
-        """Return whether a request may pass.
+    def caller(self, path: str, headers: Mapping[str, str]) -> Caller | None:
+        """Return who sends a request; None if it may not pass.
 
         Args:
             headers: by names in lower case, each the bytes of the request in Latin-1.
         """
-        if path in OPEN_PATHS or (not self._digests and self._file is None):
-            return True
-        digests = self._digests
-        if self._file is not None:
-            self._file.refresh()
-            digests = [*digests, *self._file.digests]
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = _digest(key.encode("latin-1", "replace"))
+        if not self._listed and self._file is None:
+            # Who checks keys before us may pass them on.
+            return _of_digest(digest) if key else Caller()
+        callers = self._listed
+        if self._file is not None:
+            self._file.refresh()
+            named = {known: _of_name(name) for known, name in self._file.names.items()}
+            callers = {**callers, **named}
         # Compare every key, so that the time taken reveals nothing.
-        matches = [secrets.compare_digest(digest, known) for known in digests]
-        return scheme.lower() == "bearer" and any(matches)
+        matches = [
+            caller for known, caller in callers.items() if secrets.compare_digest(digest, known)
+        ]
+        if scheme.lower() == "bearer" and matches:
+            return matches[0]
+        return Caller() if path in OPEN_PATHS else None
+
+
+def _of_listed(key: str) -> Caller:
+    return _of_digest(_digest(key.encode()))
+
+
+def _of_digest(digest: bytes) -> Caller:
+    return Caller(digest.hex()[:_DIGITS], f"key-{digest.hex()[:_LOGGED_DIGITS]}")
+
+
+def _of_name(name: str) -> Caller:
+    return Caller(f"name:{name}", name)
 
 
 def _forms(key: str) -> set[bytes]:

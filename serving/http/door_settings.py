@@ -3,14 +3,21 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from serving.http.key_limits import Limits
+
 
 class FrontDoorSettings(NamedTuple):
     """Limits and keys of the front door."""
 
     api_keys: tuple[str, ...] = ()
     keys_file: Path | None = None
+    shares_caches: bool = False
+    limits: Limits = Limits()
+    limits_by_key: tuple[tuple[str, Limits], ...] = ()
     more_paths: tuple[str, ...] = ()
     max_body_bytes: int = 16 * 1024 * 1024
+    max_held_body_bytes: int = 256 * 1024 * 1024
+    body_timeout_s: float = 60.0
     retry_after_s: float = 1.0
     health_timeout_s: float = 2.0
 

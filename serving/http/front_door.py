@@ -20,22 +20,22 @@ from serving.http.asgi import (
     Receive,
     Scope,
     Send,
-    body_of,
     is_event_stream,
     is_last,
     portable_scope,
     run_lifespan,
 )
+from serving.http.bodies import Bodies, Body, BodyRefused, ClientGone
 from serving.http.door_settings import FrontDoorSettings
 from serving.http.failures import BackendFailure, ReplicaLost
 from serving.http.key_file import KeyFile
+from serving.http.key_limits import Admission, KeyLimits, LimitReached
 from serving.http.loggable import loggable
 from serving.http.openai_error import error_event, error_messages
 from serving.http.paths import Paths
-from serving.http.tenants import TENANT_HEADER, tenant_of
+from serving.http.tenants import TENANT_HEADER
 from serving.http.tracing import annotate, serving_span
 
-_LENGTH = re.compile(r"[0-9]{1,18}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _BODY_HEADERS = (b"content-length", b"content-type", b"transfer-encoding", b"expect")
 _REPLACED_HEADERS = (b"x-request-id", b"authorization", TENANT_HEADER)
@@ -58,21 +58,19 @@ def _closed(path: str) -> str:
 class Backend(Protocol):
     """Where requests go. Its methods raise `BackendFailure`."""
 
-    def stream(self, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:
-        """Send one request to a replica and yield its response; closing cancels the request."""
+    def stream(
+        self, scope: Scope, body: bytes, pay: Callable[[int], None]
+    ) -> AsyncGenerator[list[Message], None]:
+        """Send one request to a replica and yield its response; closing cancels the request.
+
+        Args:
+            pay: called with the numbers of tokens that the request has computed.
+        """
         ...
 
     async def ping(self) -> None:
         """Return when some replica has answered."""
         ...
-
-
-class _BodyTooLarge(Exception):
-    pass
-
-
-class _ClientGone(Exception):
-    pass
 
 
 class FrontDoor:
@@ -84,13 +82,22 @@ class FrontDoor:
         settings: FrontDoorSettings,
         logger: logging.Logger,
         clock: Callable[[], float] = time.monotonic,
+        doors: Callable[[], int] = lambda: 1,
     ) -> None:
+        """
+        Args:
+            doors: returns the number of front doors, which share the limits of keys.
+        """
         self.backend = backend
         self.settings = settings
         self.logger = logger
         file = None if settings.keys_file is None else KeyFile(settings.keys_file, logger)
         self.keys = ApiKeys(settings.api_keys, file)
         self.paths = Paths(settings.more_paths)
+        self.limits = KeyLimits(settings.limits, dict(settings.limits_by_key), doors, clock)
+        self.bodies = Bodies(
+            settings.max_body_bytes, settings.max_held_body_bytes, settings.body_timeout_s
+        )
         self._clock = clock
         self._last_answer_at = -math.inf
 
@@ -136,8 +143,12 @@ class _Exchange:
             *((name, value) for name, value in scope["headers"] if name not in _REPLACED_HEADERS),
             (b"x-request-id", self._request_id.encode()),
         ]
-        if (tenant := tenant_of(self._headers)) is not None:
+        self._caller = door.keys.caller(self._scope["path"], self._headers)
+        tenant = self._caller.tenant if self._caller is not None else None
+        if tenant is not None and not door.settings.shares_caches:
             self._scope["headers"].append((TENANT_HEADER, tenant.encode()))
+        self._admission: Admission | None = None
+        self._body = Body(door.bodies)
         self._status = 0
         self._is_event_stream = False
         self._complete = False
@@ -152,14 +163,17 @@ class _Exchange:
                     await self._respond()
                 finally:
                     self._annotate()
-        except (_ClientGone, asyncio.CancelledError) as reason:
+        except (ClientGone, asyncio.CancelledError) as reason:
             outcome = "ok" if self._complete else "client disconnected"
             if isinstance(reason, asyncio.CancelledError):
                 raise
         finally:
+            self._body.release()
+            if self._admission is not None:
+                self._admission.end()
             self._door.logger.info(
-                "request_id=%s method=%s path=%s status=%d duration_ms=%.0f outcome=%s",
-                self._request_id, loggable(self._scope["method"]),
+                "request_id=%s key=%s method=%s path=%s status=%d duration_ms=%.0f outcome=%s",
+                self._request_id, loggable(self._name), loggable(self._scope["method"]),
                 loggable(self._scope["path"]), self._status,
                 (time.monotonic() - started) * 1000, outcome,
             )  # fmt: skip
@@ -171,9 +185,14 @@ class _Exchange:
         }  # fmt: skip
         annotate("adakv.request", known)
 
+    @property
+    def _name(self) -> str:
+        """The name of the request's key, for logs and limits."""
+        return "-" if self._caller is None else self._caller.name
+
     async def _respond(self) -> None:
         path, method = self._scope["path"], self._scope["method"]
-        if not self._door.keys.allow(path, self._headers):
+        if self._caller is None:
             challenge = {"www-authenticate": "Bearer"}
             await self._fail(401, "missing or wrong API key", "AuthenticationError", challenge)
         elif path == "/health" and method in ("GET", "HEAD"):
@@ -188,15 +207,24 @@ class _Exchange:
             problem = f"request bodies in the encoding {encoding!r} are not understood: send plain"
             await self._fail(415, problem, "UnsupportedMediaType")
         else:
-            try:
-                body = await self._read_body()
-            except _BodyTooLarge:
-                problem = (
-                    f"the request body is larger than {self._door.settings.max_body_bytes} bytes"
-                )
-                await self._fail(413, problem, "RequestTooLarge")
-            else:
-                await self._forward_until_disconnect(body)
+            await self._forward_body()
+
+    async def _forward_body(self) -> None:
+        """Read the request's body and forward it, if its key may send it now."""
+        try:
+            self._admission = self._door.limits.admit(self._name)
+        except LimitReached as limit:
+            headers = self._retry_after(limit.retry_after_s)
+            await self._fail(429, str(limit), "RateLimitError", headers)
+            return
+        try:
+            length = self._headers.get("content-length", "")
+            body = await self._body.read(self._receive, length)
+        except BodyRefused as refused:
+            headers = self._retry_after(None) if refused.is_busy else None
+            await self._fail(refused.status, str(refused), refused.error_type, headers)
+            return
+        await self._forward_until_disconnect(body)
 
     async def _answer_without_body(self, method: str) -> None:
         """Forward a request that needs no key: nothing that it brings reaches an engine."""
@@ -221,31 +249,13 @@ class _Exchange:
             ]
         )
 
-    async def _read_body(self) -> bytes:
-        limit = self._door.settings.max_body_bytes
-        length = self._headers.get("content-length", "")
-        if length and (not _LENGTH.fullmatch(length) or int(length) > limit):
-            raise _BodyTooLarge
-        chunks: list[bytes] = []
-        size = 0
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise _ClientGone
-            chunks.append(body_of(message))
-            size += len(chunks[-1])
-            if size > limit:
-                raise _BodyTooLarge
-            if is_last(message):
-                return b"".join(chunks)
-
     async def _forward_until_disconnect(self, body: bytes) -> None:
         forward = asyncio.ensure_future(self._forward(body))
         gone = asyncio.ensure_future(self._wait_for_disconnect())
         try:
             await asyncio.wait((forward, gone), return_when=asyncio.FIRST_COMPLETED)
             if not forward.done():
-                raise _ClientGone
+                raise ClientGone
             forward.result()
         finally:
             gone.cancel()
@@ -276,8 +286,13 @@ class _Exchange:
                 await self._broken(500, "internal error", "InternalServerError")
                 return
 
+    def _pay(self, tokens: int) -> None:
+        if self._admission is not None:
+            self._admission.pay(tokens)
+
     async def _forward_once(self, body: bytes) -> None:
-        async with aclosing(self._door.backend.stream(self._scope, body)) as batches:
+        answer = self._door.backend.stream(self._scope, body, self._pay)
+        async with aclosing(answer) as batches:
             async for batch in batches:
                 self._door.note_answer()
                 await self._deliver(batch)

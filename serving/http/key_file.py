@@ -12,7 +12,7 @@ class KeyFile:
 
     While the file cannot be read, what it had counts on.
 
-    digests: those of the keys.
+    names: the keys' names by their digests. A name may have several keys.
     """
 
     def __init__(self, path: Path, logger: logging.Logger) -> None:
@@ -24,7 +24,7 @@ class KeyFile:
         self._path = path
         self._logger = logger
         self._version: tuple[int, int, int] | None = self._seen()
-        self.digests = _read(path)
+        self.names = _read(path)
         self._is_lost = False
 
     def refresh(self) -> None:
@@ -32,9 +32,9 @@ class KeyFile:
         try:
             if (version := self._seen()) != self._version:
                 self._version = version
-                self.digests = _read(self._path)
+                self.names = _read(self._path)
                 self._is_lost = False
-                self._logger.info("%s: %d API keys", self._path, len(self.digests))
+                self._logger.info("%s: %d API keys", self._path, len(self.names))
         except ValueError as error:
             self._logger.error("the API keys stay as they were: %s", error)
         except OSError as error:
@@ -48,15 +48,15 @@ class KeyFile:
         return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _read(path: Path) -> set[bytes]:
-    digests: set[bytes] = set()
+def _read(path: Path) -> dict[bytes, str]:
+    names: dict[bytes, str] = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         words = line.partition("#")[0].split()
         if not words:
             continue
         if len(words) != 2 or not _DIGEST.fullmatch(words[1]):
             raise ValueError(f"{path}, line {number}: expected NAME and a SHA-256 digest in hex")
-        digests.add(bytes.fromhex(words[1]))
-    if not digests:
+        names[bytes.fromhex(words[1])] = words[0]
+    if not names:
         raise ValueError(f"{path} has no API key")
-    return digests
+    return names

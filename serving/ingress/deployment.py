@@ -25,6 +25,7 @@ from serving.http.asgi import ASGIApp, Message, Scope
 from serving.http.door_settings import FrontDoorSettings
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
 from serving.http.front_door import FrontDoor
+from serving.http.key_limits import Limits
 from serving.http.tracing import carried, span, start_tracing
 from serving.ingress.footprints import (
     FootprintPredictor,
@@ -41,6 +42,8 @@ from serving.store import store_url
 
 logger = logging.getLogger("ray.serve")
 
+# Of a prompt that is not rendered.
+_BYTES_PER_TOKEN = 4
 # By a fleet's status: states of replicas that it has at zero, on the way there, and back.
 _AT_REST = {
     DeploymentStatus.HEALTHY: {ReplicaState.STOPPING},
@@ -72,7 +75,9 @@ class HandleBackend:
         self._metrics = PredictionMetrics()
         self._shedding = Shedding()
 
-    async def stream(self, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:
+    async def stream(
+        self, scope: Scope, body: bytes, pay: Callable[[int], None] = lambda tokens: None
+    ) -> AsyncGenerator[list[Message], None]:
         sender = Sender.of(scope["headers"])
         predicted = Prediction(None, body, priority=sender.priority)
         if self._predictor is not None:
@@ -83,6 +88,7 @@ class HandleBackend:
             scope = _sized(scope, predicted.body)
         counter = OutputCounter()
         footprint = predicted.footprint
+        pay(len(body) // _BYTES_PER_TOKEN if footprint is None else footprint.prompt_tokens)
         if footprint is not None:
             footprint = footprint._replace(traceparent=carried().get("traceparent"))
         call = functools.partial(self._stream.remote, scope, predicted.body, footprint)
@@ -93,7 +99,9 @@ class HandleBackend:
         try:
             while item is not None:
                 batch = _batch(item)
+                before = counter.tokens
                 counter.see(batch)
+                pay(counter.tokens - before)
                 yield batch
                 item = await anext(response, None)
             if self._predictor is not None and counter.tokens:
@@ -181,14 +189,28 @@ class Ingress:
         self._settings = settings._replace(api_keys=(*settings.api_keys, *vllm_keys()))
         if not self._settings.has_keys:
             refuse_open_door(http_host(), is_meant=config.auth.open)
+            refuse_limits_without_keys(self._settings)
             logger.warning("no API keys are set: anyone who reaches the port can use the API")
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         if self._routing is not None:
             keys = LedgerKeys(self._config.store.key_prefix, serve.get_replica_context().app_name)
             self._routing.listen(store_url(self._config.store), keys)
-        door = FrontDoor(self._backend, self._settings, logger)
+        door = FrontDoor(
+            self._backend, self._settings, logger,
+            doors=lambda: serve.get_replica_context().world_size,
+        )  # fmt: skip
         return with_cors(door, self._config.server)
+
+
+def refuse_limits_without_keys(settings: FrontDoorSettings) -> None:
+    """Refuse limits that could be evaded by another made-up key.
+
+    Raises:
+        ValueError: there are limits.
+    """
+    if settings.limits != Limits() or settings.limits_by_key:
+        raise ValueError("auth.limits and auth.limits_by_key need API keys, and there are none")
 
 
 def http_host() -> str | None:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from adakv_worker.config import FULL, CompressionConfig
 from adakv_worker.options import RequestOptions
-from router.footprint import Budget, Footprint, OutputQuantiles, predict, prefix_hashes, seed_hash
+from adakv_worker.salts import seed_hash, tenant_salt
+from router.footprint import Budget, Footprint, OutputQuantiles, predict, prefix_hashes
 from serving.config import AppConfig
 from serving.http.asgi import Message
 from serving.http.rendered import NotRendered, Rendered, Renderer
@@ -185,7 +186,8 @@ class FootprintPredictor:
             for ids in rendered.prompts
         ]
         longest = max(rendered.prompts, key=len)
-        seed = seed_hash(rendered.cache_salt, self._adapter(rendered.model))
+        salt = tenant_salt(sender.tenant, rendered.cache_salt)
+        seed = seed_hash(salt, self._adapter(rendered.model))
         hashes = prefix_hashes(longest, self._block_size_tokens, seed)
         footprint = Footprint(
             sum(one.peak_blocks for one in each),

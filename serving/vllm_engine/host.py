@@ -82,6 +82,7 @@ class VllmHost:
         settings, events = with_kv_events(with_compression(engine_args, compression, movable))
         args = AsyncEngineArgs(model=model, served_model_name=[served_name], **settings)
         config = args.create_engine_config()
+        bound_sequences(config.scheduler_config.max_num_seqs)
         compressing = _check(config, movable)
         stats = LoadStats(on_proof)
         engine = (MovableLLM if movable else BookedLLM).from_vllm_config(
@@ -172,6 +173,16 @@ async def _app(engine: BookedLLM, options: Any) -> ASGIApp:
     app.state.server = _Server()
     mend_surface(app, HttpMetrics().note)
     return app
+
+
+def bound_sequences(most: int) -> None:
+    """Have vLLM refuse requests for more answers, or of more prompts, than it computes at once.
+
+    By default it takes 16,384 answers, which wait in front of all later requests. Variables that
+    the operator has set keep their values.
+    """
+    for name in ("VLLM_MAX_N_SEQUENCES", "VLLM_MAX_COMPLETION_PROMPTS"):
+        os.environ.setdefault(name, str(most))
 
 
 def set_up_cpu(threads: int, tensor_parallel_size: int) -> None:

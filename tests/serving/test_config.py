@@ -155,8 +155,8 @@ def test_missing_keys_are_an_error_if_the_configuration_asks_for_some(
 def test_the_key_in_vllms_own_variable_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "xyzzy")
     keys = ApiKeys(vllm_keys())
-    assert keys.allow("/v1/models", {"authorization": "Bearer xyzzy"})
-    assert not keys.allow("/v1/models", {})
+    assert keys.caller("/v1/models", {"authorization": "Bearer xyzzy"})
+    assert not keys.caller("/v1/models", {})
     monkeypatch.delenv("VLLM_API_KEY")
     assert vllm_keys() == ()
 

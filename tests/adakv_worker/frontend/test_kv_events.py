@@ -26,6 +26,7 @@ from adakv_worker.frontend.kv_events import (
     cache_changes,
     replayed,
 )
+from adakv_worker.salts import seed_hash
 from adakv_worker.session_messages import HELD_MEDIUM
 from router.footprint import prefix_hashes
 
@@ -91,16 +92,32 @@ def test_a_prompt_is_cached_while_blocks_or_a_held_cache_have_it() -> None:
     assert names.change([held]).stored == hashes
 
 
-def test_blocks_of_unknown_parents_adapters_and_salts_are_left_out() -> None:
+def test_blocks_of_unknown_parents_and_images_are_left_out() -> None:
     names = PrefixNames()
     tokens = list(range(2 * BLOCK))
+    image = ("an image", 3)
     events = [
         stored(tokens, first=1),
-        stored(tokens, lora_name="adapter"),
-        stored(tokens, extra_keys=[("salt",), None]),
+        stored(tokens, extra_keys=[(image,), None]),
+        stored(tokens, extra_keys=[None, (image,)]),
+        stored(tokens, extra_keys=[("salt", b"embeddings"), None]),
         removed(100, 101),
     ]
     assert not any(names.change(events))
+
+
+@pytest.mark.parametrize("adapter", [None, "adapter"])
+@pytest.mark.parametrize("salt", [None, "salt"])
+def test_adapters_and_salts_begin_other_chains(adapter: str | None, salt: str | None) -> None:
+    names = PrefixNames()
+    tokens = list(range(3 * BLOCK))
+    of_adapter = () if adapter is None else (adapter,)
+    of_salt = () if salt is None else (salt,)
+    keys = [(*of_adapter, *of_salt) or None, of_adapter or None]
+    first = stored(tokens[: 2 * BLOCK], lora_name=adapter, extra_keys=keys)
+    rest = stored(tokens, first=2, lora_name=adapter, extra_keys=[of_adapter or None])
+    change = names.change([first, rest])
+    assert tuple(change.stored) == prefix_hashes(tokens, BLOCK, seed_hash(salt, adapter))
 
 
 def batch(number: int, *events: Any) -> Batch:

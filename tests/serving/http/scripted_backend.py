@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import httpx
@@ -34,9 +34,14 @@ class ScriptedBackend:
         self.ping_result = ping
         self.calls: list[tuple[Scope, bytes]] = []
         self.closed = asyncio.Event()
+        # What each request pays.
+        self.tokens = 0
 
-    async def stream(self, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:
+    async def stream(
+        self, scope: Scope, body: bytes, pay: Callable[[int], None]
+    ) -> AsyncGenerator[list[Message], None]:
         self.calls.append((scope, body))
+        pay(self.tokens)
         try:
             for step in self.scripts[len(self.calls) - 1]:
                 if isinstance(step, Exception):

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import httpx
@@ -190,7 +190,9 @@ class _Replicas:
         self._apps = [HeldStart(_dies_in_prefill), _app(_event(TEXT))]
         self.calls = 0
 
-    async def stream(self, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:
+    async def stream(
+        self, scope: Scope, body: bytes, pay: Callable[[int], None]
+    ) -> AsyncGenerator[list[Message], None]:
         self.calls += 1
         try:
             async for batch in call_app(self._apps[self.calls - 1], scope, body):

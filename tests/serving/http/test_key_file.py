@@ -25,7 +25,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def opens(keys: ApiKeys, key: str) -> bool:
-    return keys.allow("/v1/models", {"authorization": f"Bearer {key}"})
+    return keys.caller("/v1/models", {"authorization": f"Bearer {key}"}) is not None
 
 
 def write(path: Path, text: str) -> None:

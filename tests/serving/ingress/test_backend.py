@@ -17,7 +17,13 @@ from serving.http.asgi import Message, Scope
 from serving.http.door_settings import FrontDoorSettings
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
 from serving.http.front_door import FrontDoor
-from serving.ingress.deployment import HandleBackend, refuse_open_door, with_cors
+from serving.http.key_limits import Limits
+from serving.ingress.deployment import (
+    HandleBackend,
+    refuse_limits_without_keys,
+    refuse_open_door,
+    with_cors,
+)
 from serving.ingress.footprints import Prediction
 from serving.ingress.sender import Sender
 
@@ -110,6 +116,20 @@ async def test_a_footprint_goes_along_and_the_output_length_is_learnt() -> None:
     # For each of two answers.
     assert predictor.learnt == [8]
     assert not handle.answer.cancelled
+
+
+async def test_a_request_pays_for_its_prompt_and_its_answers() -> None:
+    paid: list[int] = []
+    scope: Scope = {"path": "/", "headers": []}
+    async for _ in backend_of(Handle([START], [USAGE]), Predictor()).stream(
+        scope, b"", paid.append
+    ):
+        pass
+    assert (paid[0], sum(paid[1:])) == (Predictor.FOOTPRINT.prompt_tokens, 17)
+    paid.clear()
+    async for _ in backend_of(Handle([START])).stream(scope, b"x" * 400, paid.append):
+        pass
+    assert sum(paid) == 100
 
 
 async def test_a_body_with_the_prompts_ids_goes_along_with_its_length() -> None:
@@ -260,6 +280,16 @@ def test_an_open_door_to_others_must_be_meant(host: str) -> None:
     with pytest.raises(ValueError, match=r"auth\.keys_file.*auth\.open: true"):
         refuse_open_door(host, is_meant=False)
     refuse_open_door(host, is_meant=True)
+
+
+def test_limits_need_keys() -> None:
+    refuse_limits_without_keys(FrontDoorSettings())
+    for settings in (
+        FrontDoorSettings(limits=Limits(requests_at_once=1)),
+        FrontDoorSettings(limits_by_key=(("alice", Limits()),)),
+    ):
+        with pytest.raises(ValueError, match="need API keys"):
+            refuse_limits_without_keys(settings)
 
 
 async def test_an_overload_keeps_its_time_to_wait() -> None:

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from adakv_worker.config import CompressionConfig
 from adakv_worker.options import RequestOptions
-from router.footprint import Budget, Footprint, predict, prefix_hashes, seed_hash
+from adakv_worker.salts import seed_hash, tenant_salt
+from router.footprint import Budget, Footprint, predict, prefix_hashes
 from router.session_hints import session_key
 from serving.config import AppConfig
 from serving.http.rendered import Handling, NotRendered, Rendered
@@ -107,6 +108,12 @@ async def test_prompts_with_another_salt_or_adapter_share_no_blocks() -> None:
     assert named.block_hashes == prefix_hashes(ids, 32)
     salted = await footprint(predictor, prompt, salt="a", model="served")
     assert salted.block_hashes == prefix_hashes(ids, 32, seed_hash("a", None))
+    sender = Sender("tenant")
+    fields = {"prompts": [prompt], "salt": "a", "model": "served"}
+    theirs = (await predictor.predict(PATH, json.dumps(fields).encode(), sender)).footprint
+    assert theirs is not None
+    seed = seed_hash(tenant_salt("tenant", "a"), None)
+    assert theirs.block_hashes == prefix_hashes(ids, 32, seed)
 
 
 @pytest.mark.parametrize("problem", [{}, {"problem": "content"}])

@@ -18,7 +18,7 @@ def pending(*args: object) -> PendingRequest:
     return PendingRequest(args=list(args), kwargs={}, metadata=metadata)
 
 
-@pytest.mark.parametrize("body, text", [
+@pytest.mark.parametrize(("body", "text"), [
     ({"messages": [{"role": "system", "content": "Be kind. "}, {"role": "user", "content": PARTS}]},
      "Be kind. Hello there"),
     ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, " "),

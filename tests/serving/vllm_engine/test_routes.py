@@ -1,7 +1,7 @@
 """The front door guards every route of vLLM's own app."""
 
 import logging
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 import httpx
 import pytest
@@ -26,7 +26,9 @@ TASKS = ("generate", "embed", "classify", "score", "transcription", "realtime")
 class Untouched:
     """A backend that must not be reached."""
 
-    async def stream(self, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:
+    async def stream(
+        self, scope: Scope, body: bytes, pay: Callable[[int], None]
+    ) -> AsyncGenerator[list[Message], None]:
         raise AssertionError(f"{scope['method']} {scope['path']} passed without a key")
         yield []
 
