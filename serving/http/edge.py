@@ -1,0 +1,91 @@
+"""ASGI middleware before Serve's own: one request id, and Serve's errors in OpenAI's form.
+
+`configs/ray.env` has Serve call `middlewares`. Serve answers with the id that it finds in a request,
+whatever that is, so it must find the one that all others use too.
+"""
+
+import re
+import uuid
+
+from starlette.middleware import Middleware
+
+from serving.http.asgi import ASGIApp, Message, Receive, Scope, Send, body_of, header, is_last
+from serving.http.openai_error import error_messages
+
+REQUEST_ID_HEADER = b"x-request-id"
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_TYPES = {404: "NotFoundError", 408: "RequestTimeout", 503: "ServiceUnavailable"}
+_REPLACED_HEADERS = (b"content-type", b"content-length")
+_LONGEST_ERROR_BYTES = 10_000
+
+
+def middlewares() -> list[Middleware]:
+    """Return what Serve's HTTP servers put around the app."""
+    return [Middleware(Edge)]
+
+
+def is_request_id(given: bytes) -> bool:
+    """Return whether a client's request id can stand in headers, bodies and logs."""
+    return _REQUEST_ID.fullmatch(given) is not None
+
+
+class Edge:
+    """An ASGI app around the one of Serve."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        await self._app(_with_one_id(scope), receive, _Errors(send))
+
+
+def _with_one_id(scope: Scope) -> Scope:
+    """Return a request with exactly one id: the first usable one of the client, else a new one."""
+    given = [value for name, value in scope["headers"] if name == REQUEST_ID_HEADER]
+    usable = next(filter(is_request_id, given), uuid.uuid4().hex.encode())
+    others = [pair for pair in scope["headers"] if pair[0] != REQUEST_ID_HEADER]
+    return {**scope, "headers": [*others, (REQUEST_ID_HEADER, usable)]}
+
+
+class _Errors:
+    """Sends a response; one that is an error in plain text, as Serve's are, in OpenAI's form."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        # The start of an error whose text is still to come.
+        self._start: Message | None = None
+        self._text = b""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and _is_plain_error(message):
+            self._start = message
+        elif self._start is None:
+            await self._send(message)
+        else:
+            self._text = (self._text + body_of(message))[:_LONGEST_ERROR_BYTES]
+            if is_last(message):
+                await self._send_error(self._start)
+
+    async def _send_error(self, start: Message) -> None:
+        status = start["status"]
+        type_ = _TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
+        text = self._text.decode("utf-8", "replace")
+        begin, body = error_messages(status, text, type_=type_)
+        begin["headers"] = [
+            *begin["headers"],
+            *(
+                pair
+                for pair in start.get("headers", ())
+                if pair[0].lower() not in _REPLACED_HEADERS
+            ),
+        ]
+        await self._send(begin)
+        await self._send(body)
+
+
+def _is_plain_error(start: Message) -> bool:
+    is_text = header(start, b"content-type").startswith(b"text/plain")
+    return start["status"] >= 400 and is_text

@@ -1,0 +1,71 @@
+"""What Serve's HTTP servers do with requests and errors, behind our middleware."""
+
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.serve._private.http_util import RequestIdMiddleware
+from starlette.responses import PlainTextResponse, Response
+
+from serving.http.asgi import Receive, Scope, Send
+from serving.http.edge import middlewares
+from tests.serving.http.scripted_backend import error_of
+
+KNOWN = b"Abc-1.2:3_"
+
+
+class App:
+    """Answers with `response`, and remembers the request ids that it was given."""
+
+    def __init__(self, response: Response) -> None:
+        self._response = response
+        self.ids: list[bytes] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.ids = [value for name, value in scope["headers"] if name == b"x-request-id"]
+        await self._response(scope, receive, send)
+
+
+def serve(app: Any) -> httpx.AsyncClient:
+    """Return a client of an app behind Serve's middleware and ours, as Serve nests them."""
+    app = RequestIdMiddleware(app)
+    for middleware in middlewares():
+        app = middleware.cls(app, *middleware.args, **middleware.kwargs)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://edge")
+
+
+@given(given=st.lists(st.sampled_from([KNOWN, b"other"]) | st.binary(max_size=140), max_size=3))
+@pytest.mark.asyncio
+async def test_every_request_has_one_id_that_its_answer_has_too(given: list[bytes]) -> None:
+    app = App(Response(b"{}", media_type="application/json"))
+    headers = [(b"x-request-id", value) for value in given]
+    response = await serve(app).get("/", headers=headers)
+    (one,) = app.ids
+    assert response.headers.get_list("x-request-id") == [one.decode()]
+    assert one.isascii()
+    assert 1 <= len(one) <= 128
+    if given and given[0] in (KNOWN, b"other"):
+        assert one == given[0]
+
+
+@pytest.mark.parametrize("status", [404, 408, 429, 500, 503])
+async def test_an_error_in_plain_text_comes_in_openais_form(status: int) -> None:
+    text = PlainTextResponse("no such path", status, {"retry-after": "3"})
+    response = await serve(App(text)).get("/")
+    error = error_of(response)
+    assert (response.status_code, error["message"]) == (status, "no such path")
+    assert response.headers["retry-after"] == "3"
+    assert int(response.headers["content-length"]) == len(response.content)
+    assert response.headers.get_list("content-type") == ["application/json"]
+
+
+@pytest.mark.parametrize("answer", [
+    PlainTextResponse("success", 200),
+    Response(b'{"error": {}}', 400, media_type="application/json"),
+    Response(b"", 404),
+])  # fmt: skip
+async def test_other_answers_pass_as_they_are(answer: Response) -> None:
+    response = await serve(App(answer)).get("/")
+    assert (response.status_code, response.content) == (answer.status_code, answer.body)
