@@ -1,7 +1,7 @@
 """ASGI middleware before Serve's own: one request id, and Serve's errors in OpenAI's form.
 
-`configs/ray.env` has Serve call `middlewares`. Serve answers with the id that it finds in a request,
-whatever that is, so it must find the one that all others use too.
+`configs/ray.env` has Serve call `middlewares`. Serve answers with the id that it finds in a
+request, whatever that is, so it must find the one that all others use too.
 """
 
 import re
@@ -74,14 +74,8 @@ class _Errors:
         type_ = _TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
         text = self._text.decode("utf-8", "replace")
         begin, body = error_messages(status, text, type_=type_)
-        begin["headers"] = [
-            *begin["headers"],
-            *(
-                pair
-                for pair in start.get("headers", ())
-                if pair[0].lower() not in _REPLACED_HEADERS
-            ),
-        ]
+        others = [pair for pair in start.get("headers", ()) if pair[0] not in _REPLACED_HEADERS]
+        begin["headers"] = [*begin["headers"], *others]
         await self._send(begin)
         await self._send(body)
 
