@@ -24,6 +24,7 @@ from adakv_worker.core.plan import make_plan, resumed_plan
 from adakv_worker.core.proofs import Proofs
 from adakv_worker.core.request import CompressedRequest, Phase
 from adakv_worker.core.sessions import Sessions
+from adakv_worker.core.turns import Turns
 from adakv_worker.core.vllm_requests import begun, ended_by_itself, outputs_of, take_up
 from adakv_worker.messages import (
     Continuation,
@@ -63,6 +64,7 @@ class AdaKVSchedulerMixin(Scheduler):
         self._queue = WaitingRequests()
         self._last_received: str | None = None
         self._work = Work()
+        self._turns = Turns()
         # Presets that the model does not support, with the reason.
         self._unsupported: dict[str, str] = {}
         self._manager: AdaKVManager | None = None
@@ -121,6 +123,7 @@ class AdaKVSchedulerMixin(Scheduler):
         is_new = request.request_id not in self.requests
         super().add_request(request)
         self._last_received = request.request_id
+        self._turns.note(request)
         if is_new and self._manager is not None:
             self._enqueue(request)
             if request.sampling_params is not None and request.sampling_params.stop:
@@ -200,6 +203,7 @@ class AdaKVSchedulerMixin(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         if self._sessions is not None:
             self._sessions.order(self.waiting, time.time())
+        self._turns.order(self.waiting, self.running)
         output = super().schedule(*args, **kwargs)
         if (manager := self._manager) is not None:
             take_ups = self._take_ups(output)
