@@ -115,7 +115,8 @@ class Chooser:
                 for view in views
             ]
         )
-        self.view.book(request_id, scores[0].replica_id, footprint, now_s)
+        best = scores[0]
+        self.view.book(request_id, best.replica_id, footprint, now_s, best.cached_tokens)
         why = reason(scores[0], scores[1:])
         if why == "affinity" and hint is not None:
             why = "session"
@@ -125,7 +126,10 @@ class Chooser:
         self, request_id: Hashable, replica_id: str, footprint: Footprint, now_s: float
     ) -> None:
         """Book the request on the replica that got it, as chosen or not."""
-        self.view.book(request_id, replica_id, footprint, now_s)
+        hashes = footprint.block_hashes
+        hint = None if hashes else self._sessions.last_turn(footprint.session)
+        cached_tokens = self._cached_tokens(replica_id, hashes, hint)
+        self.view.book(request_id, replica_id, footprint, now_s, cached_tokens)
         if footprint.session is not None:
             self._sessions.note(footprint.session, replica_id, footprint.prompt_tokens)
         if footprint.block_hashes:

@@ -30,6 +30,7 @@ class Footprint(NamedTuple):
     session: the session that its client names, as `router.session_hints.session_key`.
     holder: the replica that probably has most of its prompt cached, set when a replica is chosen.
     traceparent: the span below which its way is traced, in the W3C's form.
+    booking: the name by which its ingress books it.
     """
 
     peak_blocks: int
@@ -40,6 +41,7 @@ class Footprint(NamedTuple):
     session: int | None = None
     holder: str | None = None
     traceparent: str | None = None
+    booking: str | None = None
 
 
 class Budget(NamedTuple):

@@ -31,7 +31,7 @@ _COMPARE_S = 1.0
 class _Booking(NamedTuple):
     at_s: float
     peak_blocks: int
-    prompt_tokens: int
+    prefill_tokens: int
 
 
 class _Replica:
@@ -157,19 +157,34 @@ class LocalView:
         self._replicas.pop(replica_id, None)
 
     def book(
-        self, request_id: Hashable, replica_id: str, footprint: Footprint, now_s: float
+        self,
+        request_id: Hashable,
+        replica_id: str,
+        footprint: Footprint,
+        now_s: float,
+        cached_tokens: int = 0,
     ) -> None:
-        """Count a request on this replica alone, until the replica's own reports show it."""
+        """Count a request on this replica alone, until the replica's own reports show it.
+
+        Args:
+            cached_tokens: tokens of its prompt that the replica need not compute.
+        """
         self.unbook(request_id)
         before_s = now_s - _BOOKING_LIFE_S
         while self._booked and next(iter(self._booked.values()))[1] <= before_s:
             del self._booked[next(iter(self._booked))]
         if known := self._replicas.get(replica_id):
             known.drop_bookings(before_s)
-            known.bookings[request_id] = _Booking(
-                now_s, footprint.peak_blocks, footprint.prompt_tokens
-            )
+            prefill_tokens = max(0, footprint.prompt_tokens - cached_tokens)
+            known.bookings[request_id] = _Booking(now_s, footprint.peak_blocks, prefill_tokens)
             self._booked[request_id] = replica_id, now_s
+
+    def answered(self, request_id: Hashable) -> None:
+        """Stop counting the prefill of a request that has its first output."""
+        replica_id, _ = self._booked.get(request_id, ("", 0.0))
+        known = self._replicas.get(replica_id)
+        if known is not None and (booking := known.bookings.get(request_id)) is not None:
+            known.bookings[request_id] = booking._replace(prefill_tokens=0)
 
     def unbook(self, request_id: Hashable) -> None:
         """Stop counting a request, except in reports that show it."""
@@ -194,7 +209,7 @@ class LocalView:
                     known.running,
                     known.waiting + len(bookings),
                     known.prefill_left(now_s, self._speeds.prefill_tokens_per_s)
-                    + sum(booking.prompt_tokens for booking in bookings),
+                    + sum(booking.prefill_tokens for booking in bookings),
                     relative(known.slowness.ratio, self._usual_ratio),
                 )
             )

@@ -6,6 +6,7 @@ import functools
 import ipaddress
 import logging
 import pickle
+import uuid
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatus, ReplicaState
 from starlette.middleware.cors import CORSMiddleware
 
+from router.footprint import Footprint
 from router.ledger.redis_ledger import LedgerKeys
 from serving.config import AppConfig
 from serving.http.api_keys import vllm_keys
@@ -35,7 +37,7 @@ from serving.ingress.footprints import (
 )
 from serving.ingress.occupancy_router import OccupancyRouter
 from serving.ingress.prediction_metrics import PredictionMetrics
-from serving.ingress.routing import configured_routing
+from serving.ingress.routing import Routing, configured_routing
 from serving.ingress.sender import Sender
 from serving.ingress.shedding import Shedding
 from serving.store import store_url
@@ -60,12 +62,15 @@ class HandleBackend:
         engine: DeploymentHandle[Any],
         predictor: FootprintPredictor | None,
         rests: Callable[[], bool] = lambda: False,
+        routing: Routing | None = None,
     ) -> None:
         """
         Args:
             predictor: None if footprints play no part in routing.
             rests: see `fleet_rests`.
+            routing: is told when requests have an output, and when they have ended.
         """
+        self._routing = routing
         self._rests = rests
         self._asking: asyncio.Task[bool] | None = None
         # By reference, every chunk of a stream would become a Ray object.
@@ -90,12 +95,16 @@ class HandleBackend:
         footprint = predicted.footprint
         pay(len(body) // _BYTES_PER_TOKEN if footprint is None else footprint.prompt_tokens)
         if footprint is not None:
-            footprint = footprint._replace(traceparent=carried().get("traceparent"))
+            traceparent = carried().get("traceparent")
+            footprint = footprint._replace(traceparent=traceparent, booking=uuid.uuid4().hex)
         call = functools.partial(self._stream.remote, scope, predicted.body, footprint)
         try:
             response, item = await self._shedding.begin(call, predicted.priority)
         except Exception as error:
+            self._note_end(footprint)
             raise _translated(error) from error
+        if self._routing is not None and footprint is not None:
+            self._routing.answered(footprint)
         try:
             while item is not None:
                 batch = _batch(item)
@@ -113,6 +122,12 @@ class HandleBackend:
             raise
         except Exception as error:
             raise _translated(error) from error
+        finally:
+            self._note_end(footprint)
+
+    def _note_end(self, footprint: Footprint | None) -> None:
+        if self._routing is not None and footprint is not None:
+            self._routing.ended(footprint)
 
     async def _asked_whether_it_rests(self) -> bool:
         # Serve's controller may hang: all probes wait for one question, which blocks one thread.
@@ -185,7 +200,7 @@ class Ingress:
         start_tracing(config.engine.get("otlp_traces_endpoint"), "adakv ingress")
         self._routing = OccupancyRouter.routing = configured_routing(config)
         predictor = footprint_predictor(config) if self._routing is not None else None
-        self._backend = HandleBackend(engine, predictor, fleet_rests)
+        self._backend = HandleBackend(engine, predictor, fleet_rests, self._routing)
         self._settings = settings._replace(api_keys=(*settings.api_keys, *vllm_keys()))
         if not self._settings.has_keys:
             refuse_open_door(http_host(), is_meant=config.auth.open)

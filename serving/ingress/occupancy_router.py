@@ -43,8 +43,8 @@ class OccupancyRouter(RequestRouter):
         routing = self.routing
         if routing is not None and pending_request is not None and candidate_replicas:
             by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-            request_id = pending_request.metadata.internal_request_id
             footprint = _last_argument(pending_request, Footprint)
+            request_id = _booking(pending_request, footprint)
             decision = routing.choose(request_id, list(by_id), footprint)
             if decision is not None and footprint is not None:
                 # Where it goes elsewhere all the same, its held cache may follow.
@@ -57,7 +57,7 @@ class OccupancyRouter(RequestRouter):
     ) -> None:
         footprint = _last_argument(pending_request, Footprint)
         if footprint is not None and self.routing is not None:
-            request_id = pending_request.metadata.internal_request_id
+            request_id = _booking(pending_request, footprint)
             self.routing.sent(request_id, replica_id.unique_id, footprint)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
@@ -69,6 +69,12 @@ class OccupancyRouter(RequestRouter):
             self.membership.update(before, left)
         if self.routing is not None:
             self.routing.retain(left)
+
+
+def _booking(pending_request: PendingRequest, footprint: Footprint | None) -> str:
+    """Return the name by which a request is booked."""
+    named = footprint.booking if footprint is not None else None
+    return named or str(pending_request.metadata.internal_request_id)
 
 
 def _addressee(pending_request: PendingRequest | None) -> str | None:

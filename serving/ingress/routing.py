@@ -115,6 +115,14 @@ class Routing:
         )  # fmt: skip
         self._teller.tell(sending)
 
+    def answered(self, footprint: Footprint) -> None:
+        """Note that a booked request has its first output: its prefill is over."""
+        self._chooser.view.answered(footprint.booking)
+
+    def ended(self, footprint: Footprint) -> None:
+        """Note that a booked request has ended, before its replica reports it."""
+        self._chooser.view.unbook(footprint.booking)
+
     def retain(self, replica_ids: Collection[str]) -> None:
         """Forget all replicas but these."""
         self._chooser.retain(replica_ids)

@@ -106,6 +106,20 @@ def test_a_booking_ends_with_the_report_that_must_show_it() -> None:
     }
 
 
+def test_repeated_prompts_between_two_reports_return_to_their_replica() -> None:
+    fleet = chooser(idle("a"), idle("b"))
+    prompt = Footprint(8, 8, 200, 2, tuple(range(6)))
+    (first, *_) = decided(fleet, "a", "b", footprint=prompt, request_id="0").replica_ids
+    fleet.sent("0", first, prompt, 0.0)
+    for number in map(str, range(1, 5)):
+        # Even while the one before it runs.
+        decision = decided(fleet, "a", "b", footprint=prompt, request_id=number)
+        assert decision.replica_ids[0] == first
+        fleet.sent(number, first, prompt, 0.0)
+        fleet.view.answered(number)
+        fleet.view.unbook(str(int(number) - 1))
+
+
 def test_the_next_turn_goes_where_the_last_one_was() -> None:
     fleet = chooser(idle("a"), idle("b"))
     history = tuple(range(20))

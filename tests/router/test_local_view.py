@@ -47,6 +47,19 @@ def test_a_booking_takes_room_a_place_in_the_queue_and_prefill() -> None:
     assert view_of(view, 0.0) == before
 
 
+def test_cached_and_computed_tokens_are_no_prefill() -> None:
+    view = LocalView()
+    view.accept(idle("r1"), 0.0)
+    view.book("one", "r1", BIG, 0.0, cached_tokens=800)
+    assert view_of(view, 0.0).prefill_tokens == 100
+    view.answered("one")
+    # It still holds its blocks.
+    seen = view_of(view, 0.0)
+    assert (seen.prefill_tokens, seen.room_blocks, seen.waiting) == (0, 70, 1)
+    view.answered("unknown")
+    check_local_view(view)
+
+
 def test_a_request_is_booked_at_the_last_place_alone() -> None:
     view = LocalView()
     view.accept(idle("r1"), 0.0)

@@ -138,7 +138,8 @@ async def test_each_request_is_logged_with_its_outcome(caplog: pytest.LogCapture
     response = await client(ScriptedBackend([WHOLE])).post("/v1/completions")
     (line,) = [one.message for one in caplog.records if one.name == "test"]
     assert line.startswith(
-        f"request_id={response.headers['x-request-id']} method=POST path=/v1/completions status=200"
+        f"request_id={response.headers['x-request-id']} key=- method=POST path=/v1/completions "
+        "status=200"
     )
     assert line.endswith("outcome=ok")
 

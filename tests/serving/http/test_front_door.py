@@ -23,6 +23,12 @@ from tests.serving.http.scripted_backend import (
     error_of,
 )
 
+
+def messages_of_the_door(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what a door has logged. Other libraries log too, if an import has made them."""
+    return [record.getMessage() for record in caplog.records if record.name == "test"]
+
+
 NAMED = [("alice", "old"), ("alice", "new"), ("bob", "other")]
 
 
@@ -78,9 +84,8 @@ async def test_keys_of_one_name_are_one_tenant_and_the_log_names_it(
             await door.get("/v1/models", headers={"authorization": f"Bearer {key}"})
     old, new, other = (dict(scope["headers"])[TENANT_HEADER] for scope, _ in backend.calls)
     assert old == new != other
-    assert [line for line in ("key=alice", "key=bob") if line in caplog.text] == [
-        "key=alice", "key=bob",
-    ]  # fmt: skip
+    named = [message.split()[1] for message in messages_of_the_door(caplog)]
+    assert named == ["key=alice", "key=alice", "key=bob"]
 
 
 async def test_where_caches_are_shared_no_replica_learns_a_tenant() -> None:
@@ -316,13 +321,13 @@ async def test_a_path_is_one_line_of_the_log(
     caplog.set_level(logging.INFO, "test")
     door = client(ScriptedBackend([WHOLE]))
     await door.post(f"/v1/completions/{quote(character)}INFO request_id=forged")
-    (record,) = caplog.records
-    assert len(record.getMessage().splitlines()) == 1
-    assert not set(character) & set(record.getMessage())
-    assert record.getMessage().startswith("request_id=")
+    (message,) = messages_of_the_door(caplog)
+    assert len(message.splitlines()) == 1
+    assert not set(character) & set(message)
+    assert message.startswith("request_id=")
 
 
 async def test_a_long_path_is_cut_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "test")
     await client(ScriptedBackend([WHOLE])).post("/v1/completions/" + "x" * 5000)
-    assert len(caplog.text) < 1000
+    assert len(messages_of_the_door(caplog)[0]) < 1000

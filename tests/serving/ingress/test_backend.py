@@ -1,5 +1,6 @@
 """The backend on a Serve handle: its calls, and the translation of its failures."""
 
+import contextlib
 import logging
 import pickle
 from collections.abc import AsyncIterator, Callable, Generator
@@ -92,9 +93,38 @@ USAGE: Message = {"type": "http.response.body", "body": b'{"usage": {"completion
 
 
 def backend_of(
-    handle: Any, predictor: Any = None, rests: Callable[[], bool] = lambda: False
+    handle: Any,
+    predictor: Any = None,
+    rests: Callable[[], bool] = lambda: False,
+    routing: Any = None,
 ) -> HandleBackend:
-    return HandleBackend(handle, predictor, rests)
+    return HandleBackend(handle, predictor, rests, routing)
+
+
+class Told:
+    """A routing that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.news: list[tuple[str, str | None]] = []
+
+    def answered(self, footprint: Footprint) -> None:
+        self.news.append(("answered", footprint.booking))
+
+    def ended(self, footprint: Footprint) -> None:
+        self.news.append(("ended", footprint.booking))
+
+
+@pytest.mark.parametrize("error", [None, ConnectionResetError()])
+async def test_routing_is_told_of_the_first_output_and_of_every_end(
+    error: Exception | None,
+) -> None:
+    handle, told = Handle([START], [USAGE], error=error), Told()
+    backend = backend_of(handle, Predictor(), routing=told)
+    with contextlib.suppress(ReplicaLost):
+        async for _ in backend.stream({"path": "/", "headers": []}, b""):
+            assert [what for what, _ in told.news] == ["answered"]
+    assert [what for what, _ in told.news][-1] == "ended"
+    assert {booking for _, booking in told.news} == {handle.called_with[2].booking}
 
 
 async def test_batches_arrive_pickled_or_not() -> None:
@@ -112,7 +142,9 @@ async def test_a_footprint_goes_along_and_the_output_length_is_learnt() -> None:
     async for _ in backend.stream(scope, b"body"):
         assert predictor.learnt == []
     assert predictor.asked == [("/v1/completions", b"body", Sender(None, "7"))]
-    assert handle.called_with == (scope, b"body", Predictor.FOOTPRINT)
+    sent_scope, body, footprint = handle.called_with
+    assert (sent_scope, body) == (scope, b"body")
+    assert footprint._replace(booking=None) == Predictor.FOOTPRINT
     # For each of two answers.
     assert predictor.learnt == [8]
     assert not handle.answer.cancelled

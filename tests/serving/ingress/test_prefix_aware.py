@@ -3,39 +3,29 @@
 import json
 
 import pytest
-from ray.serve._private.common import RequestMetadata
-from ray.serve.request_router import PendingRequest
 
 from serving.app import engine_options
 from serving.config import AppConfig
-from serving.ingress.prefix_aware import PrefixAwareRouter
+from serving.ingress.prefix_aware import prompt_text
 
 PARTS = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]
-
-
-def pending(*args: object) -> PendingRequest:
-    metadata = RequestMetadata(request_id="r", internal_request_id="r")
-    return PendingRequest(args=list(args), kwargs={}, metadata=metadata)
 
 
 @pytest.mark.parametrize(("body", "text"), [
     ({"messages": [{"role": "system", "content": "Be kind. "}, {"role": "user", "content": PARTS}]},
      "Be kind. Hello there"),
-    ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, " "),
+    ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, ""),
     ({"prompt": ["Hello ", "there"]}, "Hello there"),
     ({"input": [{"role": "user", "content": "Hello"}]}, "Hello"),
-    ({"model": "m"}, " "),
-    ([1], " "),
+    ({"model": "m"}, ""),
+    ([1], ""),
 ])  # fmt: skip
 def test_the_text_of_a_prompt_is_compared(body: object, text: str) -> None:
-    router = PrefixAwareRouter.__new__(PrefixAwareRouter)
-    request = pending({}, json.dumps(body).encode(), None)
-    assert router._extract_text_from_request(request) == text
+    assert prompt_text(json.dumps(body).encode()) == text
 
 
 def test_a_malformed_body_has_no_text() -> None:
-    router = PrefixAwareRouter.__new__(PrefixAwareRouter)
-    assert router._extract_text_from_request(pending({}, b"{", None)) == " "
+    assert prompt_text(b"{") == ""
 
 
 @pytest.mark.parametrize("policy", ["occupancy", "prefix_aware"])
