@@ -28,6 +28,9 @@ _ROUTERS = {
 
 # Share of its limit that an ingress is to have when their number follows the load.
 _INGRESS_FILL = 0.5
+# Every request is in an ingress' queue for a moment. What finds it full is refused at once; without
+# a limit it would wait for a place without an answer.
+_INGRESS_QUEUE = 64
 
 
 def build(config: AppConfig) -> Application:
@@ -75,9 +78,16 @@ def ingress_options(config: AppConfig) -> dict[str, Any]:
     return {
         **scale,
         "max_ongoing_requests": limit,
+        "max_queued_requests": _INGRESS_QUEUE,
+        "backpressure_config": _busy(config),
         "graceful_shutdown_timeout_s": config.replica.graceful_shutdown_timeout_s,
         "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": _ONE_LOOP}},
     }
+
+
+def _busy(config: AppConfig) -> BackpressureConfig:
+    """Return how Serve refuses what finds its queue full."""
+    return BackpressureConfig(status_code=503, retry_after_s=config.ingress.retry_after_s)
 
 
 def engine_options(config: AppConfig, on_cpus: bool | None = None) -> dict[str, Any]:
@@ -91,9 +101,7 @@ def engine_options(config: AppConfig, on_cpus: bool | None = None) -> dict[str, 
         "num_replicas": replica.count,
         "max_ongoing_requests": config.max_ongoing_requests,
         "max_queued_requests": replica.max_queued_requests,
-        "backpressure_config": BackpressureConfig(
-            status_code=503, retry_after_s=config.ingress.retry_after_s
-        ),
+        "backpressure_config": _busy(config),
         "graceful_shutdown_timeout_s": replica.graceful_shutdown_timeout_s,
         "health_check_period_s": replica.health_check_period_s,
         "health_check_timeout_s": 10.0,

@@ -222,6 +222,9 @@ def test_a_replica_over_several_nodes_gets_one_bundle_per_worker() -> None:
 def test_the_limit_of_an_ingress_follows_the_fleet(args: dict[str, Any], most: int) -> None:
     options = ingress_options(AppConfig.model_validate(args))
     assert options["max_ongoing_requests"] == most
+    # Without a limit what comes next would wait for a place without an answer.
+    assert 0 < options["max_queued_requests"] < 100
+    assert options["backpressure_config"].status_code == 503
     assert options["num_replicas"] == args.get("ingress", {}).get("count", 1)
 
 
