@@ -54,6 +54,7 @@ def build(config: AppConfig) -> Application:
         max_held_body_bytes=config.ingress.max_held_body_bytes,
         body_timeout_s=config.ingress.body_timeout_s,
         retry_after_s=config.ingress.retry_after_s,
+        request_deadline_s=config.ingress.request_deadline_s,
         health_timeout_s=config.ingress.health_timeout_s,
     )
     return ingress(Ingress).bind(engine, settings, config)

@@ -61,6 +61,12 @@ class ReplicaConfig(Section):
     health_check_period_s: float = Field(
         default=2.0, gt=0.0, description="Longest time until a dead engine is replaced"
     )
+    hang_s: float = Field(
+        default=300.0,
+        gt=0.0,
+        description="Time without an answer after which an engine is ended and replaced; longer "
+        "than its longest step",
+    )
 
     @property
     def threads(self) -> int:
@@ -97,6 +103,11 @@ class IngressConfig(Section):
         "compute and queue, at least 1000",
     )
     retry_after_s: float = Field(default=1.0, ge=0.0, description="Retry-After of a 503")
+    request_deadline_s: float = Field(
+        default=3600.0,
+        gt=0.0,
+        description="Longest time from a request's body to the end of its answer, then 504",
+    )
     health_timeout_s: float = Field(
         default=2.0, gt=0.0, description="Longest time that /health waits for a replica"
     )

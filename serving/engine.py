@@ -66,6 +66,7 @@ class Engine:
             config.compression,
             CompressionMetrics().note,
             movable=config.spill.enabled,
+            hang_s=config.replica.hang_s,
         )
         logger.info(
             "engine ready: model=%s path=%s seconds=%.0f", name, path, time.monotonic() - started

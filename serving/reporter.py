@@ -27,6 +27,9 @@ class LoadSource(Protocol):
     def load(self) -> "EngineLoad": ...
 
     @property
+    def silent(self) -> bool: ...
+
+    @property
     def changed(self) -> asyncio.Event: ...
 
 
@@ -35,7 +38,8 @@ class OccupancyReporter:
 
     In a larger fleet the least time between two reports is longer.
 
-    Without the store it logs a warning and serving continues.
+    Without the store it logs a warning and serving continues. Nothing is reported while the engine
+    is silent: its statistics are of a time when it still worked.
     """
 
     def __init__(
@@ -73,17 +77,23 @@ class OccupancyReporter:
         """Withdraw the report, so that routers send no more requests here."""
         if self._task is not None:
             self._task.cancel()
-        try:
-            await self._writer.withdraw(self._replica_id)
+        await self._withdraw()
+        with contextlib.suppress(redis.RedisError, OSError):
             await self._writer.close()
-        except (redis.RedisError, OSError):
-            pass  # The report expires by itself.
+
+    async def _withdraw(self) -> None:
+        # Else the report expires by itself.
+        with contextlib.suppress(redis.RedisError, OSError):
+            await self._writer.withdraw(self._replica_id)
 
     async def _run(self) -> None:
         failing = False
         while True:
             try:
-                await self._publish()
+                if self._source.silent:
+                    await self._withdraw()
+                else:
+                    await self._publish()
                 await self._wait_for_news()
                 failing = False
             except Exception:

@@ -19,6 +19,7 @@ class FrontDoorSettings(NamedTuple):
     max_held_body_bytes: int = 256 * 1024 * 1024
     body_timeout_s: float = 60.0
     retry_after_s: float = 1.0
+    request_deadline_s: float = 3600.0
     health_timeout_s: float = 2.0
 
     @property

@@ -44,6 +44,8 @@ _NO_METRICS = (
     "(`ray start --metrics-export-port`)"
 )
 _ATTEMPTS = 2
+# Longest time for a client to take the event that ends its overdue stream.
+_LAST_EVENT_S = 5.0
 # Time for Serve to see that a replica is gone.
 _RETRY_PAUSE_S = 0.25
 # An answer this recent proves that a replica works, even if a ping would wait in a long queue.
@@ -253,15 +255,31 @@ class _Exchange:
         forward = asyncio.ensure_future(self._forward(body))
         gone = asyncio.ensure_future(self._wait_for_disconnect())
         try:
-            await asyncio.wait((forward, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not forward.done():
+            deadline_s = self._door.settings.request_deadline_s
+            await asyncio.wait(
+                (forward, gone), timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if forward.done():
+                forward.result()
+            elif gone.done():
                 raise ClientGone
-            forward.result()
+            else:
+                await _cancelled(forward)
+                await self._end_overdue(deadline_s)
         finally:
             gone.cancel()
-            if not forward.done():
-                forward.cancel()
-                await asyncio.wait((forward,))
+            await _cancelled(forward)
+
+    async def _end_overdue(self, deadline_s: float) -> None:
+        if self._complete:
+            return
+        problem = f"the answer was not complete within {deadline_s:g} s"
+        try:
+            async with asyncio.timeout(_LAST_EVENT_S):
+                await self._broken(504, problem, "GatewayTimeout")
+        except TimeoutError:
+            # The client does not read.
+            raise ConnectionAbortedError(problem) from None
 
     async def _wait_for_disconnect(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -334,3 +352,10 @@ class _Exchange:
     def _retry_after(self, given_s: float | None) -> dict[str, str]:
         seconds = self._door.settings.retry_after_s if given_s is None else given_s
         return {"retry-after": str(max(0, math.ceil(seconds)))}
+
+
+async def _cancelled(task: "asyncio.Future[None]") -> None:
+    """Cancel a task unless it is done, and return when it has ended."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait((task,))

@@ -62,6 +62,7 @@ class Lender:
         folder: Path,
         park_bytes: int,
         max_requests: int,
+        silent: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
@@ -69,6 +70,7 @@ class Lender:
             max_requests: number of requests from which on nothing more is offered.
             folder: folder in memory for caches from other nodes.
             park_bytes: host memory for caches that wait for blocks.
+            silent: whether the engine does not answer, so that nothing is offered.
         """
         self._core = core
         self._load = load
@@ -78,6 +80,7 @@ class Lender:
         self._files = StateFiles(folder)
         self._park_bytes = park_bytes
         self._max_requests = max_requests
+        self._silent = silent
         self._guests: dict[str, _Held] = {}
         self._arrived: dict[str, contextlib.ExitStack] = {}
         self._task: asyncio.Task[None] | None = None
@@ -174,7 +177,7 @@ class Lender:
     def offer(self) -> Offer:
         """Return the present offer: lent blocks, and a share of those that can be spared."""
         load = self._load()
-        if load.running + load.waiting >= self._max_requests:
+        if self._silent() or load.running + load.waiting >= self._max_requests:
             return Offer(self._replica_id, self.lent_blocks, 0)
         size = load.block_size_tokens
         leased = sum(guest.growth_blocks(size) for guest in self._guests.values())

@@ -66,6 +66,7 @@ class ReplicaSpill:
             folder=self._folder,
             park_bytes=spill.park_bytes,
             max_requests=min(host.max_running, config.max_ongoing_requests),
+            silent=lambda: host.silent,
         )
         self.sessions = self._make_sessions(config, keys.application)
         self._borrower = Borrower(
@@ -136,6 +137,10 @@ class ReplicaSpill:
         return self._host.load()._replace(
             blocks_lent=self.lender.lent_blocks, blocks_borrowed=self._borrower.borrowed_blocks
         )
+
+    @property
+    def silent(self) -> bool:
+        return self._host.silent
 
     @property
     def changed(self) -> asyncio.Event:

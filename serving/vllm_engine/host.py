@@ -10,6 +10,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
+from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from adakv_worker.config import CompressionConfig, compression_config
@@ -22,6 +23,7 @@ from adakv_worker.refusals import refuse_unsupported
 from serving.http.api_keys import VLLM_VARIABLE
 from serving.http.asgi import ASGIApp
 from serving.http.compression_proof import ProofMiddleware
+from serving.vllm_engine.hang_watch import HangWatch
 from serving.vllm_engine.http_metrics import HttpMetrics
 from serving.vllm_engine.load import CacheSize, EngineLoad, LoadStats
 from serving.vllm_engine.options import (
@@ -34,6 +36,9 @@ from serving.vllm_engine.options import (
 from serving.vllm_engine.proofs import take_proofs
 from serving.vllm_engine.sessions import SessionMiddleware
 from serving.vllm_engine.surface import mend_surface
+
+# As long as vLLM itself waits for a step of several workers: a prefill on a slow CPU takes minutes.
+DEFAULT_HANG_S = 300.0
 
 
 class _Server:
@@ -51,11 +56,14 @@ class VllmHost:
         app: ASGIApp,
         stats: LoadStats,
         kv_events: EventSockets | None = None,
+        hang_s: float = DEFAULT_HANG_S,
     ) -> None:
         self.engine = engine
         self.app = app
         self._stats = stats
         self._kv_events = kv_events
+        self._watch = HangWatch(engine.is_paused, self._end_processes, hang_s)
+        self._watch.start()
 
     @classmethod
     async def start(
@@ -68,6 +76,7 @@ class VllmHost:
         on_proof: Callable[[Proof], None] = lambda proof: None,
         *,
         movable: bool = False,
+        hang_s: float = DEFAULT_HANG_S,
     ) -> "VllmHost":
         """Start the engine (about 25 s on CPU) and assemble the app.
 
@@ -75,6 +84,7 @@ class VllmHost:
             on_proof: called with the proof of every request once its prompt is complete. (Not with
                 LoRA, which uses the same field of the statistics.)
             movable: whether compressed requests can leave and enter the engine.
+            hang_s: time without a step or an answer after which the engine is ended.
 
         Raises:
             ValueError: vLLM refuses the configuration.
@@ -94,9 +104,10 @@ class VllmHost:
         stats.sent = engine.sent
         app = await _app(engine, server_options(model, served_name, args, server_args))
         if not compressing:
-            return cls(engine, app, stats, events)
+            return cls(engine, app, stats, events, hang_s)
         take_proofs(engine)
-        return cls(engine, SessionMiddleware(ProofMiddleware(app)), stats, events)
+        app = SessionMiddleware(ProofMiddleware(app))
+        return cls(engine, app, stats, events, hang_s)
 
     @property
     def core(self) -> MovingCore:
@@ -129,9 +140,21 @@ class VllmHost:
         """Whether the engine process is gone."""
         return self.engine.errored
 
+    @property
+    def silent(self) -> bool:
+        """Whether the engine is dead or has not answered for long, so that its load is old."""
+        return self.dead or self._watch.silent
+
     async def check(self) -> None:
-        """Raise vLLM's EngineDeadError if the engine process is gone."""
+        """Raise an exception if the engine process is gone or hung."""
         await self.engine.check_health()
+        self._watch.check()
+
+    def _end_processes(self) -> None:
+        """Kill the engine's processes; vLLM notices, and its requests fail."""
+        for process in self.engine.engine_core.resources.engine_manager.processes:
+            if process.is_alive():
+                kill_process_tree(process.pid)
 
     def load(self) -> EngineLoad:
         """Return the engine's present load."""
@@ -148,6 +171,7 @@ class VllmHost:
         return None if self._kv_events is None else cache_changes(self._kv_events)
 
     def shutdown(self) -> None:
+        self._watch.stop()
         self.engine.shutdown()
         if self._kv_events is not None:
             self._kv_events.remove()

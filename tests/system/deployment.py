@@ -308,7 +308,8 @@ def cluster_config(http_port: int, store_port: int) -> dict[str, Any]:
     args = config["applications"][0]["args"]
     args["auth"] = {"api_keys": [API_KEY]}
     args["store"] = {"port": store_port}
-    args["replica"] |= {"max_ongoing_requests": 8, "max_queued_requests": 8}
+    # No step of the small model takes long, even beside other tests.
+    args["replica"] |= {"max_ongoing_requests": 8, "max_queued_requests": 8, "hang_s": 20}
     args["engine"] |= {
         "kv_cache_memory_bytes": 402653184,
         "kv_events_config": {"enable_kv_cache_events": True},

@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import redis
 
@@ -180,6 +183,33 @@ def test_a_killed_engine_process_is_replaced(deployment: Deployment, client: ope
         150, "the replica with the dead engine replaced",
     )  # fmt: skip
     assert _finish(client, 0) == "length"
+
+
+@pytest.mark.slow
+def test_a_hung_engine_process_is_ended_and_replaced_and_loses_no_request_without_first_byte(
+    deployment: Deployment, client: openai.OpenAI
+) -> None:
+    before = set(deployment.occupancy())
+
+    def ask(number: int) -> str:
+        answer = client.completions.create(
+            model=MODEL, prompt=f"{number}. Once", max_tokens=60,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        return answer.choices[0].finish_reason
+
+    def hang() -> None:
+        _wait_until_both_work(deployment)
+        hung = psutil.Process(deployment.pids("VLLM::EngineCore")[0])
+        os.kill(hung.pid, signal.SIGSTOP)
+        eventually(lambda: len(deployment.occupancy()) == 1, 60, "no report of the hung engine")
+        eventually(lambda: not hung.is_running(), 60, "the hung engine ended")
+        eventually(
+            lambda: len(now := set(deployment.occupancy())) == 2 and now != before,
+            150, "the replica with the hung engine replaced",
+        )  # fmt: skip
+
+    assert set(_under_traffic(ask, hang)) == {"length"}
 
 
 def test_a_killed_store_comes_back_and_no_request_notices(

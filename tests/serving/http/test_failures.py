@@ -167,3 +167,33 @@ async def test_messages_after_the_request_are_no_disconnect() -> None:
     async with asyncio.timeout(60):
         await exchange
     assert len(connection.sent) == 2
+
+
+async def test_an_overdue_request_is_504_and_its_generation_ends() -> None:
+    backend = ScriptedBackend([asyncio.Event()])
+    async with asyncio.timeout(60):
+        response = await client(backend, request_deadline_s=0.01).post("/v1/completions")
+    assert response.status_code == 504
+    error = error_of(response)
+    assert error["type"] == "GatewayTimeout"
+    assert error["message"] == "the answer was not complete within 0.01 s"
+    assert backend.closed.is_set()
+
+
+async def test_an_overdue_stream_ends_with_an_error_event() -> None:
+    backend = ScriptedBackend([[SSE_START, chunk(b"data: 1\n\n")], asyncio.Event()])
+    async with asyncio.timeout(60):
+        response = await client(backend, request_deadline_s=0.01).post("/v1/completions")
+    assert response.status_code == 200
+    first, last = response.text.strip().split("\n\n")
+    assert first == "data: 1"
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == 504
+    assert backend.closed.is_set()
+
+
+async def test_half_an_overdue_body_closes_the_connection() -> None:
+    backend = ScriptedBackend([[JSON_START, chunk(b"{")], asyncio.Event()])
+    async with asyncio.timeout(60):
+        with pytest.raises(ConnectionAbortedError, match="not complete"):
+            await client(backend, request_deadline_s=0.01).post("/v1/completions")
+    assert backend.closed.is_set()

@@ -45,11 +45,13 @@ class Fixture:
 
     def __init__(self, folder: Path, url: str = "redis://127.0.0.1:1") -> None:
         self.load = LOAD
+        self.silent = False
         self.ledger = LendingLedger(url, KEYS)
         core: Any = Core()
         self.lender = Lender(
             core=core, load=lambda: self.load, ledger=self.ledger,
             replica_id="lender", share=0.5, folder=folder, park_bytes=1000, max_requests=8,
+            silent=lambda: self.silent,
         )  # fmt: skip
 
     @property
@@ -100,6 +102,11 @@ def test_a_lender_that_can_run_no_more_requests_offers_nothing(
     assert lending.offered == (0, 0)
     lending.load = LOAD._replace(running=4, waiting=3)
     assert lending.offered == (100, 1000)
+
+
+def test_a_lender_whose_engine_is_silent_offers_nothing(lending: Fixture) -> None:
+    lending.silent = True
+    assert lending.offered == (0, 0)
 
 
 async def test_a_lender_keeps_blocks_for_the_growth_of_its_guests(lending: Fixture) -> None:
