@@ -16,6 +16,7 @@ from adakv_worker.attention.folded import Pages
 from adakv_worker.attention.folding import FoldingBuilder
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.spec import AdaKVSpec
+from adakv_worker.worker.fingerprint import fingerprint
 from adakv_worker.worker.held_moves import HeldMoves
 from adakv_worker.worker.model_parts import layer_parts
 from adakv_worker.worker.moves import CacheKind, Moves
@@ -138,6 +139,7 @@ class AdaKVRunner:
         layers, heads, page_tokens, head_dim = state.cache_shape
         return CacheKind(
             model=self.model_config.model,
+            fingerprint=fingerprint(self.vllm_config),
             dtype=str(self.kv_cache_dtype).removeprefix("torch."),
             page_tokens=page_tokens,
             layers=layers,

@@ -38,6 +38,7 @@ class CacheKind(NamedTuple):
     """Properties that all caches of one worker share."""
 
     model: str
+    fingerprint: str
     dtype: str
     page_tokens: int
     layers: int

@@ -47,6 +47,7 @@ class CompressedState(NamedTuple):
 class StateHeader(NamedTuple):
     """Origin of a state, which a worker with an equal header can restore.
 
+    fingerprint: weights, settings and software, see `adakv_worker.worker.fingerprint`.
     packing: order of the entries in a page, which depends on the attention kernels.
     ranks, rank: number of tensor-parallel workers, and the state's one; `heads` are its KV heads.
     policy: the policy that selected the entries; the scope of a held cache, which names it, too.
@@ -54,6 +55,7 @@ class StateHeader(NamedTuple):
     """
 
     model: str
+    fingerprint: str
     dtype: str
     page_tokens: int
     packing: str

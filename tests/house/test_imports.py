@@ -32,7 +32,7 @@ ROOMS = {
     "adakv_worker.attention": May("adakv_worker kernels kernels.gpu kernels.paging", "torch vllm"),
     "adakv_worker.worker": May(
         "adakv_worker adakv_worker.attention kernels kernels.gpu kernels.paging kernels.policies",
-        "numpy torch vllm",
+        "huggingface_hub numpy torch vllm",
     ),
     # Decisions, and the store's client.
     "router": May("kernels router.ledger", "pydantic redis"),

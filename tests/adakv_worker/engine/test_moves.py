@@ -1,5 +1,6 @@
 """A compressed request that moves while it decodes answers as if it had stayed."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 
 from adakv_worker.messages import Continuation, Proof, proof_in
+from adakv_worker.worker.packed_state import StateHeader
 from tests.adakv_worker.engines import Engine, prompt
 
 WAYS_TO_SAMPLE: dict[str, dict[str, Any]] = {
@@ -182,6 +184,13 @@ def test_without_its_cache_it_equals_a_new_request_with_all_its_tokens(
     assert anew.proof.original_tokens == 510
 
 
+def _fingerprint_in(content: bytes) -> str:
+    length = int.from_bytes(content[:8], "little")
+    described = json.loads(content[8 : 8 + length])["__metadata__"]["header"]
+    fingerprint: str = json.loads(described)[StateHeader._fields.index("fingerprint")]
+    return fingerprint
+
+
 def test_damaged_and_foreign_states_are_refused(engine: Engine, path: str) -> None:
     ids, params = prompt(300, seed=44), engine.params(max_tokens=30)
     left = leave(engine, ids, params, 5, path)
@@ -196,7 +205,12 @@ def test_damaged_and_foreign_states_are_refused(engine: Engine, path: str) -> No
     assert "policy" in stage(left.path, "snapkv", left.tokens)
     assert "cannot be read" in stage("/nowhere", "ada_snapkv", left.tokens)
     file = Path(f"{left.path}.0")
-    content = bytearray(file.read_bytes())
+    whole = file.read_bytes()
+    # As from an engine with other weights at the same path, or with other software.
+    theirs = _fingerprint_in(whole)
+    file.write_bytes(whole.replace(theirs.encode(), b"0" * len(theirs)))
+    assert "fingerprint" in stage(left.path, "ada_snapkv", left.tokens)
+    content = bytearray(whole)
     content[-100] ^= 1
     file.write_bytes(content)
     assert "checksum" in stage(left.path, "ada_snapkv", left.tokens)
