@@ -7,7 +7,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
-from serving.config import AppConfig, KeyLimitsConfig
+from serving.config import AppConfig, AuthConfig, IngressConfig, KeyLimitsConfig
 from serving.engine import Engine
 from serving.http.door_settings import FrontDoorSettings
 from serving.http.key_limits import Limits
@@ -26,6 +26,8 @@ _ROUTERS = {
     "prefix_aware": "serving.ingress.prefix_aware:PrefixAwareRouter",
 }
 
+# Time that an ingress outlives the engines, to tell clients of streams that were cut.
+_LAST_EVENTS_S = 10.0
 # Share of its limit that an ingress is to have when their number follows the load.
 _INGRESS_FILL = 0.5
 # Every request is in an ingress' queue for a moment. What finds it full is refused at once; without
@@ -37,9 +39,11 @@ def build(config: AppConfig) -> Application:
     """Build `Ingress -> Engine` from the YAML's `args`."""
     lenders = None
     if (lending := config.for_lenders()) is not None:
-        lenders = serve.deployment(name="Lender", **engine_options(lending))(Engine).bind(lending)
+        lenders = serve.deployment(name="Lender", **engine_options(lending))(Engine).bind(
+            _of_engines(lending)
+        )
     deployment = serve.deployment(name="Engine", **engine_options(config))
-    engine = deployment(Engine).bind(config, lenders)
+    engine = deployment(Engine).bind(_of_engines(config), lenders)
     ingress = serve.deployment(name="Ingress", **ingress_options(config))
     settings = FrontDoorSettings(
         api_keys=api_keys(config),
@@ -64,6 +68,11 @@ def _limits(limits: KeyLimitsConfig) -> Limits:
     return Limits(**limits.model_dump())
 
 
+def _of_engines(config: AppConfig) -> AppConfig:
+    """Return what engines read: a change of anything else must not restart them."""
+    return config.model_copy(update={"ingress": IngressConfig(), "auth": AuthConfig()})
+
+
 def ingress_options(config: AppConfig) -> dict[str, Any]:
     """Return the Serve options of the `Ingress` deployment: scale and limits."""
     limit, ingress = config.ingress_max_ongoing_requests, config.ingress
@@ -81,7 +90,7 @@ def ingress_options(config: AppConfig) -> dict[str, Any]:
         "max_ongoing_requests": limit,
         "max_queued_requests": _INGRESS_QUEUE,
         "backpressure_config": _busy(config),
-        "graceful_shutdown_timeout_s": config.replica.graceful_shutdown_timeout_s,
+        "graceful_shutdown_timeout_s": config.replica.graceful_shutdown_timeout_s + _LAST_EVENTS_S,
         "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": _ONE_LOOP}},
     }
 

@@ -27,6 +27,7 @@ from serving.http.asgi import (
 from serving.http.bodies import Bodies, Body, BodyRefused, ClientGone
 from serving.http.door_settings import FrontDoorSettings
 from serving.http.edge import REQUEST_ID_HEADER, is_request_id
+from serving.http.draining import Draining
 from serving.http.failures import BackendFailure, ReplicaLost
 from serving.http.key_file import KeyFile
 from serving.http.key_limits import Admission, KeyLimits, LimitReached
@@ -44,7 +45,8 @@ _NO_METRICS = (
     "(`ray start --metrics-export-port`)"
 )
 _ATTEMPTS = 2
-# Longest time for a client to take the event that ends its overdue stream.
+_STOPPING = "the server takes no more requests: it is about to stop"
+# Longest time for a client to take the event that ends its stream early.
 _LAST_EVENT_S = 5.0
 # Time for Serve to see that a replica is gone.
 _RETRY_PAUSE_S = 0.25
@@ -99,6 +101,7 @@ class FrontDoor:
         self.bodies = Bodies(
             settings.max_body_bytes, settings.max_held_body_bytes, settings.body_timeout_s
         )
+        self.draining = Draining(clock)
         self._clock = clock
         self._last_answer_at = -math.inf
 
@@ -162,7 +165,8 @@ class _Exchange:
         try:
             with serving_span("request", self._scope["headers"]):
                 try:
-                    await self._respond()
+                    with self._door.draining.note(self._request_id):
+                        await self._respond()
                 finally:
                     self._annotate()
         except (ClientGone, asyncio.CancelledError) as reason:
@@ -197,6 +201,8 @@ class _Exchange:
         if self._caller is None:
             challenge = {"www-authenticate": "Bearer"}
             await self._fail(401, "missing or wrong API key", "AuthenticationError", challenge)
+        elif self._door.draining.active:
+            await self._fail(503, _STOPPING, "ServiceUnavailable", self._retry_after(None))
         elif path == "/health" and method in ("GET", "HEAD"):
             await self._health()
         elif path.startswith("/metrics"):
@@ -254,29 +260,34 @@ class _Exchange:
     async def _forward_until_disconnect(self, body: bytes) -> None:
         forward = asyncio.ensure_future(self._forward(body))
         gone = asyncio.ensure_future(self._wait_for_disconnect())
+        cut = asyncio.ensure_future(self._door.draining.cut.wait())
         try:
             deadline_s = self._door.settings.request_deadline_s
             await asyncio.wait(
-                (forward, gone), timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED
+                (forward, gone, cut), timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED
             )
             if forward.done():
                 forward.result()
             elif gone.done():
                 raise ClientGone
+            elif cut.done():
+                await _cancelled(forward)
+                await self._end_early(503, _STOPPING, "ServiceUnavailable")
             else:
                 await _cancelled(forward)
-                await self._end_overdue(deadline_s)
+                problem = f"the answer was not complete within {deadline_s:g} s"
+                await self._end_early(504, problem, "GatewayTimeout")
         finally:
             gone.cancel()
+            cut.cancel()
             await _cancelled(forward)
 
-    async def _end_overdue(self, deadline_s: float) -> None:
+    async def _end_early(self, status: int, problem: str, type_: str) -> None:
         if self._complete:
             return
-        problem = f"the answer was not complete within {deadline_s:g} s"
         try:
             async with asyncio.timeout(_LAST_EVENT_S):
-                await self._broken(504, problem, "GatewayTimeout")
+                await self._broken(status, problem, type_)
         except TimeoutError:
             # The client does not read.
             raise ConnectionAbortedError(problem) from None

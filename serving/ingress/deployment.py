@@ -25,6 +25,7 @@ from serving.config import AppConfig
 from serving.http.api_keys import vllm_keys
 from serving.http.asgi import ASGIApp, Message, Scope
 from serving.http.door_settings import FrontDoorSettings
+from serving.http.draining import Running
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
 from serving.http.front_door import FrontDoor
 from serving.http.key_limits import Limits
@@ -211,11 +212,20 @@ class Ingress:
         if self._routing is not None:
             keys = LedgerKeys(self._config.store.key_prefix, serve.get_replica_context().app_name)
             self._routing.listen(store_url(self._config.store), keys)
-        door = FrontDoor(
+        self._door = FrontDoor(
             self._backend, self._settings, logger,
             doors=lambda: serve.get_replica_context().world_size,
         )  # fmt: skip
-        return with_cors(door, self._config.server)
+        return with_cors(self._door, self._config.server)
+
+    async def drain(self, refuse_s: float) -> list[Running]:
+        """Refuse new requests for so long from now on; return those that run."""
+        self._door.draining.refuse_for(refuse_s)
+        return self._door.draining.running()
+
+    async def cut(self) -> None:
+        """End all requests, streams with an error event."""
+        self._door.draining.cut.set()
 
 
 def refuse_limits_without_keys(settings: FrontDoorSettings) -> None:

@@ -98,7 +98,15 @@ class Deployment:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self._ray_port)) == 0
 
-    def _spawn(self, command: str, *args: str) -> psutil.Popen:
+    def start_drain(self, *args: str) -> "subprocess.Popen[str]":
+        """Runs the drain command; who calls it reads and ends it."""
+        address = f"127.0.0.1:{self._ray_port}"
+        return subprocess.Popen(
+            [sys.executable, "-m", "serving.drain", "--address", address, *args],
+            cwd=ROOT, env=self._environment(), stdout=subprocess.PIPE, stderr=self._log, text=True,
+        )  # fmt: skip
+
+    def _environment(self) -> dict[str, str]:
         environment = {
             **os.environ,
             **ray_environment(),
@@ -106,10 +114,13 @@ class Deployment:
             "RAY_AUTH_TOKEN": self._token,
         }
         environment.pop("RAY_ADDRESS", None)
+        return environment
+
+    def _spawn(self, command: str, *args: str) -> psutil.Popen:
         process = psutil.Popen(
             [str(BIN / command), *args],
             cwd=ROOT,
-            env=environment,
+            env=self._environment(),
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -237,6 +238,79 @@ def test_a_store_that_stalls_and_forgets_loses_no_request(
                 eventually(lambda: len(deployment.occupancy()) == 2, 30, "both reporting again")
 
     outcomes = _under_traffic(lambda number: _finish(client, number), trouble)
+    assert set(outcomes) == {"length"}
+
+
+@pytest.mark.slow
+def test_a_drained_deployment_ends_its_streams_refuses_others_and_opens_again(
+    deployment: Deployment, client: openai.OpenAI
+) -> None:
+    def refused() -> bool:
+        with pytest.raises(openai.APIStatusError) as refusal:
+            client.completions.create(model=MODEL, prompt="Once", max_tokens=1)
+        assert refusal.value.status_code == 503
+        assert int(refusal.value.response.headers["retry-after"]) >= 1
+        return not deployment.healthy()
+
+    begun: list[int] = []
+    with ThreadPoolExecutor(4) as pool:
+        answers = [
+            pool.submit(_finish, client, number, 400, lambda: begun.append(1))
+            for number in range(4)
+        ]
+        eventually(lambda: len(begun) == 4, 60, "four streams")
+        drain = deployment.start_drain("--limit-s", "120", "--hold-s", "1")
+        eventually(lambda: not deployment.healthy(), 60, "a shut door")
+        assert refused()
+        output, _ = drain.communicate(timeout=200)
+        assert drain.returncode == 0, output
+        assert output.splitlines()[-1] == "0 requests run"
+        # Each was whole when the command ended.
+        assert [answer.result() for answer in answers] == ["length"] * 4
+    eventually(deployment.healthy, 60, "an open door")
+    assert _finish(client, 0) == "length"
+
+
+@pytest.mark.slow
+def test_a_drain_says_what_is_left_at_its_limit_and_ends_it_where_asked(
+    deployment: Deployment, client: openai.OpenAI
+) -> None:
+    begun = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(_finish, client, 1, 4000, begun.set)
+        assert begun.wait(60)
+        drain = deployment.start_drain("--limit-s", "1", "--hold-s", "0", "--cut")
+        output, _ = drain.communicate(timeout=200)
+        assert drain.returncode == 1
+        assert re.search(r"request \S+ has run for \d+ s", output), output
+        assert "APIError: the server takes no more requests" in answer.result(timeout=60)
+
+
+@pytest.mark.slow
+def test_a_changed_configuration_replaces_both_replicas_and_loses_no_stream(
+    deployment: Deployment, client: openai.OpenAI
+) -> None:
+    before = set(deployment.occupancy())
+
+    def ask(number: int) -> str:
+        # Some are long: they run while their replica and their ingress are replaced.
+        return _finish(client, number, 400 if number % 2 else 60)
+
+    def change(config: dict[str, Any]) -> None:
+        args = config["applications"][0]["args"]
+        args["engine"]["max_num_seqs"] = 24
+        args["ingress"] = {"retry_after_s": 2}
+
+    def redeploy() -> None:
+        _wait_until_both_work(deployment)
+        deployment.reconfigure(change)
+        eventually(
+            lambda: len(now := set(deployment.occupancy())) == 2 and not now & before,
+            400, "both replicas replaced",
+        )  # fmt: skip
+        eventually(lambda: len(deployment.who_answer()) == 2, 120, "answers from both")
+
+    outcomes = _under_traffic(ask, redeploy)
     assert set(outcomes) == {"length"}
 
 

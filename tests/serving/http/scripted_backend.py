@@ -72,11 +72,17 @@ class Clock:
 def client(
     backend: ScriptedBackend, clock: Clock | None = None, **settings: Any
 ) -> httpx.AsyncClient:
+    return door_and_client(backend, clock, **settings)[1]
+
+
+def door_and_client(
+    backend: ScriptedBackend, clock: Clock | None = None, **settings: Any
+) -> tuple[FrontDoor, httpx.AsyncClient]:
     door = FrontDoor(
         backend, FrontDoorSettings(**settings), logging.getLogger("test"), clock or Clock()
     )
     transport = httpx.ASGITransport(app=door)
-    return httpx.AsyncClient(transport=transport, base_url="http://door")
+    return door, httpx.AsyncClient(transport=transport, base_url="http://door")
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:

@@ -1,0 +1,154 @@
+"""What becomes of running streams, and of processes, when `make serve` is told to stop or killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import yaml
+
+from loadtest.servers.ports import free_port
+from loadtest.servers.processes import ray_environment
+from tests.system.deployment import MODEL, ROOT, eventually
+
+pytestmark = pytest.mark.slow
+
+
+class Running:
+    """One engine behind `python -m serving.run`, which has started Ray itself."""
+
+    def __init__(self, folder: Path) -> None:
+        http_port = free_port()
+        self.base_url = f"http://127.0.0.1:{http_port}"
+        config = yaml.safe_load((ROOT / "configs" / "cluster.yaml").read_text())
+        config["http_options"]["port"] = http_port
+        args = config["applications"][0]["args"]
+        args["store"] = {"port": free_port()}
+        args["replica"]["count"] = 1
+        path = folder / "cluster.yaml"
+        path.write_text(yaml.safe_dump(config))
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        # Other clusters of this machine are of no concern.
+        environment |= {**ray_environment(), "RAY_TMPDIR": str(folder)}
+        self.log = folder / "log"
+        with self.log.open("wb") as log:
+            self.process = psutil.Popen(
+                [sys.executable, "-m", "serving.run", str(path)],
+                cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True, preexec_fn=_heed_ctrl_c,
+            )  # fmt: skip
+        self.family: list[psutil.Process] = []
+
+    def start(self) -> None:
+        eventually(self._is_healthy, 300, "the application")
+        self.family = [self.process, *self.process.children(recursive=True)]
+        names = [" ".join(one.cmdline()) for one in self.family if one.is_running()]
+        for name in ("raylet", "haproxy", "valkey-server", "VLLM::EngineCore"):
+            assert any(name in one for one in names), (name, names)
+
+    def _is_healthy(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text(errors="replace")[-4000:]
+        try:
+            return httpx.get(f"{self.base_url}/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.base_url}/v1", api_key="any", max_retries=0, timeout=120
+        )
+
+    def finish(self, tokens: int, begun: threading.Event) -> str:
+        """Read one stream; return its finish reason, or how it broke."""
+        stream: Any = self.client().completions.create(
+            model=MODEL, prompt="Once", max_tokens=tokens, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        reasons = []
+        try:
+            for chunk in stream:
+                begun.set()
+                reasons += [choice.finish_reason for choice in chunk.choices]
+        except (openai.APIError, httpx.HTTPError) as error:
+            return f"{type(error).__name__}: {error}"
+        return reasons[-1] or "cut"
+
+    def refusal(self) -> httpx.Response | None:
+        body = {"model": MODEL, "prompt": "Once", "max_tokens": 1}
+        response = httpx.post(f"{self.base_url}/v1/completions", json=body, timeout=60)
+        return response if response.status_code == 503 else None
+
+    def left(self, timeout_s: float) -> list[psutil.Process]:
+        """Return the processes that are still there after a while."""
+        return psutil.wait_procs(self.family, timeout=timeout_s)[1]
+
+
+def _heed_ctrl_c() -> None:
+    """Undo what a shell sets for its background jobs: they ignore SIGINT, and so do children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def running() -> Iterator[Running]:
+    # Unix sockets below it allow only a short path.
+    with tempfile.TemporaryDirectory(prefix="akv", dir="/tmp", ignore_cleanup_errors=True) as name:
+        one = Running(Path(name))
+        try:
+            one.start()
+            yield one
+        finally:
+            for process in {*one.family, one.process}:
+                if process.is_running():
+                    process.kill()
+
+
+def _at_work(one: Running, pool: ThreadPoolExecutor, tokens: int) -> "Future[str]":
+    begun = threading.Event()
+    answer = pool.submit(one.finish, tokens, begun)
+    assert begun.wait(120)
+    return answer
+
+
+@pytest.mark.parametrize("way", ["SIGTERM", "Ctrl-C"])
+def test_a_signal_lets_a_stream_finish_and_refuses_others(way: str) -> None:
+    with running() as one, ThreadPoolExecutor(1) as pool:
+        answer = _at_work(one, pool, 500)
+        if way == "SIGTERM":
+            one.process.send_signal(signal.SIGTERM)
+        else:
+            # A terminal sends it to the whole process group.
+            os.killpg(one.process.pid, signal.SIGINT)
+        refusal = eventually(one.refusal, 30, "a refusal")
+        assert int(refusal.headers["retry-after"]) >= 1
+        assert refusal.json()["error"]["type"] == "ServiceUnavailable"
+        assert answer.result() == "length"
+        assert one.process.wait(90) == 0
+        assert one.left(60) == []
+
+
+@pytest.mark.parametrize("victim", ["driver", "raylet"])
+def test_nothing_outlives_a_killed_driver_or_raylet(victim: str) -> None:
+    before = set(os.listdir("/dev/shm"))
+    with running() as one, ThreadPoolExecutor(1) as pool:
+        answer = _at_work(one, pool, 4000)
+        if victim == "driver":
+            one.process.kill()
+        else:
+            (raylet,) = [p for p in one.family if p.name() == "raylet"]
+            raylet.kill()
+            eventually(lambda: answer.done(), 60, "an end of the stream")
+            one.process.send_signal(signal.SIGTERM)
+        assert one.left(60) == []
+        assert "length" not in answer.result()
+        eventually(lambda: set(os.listdir("/dev/shm")) <= before, 30, "a clean /dev/shm")
