@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -23,6 +24,7 @@ from serving.http.failures import ReplicaLost
 from serving.http.openai_error import error_messages
 from serving.http.tenants import HOLDER
 from serving.ingress.occupancy_router import OccupancyRouter
+from serving.janitor import Estate, Janitor
 from serving.metrics import CompressionMetrics, OccupancyMetrics
 from serving.models.embedded import model_path_and_name
 from serving.reporter import OccupancyReporter, report_prefixes
@@ -81,6 +83,8 @@ class Engine:
             OccupancyRouter.membership = self._spill.membership
             self._spill.start()
         self._start_reports(url, keys, name, config.store.report_interval_s)
+        # Later than the engine, which must not inherit what tells of this process' end.
+        self._janitor = Janitor(Estate.of(psutil.Process(), config.spill.folder))
 
     def _start_reports(self, url: str, keys: LedgerKeys, model: str, interval_s: float) -> None:
         self._reporter = OccupancyReporter(

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adakv_worker.memory_files import check_room
+
 # Twice the moves that can run at once.
 _KEPT = 8
 
@@ -38,6 +40,7 @@ class MappedFiles:
         Raises:
             OSError: there is no room for the file.
         """
+        check_room(path, size)
         with path.open("r+b" if path.exists() else "w+b") as file:
             # Without this, lack of room would be a signal at the first write to a page.
             os.posix_fallocate(file.fileno(), 0, size)

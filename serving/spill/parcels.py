@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from adakv_worker.memory_files import check_room
 from router.lending.leases import Lease
+from serving.janitor import SPILL_PREFIX
 
 if TYPE_CHECKING:
     from adakv_worker.frontend.moving import Departure
-
-_PREFIX = "adakv-spill-"
 
 
 class Guest(NamedTuple):
@@ -81,7 +81,7 @@ class StateFiles:
             self._remove(self._idle.pop())
 
     def _new(self) -> Path:
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._folder)) / "state"
+        path = Path(tempfile.mkdtemp(prefix=SPILL_PREFIX, dir=self._folder)) / "state"
         self._locks[path] = lock = os.open(path.parent, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
         return path
@@ -89,18 +89,6 @@ class StateFiles:
     def _remove(self, path: Path) -> None:
         shutil.rmtree(path.parent, ignore_errors=True)
         os.close(self._locks.pop(path))
-
-
-def remove_orphans(folder: Path) -> None:
-    """Remove the files of replicas that were killed."""
-    for left in folder.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            lock = os.open(left, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
-            finally:
-                os.close(lock)
 
 
 def open_parcels(path: Path) -> list[np.ndarray]:
@@ -113,6 +101,7 @@ def place_parcels(parcels: Sequence[np.ndarray], path: Path) -> None:
     """Write the arrays of all ranks to files. Raise OSError if there is no room."""
     for rank, parcel in enumerate(parcels):
         file = _rank_file(path, rank)
+        check_room(file, parcel.nbytes)
         with file.open("r+b" if file.exists() else "wb") as out:
             out.write(parcel.data)
             out.truncate()

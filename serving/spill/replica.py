@@ -14,12 +14,13 @@ from router.ledger.redis_ledger import LedgerKeys
 from router.lending.redis_leases import LendingLedger
 from router.lending.spill_plan import SpillLimits
 from serving.config import AppConfig
+from serving.janitor import remove_orphans
 from serving.spill.borrower import Borrower
 from serving.spill.lender import Lender
 from serving.spill.membership import Membership
 from serving.spill.metrics import SessionMetrics, SpillMetrics
 from serving.spill.move import Send, SpillSettings
-from serving.spill.parcels import Guest, LenderName, open_parcels, remove_orphans
+from serving.spill.parcels import Guest, LenderName, open_parcels
 from serving.spill.peers import ReplicaPeers
 from serving.spill.sessions import SessionTraffic
 

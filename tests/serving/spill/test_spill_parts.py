@@ -1,13 +1,16 @@
 """Parts of the spill that need no engine."""
 
 import asyncio
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from serving.janitor import remove_orphans
 from serving.spill.membership import Membership
 from serving.spill.move import MoveReport
-from serving.spill.parcels import StateFiles, remove_orphans
+from serving.spill.parcels import StateFiles, place_parcels
 
 
 def test_only_what_dead_replicas_have_left_is_removed(tmp_path: Path) -> None:
@@ -17,6 +20,17 @@ def test_only_what_dead_replicas_have_left_is_removed(tmp_path: Path) -> None:
         remove_orphans(tmp_path)
         assert list(tmp_path.iterdir()) == [path.parent]
     files.clear()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_from_another_node_is_refused_where_others_would_have_too_little_memory(
+    tmp_path: Path,
+) -> None:
+    memory = os.statvfs(tmp_path)
+    # Takes no memory itself.
+    huge = np.broadcast_to(np.zeros(1, dtype=np.uint8), (memory.f_blocks * memory.f_frsize,))
+    with pytest.raises(OSError, match="too little"):
+        place_parcels([huge], tmp_path / "state")
     assert not list(tmp_path.iterdir())
 
 
