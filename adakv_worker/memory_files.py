@@ -4,8 +4,8 @@ import errno
 import os
 from pathlib import Path
 
-# Share of the folder's memory that stays free, and the most of it. Ray's object store and vLLM's workers take memory
-# there when they first touch it, and where there is none the kernel kills them.
+# Share of the folder's memory that stays free, and the most of it. Ray's object store and vLLM's
+# workers take memory there when they first touch it, and where there is none the kernel kills them.
 _SPARE_SHARE = 0.1
 _MOST_SPARE_BYTES = 1 << 30
 
