@@ -64,7 +64,7 @@ def main() -> int:
     print(f"stopping: running requests have {limit_s:g} s; once more to stop at once", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         drain(limit_s, _END_S, cut=True, tell=lambda line: print(line, flush=True))
-    serve.shutdown()
+    serve.shutdown()  # type: ignore[no-untyped-call]
     return 0
 
 

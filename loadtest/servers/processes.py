@@ -119,7 +119,10 @@ def with_args(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def ray_environment() -> dict[str, str]:
-    """Return the variables that `make serve` sets, with free ports for HAProxy."""
+    """Return the variables that `make serve` sets, with free ports for HAProxy and Serve's proxy.
+
+    Serve's proxies of several clusters share one port without a word, and each other's requests.
+    """
     path = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     shell = ["env", "-i", f"PATH={path}", "sh", "-c", 'set -a; . "$0"; env -0', str(RAY_ENV)]
     printed = subprocess.run(
@@ -130,6 +133,8 @@ def ray_environment() -> dict[str, str]:
         **{name: value for name, value in variables.items() if name.startswith(("RAY_", "ADAKV_"))},
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
     }
 
 

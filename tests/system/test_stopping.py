@@ -52,6 +52,8 @@ class Running:
 
     def start(self) -> None:
         eventually(self._is_healthy, 300, "the application")
+        # A fleet on its way from zero counts as healthy; a request waits for it.
+        self.client(timeout=300).completions.create(model=MODEL, prompt="Once", max_tokens=1)
         self.family = [self.process, *self.process.children(recursive=True)]
         names = [" ".join(one.cmdline()) for one in self.family if one.is_running()]
         for name in ("raylet", "haproxy", "valkey-server", "VLLM::EngineCore"):
@@ -64,10 +66,9 @@ class Running:
         except httpx.HTTPError:
             return False
 
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=f"{self.base_url}/v1", api_key="any", max_retries=0, timeout=120
-        )
+    def client(self, timeout: float = 120) -> openai.OpenAI:
+        url = f"{self.base_url}/v1"
+        return openai.OpenAI(base_url=url, api_key="any", max_retries=0, timeout=timeout)
 
     def finish(self, tokens: int, begun: threading.Event) -> str:
         """Read one stream; return its finish reason, or how it broke."""
