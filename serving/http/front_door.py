@@ -26,8 +26,8 @@ from serving.http.asgi import (
 )
 from serving.http.bodies import Bodies, Body, BodyRefused, ClientGone
 from serving.http.door_settings import FrontDoorSettings
-from serving.http.edge import REQUEST_ID_HEADER, is_request_id
 from serving.http.draining import Draining
+from serving.http.edge import REQUEST_ID_HEADER, is_request_id
 from serving.http.failures import BackendFailure, ReplicaLost
 from serving.http.key_file import KeyFile
 from serving.http.key_limits import Admission, KeyLimits, LimitReached
