@@ -9,9 +9,10 @@ import time
 
 import redis
 
-from router import DEFAULT_APPLICATION, DEFAULT_KEY_PREFIX, DEFAULT_STORE_URL
+from router import DEFAULT_APPLICATION, DEFAULT_KEY_PREFIX, DEFAULT_STORE_PORT, DEFAULT_STORE_URL
 from router.ledger.occupancy import Occupancy
 from router.ledger.redis_ledger import LedgerKeys, LedgerReader, LedgerView, Report
+from router.stores import checked_url, full_url
 
 COLUMNS = (
     "replica", "blocks", "free", "used", "compr", "growth", "held", "lent", "borrowed", "running",
@@ -120,7 +121,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--url",
         default=os.environ.get("ADAKV_STORE_URL", DEFAULT_STORE_URL),
-        help="the store (default: $ADAKV_STORE_URL, else %(default)s)",
+        help="the store; without it $ADAKV_STORE_URL, else the embedded one at port "
+        f"{DEFAULT_STORE_PORT}. The password of an embedded store of this machine and user is "
+        "found by itself",
     )
     parser.add_argument("--app", default=DEFAULT_APPLICATION, help="Serve application name")
     parser.add_argument("--key-prefix", default=DEFAULT_KEY_PREFIX, help="store.key_prefix")
@@ -136,14 +139,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     try:
-        reader = LedgerReader(args.url, LedgerKeys(args.key_prefix, args.app))
+        url = full_url(checked_url(args.url, "--url"))
+        reader = LedgerReader(url, LedgerKeys(args.key_prefix, args.app))
         if args.watch:
             with contextlib.suppress(KeyboardInterrupt):
                 watch(reader, args.interval, args.draws, json_lines=args.json)
             return 0
         view = reader.read()
+    except redis.AuthenticationError:
+        problem = "it asks for a password: put its whole URL into ADAKV_STORE_URL"
+        print(f"router.inspect: cannot read the store: {problem}", file=sys.stderr)
+        return 1
     except (redis.RedisError, ValueError) as error:
-        # The URL may have a password in it.
         print(f"router.inspect: cannot read the store: {error}", file=sys.stderr)
         return 1
     print(as_json(view) if args.json else as_table(view))

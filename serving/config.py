@@ -8,11 +8,13 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from adakv_worker.config import CompressionConfig, Section, unknown_key_message
 from router import DEFAULT_KEY_PREFIX, DEFAULT_STORE_PORT
 from router.score import Speeds
+from router.stores import checked_url, has_password
 
 # vLLM's defaults; for the second the larger one, which vLLM takes on large GPUs.
 _DEFAULT_BLOCK_SIZE_TOKENS = 16
 _DEFAULT_MAX_NUM_SEQS = 1024
 _LEAST_INGRESS_REQUESTS = 1000
+_SHOWN = "would be in Serve's log and in `serve config`"
 
 
 class ModelConfig(Section):
@@ -153,7 +155,13 @@ class StoreConfig(Section):
     """The store of the occupancy ledger."""
 
     url: SecretStr | None = Field(
-        default=None, description="redis:// or rediss:// URL; None starts an embedded Valkey"
+        default=None,
+        description="redis:// or rediss:// URL without a password; without any URL an embedded "
+        "Valkey is started",
+    )
+    url_env: str | None = Field(
+        default=None,
+        description="Environment variable with the URL, on every node; it may have a password",
     )
     port: int = Field(
         default=DEFAULT_STORE_PORT, ge=1, le=65535, description="Port of the embedded Valkey"
@@ -170,10 +178,19 @@ class StoreConfig(Section):
 
     @field_validator("url")
     @classmethod
-    def _check_scheme(cls, url: SecretStr | None) -> SecretStr | None:
-        if url is not None and not url.get_secret_value().startswith(("redis://", "rediss://")):
-            raise ValueError("store.url must begin with redis:// or rediss://")
+    def _check_url(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and has_password(checked_url(url.get_secret_value(), "store.url")):
+            raise ValueError(
+                f"the password in store.url {_SHOWN}: put the URL into an environment variable and "
+                "name that in store.url_env"
+            )
         return url
+
+    @model_validator(mode="after")
+    def _check_one_url(self) -> Self:
+        if self.url is not None and self.url_env is not None:
+            raise ValueError("store.url and store.url_env exclude each other")
+        return self
 
 
 class RoutingConfig(Section):

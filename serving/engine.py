@@ -58,6 +58,8 @@ class Engine:
 
         vllm_host.set_up_cpu(config.replica.threads, config.tensor_parallel_size)
         self._replica_id = serve.get_replica_context().replica_id.unique_id
+        # Before the engine: a wrong store shows at once.
+        url, context = store_url(config.store), serve.get_replica_context()
         path, name = model_path_and_name(config.model)
         started = time.monotonic()
         self._host = await vllm_host.VllmHost.start(
@@ -73,7 +75,6 @@ class Engine:
         logger.info(
             "engine ready: model=%s path=%s seconds=%.0f", name, path, time.monotonic() - started
         )
-        url, context = store_url(config.store), serve.get_replica_context()
         keys = LedgerKeys(config.store.key_prefix, context.app_name)
         self._spill: ReplicaSpill | None = None
         if config.spill.enabled:

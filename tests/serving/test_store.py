@@ -5,12 +5,17 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import redis
 
 from loadtest.servers.ports import free_port
-from serving.store import EmbeddedStore, start_valkey
+from router.stores import full_url
+from serving.config import StoreConfig
+from serving.store import EmbeddedStore, start_valkey, store_url
+
+PASSWORD = "s3cret-of-the-store"
 
 
 class Starts:
@@ -23,13 +28,13 @@ class Starts:
         self.second = threading.Event()
         self.over = False
 
-    def __call__(self, port: int, folder: str) -> subprocess.Popen[bytes]:
+    def __call__(self, port: int, folder: str, password: str) -> subprocess.Popen[bytes]:
         if self.over:
             threading.Event().wait()
         self.tries += 1
         if self.tries in self.failing:
             raise OSError("no memory for a process")
-        self.servers.append(start_valkey(port, folder))
+        self.servers.append(start_valkey(port, folder, password))
         if len(self.servers) == 2:
             self.second.set()
         return self.servers[-1]
@@ -54,7 +59,7 @@ def test_a_failed_restart_is_logged_and_tried_again(
     starts: Starts, caplog: pytest.LogCaptureFixture
 ) -> None:
     starts.failing = {2, 3}
-    store = EmbeddedStore(free_port(), starts)
+    store = EmbeddedStore(free_port(), PASSWORD, starts)
     os.kill(starts.servers[0].pid, signal.SIGKILL)
     assert starts.second.wait(60)
     assert "no memory for a process" in caplog.text
@@ -65,8 +70,35 @@ def test_a_failed_restart_is_logged_and_tried_again(
 def test_a_failure_at_first_is_an_error_with_the_way_out(starts: Starts, failing: set[int]) -> None:
     port, other = free_port(), Starts()
     if not failing:
-        EmbeddedStore(port, starts)
+        EmbeddedStore(port, PASSWORD, starts)
     other.failing = failing
     with pytest.raises(RuntimeError, match=r"store\.port or store\.url"):
-        EmbeddedStore(port, other)
+        EmbeddedStore(port, PASSWORD, other)
     assert other.tries == 1
+
+
+def test_only_who_has_its_url_gets_in(starts: Starts) -> None:
+    port = free_port()
+    store = EmbeddedStore(port, PASSWORD, starts)
+    assert _answers(store.url())
+    for stranger in (redis.Redis(port=port), redis.Redis(port=port, password="guess")):
+        with pytest.raises(redis.AuthenticationError):
+            stranger.ping()
+    # All users can read command lines.
+    command = Path(f"/proc/{starts.servers[0].pid}/cmdline").read_text()
+    assert str(port) in command
+    assert PASSWORD not in command
+    assert full_url(f"redis://127.0.0.1:{port}") == store.url()
+
+
+def test_the_url_may_come_from_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = StoreConfig(url_env="MY_STORE")
+    monkeypatch.setenv("MY_STORE", "rediss://:secret@h:1\n")
+    assert store_url(config) == "rediss://:secret@h:1"
+    monkeypatch.setenv("MY_STORE", "redis://:se/cret@h:1")
+    with pytest.raises(ValueError, match="MY_STORE is not the URL of a store") as caught:
+        store_url(config)
+    assert "cret" not in str(caught.value)
+    monkeypatch.delenv("MY_STORE")
+    with pytest.raises(ValueError, match=r"store\.url_env names MY_STORE, which is not set"):
+        store_url(config)

@@ -24,6 +24,7 @@ import yaml
 from loadtest.servers.ports import free_port
 from loadtest.servers.processes import ray_environment
 from router.ledger.redis_ledger import LedgerKeys, LedgerReader
+from router.stores import full_url
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -58,7 +59,7 @@ class Deployment:
         self._metrics_port = free_port()
         self.metrics_url = f"http://127.0.0.1:{self._metrics_port}/metrics"
         self.base_url = f"http://127.0.0.1:{http_port}"
-        self.store_url = f"redis://127.0.0.1:{store_port}"
+        self._store_port = store_port
         self._ray_port = ray_port
         self._token = secrets.token_hex(32)
         self._processes: list[psutil.Popen] = []
@@ -68,6 +69,11 @@ class Deployment:
         self._config.write_text(yaml.safe_dump((config or cluster_config)(http_port, store_port)))
         self.log_path = Path(self._folder.name) / "log"
         self._log = self.log_path.open("wb")
+
+    @property
+    def store_url(self) -> str:
+        """With the password of the embedded store, once that has started."""
+        return full_url(f"redis://127.0.0.1:{self._store_port}")
 
     def start(self) -> None:
         self._start_ray()
@@ -199,7 +205,8 @@ class Deployment:
             return set(pool.map(answers, range(4)))
 
     def inspect(self) -> list[dict[str, Any]]:
-        command = [sys.executable, "-m", "router.inspect", "--url", self.store_url, "--json"]
+        url = f"redis://127.0.0.1:{self._store_port}"
+        command = [sys.executable, "-m", "router.inspect", "--url", url, "--json"]
         done = subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
         return json.loads(done.stdout)["replicas"]
 

@@ -19,6 +19,7 @@ from loadtest.autoscaling import Phases, drive
 from loadtest.servers.occupancy import occupancy_watch
 from loadtest.servers.ports import free_port
 from router.ledger.redis_ledger import LedgerKeys, LedgerReader
+from router.stores import full_url
 from serving.models.embedded import embedded_model_path
 from tests.system.deployment import ROOT, eventually
 
@@ -117,7 +118,7 @@ def test_the_fleet_grows_under_load_and_shrinks_without(served: Served) -> None:
 
 
 def test_probes_leave_a_fleet_at_zero_and_a_request_brings_it_back(served: Served) -> None:
-    ledger = LedgerReader(served.store_url, LedgerKeys("adakv", "llm"))
+    ledger = LedgerReader(full_url(served.store_url), LedgerKeys("adakv", "llm"))
 
     def live() -> int:
         return len(ledger.read().reports)
