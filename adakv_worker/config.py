@@ -25,7 +25,8 @@ def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
 class Section(BaseModel):
     """A part of the configuration that refuses unknown keys and names the nearest known one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A rejected input may be a secret, or lie beside one.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod

@@ -9,6 +9,7 @@ from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
 from serving.config import AppConfig, AuthConfig, IngressConfig, KeyLimitsConfig
 from serving.engine import Engine
+from serving.http.api_keys import digests_of
 from serving.http.door_settings import FrontDoorSettings
 from serving.http.key_limits import Limits
 from serving.ingress.deployment import Ingress
@@ -46,7 +47,7 @@ def build(config: AppConfig) -> Application:
     engine = deployment(Engine).bind(_of_engines(config), lenders)
     ingress = serve.deployment(name="Ingress", **ingress_options(config))
     settings = FrontDoorSettings(
-        api_keys=api_keys(config),
+        key_digests=digests_of(api_keys(config)),
         keys_file=config.auth.keys_file,
         shares_caches=config.auth.shares_caches,
         limits=_limits(config.auth.limits),
@@ -142,18 +143,17 @@ def _gpus(config: AppConfig, on_cpus: bool | None) -> float:
 
 
 def api_keys(config: AppConfig) -> tuple[str, ...]:
-    """Return the keys that the configuration lists or names a variable for.
+    """Return the keys in the environment variable that the configuration names.
 
     Raises:
         ValueError: the configuration asks for keys, but there are none.
     """
     auth = config.auth
-    listed = [key.get_secret_value() for key in auth.api_keys]
-    from_environment = os.environ.get(auth.api_keys_env, "").split(",")
-    keys = tuple(key for key in map(str.strip, (*listed, *from_environment)) if key)
-    if not keys and (auth.api_keys or "api_keys_env" in auth.model_fields_set):
+    listed = os.environ.get(auth.api_keys_env, "").split(",")
+    keys = tuple(key for key in map(str.strip, listed) if key)
+    if not keys and "api_keys_env" in auth.model_fields_set:
         raise ValueError(
-            f"auth asks for API keys, but auth.api_keys has none, and {auth.api_keys_env} is empty "
-            "in the environment of the cluster that builds the application"
+            f"auth asks for API keys, but {auth.api_keys_env} is empty in the environment of the "
+            "cluster that builds the application"
         )
     return keys

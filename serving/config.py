@@ -130,9 +130,11 @@ class KeyLimitsConfig(Section):
 class AuthConfig(Section):
     """API keys. Without any the API must be meant to be open, or on this machine's own address."""
 
-    api_keys: list[SecretStr] = Field(default_factory=list, description="Accepted API keys")
+    api_keys: list[SecretStr] = Field(
+        default_factory=list, description="Refused: keys belong into no configuration"
+    )
     api_keys_env: str = Field(
-        default="ADAKV_API_KEYS", description="Environment variable with more keys, comma-separated"
+        default="ADAKV_API_KEYS", description="Environment variable with keys, comma-separated"
     )
     keys_file: Path | None = Field(
         default=None,
@@ -149,6 +151,16 @@ class AuthConfig(Section):
     open: bool = Field(
         default=False, description="Serve without keys on addresses that others can reach"
     )
+
+    @field_validator("api_keys")
+    @classmethod
+    def _refuse_keys(cls, keys: list[SecretStr]) -> list[SecretStr]:
+        if keys:
+            raise ValueError(
+                f"auth.api_keys {_SHOWN}: put digests of the keys into auth.keys_file, or the keys "
+                "into the environment variable that auth.api_keys_env names"
+            )
+        return keys
 
 
 class StoreConfig(Section):

@@ -14,7 +14,7 @@ _NAME = r"^[\w.-]+$"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
 
 class ArmConfig(_Section):

@@ -40,12 +40,19 @@ class ApiKeys:
     A key with characters beyond ASCII counts in UTF-8, and in Latin-1 where a client sends that.
     """
 
-    def __init__(self, keys: tuple[str, ...], file: KeyFile | None = None) -> None:
+    def __init__(
+        self,
+        keys: tuple[str, ...],
+        file: KeyFile | None = None,
+        more_digests: tuple[bytes, ...] = (),
+    ) -> None:
         """
         Args:
             file: has further keys.
+            more_digests: `digests_of` further keys.
         """
-        self._listed = {_digest(form): _of_listed(key) for key in keys for form in _forms(key)}
+        digests = (*digests_of(keys), *more_digests)
+        self._listed = {digest: _of_digest(digest) for digest in digests}
         self._file = file
 
     def caller(self, path: str, headers: Mapping[str, str]) -> Caller | None:
@@ -73,16 +80,17 @@ class ApiKeys:
         return Caller() if path in OPEN_PATHS else None
 
 
-def _of_listed(key: str) -> Caller:
-    return _of_digest(_digest(key.encode()))
-
-
 def _of_digest(digest: bytes) -> Caller:
     return Caller(digest.hex()[:_DIGITS], f"key-{digest.hex()[:_LOGGED_DIGITS]}")
 
 
 def _of_name(name: str) -> Caller:
     return Caller(f"name:{name}", name)
+
+
+def digests_of(keys: tuple[str, ...]) -> tuple[bytes, ...]:
+    """Return the digests by which `ApiKeys` recognizes keys."""
+    return tuple(_digest(form) for key in keys for form in _forms(key))
 
 
 def _forms(key: str) -> set[bytes]:

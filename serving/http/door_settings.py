@@ -10,6 +10,8 @@ class FrontDoorSettings(NamedTuple):
     """Limits and keys of the front door."""
 
     api_keys: tuple[str, ...] = ()
+    # Serve stores these settings, so keys come as digests.
+    key_digests: tuple[bytes, ...] = ()
     keys_file: Path | None = None
     shares_caches: bool = False
     limits: Limits = Limits()
@@ -24,4 +26,4 @@ class FrontDoorSettings(NamedTuple):
 
     @property
     def has_keys(self) -> bool:
-        return bool(self.api_keys) or self.keys_file is not None
+        return bool(self.api_keys or self.key_digests) or self.keys_file is not None

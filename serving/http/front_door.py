@@ -95,7 +95,7 @@ class FrontDoor:
         self.settings = settings
         self.logger = logger
         file = None if settings.keys_file is None else KeyFile(settings.keys_file, logger)
-        self.keys = ApiKeys(settings.api_keys, file)
+        self.keys = ApiKeys(settings.api_keys, file, settings.key_digests)
         self.paths = Paths(settings.more_paths)
         self.limits = KeyLimits(settings.limits, dict(settings.limits_by_key), doors, clock)
         self.bodies = Bodies(

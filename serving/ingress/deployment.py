@@ -258,7 +258,7 @@ def refuse_open_door(host: str | None, *, is_meant: bool) -> None:
             return
     raise ValueError(
         f"there are no API keys, and anyone who reaches {host} could use the API: set "
-        "auth.keys_file, auth.api_keys or the variable that auth.api_keys_env names (in the "
+        "auth.keys_file or the variable that auth.api_keys_env names (in the "
         "environment of `ray start` on a cluster that runs), http_options.host to 127.0.0.1, or "
         "auth.open: true"
     )

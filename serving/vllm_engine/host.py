@@ -29,6 +29,7 @@ from serving.vllm_engine.load import CacheSize, EngineLoad, LoadStats
 from serving.vllm_engine.options import (
     check_movable,
     computes_on_cpus,
+    refusing_without_values,
     server_options,
     with_compression,
     with_kv_events,
@@ -89,9 +90,10 @@ class VllmHost:
         Raises:
             ValueError: vLLM refuses the configuration.
         """
-        settings, events = with_kv_events(with_compression(engine_args, compression, movable))
-        args = AsyncEngineArgs(model=model, served_model_name=[served_name], **settings)
-        config = args.create_engine_config()
+        with refusing_without_values():
+            settings, events = with_kv_events(with_compression(engine_args, compression, movable))
+            args = AsyncEngineArgs(model=model, served_model_name=[served_name], **settings)
+            config = args.create_engine_config()
         bound_sequences(config.scheduler_config.max_num_seqs)
         compressing = _check(config, movable)
         stats = LoadStats(on_proof)

@@ -1,10 +1,13 @@
 """vLLM's settings: their names, and those that compression and spill add to an engine's."""
 
+import contextlib
 import dataclasses
 import logging
 import tempfile
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pydantic import ValidationError
 from vllm.config.kv_events import KVEventsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -98,6 +101,23 @@ def with_kv_events(engine_args: dict[str, Any]) -> tuple[dict[str, Any], EventSo
 def _local(endpoint: str) -> str:
     # The publisher may bind to all interfaces; a reader needs an address.
     return endpoint.replace("*", "127.0.0.1")
+
+
+@contextlib.contextmanager
+def refusing_without_values() -> Iterator[None]:
+    """Turn vLLM's refusals of settings into ones without values, which may be secret.
+
+    Raises:
+        ValueError: vLLM refuses a setting, which the message names.
+    """
+    try:
+        yield
+    except ValidationError as error:
+        problems = [
+            ".".join(map(str, ("engine", *one["loc"]))) + ": " + one["msg"]
+            for one in error.errors(include_input=False, include_context=False, include_url=False)
+        ]
+        raise ValueError("; ".join(problems)) from None
 
 
 def check_movable(config: Any, compressing: bool) -> None:

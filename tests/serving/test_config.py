@@ -1,6 +1,7 @@
 """The configuration: what it refuses, and the options of Ray Serve that it turns into."""
 
 import re
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from serving.app import api_keys, engine_options, ingress_options
 from serving.config import AppConfig, ModelConfig
-from serving.http.api_keys import ApiKeys, vllm_keys
+from serving.http.api_keys import ApiKeys, digests_of, vllm_keys
 from serving.models.embedded import (
     EMBEDDED_MODEL_NAME,
     embedded_model_path,
@@ -128,27 +129,76 @@ def test_lenders_are_like_the_other_replicas_but_lend_all() -> None:
 
 
 def test_a_printed_configuration_hides_its_secrets() -> None:
-    config = AppConfig.model_validate(
-        {"auth": {"api_keys": ["hush"]}, "store": {"url": "redis://:hush@h"}}
-    )
+    config = AppConfig.model_validate({"store": {"url": "redis://hush@h"}})
     assert "hush" not in repr(config)
 
 
-def test_keys_come_from_the_config_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADAKV_API_KEYS", "b, c,")
-    assert api_keys(AppConfig.model_validate({"auth": {"api_keys": ["a"]}})) == ("a", "b", "c")
+_HUSH: list[dict[str, Any]] = [
+    {"auth": {"api_keys": ["hush"]}, "engin": {}},
+    {"auth": {"api_keys": ["hush"], "api_key_env": "X"}},
+    {"auth": {"api_keys": "hush"}},
+    {"auth": {"api_keys": [912345678]}},
+    {"auth": {"api_keys": {"hush": 912345678}}},
+    {"auth": ["hush"]},
+    {"auth": "hush"},
+    {"store": {"url": "valkey://:hush@h:1"}},
+    {"store": {"url": "redis://:hush/more@h:1"}},
+    {"store": {"url": "redis://:hush@h:1"}},
+    {"store": {"url": "redis://:hush@h:1", "por": 2}},
+    {"store": {"url": ["redis://:hush@h:1"]}},
+    {"store": {"url": "redis://hush@h:1", "url_env": "X"}},
+    {"engine": {"hf_token": "hush"}},
+    {"engine": [{"hf_token": "hush"}]},
+    {"server": "hush"},
+]
+
+
+@pytest.mark.parametrize("args", _HUSH, ids=str)
+def test_no_refusal_shows_a_secret_and_each_names_its_setting(args: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        AppConfig.model_validate(args)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "hush" not in shown
+    assert "912345678" not in shown
+    assert next(iter(args)) in shown or "engin" in shown
 
 
 @pytest.mark.parametrize(
-    "auth", [{"api_keys": [""]}, {"api_keys": [" "]}, {"api_keys_env": "PROD_KEYS"}]
+    ("args", "remedy"),
+    [
+        ({"auth": {"api_keys": ["k"]}}, "auth.keys_file"),
+        ({"store": {"url": "redis://:k@h"}}, "store.url_env"),
+        ({"engine": {"hf_token": "k"}}, "HF_TOKEN"),
+    ],
 )
+def test_a_secret_that_serve_would_log_is_refused_with_another_way(
+    args: dict[str, Any], remedy: str
+) -> None:
+    with pytest.raises(ValidationError, match=rf"`serve config`.*{re.escape(remedy)}"):
+        AppConfig.model_validate(args)
+
+
+def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAKV_API_KEYS", "b, c,")
+    assert api_keys(AppConfig()) == ("b", "c")
+
+
+def test_the_stored_application_has_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAKV_API_KEYS", "hush")
+    digests = digests_of(api_keys(AppConfig()))
+    assert not any(b"hush" in digest for digest in digests)
+    keys = ApiKeys((), more_digests=digests)
+    assert keys.allow("/v1/models", {"authorization": "Bearer hush"})
+    assert not keys.allow("/v1/models", {"authorization": "Bearer hus"})
+
+
 def test_missing_keys_are_an_error_if_the_configuration_asks_for_some(
-    auth: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for variable in ("PROD_KEYS", "ADAKV_API_KEYS"):
         monkeypatch.delenv(variable, raising=False)
     with pytest.raises(ValueError, match="auth asks for API keys"):
-        api_keys(AppConfig.model_validate({"auth": auth}))
+        api_keys(AppConfig.model_validate({"auth": {"api_keys_env": "PROD_KEYS"}}))
     assert api_keys(AppConfig()) == ()
 
 

@@ -28,7 +28,7 @@ from router.stores import full_url
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-API_KEY = "test-key"
+API_KEY = "test-key-that-no-log-has"
 MODEL = "smollm2-135m-instruct"
 
 
@@ -118,6 +118,7 @@ class Deployment:
             **ray_environment(),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self._token,
+            "ADAKV_API_KEYS": API_KEY,
         }
         environment.pop("RAY_ADDRESS", None)
         return environment
@@ -311,7 +312,6 @@ def spill_config(http_port: int, store_port: int) -> dict[str, Any]:
     config = yaml.safe_load((ROOT / "configs" / "spill.yaml").read_text())
     config["http_options"]["port"] = http_port
     args = config["applications"][0]["args"]
-    args["auth"] = {"api_keys": [API_KEY]}
     args["store"] = {"port": store_port}
     return config
 
@@ -324,7 +324,6 @@ def cluster_config(http_port: int, store_port: int) -> dict[str, Any]:
     config = yaml.safe_load((ROOT / "configs" / "cluster.yaml").read_text())
     config["http_options"]["port"] = http_port
     args = config["applications"][0]["args"]
-    args["auth"] = {"api_keys": [API_KEY]}
     args["store"] = {"port": store_port}
     # No step of the small model takes long, even beside other tests.
     args["replica"] |= {"max_ongoing_requests": 8, "max_queued_requests": 8, "hang_s": 20}
