@@ -290,10 +290,21 @@ class AppConfig(Section):
     routing: RoutingConfig = RoutingConfig()
     spill: SpillConfig = SpillConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_empty_sections(cls, values: Any) -> Any:
+        """Take a section whose lines are all comments, which YAML reads as null, as empty."""
+        if not isinstance(values, dict):
+            return values
+        return {
+            name: {} if section is None and name != "compression" else section
+            for name, section in values.items()
+        }
+
     @field_validator("engine")
     @classmethod
     def _check_engine_keys(cls, engine: dict[str, Any]) -> dict[str, Any]:
-        from serving.vllm_engine.options import engine_arg_names
+        from serving.vllm_engine.options import check_engine_types, engine_arg_names
 
         known = engine_arg_names()
         for key in engine:
@@ -301,18 +312,22 @@ class AppConfig(Section):
                 raise ValueError(f"engine.{key} is set by model.path and model.name")
             if key not in known:
                 raise ValueError(unknown_key_message(key, known, "engine (vllm.AsyncEngineArgs)"))
+        if isinstance(engine.get("hf_token"), str):
+            raise ValueError(f"engine.hf_token {_SHOWN}: set HF_TOKEN in the environment")
+        check_engine_types(engine)
         return engine
 
     @field_validator("server")
     @classmethod
     def _check_server_keys(cls, server: dict[str, Any]) -> dict[str, Any]:
         if server:
-            from serving.vllm_engine.options import server_arg_names
+            from serving.vllm_engine.options import check_server_types, server_arg_names
 
             known = server_arg_names()
             for key in server:
                 if key not in known:
                     raise ValueError(unknown_key_message(key, known, "server (vllm serve)"))
+            check_server_types(server)
         return server
 
     @model_validator(mode="after")

@@ -10,13 +10,19 @@ from typing import Any
 from pydantic import ValidationError
 from vllm.config.kv_events import KVEventsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.cli_args import (
+    FrontendArgs,
+    make_arg_parser,
+    validate_parsed_serve_args,
+)
+from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from adakv_worker.config import CompressionConfig
 from adakv_worker.frontend.kv_events import EventSockets
 from adakv_worker.plugin import engine_args as compression_engine_args
+from serving.vllm_engine.setting_types import check_types
 
 logger = logging.getLogger("ray.serve")
 
@@ -40,6 +46,24 @@ def computes_on_cpus() -> bool:
 def engine_arg_names() -> set[str]:
     """Return the fields of `AsyncEngineArgs`."""
     return {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+
+
+def check_engine_types(given: Mapping[str, Any]) -> None:
+    """Check fields of `AsyncEngineArgs`, whose names are right, against its types.
+
+    Raises:
+        ValueError: one has another type; with its name.
+    """
+    check_types(given, AsyncEngineArgs, "engine")
+
+
+def check_server_types(given: Mapping[str, Any]) -> None:
+    """Check options of the API, whose names are right, against their types.
+
+    Raises:
+        ValueError: one has another type; with its name.
+    """
+    check_types(given, FrontendArgs, "server")
 
 
 def server_arg_names() -> set[str]:
@@ -136,6 +160,16 @@ def server_options(
     for name, value in {**vars(engine_args), **server_args}.items():
         if hasattr(options, name):
             setattr(options, name, value)
+    if options.lora_modules:
+        options.lora_modules = [_lora_module(module) for module in options.lora_modules]
     options.model, options.served_model_name = model, [served_name]
     validate_parsed_serve_args(options)
     return options
+
+
+def _lora_module(given: LoRAModulePath | dict[str, Any]) -> LoRAModulePath:
+    """Return an adapter as vLLM wants it; its command line makes this of JSON."""
+    try:
+        return given if isinstance(given, LoRAModulePath) else LoRAModulePath(**given)
+    except TypeError as error:
+        raise ValueError(f"server.lora_modules: {error}") from None

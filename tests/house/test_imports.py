@@ -57,7 +57,7 @@ ROOMS = {
     ),
     "serving.vllm_engine": May(
         "adakv_worker adakv_worker.frontend kernels serving.http",
-        "fastapi prometheus_fastapi_instrumentator ray starlette torch vllm",
+        "fastapi prometheus_fastapi_instrumentator pydantic ray starlette torch vllm",
     ),
     # Measurements: HTTP and files, but for engines/.
     "loadtest": May(

@@ -287,3 +287,21 @@ def test_the_number_of_ingresses_follows_the_load() -> None:
     assert "num_replicas" not in options
     with pytest.raises(ValueError, match="max_count=1 is below"):
         AppConfig.model_validate({"ingress": {"count": 2, "max_count": 1}})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_line_ends_of_windows_change_nothing(path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / path.name
+    copy.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    with copy.open() as file:
+        (application,) = yaml.safe_load(file)["applications"]
+    (original,) = yaml.safe_load(path.read_text())["applications"]
+    assert application == original
+    assert AppConfig.model_validate(application["args"]).model_dump() == (
+        AppConfig.model_validate(original["args"]).model_dump()
+    )
+
+
+def test_a_section_whose_lines_are_comments_has_its_defaults() -> None:
+    args = yaml.safe_load("engine:\n  # max_num_seqs: 4\nserver:\nreplica:\nstore:\nspill:\n")
+    assert AppConfig.model_validate(args) == AppConfig()

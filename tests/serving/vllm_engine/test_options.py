@@ -1,5 +1,6 @@
 """vLLM's settings, as the configuration turns into them."""
 
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from adakv_worker.config import CompressionConfig
 from serving.vllm_engine.options import (
     check_movable,
+    refusing_without_values,
     server_arg_names,
     server_options,
     with_compression,
@@ -121,3 +123,24 @@ def test_requests_that_cannot_move_are_refused_with_the_settings_name(
     with pytest.raises(ValueError, match=message):
         check_movable(config, compressing)
     check_movable(SimpleNamespace(scheduler_config=SimpleNamespace(async_scheduling=False)), True)
+
+
+def test_adapters_are_mappings_of_vllms_fields(tmp_path: Path) -> None:
+    engine = AsyncEngineArgs(model=str(tmp_path))
+    modules = [{"name": "a", "path": "/a"}]
+    (module,) = server_options(
+        str(tmp_path), "name", engine, {"lora_modules": modules}
+    ).lora_modules
+    assert (module.name, module.path) == ("a", "/a")
+    with pytest.raises(ValueError, match=r"server\.lora_modules.*'nam'"):
+        server_options(str(tmp_path), "name", engine, {"lora_modules": [{"nam": "a"}]})
+
+
+def test_vllms_refusals_have_the_settings_name_and_no_value() -> None:
+    events = {"publisher": "hush", "enable_kv_cache_events": True}
+    with (
+        pytest.raises(ValueError, match=r"^engine\.publisher: ") as caught,
+        refusing_without_values(),
+    ):
+        with_kv_events({"kv_events_config": events})
+    assert "hush" not in "".join(traceback.format_exception(caught.value))
