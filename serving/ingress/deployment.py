@@ -5,6 +5,7 @@ import contextlib
 import functools
 import ipaddress
 import logging
+import os
 import pickle
 import uuid
 from collections.abc import AsyncGenerator, Callable
@@ -13,11 +14,12 @@ from typing import Any
 import grpc
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
+from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatus, ReplicaState
-from starlette.middleware.cors import CORSMiddleware
 
 from router.footprint import Footprint
 from router.ledger.redis_ledger import LedgerKeys
@@ -30,6 +32,8 @@ from serving.http.failures import NoReplica, Overloaded, ReplicaLost
 from serving.http.front_door import FrontDoor
 from serving.http.key_limits import Limits
 from serving.http.tracing import carried, span, start_tracing
+from serving.ingress.cluster_doors import refuse_tls_options, warn_of_open_cluster
+from serving.ingress.cors import with_cors
 from serving.ingress.footprints import (
     FootprintPredictor,
     OutputCounter,
@@ -198,13 +202,15 @@ class Ingress:
         self, engine: DeploymentHandle[Any], settings: FrontDoorSettings, config: AppConfig
     ) -> None:
         self._config = config
+        refuse_tls_options(http_options(), has_haproxy=RAY_SERVE_ENABLE_HA_PROXY)
+        warn_of_open_cluster(os.environ, logger)
         start_tracing(config.engine.get("otlp_traces_endpoint"), "adakv ingress")
         self._routing = OccupancyRouter.routing = configured_routing(config)
         predictor = footprint_predictor(config) if self._routing is not None else None
         self._backend = HandleBackend(engine, predictor, fleet_rests, self._routing)
         self._settings = settings._replace(api_keys=(*settings.api_keys, *vllm_keys()))
         if not self._settings.has_keys:
-            refuse_open_door(http_host(), is_meant=config.auth.open)
+            refuse_open_door(http_options().host, is_meant=config.auth.open)
             refuse_limits_without_keys(self._settings)
             logger.warning("no API keys are set: anyone who reaches the port can use the API")
 
@@ -238,11 +244,11 @@ def refuse_limits_without_keys(settings: FrontDoorSettings) -> None:
         raise ValueError("auth.limits and auth.limits_by_key need API keys, and there are none")
 
 
-def http_host() -> str | None:
-    """Return the address on which Serve's proxies listen; None if there are none."""
+def http_options() -> HTTPOptions:
+    """Return the options of Serve's proxies; their host is None if there are none."""
     client = _get_global_client()
     assert client is not None, "an ingress is part of a cluster"
-    return client._http_config.host
+    return client._http_config
 
 
 def refuse_open_door(host: str | None, *, is_meant: bool) -> None:
@@ -261,18 +267,4 @@ def refuse_open_door(host: str | None, *, is_meant: bool) -> None:
         "auth.keys_file or the variable that auth.api_keys_env names (in the "
         "environment of `ray start` on a cluster that runs), http_options.host to 127.0.0.1, or "
         "auth.open: true"
-    )
-
-
-def with_cors(app: ASGIApp, server: dict[str, Any]) -> ASGIApp:
-    """Return an app whose own answers, errors included, allow the same origins as vLLM's app.
-
-    It answers preflight requests itself: they need no key, and so must not reach an engine.
-    """
-    return CORSMiddleware(
-        app,
-        allow_origins=server.get("allowed_origins", ["*"]),
-        allow_credentials=server.get("allow_credentials", False),
-        allow_methods=server.get("allowed_methods", ["*"]),
-        allow_headers=server.get("allowed_headers", ["*"]),
     )

@@ -1,13 +1,11 @@
 """The backend on a Serve handle: its calls, and the translation of its failures."""
 
 import contextlib
-import logging
 import pickle
 from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import aclosing
 from typing import Any
 
-import httpx
 import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve._private.common import DeploymentID
@@ -17,13 +15,11 @@ from router.footprint import Footprint
 from serving.http.asgi import Message, Scope
 from serving.http.door_settings import FrontDoorSettings
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
-from serving.http.front_door import FrontDoor
 from serving.http.key_limits import Limits
 from serving.ingress.deployment import (
     HandleBackend,
     refuse_limits_without_keys,
     refuse_open_door,
-    with_cors,
 )
 from serving.ingress.footprints import Prediction
 from serving.ingress.sender import Sender
@@ -260,46 +256,6 @@ async def test_a_fault_in_a_replicas_code_is_not_its_loss(error: Exception, wrap
 async def test_a_missing_deployment_is_no_replica() -> None:
     error = DeploymentUnavailableError(DeploymentID("Engine", "llm"))
     assert isinstance(await raised_by_a_stream(error), NoReplica)
-
-
-@pytest.mark.parametrize(
-    ("server", "allowed"),
-    [
-        ({"allowed_origins": ["http://ui.example"]}, {"access-control-allow-origin"}),
-        (
-            {"allowed_origins": ["http://ui.example"], "allow_credentials": True},
-            {"access-control-allow-origin", "access-control-allow-credentials"},
-        ),
-        ({"allowed_origins": ["http://other.example"]}, set()),
-        # vLLM's own default.
-        ({}, {"access-control-allow-origin"}),
-    ],
-)
-async def test_the_front_doors_own_errors_allow_the_configured_origins(
-    server: dict[str, Any], allowed: set[str]
-) -> None:
-    backend = backend_of(Handle(error=ValueError()))
-    door = FrontDoor(backend, FrontDoorSettings(max_body_bytes=1), logging.getLogger("test"))
-    transport = httpx.ASGITransport(with_cors(door, server))
-    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
-        headers = {"origin": "http://ui.example"}
-        response = await client.post("/v1/completions", content=b"long", headers=headers)
-    assert response.status_code == 413
-    given = {name for name in response.headers if name.startswith("access-control-allow-")}
-    assert given - {"access-control-allow-methods"} == allowed
-
-
-async def test_a_preflight_request_reaches_no_engine_and_needs_no_key() -> None:
-    backend = backend_of(Handle(error=AssertionError()))
-    door = FrontDoor(backend, FrontDoorSettings(("key",)), logging.getLogger("test"))
-    transport = httpx.ASGITransport(with_cors(door, {}))
-    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
-        asked = {"origin": "http://ui.example", "access-control-request-method": "POST"}
-        preflight = await client.options("/v1/completions", headers=asked)
-        other = await client.options("/v1/completions")
-    assert preflight.status_code == 200
-    assert preflight.headers["access-control-allow-origin"] == "*"
-    assert other.status_code == 401
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost", None])
