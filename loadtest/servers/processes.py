@@ -92,7 +92,7 @@ def serve_run(
     store_port: int | None = None,
     ray_address: str | None = None,
 ) -> Iterator[str]:
-    """Run `serve run` on `config` with free ports; yield its base URL.
+    """Run `serve run` on `config` with free ports; yield its application's base URL.
 
     Args:
         ray_address: address of a running cluster; None starts one.
@@ -106,9 +106,15 @@ def serve_run(
         where = ["--address", ray_address] if ray_address else []
         command = [str(BIN / "serve"), "run", *where, str(path)]
         with started(command, ray_environment(), log_path) as process:
-            base_url = f"http://127.0.0.1:{http_port}"
+            base_url = f"http://127.0.0.1:{http_port}{_route_prefix(config)}"
             wait_until_healthy(base_url, process, log_path)
             yield base_url
+
+
+def _route_prefix(config: dict[str, Any]) -> str:
+    (application,) = config["applications"]
+    prefix: str = application.get("route_prefix", "/")
+    return prefix.rstrip("/")
 
 
 def with_args(config: dict[str, Any], **changes: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from loadtest.client.stream import StreamedAnswer
 from loadtest.traffic.load import Load
 from loadtest.traffic.workloads import Session, request_body
 from loadtest.users.load_test import LoadTest
-from loadtest.users.server import error_message, headers
+from loadtest.users.server import error_message, headers, path_at
 
 _TIMEOUT_S = 1200.0
 
@@ -103,7 +103,8 @@ class OpenAIUser(User):
         self, path: str, body: dict[str, Any], answer: StreamedAnswer, record: Record
     ) -> str | None:
         """Read a whole stream; return what was wrong with it."""
-        response = self._client.request("POST", path, json.dumps(body), headers())
+        where = path_at(str(self.host), path)
+        response = self._client.request("POST", where, json.dumps(body), headers())
         replica: Any = response.get("x-replica-id")
         record.replica = replica
         if response.status_code != 200:

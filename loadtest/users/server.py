@@ -3,6 +3,7 @@
 import json
 import os
 from typing import Any
+from urllib.parse import urlsplit
 
 from geventhttpclient import HTTPClient
 
@@ -15,6 +16,11 @@ def headers() -> dict[str, str]:
     return sent
 
 
+def path_at(host: str, path: str) -> str:
+    """Return the path of an endpoint on a host whose URL may have a path itself."""
+    return urlsplit(host).path.rstrip("/") + path
+
+
 def model_card(host: str, wanted: str) -> dict[str, Any]:
     """Return the server's entry for the wanted model, or its first one for an empty name.
 
@@ -24,7 +30,7 @@ def model_card(host: str, wanted: str) -> dict[str, Any]:
     """
     client = HTTPClient.from_url(host, connection_timeout=30, network_timeout=60)
     try:
-        response = client.request("GET", "/v1/models", headers=headers())
+        response = client.request("GET", path_at(host, "/v1/models"), headers=headers())
         body = bytes(response.read())
     finally:
         client.close()

@@ -47,6 +47,15 @@ def portable_scope(scope: Scope) -> Scope:
     return {key: scope[key] for key in _PORTABLE_SCOPE_KEYS if key in scope}
 
 
+def route_path(scope: Scope) -> str:
+    """Return the path below the prefix at which the application is mounted."""
+    path: str = scope["path"]
+    prefix: str = scope.get("root_path", "").rstrip("/")
+    below = path.removeprefix(prefix)
+    is_below = path.startswith(prefix) and below[:1] in ("", "/")
+    return (below or "/") if is_below else path
+
+
 async def run_lifespan(receive: Receive, send: Send) -> None:
     """Confirm the server's start and end, for an app that does nothing at either."""
     while True:

@@ -22,6 +22,7 @@ from serving.http.asgi import (
     is_event_stream,
     is_last,
     portable_scope,
+    route_path,
     run_lifespan,
 )
 from serving.http.bodies import Bodies, Body, BodyRefused, ClientGone
@@ -148,7 +149,7 @@ class _Exchange:
             *((name, value) for name, value in scope["headers"] if name not in _REPLACED_HEADERS),
             (REQUEST_ID_HEADER, self._request_id.encode()),
         ]
-        self._caller = door.keys.caller(self._scope["path"], self._headers)
+        self._caller = door.keys.caller(route_path(self._scope), self._headers)
         tenant = self._caller.tenant if self._caller is not None else None
         if tenant is not None and not door.settings.shares_caches:
             self._scope["headers"].append((TENANT_HEADER, tenant.encode()))
@@ -197,7 +198,7 @@ class _Exchange:
         return "-" if self._caller is None else self._caller.name
 
     async def _respond(self) -> None:
-        path, method = self._scope["path"], self._scope["method"]
+        path, method = route_path(self._scope), self._scope["method"]
         if self._caller is None:
             challenge = {"www-authenticate": "Bearer"}
             await self._fail(401, "missing or wrong API key", "AuthenticationError", challenge)

@@ -25,7 +25,7 @@ from router.footprint import Footprint
 from router.ledger.redis_ledger import LedgerKeys
 from serving.config import AppConfig
 from serving.http.api_keys import vllm_keys
-from serving.http.asgi import ASGIApp, Message, Scope
+from serving.http.asgi import ASGIApp, Message, Scope, route_path
 from serving.http.door_settings import FrontDoorSettings
 from serving.http.draining import Running
 from serving.http.failures import NoReplica, Overloaded, ReplicaLost
@@ -92,7 +92,7 @@ class HandleBackend:
         predicted = Prediction(None, body, priority=sender.priority)
         if self._predictor is not None:
             with span("predict"):
-                predicted = await self._predictor.predict(scope["path"], body, sender)
+                predicted = await self._predictor.predict(route_path(scope), body, sender)
             self._metrics.note(predicted)
         if predicted.body is not body:
             scope = _sized(scope, predicted.body)

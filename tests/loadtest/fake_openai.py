@@ -27,12 +27,14 @@ class FakeOpenAI:
 
     before_headers_s, between_texts_s: how long its clients wait.
     failing: numbers of the requests that it answers with 503.
+    paths: those of all requests.
     """
 
     before_headers_s: float = 0.0
     between_texts_s: float = 0.0
     failing: frozenset[int] = frozenset()
     served: list[Served] = field(default_factory=list)
+    paths: set[str] = field(default_factory=set)
     url: str = ""
 
     def __post_init__(self) -> None:
@@ -61,11 +63,13 @@ def _event(event: dict[str, Any]) -> str:
 def _handler(fake: FakeOpenAI) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            fake.paths.add(self.path)
             card = {"id": "fake", "max_model_len": 1024, "root": "fake"}
             self._answer(200, {"data": [card]})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            fake.paths.add(self.path)
             number, served = fake.begin(body)
             if number in fake.failing:
                 self._answer(503, {"error": {"message": "full"}})

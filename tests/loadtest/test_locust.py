@@ -66,7 +66,8 @@ def slow_server() -> Iterator[FakeOpenAI]:
 def run(slow_server: FakeOpenAI, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("elsewhere")
     return locust(
-        folder, [FOLDER / "locustfile.py"], "--host", slow_server.url, "-u", "2", "--warmup", "1",
+        folder, [FOLDER / "locustfile.py"], "--host", f"{slow_server.url}/small/", "-u", "2",
+        "--warmup", "1",
         "--requests", "3", "--prompt-tokens", "50", "--output-tokens", str(TOKENS),
         "--limit-ttft-s", "100",
     )  # fmt: skip
@@ -79,6 +80,10 @@ def test_it_runs_from_any_folder_and_leaves_out_the_warm_up(
     assert run.status == 1, run.errors
     assert (len(slow_server.served), len(run.records)) == (4, 3)
     assert {served.body["max_tokens"] for served in slow_server.served} == {TOKENS}
+
+
+def test_the_hosts_path_is_before_the_apis(run: Run, slow_server: FakeOpenAI) -> None:
+    assert slow_server.paths == {"/small/v1/models", "/small/v1/chat/completions"}
 
 
 def test_a_failed_request_counts_as_one_and_not_for_goodput(run: Run) -> None:

@@ -1,4 +1,7 @@
-"""`make serve` as a newcomer runs it: its own Ray, no key; and a fleet that grows and shrinks."""
+"""`make serve` as a newcomer runs it: its own Ray, no key; and a fleet that grows and shrinks.
+
+Its paths begin with a route prefix.
+"""
 
 import asyncio
 import os
@@ -38,6 +41,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     config = yaml.safe_load((ROOT / "configs" / "autoscale.yaml").read_text())
     config["http_options"]["port"] = http_port
     application = config["applications"][0]
+    application["route_prefix"] = "/small"
     application["args"]["store"] = {"port": store_port}
     application["args"]["model"] = {"path": str(embedded_model_path()), "name": "mine"}
     scaling = application["deployments"][0]["autoscaling_config"]
@@ -47,7 +51,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     scaling["policy"]["policy_kwargs"] |= targets
     path, log = folder / "cluster.yaml", folder / "log"
     path.write_text(yaml.safe_dump(config))
-    url = f"http://127.0.0.1:{http_port}"
+    url = f"http://127.0.0.1:{http_port}/small"
     process = _make_serve(path, log)
     try:
         try:

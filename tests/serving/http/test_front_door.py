@@ -5,8 +5,10 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
+import httpx
 import pytest
 
 from serving.http.asgi import Message
@@ -331,3 +333,36 @@ async def test_a_long_path_is_cut_in_the_log(caplog: pytest.LogCaptureFixture) -
     caplog.set_level(logging.INFO, "test")
     await client(ScriptedBackend([WHOLE])).post("/v1/completions/" + "x" * 5000)
     assert len(messages_of_the_door(caplog)[0]) < 1000
+
+
+def _mounted(backend: ScriptedBackend, prefix: str, **settings: Any) -> httpx.AsyncClient:
+    """A client of a door below a route prefix, as Serve calls it: the path has the prefix, too."""
+    door = FrontDoor(backend, FrontDoorSettings(**settings), logging.getLogger("test"), Clock())
+    transport = httpx.ASGITransport(app=door, root_path=prefix)
+    return httpx.AsyncClient(transport=transport, base_url=f"http://door{prefix}")
+
+
+@pytest.mark.parametrize("prefix", ["/small", "/v1", "/health"])
+async def test_below_a_route_prefix_the_same_paths_are_open(prefix: str) -> None:
+    backend = ScriptedBackend([WHOLE], [WHOLE])
+    door = _mounted(backend, prefix, api_keys=("k",))
+    assert (await door.get("/health")).status_code == 200
+    assert (await door.get("/version")).status_code == 200
+    assert (await door.get("/v1/models")).status_code == 401
+    headers = {"authorization": "Bearer k"}
+    assert (await door.get("/sleep", headers=headers)).status_code == 404
+    assert (await door.get("/metrics", headers=headers)).status_code == 404
+    assert (await door.get("/v1/models", headers=headers)).status_code == 200
+    # The engine's app finds its route by both.
+    scope, _ = backend.calls[-1]
+    assert (scope["root_path"], scope["path"]) == (prefix, f"{prefix}/v1/models")
+
+
+@pytest.mark.parametrize("path", ["/small", "/smaller/health", "/other/health"])
+async def test_only_the_health_of_the_door_itself_needs_no_key(path: str) -> None:
+    door = FrontDoor(
+        ScriptedBackend(), FrontDoorSettings(api_keys=("k",)), logging.getLogger("test"), Clock()
+    )
+    transport = httpx.ASGITransport(app=door, root_path="/small")
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+        assert (await client.get(path)).status_code == 401
