@@ -137,12 +137,7 @@ class Deployment:
 
     def stop(self) -> None:
         """Stops everything; returns when no process of the deployment is left."""
-        family = [
-            member
-            for process in self._processes
-            if process.is_running()
-            for member in (*process.children(recursive=True), process)
-        ]
+        family = self.family()
         served = [one for one in family if _is_called(one, "ServeReplica", "VLLM::")]
         for process in reversed(self._processes):
             if process.poll() is None:
@@ -221,6 +216,16 @@ class Deployment:
         """Processes of this deployment whose command line holds `name`."""
         head = psutil.Process(self._processes[0].pid)
         return [one.pid for one in head.children(recursive=True) if _is_called(one, name)]
+
+    def family(self) -> list[psutil.Process]:
+        """All processes of this deployment."""
+        alive = [process for process in self._processes if process.is_running()]
+        return [one for process in alive for one in (process, *process.children(recursive=True))]
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes, Ray's logs included."""
+        return Path(self._folder.name)
 
     def metric_names(self) -> set[str]:
         """Of all metrics that the cluster exports."""
