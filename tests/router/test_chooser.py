@@ -111,6 +111,7 @@ def test_repeated_prompts_between_two_reports_return_to_their_replica() -> None:
     prompt = Footprint(8, 8, 200, 2, tuple(range(6)))
     (first, *_) = decided(fleet, "a", "b", footprint=prompt, request_id="0").replica_ids
     fleet.sent("0", first, prompt, 0.0)
+    fleet.view.answered("0")
     for number in map(str, range(1, 5)):
         # Even while the one before it runs.
         decision = decided(fleet, "a", "b", footprint=prompt, request_id=number)

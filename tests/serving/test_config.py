@@ -188,8 +188,8 @@ def test_the_stored_application_has_no_key(monkeypatch: pytest.MonkeyPatch) -> N
     digests = digests_of(api_keys(AppConfig()))
     assert not any(b"hush" in digest for digest in digests)
     keys = ApiKeys((), more_digests=digests)
-    assert keys.allow("/v1/models", {"authorization": "Bearer hush"})
-    assert not keys.allow("/v1/models", {"authorization": "Bearer hus"})
+    assert keys.caller("/v1/models", {"authorization": "Bearer hush"})
+    assert not keys.caller("/v1/models", {"authorization": "Bearer hus"})
 
 
 def test_missing_keys_are_an_error_if_the_configuration_asks_for_some(
