@@ -1,10 +1,10 @@
 """The subscription that feeds a router's local view from the ledger."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, cast
 
 import redis
@@ -14,8 +14,9 @@ from redis.asyncio.client import PubSub
 
 from router.ledger.occupancy import REPORT_TTL_S, SchemaMismatch
 from router.ledger.prefixes import PrefixChange
-from router.ledger.redis_ledger import LedgerKeys, connect
+from router.ledger.redis_ledger import LedgerKeys, live_script, stored_reports
 from router.ledger.sendings import Sendings
+from router.ledger.store_client import connect
 from router.local_view import LocalView
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ _REREAD_S = 1.0
 # Reports that are read again in a second, beside those that are published.
 _REREAD_PER_S = 100
 _RETRY_S = 0.5
+# Least time between two log lines about messages that raise errors.
+_FAULT_LOG_S = 10.0
 
 
 class LedgerSubscription:
@@ -31,6 +34,8 @@ class LedgerSubscription:
 
     That is every second in a small fleet, and less often in a large one.
     It logs a lost store once and retries. Meanwhile the reports in the view grow stale.
+
+    dropped: messages that could not be taken, besides the malformed reports that the view counts.
     """
 
     def __init__(
@@ -56,18 +61,27 @@ class LedgerSubscription:
         self._on_sendings = on_sendings
         self._ttl_s = ttl_s
         self._lost = False
+        self._log_faults_at = float("-inf")
+        self.dropped = 0
         self._client = connect(url)
+        self._live = live_script(self._client)
 
     async def run(self) -> None:
-        """Feed the view until the task is cancelled."""
+        """Feed the view until the task is cancelled.
+
+        Raises:
+            Exception: a fault other than a lost store. Call it again, to go on.
+        """
         try:
             while True:
                 try:
                     async with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:
                         await self._listen(pubsub)
                     break
-                except Exception as error:
-                    self._note_loss(error)
+                except (redis.RedisError, OSError) as error:
+                    if not self._lost:
+                        logger.warning("occupancy store lost, routing by queue lengths: %s", error)
+                    self._lost = True
                 await asyncio.sleep(_RETRY_S)
         finally:
             await self._client.aclose()
@@ -88,49 +102,55 @@ class LedgerSubscription:
                 self._take(message)
 
     def _take(self, message: dict[str, Any]) -> None:
-        channel, data = message["channel"].decode(), message["data"]
-        # Affinity and others' bookings are approximate anyway.
-        with contextlib.suppress(ValidationError, SchemaMismatch):
-            if channel == self._keys.prefix_channel:
-                self._on_prefixes(PrefixChange.parse(data))
-            elif channel == self._keys.sendings_channel:
-                self._on_sendings(Sendings.parse(data))
-            else:
-                self._view.receive(data, self._clock())
+        channel, data = message["channel"], message["data"]
+        if channel == self._keys.prefix_channel.encode():
+            self._deliver(lambda: self._on_prefixes(PrefixChange.parse(data)))
+        elif channel == self._keys.sendings_channel.encode():
+            self._deliver(lambda: self._on_sendings(Sendings.parse(data)))
+        else:
+            self._deliver(lambda: self._view.receive(data, self._clock()))
+
+    def _deliver(self, deliver: Callable[[], None]) -> None:
+        """Deliver a message, or drop and count it: the next one gets its turn in any case."""
+        try:
+            deliver()
+        except (ValidationError, SchemaMismatch):
+            self.dropped += 1
+        except Exception:
+            self.dropped += 1
+            # Others of its kind may follow.
+            if self._clock() >= self._log_faults_at:
+                self._log_faults_at = self._clock() + _FAULT_LOG_S
+                logger.exception("a message of the ledger cannot be taken")
 
     async def _read_all(self) -> int:
         """Read all reports, and remove the ids of expired ones; return their number."""
         keys = self._keys
-        members = cast(set[bytes], await self._client.smembers(keys.members))
-        ids = [member.decode() for member in members]
-        if ids:
+        members: list[bytes] = await self._live(keys=[keys.members])
+        if members:
             async with self._client.pipeline(transaction=False) as pipe:
-                for replica_id in ids:
-                    pipe.get(keys.replica(replica_id))
-                    pipe.pttl(keys.replica(replica_id))
-                answers = await pipe.execute()
-            now = self._clock()
-            reports = zip(ids, answers[::2], answers[1::2], strict=True)
-            expired = []
-            for replica_id, payload, remaining_ms in reports:
-                if payload is None:
-                    expired.append(replica_id)
-                else:
-                    age_s = max(0.0, self._ttl_s - remaining_ms / 1000)
-                    self._view.receive(payload, now - age_s)
+                for member in members:
+                    pipe.get(keys.replica_of(member))
+                    pipe.pttl(keys.replica_of(member))
+                answers = await pipe.execute(raise_on_error=False)
+            expired = self._take_stored(members, answers)
             if expired:
                 # A replica that is only slow adds its id again with its next report.
-                await cast(Awaitable[int], self._client.srem(keys.members, *expired))
+                await cast(Awaitable[int], self._client.zrem(keys.members, *expired))
         if self._lost:
             logger.info("occupancy store is back")
         self._lost = False
-        return len(ids)
+        return len(members)
 
-    def _note_loss(self, error: Exception) -> None:
-        if self._lost:
-            return
-        self._lost = True
-        if isinstance(error, redis.RedisError | OSError):
-            logger.warning("occupancy store lost, routing by queue lengths: %s", error)
-        else:
-            logger.error("the occupancy subscription failed and starts again", exc_info=error)
+    def _take_stored(self, members: list[bytes], answers: list[Any]) -> list[bytes]:
+        """Take the stored reports; return the ids without one."""
+        now, expired = self._clock(), []
+        for stored in stored_reports(members, answers, self._ttl_s):
+            payload, age_s = stored.payload, stored.age_s
+            if payload is None:
+                expired.append(stored.member)
+            elif isinstance(payload, bytes):
+                self._deliver(partial(self._view.receive, payload, now - age_s))
+            else:
+                self.dropped += 1
+        return expired

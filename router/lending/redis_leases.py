@@ -14,7 +14,8 @@ a script does grows with the logarithm of the number of lenders, except `read`.
 import json
 from typing import Any, NamedTuple, cast
 
-from router.ledger.redis_ledger import SOCKET_TIMEOUT_S, LedgerKeys, connect
+from router.ledger.redis_ledger import LedgerKeys
+from router.ledger.store_client import SOCKET_TIMEOUT_S, connect
 from router.lending.leases import Lease, Lending, Offer, Room
 
 OFFER_TTL_S = 5.0
