@@ -20,6 +20,8 @@ class PrefixAffinity:
             self._holders.setdefault(block, set()).add(replica_id)
         while len(blocks) > capacity_blocks:
             self._drop_holder(blocks.popitem(last=False)[0], replica_id)
+        if not blocks:
+            del self._blocks[replica_id]
 
     def discard(self, replica_id: str, hashes: Sequence[int]) -> None:
         """Forget blocks that the replica has evicted."""
@@ -28,6 +30,8 @@ class PrefixAffinity:
             if blocks and block in blocks:
                 del blocks[block]
                 self._drop_holder(block, replica_id)
+        if not blocks:
+            self._blocks.pop(replica_id, None)
 
     def cached_blocks(self, replica_id: str, hashes: Sequence[int]) -> int:
         """Count the leading blocks of a prompt that the replica probably has."""
@@ -70,3 +74,4 @@ def check_affinity(affinity: PrefixAffinity) -> None:
     by_block = {(replica, b) for b, holders in affinity._holders.items() for replica in holders}
     assert by_replica == by_block, "blocks and holders differ"
     assert all(affinity._holders.values()), "a block without holders is remembered"
+    assert all(affinity._blocks.values()), "a replica without blocks is remembered"

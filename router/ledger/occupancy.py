@@ -10,7 +10,8 @@ SCHEMA_MINOR = 3
 # How long a report counts, and its key lives in Redis.
 REPORT_TTL_S = 2.0
 
-Count = Annotated[int, Field(ge=0)]
+# What is larger could not be converted to a float.
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class SchemaMismatch(ValueError):
@@ -25,7 +26,7 @@ class Occupancy(BaseModel):
     minor version may add some; they refuse another major version.
     """
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
     schema_major: int = SCHEMA_MAJOR
     schema_minor: int = SCHEMA_MINOR
@@ -34,7 +35,7 @@ class Occupancy(BaseModel):
     epoch: int = Field(description="Start of this replica's life, ns")
     sequence: Count = Field(description="Reports sent in this epoch")
 
-    block_size_tokens: int = Field(gt=0)
+    block_size_tokens: int = Field(gt=0, lt=1 << 63)
     blocks_total: Count
     blocks_free: Count = Field(description="Free blocks, evictable prefix blocks included")
     blocks_evictable: Count | None = None
