@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 # `blocks`: KV blocks of the lender, for a request that goes on at once. `host_bytes`: memory of the
 # lender's host, for a cache that waits for blocks.
 Resource = Literal["blocks", "host_bytes"]
+RESOURCES: tuple[Resource, ...] = ("blocks", "host_bytes")
 
 
 class Offer(NamedTuple):

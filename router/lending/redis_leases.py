@@ -9,14 +9,20 @@ Keys, under `{prefix}:{application}:lending:`:
 Each script first removes expired entries. So nothing depends on replicas' clocks, and a replica
 that dies needs no clean-up. A jump of Redis' clock only makes leases expire earlier or later. What
 a script does grows with the logarithm of the number of lenders, except `read`.
+
+If Redis has evicted one of the keys, the others make no sense: a lease without its end would last
+for ever. Then a script removes all of them, as if the store had been flushed. Lenders offer again
+within a second, and borrowers take their leases again.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 from router.ledger.redis_ledger import LedgerKeys
 from router.ledger.store_client import SOCKET_TIMEOUT_S, connect
-from router.lending.leases import Lease, Lending, Offer, Room
+from router.lending.leases import RESOURCES, Lease, Lending, Offer, Room
 
 OFFER_TTL_S = 5.0
 LEASE_TTL_S = 10.0
@@ -36,7 +42,7 @@ local function rank(lender)
     for resource, room in pairs(rooms) do
         if offer then
             local sum = tonumber(redis.call('HGET', lent, resource .. ':' .. lender) or '0')
-            redis.call('ZADD', room, math.max(0, offer[resource] - sum), lender)
+            redis.call('ZADD', room, math.max(0, (offer[resource] or 0) - sum), lender)
         else
             redis.call('ZREM', room, lender)
         end
@@ -65,13 +71,42 @@ local function remove_lease(id)
     return 1
 end
 
-for _, lender in ipairs(redis.call('ZRANGEBYSCORE', offer_ends, '-inf', now)) do
-    remove_offer(lender)
+local function is_whole()
+    local offered, leased = redis.call('HLEN', offers), redis.call('HLEN', leases)
+    for _, key in ipairs({offer_ends, rooms.blocks, rooms.host_bytes}) do
+        if redis.call('ZCARD', key) ~= offered then return false end
+    end
+    if redis.call('ZCARD', lease_ends) ~= leased then return false end
+    return (redis.call('HLEN', lent) > 0) == (leased > 0)
 end
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', lease_ends, '-inf', now)) do
-    remove_lease(id)
+
+local function remove_ended()
+    for _, lender in ipairs(redis.call('ZRANGEBYSCORE', offer_ends, '-inf', now)) do
+        remove_offer(lender)
+    end
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', lease_ends, '-inf', now)) do
+        remove_lease(id)
+    end
 end
+
+-- Unreadable entries and keys of other types raise errors, for ever if they stayed.
+local is_readable, is_kept = pcall(function()
+    if not is_whole() then return false end
+    remove_ended()
+    return true
+end)
+if not (is_readable and is_kept) then redis.call('DEL', unpack(KEYS)) end
+
+local function answer()
 """
+_END = """
+end
+local answered = answer()
+for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, %d) end
+return answered
+"""
+# Far longer than any offer or lease: for applications that are gone.
+_IDLE_MS = 3_600_000
 _OFFER = """
 redis.call('HSET', offers, ARGV[1], ARGV[2])
 redis.call('ZADD', offer_ends, now + ARGV[3], ARGV[1])
@@ -146,7 +181,8 @@ class LendingLedger:
         self._keys = LendingKeys.of(keys)
         self._client = connect(url, timeout_s)
         bodies = (_OFFER, _WITHDRAW, _TAKE, _RENEW, _GIVE_BACK, _BEST, _READ)
-        self._scripts = {body: self._client.register_script(_BEGIN + body) for body in bodies}
+        end = _END % _IDLE_MS
+        self._scripts = {body: self._client.register_script(_BEGIN + body + end) for body in bodies}
 
     async def offer(self, offer: Offer, ttl_s: float = OFFER_TTL_S) -> None:
         """Add or change a lender's offer for `ttl_s`. Repeat the call before they are over.
@@ -188,15 +224,20 @@ class LendingLedger:
         The one with the most blocks comes first.
         """
         found = cast(list[tuple[bytes, bytes, bytes]], await self._run(_BEST, count))
-        rooms = [Room(name.decode(), int(blocks), int(size)) for name, blocks, size in found]
+        rooms = [
+            Room(_text(name), int(float(blocks)), int(float(size))) for name, blocks, size in found
+        ]
         return sorted(rooms, key=lambda room: (-room.blocks, -room.host_bytes, room.lender))
 
     async def read(self) -> Lending:
-        """Return all offers and leases, which takes long in a large fleet."""
+        """Return all offers and leases, which takes long in a large fleet.
+
+        Fields and resources that only a newer version knows, and unreadable entries, are left out.
+        """
         offers, leases = cast(list[list[bytes]], await self._run(_READ))
         return Lending(
-            sorted(Offer(name, **fields) for name, fields in _items(offers)),
-            sorted(Lease(name, **fields) for name, fields in _items(leases)),
+            sorted(filter(None, (_offer(*item) for item in _items(offers)))),
+            sorted(filter(None, (_lease(*item) for item in _items(leases)))),
         )
 
     async def close(self) -> None:
@@ -210,6 +251,28 @@ def _ms(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-def _items(pairs: list[bytes]) -> list[tuple[str, dict[str, Any]]]:
-    names, values = pairs[::2], pairs[1::2]
-    return [(name.decode(), json.loads(value)) for name, value in zip(names, values, strict=True)]
+def _text(name: bytes) -> str:
+    return name.decode(errors="replace")
+
+
+def _items(pairs: list[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, value in zip(pairs[::2], pairs[1::2], strict=True):
+        with contextlib.suppress(ValueError):
+            fields = json.loads(value)
+            if isinstance(fields, dict):
+                yield _text(name), fields
+
+
+def _offer(name: str, fields: dict[str, Any]) -> Offer | None:
+    amounts = [fields.get(resource, 0) for resource in RESOURCES]
+    return Offer(name, *amounts) if all(isinstance(one, int) for one in amounts) else None
+
+
+def _lease(name: str, fields: dict[str, Any]) -> Lease | None:
+    lender, borrower, amount = fields.get("lender"), fields.get("borrower"), fields.get("amount")
+    resource = next((one for one in RESOURCES if one == fields.get("resource")), None)
+    if not isinstance(lender, str) or not isinstance(borrower, str):
+        return None
+    if resource is None or not isinstance(amount, int):
+        return None
+    return Lease(name, lender, borrower, resource, amount)

@@ -51,6 +51,11 @@ class LenderName(NamedTuple):
     def of(cls, name: str) -> "LenderName":
         return cls(*name.split("/"))
 
+    @classmethod
+    def parse(cls, name: str) -> "LenderName | None":
+        """Return the name of a replica; None for another text in the ledger."""
+        return cls.of(name) if name.count("/") == 2 else None
+
 
 class StateFiles:
     """Paths for caches' files, each in a folder that only this user can read.

@@ -58,13 +58,12 @@ class ReplicaPeers:
         return is_whole
 
     async def others(self) -> list[str]:
-        names = [room.lender for room in await self._ledger.best()]
-        own = self._name
-        return [
-            name
-            for name in names
-            if LenderName.of(name).deployment == own.deployment and name != str(own)
-        ]
+        own, others = self._name, []
+        for room in await self._ledger.best():
+            name = LenderName.parse(room.lender)
+            if name is not None and name.deployment == own.deployment and name != own:
+                others.append(room.lender)
+        return others
 
     def pack(self, path: Path, node_id: str) -> list[ray.ObjectRef[Any]] | None:
         """Return references to the parts of a cache for another node; None for this node."""

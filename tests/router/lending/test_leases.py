@@ -1,6 +1,7 @@
 """The ledger of lent memory, on real servers: in whatever order, nothing is lent twice."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, cast
 
@@ -111,6 +112,85 @@ async def test_the_best_lenders_have_most_of_either_memory(ledger: LendingLedger
     await ledger.give_back("one")
     await ledger.withdraw("18")
     assert [room.lender for room in await ledger.best(2)][:2] == ["19", "17"]
+
+
+@pytest.mark.parametrize("evicted", LendingKeys._fields)
+async def test_a_key_that_redis_evicts_makes_no_lease_permanent(
+    ledger: LendingLedger, client: redis.Redis, evicted: str
+) -> None:
+    await ledger.offer(Offer("a", 20, 100), OFFER_TTL_S)
+    assert await ledger.take(lease("one"), TTL_S)
+    assert await ledger.take(lease("two", 100, resource="host_bytes"), TTL_S)
+    client.delete(getattr(LendingKeys.of(KEYS), evicted))
+    # The lender offers again, and borrowers renew or take their leases again.
+    await ledger.offer(Offer("a", 20, 100), OFFER_TTL_S)
+    for one in (lease("one"), lease("two", 100, resource="host_bytes")):
+        assert await ledger.renew(one.lease_id, TTL_S) or await ledger.take(one, TTL_S)
+    lending = await ledger.read()
+    check_lending(lending)
+    assert (lending.lent("a"), lending.lent("a", "host_bytes")) == (10, 100)
+    assert await ledger.best() == [Room("a", 10, 0)]
+    let_pass(client, 2 * JUMP_S)
+    assert await ledger.best() == [Room("a", 20, 100)]
+    assert not (await ledger.read()).leases
+
+
+@pytest.mark.parametrize("damaged", LendingKeys._fields)
+@pytest.mark.parametrize("kind", ["string", "hash", "zset"])
+async def test_nothing_in_the_store_stops_the_lending(
+    ledger: LendingLedger, client: redis.Redis, damaged: str, kind: str
+) -> None:
+    key = getattr(LendingKeys.of(KEYS), damaged)
+    await ledger.offer(Offer("a", 20, 0))
+    assert await ledger.take(lease("one"))
+    client.delete(key)
+    match kind:
+        case "string":
+            client.set(key, b"\xff")
+        case "hash":
+            client.hset(key, mapping={b"\xff": b"{}"})
+        case "zset":
+            client.zadd(key, {b"\xff": 0})
+    # Lenders offer each second, and borrowers ask again.
+    for _ in range(3):
+        await ledger.offer(Offer("a", 20, 0))
+        await ledger.take(lease("two"))
+    lending = await ledger.read()
+    check_lending(lending)
+    assert lease("two") in lending.leases
+    # What the first lease had is free again once it would have ended.
+    let_pass(client, 100)
+    for _ in range(3):
+        await ledger.offer(Offer("a", 20, 0))
+    assert await ledger.best() == [Room("a", 20, 0)]
+
+
+async def test_keys_of_an_application_that_is_gone_expire(
+    ledger: LendingLedger, client: redis.Redis
+) -> None:
+    await ledger.offer(Offer("a", 20, 0))
+    await ledger.take(lease("one"))
+    assert all(client.pttl(key) > 0 for key in client.scan_iter())
+
+
+async def test_what_a_newer_version_adds_is_ignored(
+    ledger: LendingLedger, client: redis.Redis
+) -> None:
+    keys = LendingKeys.of(KEYS)
+    await ledger.offer(Offer("a", 20, 0))
+    await ledger.take(lease("one"))
+    client.hset(keys.offers, "a", json.dumps({"blocks": 20, "host_bytes": 0, "disk_bytes": 7}))
+    newer = {**lease("one")._asdict(), "priority": 3}
+    del newer["lease_id"]
+    client.hset(keys.leases, "one", json.dumps(newer))
+    other = {**newer, "resource": "disk_bytes"}
+    client.hset(keys.leases, "other", json.dumps(other))
+    client.zadd(keys.lease_ends, {"other": client.zscore(keys.lease_ends, "one") or 0})
+    client.hset(keys.lent, "disk_bytes:a", 10)
+    assert await ledger.read() == Lending([Offer("a", 20, 0)], [lease("one")])
+    assert await ledger.renew("one")
+    assert await ledger.give_back("other")
+    assert await ledger.best() == [Room("a", 10, 0)]
 
 
 @pytest.mark.parametrize("changes", [{"amount": 0}, {"borrower": "a"}])
