@@ -9,18 +9,17 @@ import fcntl
 import os
 import stat
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from urllib.parse import urlsplit
 
-from redis.connection import parse_url
+from router.ledger.store_client import StoreAddress
 
-_SCHEMES = ("redis://", "rediss://", "unix://")
 _REDIS_PORT = 6379
 _LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def checked_url(url: str, name: str) -> str:
-    """Return a store's URL if redis-py can read it.
+    """Return a store's URL if it can be read.
 
     Args:
         name: of the setting or variable that holds it, for the error.
@@ -28,32 +27,19 @@ def checked_url(url: str, name: str) -> str:
     Raises:
         ValueError: it cannot; the message holds nothing of the URL, which may have a password.
     """
-    if not _is_url(url):
-        raise ValueError(
-            f"{name} is not the URL of a store: it begins with redis:// or rediss://, names a "
-            "host, and has special characters of its password as %XX"
-        )
+    try:
+        address = StoreAddress.parse(url)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
+    if not address.sentinels and "host" not in address.options:
+        raise ValueError(f"{name} names no host")
     return url
-
-
-def _is_url(url: str) -> bool:
-    if not url.startswith(_SCHEMES):
-        return False
-    # redis-py's own errors quote parts of the URL.
-    with contextlib.suppress(ValueError):
-        parts = _parts(url)
-        return "host" in parts or "path" in parts
-    return False
 
 
 def has_password(url: str) -> bool:
     """Return whether a URL, which `checked_url` has returned, carries a password."""
-    return bool(_parts(url).get("password"))
-
-
-def _parts(url: str) -> dict[str, Any]:
-    parts: dict[str, Any] = parse_url(url)  # type: ignore[no-untyped-call]
-    return parts
+    address = StoreAddress.parse(url)
+    return bool(address.options.get("password") or address.sentinel_options.get("password"))
 
 
 def private_folder() -> Path:

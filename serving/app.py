@@ -7,6 +7,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
+from router.ledger.store_client import refuse_unfit_store
 from serving.config import AppConfig, AuthConfig, IngressConfig, KeyLimitsConfig
 from serving.engine import Engine
 from serving.http.api_keys import digests_of
@@ -37,7 +38,14 @@ _INGRESS_QUEUE = 64
 
 
 def build(config: AppConfig) -> Application:
-    """Build `Ingress -> Engine` from the YAML's `args`."""
+    """Build `Ingress -> Engine` from the YAML's `args`.
+
+    Raises:
+        ValueError: the configuration asks for what is not there, as `api_keys` describes, or its
+            store is not a single server.
+    """
+    if config.store.url is not None:
+        refuse_unfit_store(config.store.url.get_secret_value())
     lenders = None
     if (lending := config.for_lenders()) is not None:
         lenders = serve.deployment(name="Lender", **engine_options(lending))(Engine).bind(

@@ -168,8 +168,8 @@ class StoreConfig(Section):
 
     url: SecretStr | None = Field(
         default=None,
-        description="redis:// or rediss:// URL without a password; without any URL an embedded "
-        "Valkey is started",
+        description="redis://, rediss://, redis+sentinel:// or rediss+sentinel:// URL without a "
+        "password; without any URL an embedded Valkey is started",
     )
     url_env: str | None = Field(
         default=None,

