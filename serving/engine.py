@@ -1,7 +1,7 @@
 """The `Engine` deployment: each replica has a vLLM engine and vLLM's own OpenAI app."""
 
-import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -25,7 +25,7 @@ from serving.http.openai_error import error_messages
 from serving.http.tenants import HOLDER
 from serving.ingress.occupancy_router import OccupancyRouter
 from serving.janitor import Estate, Janitor
-from serving.metrics import CompressionMetrics, OccupancyMetrics
+from serving.metrics import CompressionMetrics, OccupancyMetrics, TaskMetrics
 from serving.models.embedded import model_path_and_name
 from serving.reporter import OccupancyReporter, report_prefixes
 from serving.spill.parcels import Guest, LenderName
@@ -33,6 +33,7 @@ from serving.spill.peers import Addressee
 from serving.spill.replica import ReplicaSpill
 from serving.spill.sessions import Parcel, SessionTraffic
 from serving.store import store_url
+from serving.supervision import Supervisor
 
 if TYPE_CHECKING:
     from adakv_worker.frontend.moving import Decoded
@@ -76,11 +77,12 @@ class Engine:
             "engine ready: model=%s path=%s seconds=%.0f", name, path, time.monotonic() - started
         )
         keys = LedgerKeys(config.store.key_prefix, context.app_name)
+        self._tasks = Supervisor(TaskMetrics().note)
         self._spill: ReplicaSpill | None = None
         if config.spill.enabled:
             node_id = ray.get_runtime_context().get_node_id()
             lender = LenderName(context.deployment, self._replica_id, node_id)
-            self._spill = ReplicaSpill(self._host, config, url, keys, lender, lenders)
+            self._spill = ReplicaSpill(self._host, config, url, keys, lender, lenders, self._tasks)
             OccupancyRouter.membership = self._spill.membership
             self._spill.start()
         self._start_reports(url, keys, name, config.store.report_interval_s)
@@ -97,10 +99,10 @@ class Engine:
             interval_s=interval_s,
             on_report=OccupancyMetrics().note,
         )
-        self._reporter.start()
-        self._prefixes = asyncio.create_task(
-            report_prefixes(self._host.cache_changes, LedgerWriter(url, keys), self._replica_id)
-        )
+        self._reporter.start(self._tasks)
+        changes, writer = self._host.cache_changes, LedgerWriter(url, keys)
+        report = functools.partial(report_prefixes, changes, writer, self._replica_id)
+        self._tasks.keep("prefix reports", report)
 
     async def asgi(
         self, scope: Scope, body: bytes, footprint: Footprint | None = None
@@ -217,13 +219,14 @@ class Engine:
 
     async def check_health(self) -> None:
         await self._host.check()
+        self._tasks.check()
 
     async def __del__(self) -> None:
-        if prefixes := getattr(self, "_prefixes", None):
-            prefixes.cancel()
         if spill := getattr(self, "_spill", None):
             await spill.stop()
         if reporter := getattr(self, "_reporter", None):
             await reporter.stop()
+        if tasks := getattr(self, "_tasks", None):
+            await tasks.stop()
         if host := getattr(self, "_host", None):
             host.shutdown()

@@ -97,6 +97,19 @@ class OccupancyMetrics:
         self._failures.raise_to(occupancy.selection_failures)
 
 
+class TaskMetrics:
+    """Counts failures of background tasks, of whatever process."""
+
+    def __init__(self) -> None:
+        self._failures = Counter(
+            "adakv_task_failures", "Failures of background tasks, which start again", ("task",)
+        )
+
+    def note(self, name: str) -> None:
+        """Count one failure."""
+        self._failures.inc(tags={"task": name})
+
+
 class _Total:
     """A counter that is set to totals; None leaves it unchanged."""
 

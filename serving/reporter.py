@@ -12,6 +12,7 @@ import redis
 from router.ledger.occupancy import Occupancy
 from router.ledger.prefixes import PrefixChange
 from router.ledger.redis_ledger import LedgerKeys, LedgerWriter, report_gap_s
+from serving.supervision import KeptTask, Supervisor
 
 if TYPE_CHECKING:
     # The ingress imports this module through the application and does not need vLLM.
@@ -34,7 +35,7 @@ class LoadSource(Protocol):
 
 
 class OccupancyReporter:
-    """Reports on change, and at least every interval, in one background task per replica.
+    """Reports on change, and at least every interval, in one background task.
 
     In a larger fleet the least time between two reports is longer.
 
@@ -68,15 +69,16 @@ class OccupancyReporter:
         self._sequence = 0
         self._store_lost = False
         self._reported: EngineLoad | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._task: KeptTask | None = None
 
-    def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run())
+    def start(self, tasks: Supervisor) -> None:
+        self._task = tasks.keep("reports", self._run)
 
     async def stop(self) -> None:
         """Withdraw the report, so that routers send no more requests here."""
         if self._task is not None:
-            self._task.cancel()
+            # Else a report on its way could arrive after the withdrawal.
+            await self._task.stop()
         await self._withdraw()
         with contextlib.suppress(redis.RedisError, OSError):
             await self._writer.close()
@@ -87,21 +89,12 @@ class OccupancyReporter:
             await self._writer.withdraw(self._replica_id)
 
     async def _run(self) -> None:
-        failing = False
         while True:
-            try:
-                if self._source.silent:
-                    await self._withdraw()
-                else:
-                    await self._publish()
-                await self._wait_for_news()
-                failing = False
-            except Exception:
-                # Without reports the replica would get no more requests.
-                if not failing:
-                    logger.exception("cannot report the occupancy; trying again")
-                failing = True
-                await asyncio.sleep(self._interval_s)
+            if self._source.silent:
+                await self._withdraw()
+            else:
+                await self._publish()
+            await self._wait_for_news()
 
     async def _wait_for_news(self) -> None:
         """Return when the load differs from the last report, or the interval is over."""
@@ -152,43 +145,32 @@ class PrefixWriter(Protocol):
 
     async def publish_prefixes(self, change: PrefixChange) -> None: ...
 
-    async def close(self) -> None: ...
-
 
 async def report_prefixes(
     follow: "Callable[[], AsyncGenerator[CacheChange, None] | None]",
     writer: PrefixWriter,
     replica_id: str,
-    retry_s: float = 1.0,
 ) -> None:
     """Publish changes of the prefix cache until cancelled.
 
-    After a gap the next change is marked as cleared. Otherwise routers would go on counting blocks
-    that were evicted in the gap.
+    What came before is unknown, so the first change is marked as cleared, as is the next one after
+    the store has missed one. Otherwise routers would go on counting blocks that were evicted.
 
     Args:
         follow: starts to listen to the engine; returns None if the engine publishes no events.
-        retry_s: pause before listening again after a failure.
+
+    Raises:
+        Exception: the engine's events cannot be read. Call it again, to listen again.
     """
-    missed = False
-    try:
-        while True:
-            try:
-                if (changes := follow()) is None:
-                    return
-                async with contextlib.aclosing(changes):
-                    async for change in changes:
-                        cleared = change.cleared or missed
-                        news = PrefixChange(
-                            replica_id=replica_id, **change._asdict() | {"cleared": cleared}
-                        )
-                        missed = not await _published(writer, news)
-            except Exception:
-                logger.exception("lost the engine's KV events; listening again")
-            await asyncio.sleep(retry_s)
-            missed = not await _published(writer, PrefixChange(replica_id=replica_id, cleared=True))
-    finally:
-        await writer.close()
+    if (changes := follow()) is None:
+        return
+    missed = not await _published(writer, PrefixChange(replica_id=replica_id, cleared=True))
+    async with contextlib.aclosing(changes):
+        async for change in changes:
+            cleared = change.cleared or missed
+            news = PrefixChange(replica_id=replica_id, **change._asdict() | {"cleared": cleared})
+            missed = not await _published(writer, news)
+    raise RuntimeError("the engine's KV events have ended")
 
 
 async def _published(writer: PrefixWriter, change: PrefixChange) -> bool:

@@ -239,9 +239,14 @@ class MovingCore:
                     mine for output in outputs.outputs for mine in self._sort(output)
                 ]
                 self._merged.put_nowait(outputs)
-        except Exception as error:
-            self._end_guests(error)
-            self._merged.put_nowait(error)
+        # A library can raise the latter, and then the front end would wait for ever.
+        except (Exception, asyncio.CancelledError) as error:
+            if not isinstance(error, Exception):
+                error = ConnectionError("the engine core's outputs have ended")
+            # After the shutdown nobody waits for outputs.
+            if not self._over.is_set():
+                self._end_guests(error)
+                self._merged.put_nowait(error)
 
     def _sort(self, output: EngineCoreOutput) -> list[EngineCoreOutput]:
         """Pass on a guest's output, and return what the front end gets."""

@@ -45,7 +45,9 @@ from serving.ingress.prediction_metrics import PredictionMetrics
 from serving.ingress.routing import Routing, configured_routing
 from serving.ingress.sender import Sender
 from serving.ingress.shedding import Shedding
+from serving.metrics import TaskMetrics
 from serving.store import store_url
+from serving.supervision import Supervisor
 
 logger = logging.getLogger("ray.serve")
 
@@ -205,6 +207,7 @@ class Ingress:
         refuse_tls_options(http_options(), has_haproxy=RAY_SERVE_ENABLE_HA_PROXY)
         warn_of_open_cluster(os.environ, logger)
         start_tracing(config.engine.get("otlp_traces_endpoint"), "adakv ingress")
+        self._tasks = Supervisor(TaskMetrics().note)
         self._routing = OccupancyRouter.routing = configured_routing(config)
         predictor = footprint_predictor(config) if self._routing is not None else None
         self._backend = HandleBackend(engine, predictor, fleet_rests, self._routing)
@@ -217,7 +220,7 @@ class Ingress:
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         if self._routing is not None:
             keys = LedgerKeys(self._config.store.key_prefix, serve.get_replica_context().app_name)
-            self._routing.listen(store_url(self._config.store), keys)
+            self._routing.listen(store_url(self._config.store), keys, self._tasks)
         self._door = FrontDoor(
             self._backend, self._settings, logger,
             doors=lambda: serve.get_replica_context().world_size,
@@ -232,6 +235,9 @@ class Ingress:
     async def cut(self) -> None:
         """End all requests, streams with an error event."""
         self._door.draining.cut.set()
+
+    async def check_health(self) -> None:
+        self._tasks.check()
 
 
 def refuse_limits_without_keys(settings: FrontDoorSettings) -> None:

@@ -1,6 +1,5 @@
 """Routing in an ingress process: follows the occupancy reports and chooses replicas."""
 
-import asyncio
 import json
 import logging
 import time
@@ -19,6 +18,7 @@ from router.local_view import LocalView
 from router.score import Speeds
 from serving.config import AppConfig
 from serving.http.tracing import note_span
+from serving.supervision import KeptTask, Supervisor
 
 logger = logging.getLogger("ray.serve")
 
@@ -39,13 +39,14 @@ class Routing:
             "adakv_routing_decisions", "Routed requests by the reason of the choice", ("reason",)
         )
         self._dropped = metrics.Gauge(
-            "adakv_routing_reports_dropped", "Occupancy reports that could not be read"
+            "adakv_routing_reports_dropped", "Messages of the ledger that could not be read"
         )
-        self._tasks: list[asyncio.Task[None]] = []
+        self._subscription: LedgerSubscription | None = None
+        self._kept: list[KeptTask] = []
 
-    def listen(self, url: str, keys: LedgerKeys) -> None:
+    def listen(self, url: str, keys: LedgerKeys, tasks: Supervisor) -> None:
         """Start to follow the ledger, and to tell others by it, in the running event loop."""
-        subscription = LedgerSubscription(
+        self._subscription = LedgerSubscription(
             url,
             keys,
             self._chooser.view,
@@ -53,15 +54,14 @@ class Routing:
             on_sendings=self._learn,
         )
         self._teller = Teller(url, keys, self._ingress_id)
-        loop = asyncio.get_running_loop()
-        self._tasks = [
-            loop.create_task(subscription.run()),
-            loop.create_task(self._teller.run()),
+        self._kept = [
+            tasks.keep("subscription", self._subscription.run),
+            tasks.keep("sendings", self._teller.run),
         ]
 
     def stop(self) -> None:
         """Follow the ledger no more."""
-        for task in self._tasks:
+        for task in self._kept:
             task.cancel()
 
     def _learn(self, sendings: Sendings) -> None:
@@ -86,7 +86,8 @@ class Routing:
         began_s = time.monotonic()
         decision = self._chooser.choose(request_id, replica_ids, footprint, began_s)
         self._decisions.inc(tags={"reason": decision.reason if decision else "no_reports"})
-        self._dropped.set(self._chooser.view.dropped)
+        unread = self._subscription.dropped if self._subscription is not None else 0
+        self._dropped.set(self._chooser.view.dropped + unread)
         if decision and self._log_decisions:
             logger.info("routing %s", json.dumps(decision.log_line(footprint)))
         if decision and footprint.traceparent is not None:

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from router.lending.spill_plan import Candidate, Peer, plan_spill
 from serving.http.tracing import note_span
 from serving.spill.move import MoveReport, RequestMove, Send, SpillSettings, Stayed
 from serving.spill.parcels import StateFiles
+from serving.supervision import KeptTask, Supervisor
 
 if TYPE_CHECKING:
     from adakv_worker.frontend.moving import Movable, MovingCore
@@ -41,7 +42,7 @@ class _Past:
 
 
 class Borrower:
-    """Runs one background task for a replica, and one for each of its requests that moves.
+    """Runs two background tasks for a replica, and one for each of its requests that moves.
 
     A failure costs only time: the request is computed anew where it began.
     """
@@ -56,12 +57,14 @@ class Borrower:
         send: Send,
         block_bytes: int,
         settings: SpillSettings,
+        tasks: Supervisor,
         on_move: Callable[[MoveReport], None] = lambda report: None,
     ) -> None:
         """
         Args:
             send: sends a request to its lender, and yields its outputs.
             block_bytes: size of one KV block of all layers.
+            tasks: runs its background tasks.
         """
         self._core = core
         self._load = load
@@ -76,12 +79,13 @@ class Borrower:
         self._past: dict[str, _Past] = {}
         self._stayed_at: dict[str, float] = {}
         self._bytes_per_s: dict[str, float] = {}
+        self._tasks = tasks
         # One for each move.
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._moves: set[asyncio.Task[None]] = set()
         # Moves whose requests have not left the engine yet.
         self._leaving: set[RequestMove] = set()
         self._left_at = float("-inf")
-        self._task: asyncio.Task[None] | None = None
+        self._kept: list[KeptTask] = []
         self._store_lost = False
         self._draining = False
 
@@ -90,36 +94,43 @@ class Borrower:
         return sum(lease.amount for lease in self._leases.values() if lease.resource == "blocks")
 
     def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        # Leases have to be renewed whatever becomes of the looks for memory.
+        self._kept = [
+            self._tasks.keep("borrowing", self._look_often),
+            self._tasks.keep("renewal of leases", self._renew_often),
+        ]
 
     def drain(self, draining: bool = True) -> None:
         """Let all compressed requests leave from now on, even where a recompute costs less."""
         self._draining = draining
 
     async def stop(self) -> None:
-        tasks = [task for task in (self._task, *self._tasks) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(kept.stop() for kept in self._kept))
+        for move in self._moves:
+            move.cancel()
+        await asyncio.gather(*self._moves, return_exceptions=True)
         self._files.clear()
 
-    async def _run(self) -> None:
-        renewed_at = time.monotonic()
+    async def _look_often(self) -> None:
         while True:
             await asyncio.sleep(self._settings.interval_s)
             self._forget_rested()
-            try:
-                if time.monotonic() - renewed_at >= LEASE_TTL_S / 3:
-                    renewed_at = time.monotonic()
-                    await self.renew()
-                await self.relieve()
-                self._store_lost = False
-            except (redis.RedisError, OSError) as error:
-                if not self._store_lost:
-                    logger.warning("ledger of lent memory lost, requests stay: %s", error)
-                self._store_lost = True
-            except Exception:
-                logger.exception("cannot look for lent memory")
+            await self._unless_lost(self.relieve())
+
+    async def _renew_often(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE_TTL_S / 3)
+            if self._leases:
+                await self._unless_lost(self.renew())
+
+    async def _unless_lost(self, work: Coroutine[None, None, None]) -> None:
+        try:
+            await work
+            self._store_lost = False
+        except (redis.RedisError, OSError) as error:
+            if not self._store_lost:
+                logger.warning("ledger of lent memory lost, requests stay: %s", error)
+            self._store_lost = True
 
     def _forget_rested(self) -> None:
         rested_at = time.monotonic() - self._settings.limits.rest_s
@@ -209,9 +220,9 @@ class Borrower:
         )
         self._leases[lease.lease_id] = lease
         self._leaving.add(move)
-        task = asyncio.get_running_loop().create_task(self._run_move(move))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task = self._tasks.once("move of a request", self._run_move(move))
+        self._moves.add(task)
+        task.add_done_callback(self._moves.discard)
 
     async def _run_move(self, move: RequestMove) -> None:
         request_id, lender = move.request_id, move.lease.lender

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,11 @@ from adakv_worker.messages import Proof
 from router.lending.leases import Lease, Offer
 from router.lending.redis_leases import OFFER_TTL_S, LendingLedger
 from serving.spill.parcels import Guest, StateFiles, place_parcels
+from serving.supervision import KeptTask, Supervisor
 
 if TYPE_CHECKING:
     from adakv_worker.frontend.moving import Decoded, MovingCore
     from serving.vllm_engine.load import EngineLoad
-
-logger = logging.getLogger("ray.serve")
 
 # Longest wait of a cache from another node for its request.
 _ARRIVED_S = 30.0
@@ -83,21 +81,23 @@ class Lender:
         self._silent = silent
         self._guests: dict[str, _Held] = {}
         self._arrived: dict[str, contextlib.ExitStack] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._task: KeptTask | None = None
 
     @property
     def lent_blocks(self) -> int:
         return sum(guest.leased_blocks for guest in self._guests.values())
 
-    def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run())
+    def start(self, tasks: Supervisor) -> None:
+        """Begin to offer, unless that has begun."""
+        if self._task is None:
+            self._task = tasks.keep("offers of memory", self._run)
 
     async def stop(self) -> None:
         """Withdraw the offer. Guests stay until their end."""
         if self._task is not None:
             # Else an offer on its way could arrive after the withdrawal.
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            await self._task.stop()
+            self._task = None
         for lease_id in list(self._arrived):
             self._forget(lease_id)
         self._files.clear()
@@ -166,12 +166,9 @@ class Lender:
 
     async def _run(self) -> None:
         while True:
-            try:
+            # The next offer follows soon, and borrowers log a lost store.
+            with contextlib.suppress(redis.RedisError, OSError):
                 await self._ledger.offer(self.offer())
-            except (redis.RedisError, OSError):
-                pass  # The next offer follows soon, and borrowers log a lost store.
-            except Exception:
-                logger.exception("cannot offer memory")
             await asyncio.sleep(OFFER_TTL_S / 5)
 
     def offer(self) -> Offer:

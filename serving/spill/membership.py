@@ -5,10 +5,7 @@ replica that has a handle of its own deployment has such a router.
 """
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Collection
-
-logger = logging.getLogger("ray.serve")
 
 
 class Membership:
@@ -22,6 +19,8 @@ class Membership:
         self._replica_id = replica_id
         self._loop = asyncio.get_running_loop()
         self._changes: asyncio.Queue[bool] = asyncio.Queue()
+        # What was reported last, and what was followed last.
+        self._is_there = self._was_there = True
 
     def update(self, before: Collection[str], after: Collection[str]) -> None:
         """Compare a router's replicas before and after an update. Safe in any thread."""
@@ -32,16 +31,18 @@ class Membership:
     async def follow(self, on_change: Callable[[bool], Awaitable[None]]) -> None:
         """Call `on_change` when routers lose or regain the replica, until cancelled.
 
-        Several routers report the same change; it counts once. An exception of `on_change` is
-        logged, and the next change is followed all the same.
+        Several routers report the same change; it counts once.
+
+        Raises:
+            Exception: `on_change` has raised it. The next call of `follow` begins with that change,
+                unless another one has revoked it.
         """
-        was_there = True
         while True:
-            is_there = await self._changes.get()
-            if is_there is was_there:
+            while not self._changes.empty():
+                self._is_there = self._changes.get_nowait()
+            if self._is_there is self._was_there:
+                self._is_there = await self._changes.get()
                 continue
-            was_there = is_there
-            try:
-                await on_change(is_there)
-            except Exception:
-                logger.exception("cannot follow a change of replicas: is_there=%s", is_there)
+            is_there = self._is_there
+            await on_change(is_there)
+            self._was_there = is_there

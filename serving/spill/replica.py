@@ -23,6 +23,7 @@ from serving.spill.move import Send, SpillSettings
 from serving.spill.parcels import Guest, LenderName, open_parcels
 from serving.spill.peers import ReplicaPeers
 from serving.spill.sessions import SessionTraffic
+from serving.supervision import KeptTask, Supervisor
 
 logger = logging.getLogger("ray.serve")
 
@@ -43,18 +44,21 @@ class ReplicaSpill:
         keys: LedgerKeys,
         name: LenderName,
         lenders: DeploymentHandle[Any] | None,
+        tasks: Supervisor,
     ) -> None:
         """
         Args:
             name: the replica's name in the ledger of lent memory.
             lenders: deployment of the replicas that only lend.
+            tasks: runs its background tasks.
         """
         self._host = host
         self._name = name
         self._application = keys.application
         # For the request routers of this process, which inform it.
         self.membership = Membership(name.replica_id)
-        self._watch: asyncio.Task[None] | None = None
+        self._tasks = tasks
+        self._watch: KeptTask | None = None
         self._ledger = LendingLedger(url, keys)
         spill = config.spill
         self._folder = Path(spill.folder)
@@ -78,6 +82,7 @@ class ReplicaSpill:
             send=_sender(name, keys.application, lenders),
             block_bytes=host.block_bytes,
             settings=_settings(config),
+            tasks=tasks,
             on_move=SpillMetrics().note,
         )
 
@@ -94,6 +99,7 @@ class ReplicaSpill:
             prefill_tokens_per_s=config.routing.prefill_tokens_per_s,
             bytes_per_s=config.spill.bytes_per_s,
             interval_s=config.spill.interval_s,
+            tasks=self._tasks,
             on_move=SessionMetrics().note,
         )
         self._host.sessions.fetch_by(traffic.fetch)
@@ -101,9 +107,9 @@ class ReplicaSpill:
 
     def start(self) -> None:
         remove_orphans(self._folder)
-        self.lender.start()
+        self.lender.start(self._tasks)
         self._borrower.start()
-        self._watch = asyncio.get_running_loop().create_task(self._watch_membership())
+        self._watch = self._tasks.keep("membership", self._watch_membership)
 
     async def _watch_membership(self) -> None:
         # The first call creates the router, whichever replica answers it.
@@ -120,14 +126,14 @@ class ReplicaSpill:
             self.sessions.drain(not is_there)
         if is_there:
             logger.info("this replica gets requests again")
-            self.lender.start()
+            self.lender.start(self._tasks)
         else:
             logger.info("this replica gets no more requests: its compressed ones leave")
             await self.lender.stop()
 
     async def stop(self) -> None:
         if self._watch is not None:
-            self._watch.cancel()
+            await self._watch.stop()
         await self._borrower.stop()
         if self.sessions is not None:
             await self.sessions.stop()

@@ -12,8 +12,11 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import redis
+
 from serving.http.tracing import span
 from serving.spill.parcels import StateFiles, place_parcels
+from serving.supervision import KeptTask, Supervisor
 
 if TYPE_CHECKING:
     from adakv_worker.frontend.session_moves import SessionAsk, SessionCore
@@ -89,6 +92,7 @@ class SessionTraffic:
         prefill_tokens_per_s: float,
         bytes_per_s: float,
         interval_s: float,
+        tasks: Supervisor,
         on_move: Callable[[SessionMove], None] = lambda move: None,
     ) -> None:
         """
@@ -97,6 +101,7 @@ class SessionTraffic:
             prefill_tokens_per_s: speed at which a prompt would be computed instead.
             bytes_per_s: assumed speed of a move until one has been measured.
             interval_s: time between two looks for caches to hand over.
+            tasks: runs the background task that hands over.
         """
         self._core = core
         self._peers = peers
@@ -108,7 +113,8 @@ class SessionTraffic:
         self._on_move = on_move
         # Those that have been handed over, by name.
         self._handed_over: set[str] = set()
-        self._draining: asyncio.Task[None] | None = None
+        self._tasks = tasks
+        self._draining: KeptTask | None = None
 
     async def fetch(self, holder: str, ask: "SessionAsk") -> None:
         """Fetch the held cache of a request that is about to begin here, if that pays.
@@ -171,13 +177,13 @@ class SessionTraffic:
         """Hand over what is held now, and what requests still leave, to the other replicas."""
         if self._draining is not None:
             self._draining.cancel()
-        self._draining = asyncio.create_task(self._hand_over_all()) if draining else None
+        self._draining = self._tasks.keep("handing over", self._hand_over_all) if draining else None
         self._handed_over.clear()
 
     async def stop(self) -> None:
         """Hand over the rest if the replica is to go, for a short time."""
         if self._draining is not None:
-            self._draining.cancel()
+            await self._draining.stop()
             with contextlib.suppress(TimeoutError, Exception):
                 async with asyncio.timeout(_LAST_S):
                     await self.hand_over()
@@ -187,7 +193,8 @@ class SessionTraffic:
         while True:
             try:
                 await self.hand_over()
-            except Exception as error:
+            except (redis.RedisError, OSError) as error:
+                # The store or the engine is lost, and others report that.
                 logger.info("sessions stay: %r", error)
             await asyncio.sleep(self._interval_s)
 
@@ -195,7 +202,8 @@ class SessionTraffic:
         """Send copies of the held caches that have not been handed over to the other replicas.
 
         Raises:
-            Exception: the store or the engine is lost.
+            redis.RedisError: the store is lost.
+            ConnectionError: the engine core has ended.
         """
         held = [one for one in await self._core.held() if one.name not in self._handed_over]
         others = await self._peers.others() if held else []

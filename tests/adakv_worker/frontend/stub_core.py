@@ -20,7 +20,7 @@ class Core:
     """A client of an engine core whose answers the test sets."""
 
     def __init__(self) -> None:
-        self.outputs: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
+        self.outputs: asyncio.Queue[EngineCoreOutputs | BaseException] = asyncio.Queue()
         self.on_add: Callable[[EngineCoreRequest], None] = lambda request: None
         self.aborted: list[str] = []
         # The workers' answer to every call; with None they never answer.
@@ -35,7 +35,7 @@ class Core:
 
     async def get_output_async(self) -> EngineCoreOutputs:
         outputs = await self.outputs.get()
-        if isinstance(outputs, Exception):
+        if isinstance(outputs, BaseException):
             raise outputs
         return outputs
 
@@ -72,8 +72,8 @@ class Front:
         output = EngineCoreOutput(name, [7], kv_transfer_params=params)
         self.core.outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
 
-    def dies(self) -> None:
-        self.core.outputs.put_nowait(RuntimeError("dead"))
+    def dies(self, error: BaseException | None = None) -> None:
+        self.core.outputs.put_nowait(error or RuntimeError("dead"))
 
 
 def request(name: str, **changes: Any) -> EngineCoreRequest:

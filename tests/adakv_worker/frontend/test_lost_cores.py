@@ -18,11 +18,13 @@ async def soon(awaited: Any) -> Any:
 def ends(front: Front, way: str) -> None:
     if way == "dies":
         front.dies()
+    elif way == "outputs cancelled":
+        front.dies(asyncio.CancelledError("by a library"))
     else:
         front.moving.shutdown()
 
 
-@pytest.mark.parametrize("way", ["dies", "shut down"])
+@pytest.mark.parametrize("way", ["dies", "outputs cancelled", "shut down"])
 @pytest.mark.parametrize("exported", [True, False])
 async def test_leaving_a_lost_core_fails(exported: bool, way: str) -> None:
     front = Front()
@@ -37,7 +39,7 @@ async def test_leaving_a_lost_core_fails(exported: bool, way: str) -> None:
     assert not front.moving.is_away("asked")
 
 
-@pytest.mark.parametrize("way", ["dies", "shut down"])
+@pytest.mark.parametrize("way", ["dies", "outputs cancelled", "shut down"])
 @pytest.mark.parametrize("staged", [True, False])
 async def test_a_guest_of_a_lost_core_fails(staged: bool, way: str) -> None:
     front = Front()
@@ -104,3 +106,11 @@ async def test_a_request_that_cannot_come_back_ends_with_an_error() -> None:
     assert (front.moving.away, front.sent.newest_but(0)) == (0, [])
     # It may have reached the engine.
     assert front.core.aborted[-1].startswith("asked-")
+
+
+async def test_a_front_end_does_not_wait_for_outputs_that_have_ended() -> None:
+    front = Front()
+    await front.asks()
+    front.dies(asyncio.CancelledError("by a library"))
+    with pytest.raises(ConnectionError):
+        await soon(front.moving.get_output_async())

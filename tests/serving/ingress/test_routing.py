@@ -13,6 +13,7 @@ from router.footprint import Footprint
 from router.ledger.redis_ledger import LedgerKeys, LedgerWriter
 from router.local_view import LocalView
 from serving.ingress.routing import Routing
+from serving.supervision import Supervisor
 from tests.router.occupancies import occupancy
 
 KEYS = LedgerKeys("adakv", "app")
@@ -36,7 +37,7 @@ class Door:
             )
             self.view.accept(report, time.monotonic())
         self.routing = Routing(Chooser(self.view, rng=random.Random(0)), log_decisions=False)
-        self.routing.listen(url, KEYS)
+        self.routing.listen(url, KEYS, Supervisor())
 
     def waiting(self, replica_id: str) -> int:
         (view,) = self.view.views([replica_id], time.monotonic())

@@ -14,6 +14,7 @@ from router.lending.spill_plan import SpillLimits
 from serving.spill.borrower import Borrower
 from serving.spill.move import MoveReport, SpillSettings
 from serving.spill.parcels import Guest
+from serving.supervision import Supervisor
 from serving.vllm_engine.load import EngineLoad
 from tests.adakv_worker.frontend.stub_core import Front
 from tests.adakv_worker.proofs import make_proof
@@ -48,7 +49,7 @@ class Borrowing:
         self.borrower = Borrower(
             core=self.front.moving, load=self._look, ledger=ledger, replica_id="borrower",
             send=lambda guest: self.send(guest), block_bytes=1000,
-            settings=SpillSettings(**settings), on_move=self.reports.put_nowait,
+            settings=SpillSettings(**settings), tasks=Supervisor(), on_move=self.reports.put_nowait,
         )  # fmt: skip
 
     def _look(self) -> EngineLoad:

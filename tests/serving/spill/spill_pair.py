@@ -11,6 +11,7 @@ from router.lending.spill_plan import SpillLimits
 from serving.spill.borrower import Borrower
 from serving.spill.lender import Lender
 from serving.spill.move import MoveReport, Send, SpillSettings
+from serving.supervision import Supervisor
 from serving.vllm_engine.load import EngineLoad
 from tests.adakv_worker.async_engines import Side, idle
 
@@ -46,6 +47,7 @@ class Pair:
                 prefill_tokens_per_s=500.0, first_output_s=60.0, parked_s=60.0,
                 bytes_per_s=1e9, folder=folder,
             ),
+            tasks=Supervisor(),
             on_move=self.reports.append,
         )  # fmt: skip
 

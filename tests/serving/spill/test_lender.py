@@ -16,6 +16,7 @@ from router.lending.leases import Lease, Offer
 from router.lending.redis_leases import LendingLedger
 from serving.spill.lender import Lender
 from serving.spill.parcels import Guest
+from serving.supervision import Supervisor
 from tests.adakv_worker.frontend.stub_core import request
 from tests.adakv_worker.proofs import make_proof
 from tests.serving.spill.spill_pair import KEYS, LOAD
@@ -170,7 +171,7 @@ async def test_a_lender_offers_from_its_start_to_its_stop(tmp_path: Path) -> Non
             return (await lending.ledger.read()).offers
 
         for _ in range(2):
-            lending.lender.start()
+            lending.lender.start(Supervisor())
             async with asyncio.timeout(60):
                 while not await offers():
                     pass

