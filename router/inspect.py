@@ -32,7 +32,9 @@ def as_json(view: LedgerView) -> str:
         }
         for report in view.reports
     ]
-    return json.dumps({"replicas": replicas, "dropped": view.dropped})
+    return json.dumps(
+        {"replicas": replicas, "dropped": view.dropped, "store_keys": view.store_keys}
+    )
 
 
 def as_table(view: LedgerView, *, bars: bool = False) -> str:

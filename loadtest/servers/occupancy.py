@@ -14,10 +14,11 @@ ReplicaLoad = dict[str, Any]
 
 
 class Look(NamedTuple):
-    """The reports of all replicas, `at_s` seconds after the watch began."""
+    """The reports of all replicas, and the store's keys, `at_s` seconds after the watch began."""
 
     at_s: float
     loads: list[ReplicaLoad]
+    store_keys: int = 0
 
 
 class OccupancyWatch:
@@ -48,7 +49,8 @@ async def occupancy_watch(
     async def follow() -> None:
         async for line in lines:
             at_s = round(time.monotonic() - began, 2)
-            watch.looks.append(Look(at_s, json.loads(line)["replicas"]))
+            seen = json.loads(line)
+            watch.looks.append(Look(at_s, seen["replicas"], seen["store_keys"]))
 
     follower = asyncio.create_task(follow())
     try:

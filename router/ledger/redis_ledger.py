@@ -47,10 +47,14 @@ class Report(NamedTuple):
 
 
 class LedgerView(NamedTuple):
-    """All live reports by replica id, and the number of reports that could not be read."""
+    """All live reports by replica id, and the number of reports that could not be read.
+
+    store_keys: how many keys the store's database has, of whatever kind; 0 if unknown.
+    """
 
     reports: list[Report]
     dropped: int
+    store_keys: int = 0
 
 
 class LedgerKeys(NamedTuple):
@@ -195,7 +199,8 @@ class LedgerReader:
             for member in members:
                 pipe.get(self._keys.replica_of(member))
                 pipe.pttl(self._keys.replica_of(member))
-            answers = pipe.execute(raise_on_error=False)
+            pipe.dbsize()
+            *answers, keys = pipe.execute(raise_on_error=False)
         reports: list[Report] = []
         dropped = 0
         for stored in stored_reports(members, answers, self._ttl_s):
@@ -210,7 +215,8 @@ class LedgerReader:
                 dropped += 1
                 continue
             reports.append(Report(occupancy, stored.age_s))
-        return LedgerView(reports, dropped)
+        # A user of the store may lack the right to count.
+        return LedgerView(reports, dropped, keys if isinstance(keys, int) else 0)
 
     def close(self) -> None:
         self._client.close()
