@@ -35,6 +35,8 @@ def mend_surface(app: FastAPI, on_answer: Callable[[Info], None]) -> None:
         app.middleware_stack = app.build_middleware_stack()
     exceptions = _in_stack(app, ExceptionMiddleware)
     exceptions.add_exception_handler(HTTPException, _http_error)
+    exceptions.add_exception_handler(RecursionError, _too_deep)
+    exceptions.add_exception_handler(NotImplementedError, _unsupported)
     exceptions.app = HeldStart(exceptions.app)
     metrics = _in_stack(app, PrometheusInstrumentatorMiddleware)
     metrics.instrumentations = [*metrics.instrumentations, on_answer]
@@ -57,6 +59,18 @@ async def _http_error(_: Any, error: Exception) -> Response:
         error.status_code, str(error.detail), type_=HTTPStatus(error.status_code).phrase
     )
     return Response(body, error.status_code, error.headers, media_type="application/json")
+
+
+async def _too_deep(_: Any, error: Exception) -> Response:
+    # Some endpoints parse the body themselves.
+    body = error_body(400, "the request is nested too deeply", type_="BadRequestError")
+    return Response(body, 400, media_type="application/json")
+
+
+async def _unsupported(_: Any, error: Exception) -> Response:
+    # As for paths that do not exist. vLLM answers 501, and clients send again what gets a 5xx.
+    body = error_body(404, str(error), type_="NotFoundError")
+    return Response(body, 404, media_type="application/json")
 
 
 class _ModelId(Convertor[str]):

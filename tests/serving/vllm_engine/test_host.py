@@ -80,6 +80,26 @@ async def client(in_process: None, worded_model: Path) -> AsyncIterator[httpx.As
     host.shutdown()
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/invocations", b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
+        ("/v1/completions", b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
+        ("/v1/systemone", b'{"state": "a", "questions": {"q": {"type": "noul"}}}', 404),
+    ],
+)
+async def test_what_cannot_be_done_is_no_error_of_the_server(
+    client: httpx.AsyncClient, path: str, body: bytes, status: int
+) -> None:
+    headers = {"content-type": "application/json"}
+    refused = await client.post(path, content=body, headers=headers)
+    assert refused.status_code == status, refused.text
+    error = refused.json()["error"]
+    assert error["code"] == status
+    assert error["type"]
+    assert error["message"]
+
+
 async def ask(client: httpx.AsyncClient, endpoint: str, **options: Any) -> httpx.Response:
     path, body = ENDPOINTS[endpoint]
     return await client.post(path, json={"model": "tiny", **body, **options}, timeout=60)
