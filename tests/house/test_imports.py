@@ -62,7 +62,7 @@ ROOMS = {
     # Measurements: HTTP and files, but for engines/.
     "loadtest": May(
         "loadtest.client loadtest.comparison loadtest.engines loadtest.servers loadtest.traffic"
-        " loadtest.users serving.models",
+        " loadtest.users loadtest.fuzzing serving.models",
         "gevent geventhttpclient httpx locust psutil pydantic transformers yaml",
     ),
     "loadtest.client": May("", "httpx"),
@@ -74,8 +74,10 @@ ROOMS = {
         "adakv_worker adakv_worker.worker kernels.paging serving.models serving.spill",
         "torch vllm",
     ),
-    "loadtest.servers": May("", "httpx yaml"),
+    "loadtest.fuzzing": May(""),
+    "loadtest.servers": May("", "httpx psutil yaml"),
     "loadtest.shapes": May("loadtest.traffic", "locust"),
+    "loadtest.soaking": May("loadtest.client loadtest.servers loadtest.traffic", "httpx psutil"),
     "loadtest.traffic": May("loadtest.client", "pydantic"),
     "loadtest.users": May(
         "loadtest.client loadtest.traffic serving.models",

@@ -1,0 +1,1 @@
+"""Requests made to break a deployment, how they are sent, and what answers they may get."""
