@@ -16,18 +16,30 @@ class StreamTiming(NamedTuple):
     output_tokens: int
 
 
-async def streamed(client: httpx.AsyncClient, body: dict[str, Any]) -> StreamedAnswer:
-    """Return the whole answer to a completion that asks for a stream.
+async def streamed(
+    client: httpx.AsyncClient,
+    body: dict[str, Any],
+    path: str = "/v1/completions",
+    leave_after_lines: int | None = None,
+) -> StreamedAnswer:
+    """Return the whole answer to a request that asks for a stream.
+
+    Args:
+        leave_after_lines: close the connection after so many lines, and return what has come.
 
     Raises:
         StreamBroken: the server ended the stream with an error.
         httpx.HTTPError: the server refused or the connection failed.
     """
     answer = StreamedAnswer(time.perf_counter())
-    async with client.stream("POST", "/v1/completions", json=body) as response:
+    lines = 0
+    async with client.stream("POST", path, json=body) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
             answer.take(line, time.perf_counter())
+            lines += 1
+            if lines == leave_after_lines:
+                break
     return answer
 
 
