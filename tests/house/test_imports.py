@@ -62,7 +62,7 @@ ROOMS = {
     # Measurements: HTTP and files, but for engines/.
     "loadtest": May(
         "loadtest.client loadtest.comparison loadtest.engines loadtest.servers loadtest.traffic"
-        " loadtest.users loadtest.fuzzing serving.models",
+        " loadtest.users loadtest.fuzzing loadtest.soaking loadtest.faults serving.models",
         "gevent geventhttpclient httpx locust psutil pydantic transformers yaml",
     ),
     "loadtest.client": May("", "httpx"),
@@ -73,6 +73,9 @@ ROOMS = {
     "loadtest.engines": May(
         "adakv_worker adakv_worker.worker kernels.paging serving.models serving.spill",
         "torch vllm",
+    ),
+    "loadtest.faults": May(
+        "loadtest.client loadtest.fuzzing loadtest.servers loadtest.traffic", "httpx psutil"
     ),
     "loadtest.fuzzing": May(""),
     "loadtest.servers": May("", "httpx psutil yaml"),

@@ -1,0 +1,100 @@
+"""When a deployment is again what it was before a fault."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+import httpx
+
+from loadtest.faults.asking import Asked, Outcome
+from loadtest.servers.family import family
+from loadtest.servers.occupancy import OccupancyWatch
+
+_PROBE_EVERY_S, _PROBE_TIMEOUT_S = 0.25, 5.0
+# A report of a dead replica counts for two seconds.
+_STEADY_S = 2.5
+# These come and go without anybody's doing.
+_PASSING = ("idle worker", "helper")
+
+
+class Asks(Protocol):
+    """Asks one known question, and judges the answer."""
+
+    async def ask(self, number: int, *, stream: bool, timeout_s: float | None = None) -> Asked: ...
+
+
+def roles() -> Counter[str]:
+    """Return how many processes of each role there are."""
+    return Counter(role for role, _ in family() if role not in _PASSING)
+
+
+class Recovery:
+    """Looks whether the fleet, its processes and its answers are as they were at the start."""
+
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        watch: OccupancyWatch,
+        users: Asks,
+        count_roles: Callable[[], Counter[str]] = roles,
+        steady_s: float = _STEADY_S,
+    ) -> None:
+        """
+        Args:
+            steady_s: for how long all must be well.
+        """
+        self._client = client
+        self._watch = watch
+        self._users = users
+        self._count_roles = count_roles
+        self._steady_s = steady_s
+        self._replicas = len(watch.latest)
+        self._roles = count_roles()
+
+    async def wait(self, struck_s: float, replaces: str | None, timeout_s: float) -> float | None:
+        """Return the seconds from the fault to the first of some seconds in which all is well.
+
+        Args:
+            struck_s: when the fault began.
+            replaces: see `Kind`.
+            timeout_s: return None after this.
+        """
+        well_since: float | None = None
+        while time.monotonic() < struck_s + timeout_s:
+            began_s = time.monotonic()
+            if not await self._is_well(replaces):
+                well_since = None
+            elif well_since is None:
+                well_since = began_s
+            if well_since is not None and time.monotonic() - well_since > self._steady_s:
+                return well_since - struck_s
+            await asyncio.sleep(_PROBE_EVERY_S)
+        return None
+
+    async def _is_well(self, replaces: str | None) -> bool:
+        if len(self._watch.latest) != self._replicas:
+            return False
+        if replaces is not None:
+            there = await asyncio.to_thread(self._count_roles)
+            if there[replaces] < self._roles[replaces]:
+                return False
+        try:
+            response = await self._client.get("/health", timeout=_PROBE_TIMEOUT_S)
+        except httpx.HTTPError:
+            return False
+        if response.status_code != 200:
+            return False
+        asked = await self._users.ask(0, stream=False, timeout_s=_PROBE_TIMEOUT_S)
+        return asked.outcome in (Outcome.RIGHT, Outcome.TIE)
+
+    def left_over(self) -> str | None:
+        """Return which processes are more or fewer than at the start, or None."""
+        now = self._count_roles()
+        differences = {
+            role: now[role] - self._roles[role]
+            for role in sorted(now | self._roles)
+            if now[role] != self._roles[role]
+        }
+        return f"processes more or fewer than before: {differences}" if differences else None

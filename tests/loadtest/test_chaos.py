@@ -1,0 +1,255 @@
+"""The chaos run: its plan, how requests are judged, recoveries, and what a fault may cost."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from loadtest.chaos import Disturbed
+from loadtest.client.token_answers import Answer
+from loadtest.faults.asking import Asked, Outcome, Questions, Users
+from loadtest.faults.kinds import KINDS, Kind, plan
+from loadtest.faults.recovery import Recovery
+from loadtest.faults.windows import Struck, Window, table, windows
+from loadtest.servers.occupancy import Look, OccupancyWatch
+
+
+def test_a_plan_is_the_same_for_a_seed_and_does_all_before_it_repeats() -> None:
+    names = list(KINDS)
+    planned = plan(3, names, 2 * len(names) + 1)
+    assert planned == plan(3, names, 2 * len(names) + 1)
+    assert planned != plan(4, names, 2 * len(names) + 1)
+    assert sorted(planned[: len(names)]) == sorted(names)
+    assert len(planned) == 2 * len(names) + 1
+
+
+BODIES = [{"model": "fake", "prompt": "Once", "max_tokens": 3}]
+ANSWER = Answer([1, 2, 3], None, None, [1.0, 1e-6, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([1, 2, 3], Outcome.RIGHT),
+        ([1, 9, 9], Outcome.TIE),
+        ([9, 2, 3], Outcome.WRONG),
+        ([1, 2, 9], Outcome.WRONG),
+        ([1, 2], Outcome.WRONG),
+        ([], Outcome.WRONG),
+    ],
+)
+def test_an_answer_is_compared_with_the_undisturbed_one(
+    tokens: list[int], expected: Outcome
+) -> None:
+    assert Questions(BODIES, [ANSWER]).judge(0, tokens) == expected
+
+
+class Server:
+    """Answers completions in one way."""
+
+    def __init__(self, way: str) -> None:
+        self.way = way
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        # Let other tasks run, like a socket.
+        await asyncio.sleep(0)
+        if request.url.path == "/health":
+            return httpx.Response(503 if self.way == "unhealthy" else 200)
+        body = json.loads(request.content)
+        tokens = [1, 9, 3] if self.way == "wrong" else [1, 2, 3]
+        match self.way:
+            case "hang":
+                await asyncio.Event().wait()
+            case "full":
+                return httpx.Response(503, headers={"retry-after": "1"})
+            case "unstated":
+                return httpx.Response(503)
+            case "gone":
+                raise httpx.ConnectError("no")
+        if not body.get("stream"):
+            choice = {"token_ids": tokens, "logprobs": None}
+            return httpx.Response(200, json={"choices": [choice]})
+        lines = [f"data: {json.dumps({'choices': [{'text': 'a', 'token_ids': tokens}]})}"]
+        match self.way:
+            case "broken":
+                lines.append('data: {"error": {"message": "died"}}')
+            case "cut":
+                pass
+            case _:
+                lines.append("data: [DONE]")
+        return httpx.Response(200, text="\n\n".join(lines) + "\n\n")
+
+
+def users_of(way: str) -> Users:
+    client = httpx.AsyncClient(base_url="http://fake", transport=httpx.MockTransport(Server(way)))
+    answer = ANSWER if way != "wrong" else Answer([1, 2, 3], None, None, [1.0, 1.0, 1.0])
+    return Users(client, Questions(BODIES, [answer]), hang_s=0.1)
+
+
+@pytest.mark.parametrize(
+    ("way", "stream", "expected"),
+    [
+        ("good", True, Outcome.RIGHT),
+        ("good", False, Outcome.RIGHT),
+        ("wrong", True, Outcome.WRONG),
+        ("wrong", False, Outcome.WRONG),
+        ("broken", True, Outcome.FAILED),
+        ("unstated", False, Outcome.FAILED),
+        ("full", True, Outcome.REFUSED),
+        ("cut", True, Outcome.CUT),
+        ("gone", False, Outcome.CUT),
+        ("hang", True, Outcome.HUNG),
+        ("hang", False, Outcome.HUNG),
+    ],
+)
+async def test_what_becomes_of_a_request(way: str, stream: bool, expected: Outcome) -> None:
+    asked = await users_of(way).ask(0, stream=stream)
+    assert asked.outcome == expected
+    assert asked.ended_s >= asked.began_s
+
+
+async def test_users_ask_until_they_are_stopped() -> None:
+    users = users_of("good")
+    running = asyncio.create_task(users.run(3, seed=0))
+    while len(users.asked) < 10:
+        await asyncio.sleep(0)
+    users.stop()
+    await running
+    assert {one.outcome for one in users.asked} == {Outcome.RIGHT}
+
+
+def asked(began_s: float, ended_s: float, outcome: Outcome = Outcome.RIGHT) -> Asked:
+    return Asked(began_s, ended_s, outcome, "why")
+
+
+def test_requests_belong_to_the_last_fault_before_their_end() -> None:
+    struck = [Struck("kill engine", 10.0, 3.0), Struck("flush Valkey", 20.0, 0.5)]
+    requests = [
+        asked(1, 9, Outcome.WRONG),
+        asked(9, 11, Outcome.FAILED),
+        asked(12, 13),
+        asked(19, 21, Outcome.TIE),
+        asked(21, 22, Outcome.HUNG),
+    ]
+    first, second = windows(struck, requests)
+    assert (first.under_way, second.under_way) == (1, 1)
+    assert first.outcomes == {Outcome.FAILED: 1, Outcome.RIGHT: 1}
+    assert first.reasons == {"failed: why": 1}
+    assert second.outcomes == {Outcome.TIE: 1, Outcome.HUNG: 1}
+    rows = list(table([first, second], began_s=8.0))
+    assert rows[1].split() == ["kill", "engine", "2.0", "1", "1", "0", "1", "0", "0", "0", "3.0"]
+    assert rows[2].split()[2:] == ["12.0", "1", "1", "0", "0", "0", "1", "0", "0.5"]
+
+
+async def _nothing(scene: Any) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("outcome", "loses", "is_problem"),
+    [
+        (Outcome.RIGHT, False, False),
+        (Outcome.TIE, False, False),
+        (Outcome.FAILED, True, False),
+        (Outcome.CUT, True, False),
+        (Outcome.REFUSED, True, False),
+        (Outcome.FAILED, False, True),
+        (Outcome.CUT, False, True),
+        (Outcome.REFUSED, False, True),
+        (Outcome.HUNG, True, True),
+        (Outcome.WRONG, True, True),
+    ],
+)
+def test_what_a_fault_must_not_do(outcome: Outcome, loses: bool, is_problem: bool) -> None:
+    window = Window(Struck("a", 0.0, 1.0), 0, Counter([outcome]), Counter())
+    assert bool(window.problems(Kind(_nothing, loses=loses))) is is_problem
+
+
+@pytest.mark.parametrize(("recovered_s", "is_problem"), [(1.9, False), (2.1, True), (None, True)])
+def test_a_recovery_must_be_quick(recovered_s: float | None, is_problem: bool) -> None:
+    window = Window(Struck("a", 0.0, recovered_s), 0, Counter(), Counter())
+    assert bool(window.problems(Kind(_nothing, within_s=2))) is is_problem
+
+
+def test_what_is_left_over_is_a_problem_of_the_run() -> None:
+    window = Window(Struck("kill engine", 0.0, 1.0), 0, Counter(), Counter())
+    assert Disturbed([window], 0.0, []).problems == []
+    assert Disturbed([window], 0.0, ["a process"]).problems == ["a process"]
+
+
+def recovery_of(way: str, loads: int, roles: list[Counter[str]]) -> Recovery:
+    """A fleet of two at the start, whose last look then shows `loads` replicas."""
+    watch = OccupancyWatch()
+    watch.looks.append(Look(0.0, [{}, {}]))
+    users = users_of(way)
+    client = httpx.AsyncClient(base_url="http://fake", transport=httpx.MockTransport(Server(way)))
+    counts = iter(roles)
+    recovery = Recovery(client, watch, users, lambda: next(counts, roles[-1]), 0.1)
+    watch.looks.append(Look(1.0, [{}] * loads))
+    return recovery
+
+
+TWO, ONE = Counter(engine=2), Counter(engine=1)
+
+
+@pytest.mark.parametrize(
+    ("way", "loads", "roles", "recovers"),
+    [
+        ("good", 2, [TWO], True),
+        ("good", 1, [TWO], False),
+        ("good", 2, [TWO, ONE], False),
+        # It is there again after two looks.
+        ("good", 2, [TWO, ONE, ONE, TWO], True),
+        ("unhealthy", 2, [TWO], False),
+        ("wrong", 2, [TWO], False),
+        ("full", 2, [TWO], False),
+    ],
+)
+async def test_a_fleet_has_recovered_when_all_is_as_before(
+    way: str, loads: int, roles: list[Counter[str]], recovers: bool
+) -> None:
+    recovery = recovery_of(way, loads, roles)
+    timeout_s = 60.0 if recovers else 0.6
+    found = await recovery.wait(time.monotonic(), "engine", timeout_s)
+    assert (found is not None) is recovers
+
+
+def test_processes_that_are_left_over_are_named() -> None:
+    assert recovery_of("good", 2, [TWO]).left_over() is None
+    assert "'engine': -1" in str(recovery_of("good", 2, [TWO, ONE]).left_over())
+    more = Counter(engine=2, haproxy=1)
+    assert "'haproxy': 1" in str(recovery_of("good", 2, [TWO, more]).left_over())
+
+
+class _Scene:
+    def __init__(self, process: psutil.Process) -> None:
+        self._process = process
+
+    def one(self, role: str) -> psutil.Process:
+        return self._process
+
+
+async def test_a_paused_process_goes_on_afterwards() -> None:
+    code = "print(1, flush=True); input(); print(2, flush=True)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdout.readline()
+        process = psutil.Process(child.pid)
+        scene: Any = _Scene(process)
+        striking = asyncio.create_task(KINDS["pause engine"].strike(scene))
+        while process.status() != psutil.STATUS_STOPPED:
+            await asyncio.sleep(0.01)
+        await striking
+        child.stdin.write(b"\n")
+        child.stdin.close()
+        assert child.stdout.readline() == b"2\n"
