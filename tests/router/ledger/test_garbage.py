@@ -5,6 +5,7 @@ import random
 import time
 from typing import Any
 
+import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -180,3 +181,12 @@ def test_garbage_of_every_type_neither_ends_nor_stalls_the_subscription(
     reader = LedgerReader(store_url, KEYS, TTL_S)
     assert {"before", "after"} <= {report.occupancy.replica_id for report in reader.read().reports}
     reader.close()
+
+
+@pytest.mark.parametrize("field", ["blocks_total", "waiting", "running", "prefill_tokens_queued"])
+@pytest.mark.parametrize("amount", [10**400, float("inf"), float("nan")])
+def test_amounts_that_cannot_be_reckoned_with_are_dropped(field: str, amount: float) -> None:
+    view = LocalView(ttl_s=TTL_S)
+    view.receive(as_json({**MESSAGES[0], field: amount}), 0.0)
+    view.receive(as_json({**MESSAGES[0], "decode_tokens_per_s": float("inf")}), 0.0)
+    assert (view.dropped, view.replica_ids) == (2, [])

@@ -71,6 +71,25 @@ async def test_malformed_reports_are_dropped_and_counted(
     assert view.dropped == 2
 
 
+async def test_ids_of_expired_reports_go_with_the_next_report_and_all_keys_expire(
+    store_url: str, client: redis.Redis
+) -> None:
+    await _publish(store_url, "a", "b")
+    # Nobody reads: a fleet whose requests are routed otherwise has no reader.
+    client.zadd(KEYS.members, {"a": 1})
+    await _publish(store_url, "c")
+    assert client.zrange(KEYS.members, 0, -1) == [b"b", b"c"]
+    assert all(0 < client.pttl(key) <= 1000 * TTL_S for key in client.scan_iter())
+
+
+async def test_a_closed_writer_can_go_on(store_url: str, client: redis.Redis) -> None:
+    writer = LedgerWriter(store_url, KEYS, TTL_S)
+    for replica_id in ("a", "b"):
+        await writer.publish(occupancy(replica_id))
+        await writer.close()
+    assert len(LedgerReader(store_url, KEYS, TTL_S).read().reports) == 2
+
+
 async def test_reports_are_published_too(store_url: str, client: redis.Redis) -> None:
     listener = client.pubsub(ignore_subscribe_messages=True)
     listener.subscribe(KEYS.channel)
