@@ -184,7 +184,9 @@ def test_garbage_of_every_type_neither_ends_nor_stalls_the_subscription(
 
 
 @pytest.mark.parametrize("field", ["blocks_total", "waiting", "running", "prefill_tokens_queued"])
-@pytest.mark.parametrize("amount", [10**400, float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "amount", [10**400, float("inf"), float("nan")], ids=["400 digits", "infinity", "nan"]
+)
 def test_amounts_that_cannot_be_reckoned_with_are_dropped(field: str, amount: float) -> None:
     view = LocalView(ttl_s=TTL_S)
     view.receive(as_json({**MESSAGES[0], field: amount}), 0.0)
