@@ -118,6 +118,7 @@ def running(path: Path, port: int, own: set[int], **environment: str) -> Iterato
         if process.poll() is None:
             process.kill()
         process.wait()
+        process.stdout.close()
 
 
 @contextmanager
