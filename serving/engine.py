@@ -12,16 +12,14 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from adakv_worker.frontend.encodable import PROBLEM
 from router.autoscaling import ReplicaDemand
 from router.footprint import Footprint
 from router.ledger.redis_ledger import LedgerKeys, LedgerWriter
 from router.lending.leases import Lease
 from serving.config import AppConfig
-from serving.http.asgi import Message, Scope, call_app
-from serving.http.encodable import unencodable_field
-from serving.http.failures import ReplicaLost
-from serving.http.openai_error import error_messages
+from serving.http.asgi import Message, Scope
+from serving.http.failures import ReplicaDown
+from serving.http.replica_answers import ReplicaAnswers
 from serving.http.tenants import HOLDER
 from serving.ingress.occupancy_router import OccupancyRouter
 from serving.janitor import Estate, Janitor
@@ -40,8 +38,6 @@ if TYPE_CHECKING:
     from adakv_worker.frontend.session_moves import SessionAsk
 
 logger = logging.getLogger("ray.serve")
-
-REPLICA_HEADER = b"x-replica-id"
 
 
 class Engine:
@@ -73,6 +69,8 @@ class Engine:
             movable=config.spill.enabled,
             hang_s=config.replica.hang_s,
         )
+        host = self._host
+        self._answers = ReplicaAnswers(host.app, lambda: host.dead, self._replica_id)
         logger.info(
             "engine ready: model=%s path=%s seconds=%.0f", name, path, time.monotonic() - started
         )
@@ -113,23 +111,15 @@ class Engine:
             footprint: for the request router, which has chosen this replica by it.
 
         Raises:
-            ReplicaLost: the engine died before the answer began.
+            ReplicaDown: the engine had died before.
+            ReplicaLost: the engine has died.
+            ReplicaFault: anything else went wrong here.
         """
-        if (field := unencodable_field(body)) is not None:
-            problem = f"{field or 'The request'} has {PROBLEM}."
-            start, *rest = error_messages(400, problem, type_="BadRequestError", param=field)
-            yield [self._signed(start), *rest]
-            return
         if footprint is not None and footprint.holder not in (None, self._replica_id):
             scope = {**scope, HOLDER: footprint.holder}
-        begun = False
-        async for batch in call_app(self._host.app, scope, body):
-            if not begun and batch[0].get("status", 0) >= 500 and self._host.dead:
-                raise ReplicaLost("the engine process died")
-            if not begun:
-                batch[0] = self._signed(batch[0])
-            begun = True
-            yield batch
+        async with contextlib.aclosing(self._answers.answer(scope, body)) as batches:
+            async for batch in batches:
+                yield batch
 
     async def place(self, parcels: list[Any], lease: Lease) -> str:
         """Store the cache of a request from another node, before `lend` continues the request.
@@ -194,11 +184,6 @@ class Engine:
         """Answer a replica that calls its own deployment only to get a request router."""
         return True
 
-    def _signed(self, start: Message) -> Message:
-        """Return the response's start with a header that names this replica."""
-        signature = (REPLICA_HEADER, self._replica_id.encode())
-        return {**start, "headers": [*start.get("headers", ()), signature]}
-
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the load in the form that `serving.autoscaling.OccupancyPolicy` reads."""
         load = self._host.load()
@@ -215,7 +200,13 @@ class Engine:
         return demand.model_dump()
 
     async def ping(self) -> None:
-        await self._host.check()
+        """Return if the engine lives.
+
+        Raises:
+            ReplicaDown: it does not.
+        """
+        if self._host.dead:
+            raise ReplicaDown("the engine process has died")
 
     async def check_health(self) -> None:
         await self._host.check()

@@ -1,4 +1,6 @@
-"""The three ways in which a backend fails, each with the error that the client gets."""
+"""The ways in which a backend fails, each with the error that the client gets."""
+
+import traceback
 
 
 class BackendFailure(Exception):
@@ -30,3 +32,21 @@ class ReplicaLost(BackendFailure):
 
     error_type = "ReplicaLost"
     message = "the replica that worked on this request died"
+
+
+class ReplicaDown(ReplicaLost):
+    """The replica had lost its engine before the request came, so that no work was done."""
+
+    message = "the replica that got this request has no engine"
+
+
+class ReplicaFault(Exception):
+    """What a replica's own code has raised; another replica would raise it again. A 500.
+
+    Its only argument is the replica's traceback, because exceptions lose theirs on the way.
+    """
+
+    @classmethod
+    def of(cls, error: Exception) -> "ReplicaFault":
+        """Return what the ingress gets in place of an error; call it in the replica."""
+        return cls("".join(traceback.format_exception(error)))

@@ -29,12 +29,13 @@ from serving.http.bodies import Bodies, Body, BodyRefused, ClientGone
 from serving.http.door_settings import FrontDoorSettings
 from serving.http.draining import Draining
 from serving.http.edge import REQUEST_ID_HEADER, is_request_id
-from serving.http.failures import BackendFailure, ReplicaLost
+from serving.http.failures import BackendFailure
 from serving.http.key_file import KeyFile
 from serving.http.key_limits import Admission, KeyLimits, LimitReached
 from serving.http.loggable import loggable
 from serving.http.openai_error import error_event, error_messages
 from serving.http.paths import Paths
+from serving.http.retries import Retries
 from serving.http.tenants import TENANT_HEADER
 from serving.http.tracing import annotate, serving_span
 
@@ -45,12 +46,9 @@ _NO_METRICS = (
     "the metrics of all replicas are not here but on every Ray node's Prometheus port "
     "(`ray start --metrics-export-port`)"
 )
-_ATTEMPTS = 2
 _STOPPING = "the server takes no more requests: it is about to stop"
 # Longest time for a client to take the event that ends its stream early.
 _LAST_EVENT_S = 5.0
-# Time for Serve to see that a replica is gone.
-_RETRY_PAUSE_S = 0.25
 # An answer this recent proves that a replica works, even if a ping would wait in a long queue.
 _RECENT_ANSWER_S = 5.0
 
@@ -103,6 +101,7 @@ class FrontDoor:
             settings.max_body_bytes, settings.max_held_body_bytes, settings.body_timeout_s
         )
         self.draining = Draining(clock)
+        self.retries = Retries(clock)
         self._clock = clock
         self._last_answer_at = -math.inf
 
@@ -298,18 +297,22 @@ class _Exchange:
             pass
 
     async def _forward(self, body: bytes) -> None:
-        for attempt in range(1, _ATTEMPTS + 1):
+        attempts = self._door.retries.begin()
+        while True:
             try:
                 await self._forward_once(body)
                 return
             except BackendFailure as failure:
-                again = isinstance(failure, ReplicaLost) and attempt < _ATTEMPTS
-                if not again or self._status:
+                # What has been sent cannot be taken back.
+                pause_s = None if self._status else attempts.pause_after(failure)
+                if pause_s is None:
                     retry_after = self._retry_after(failure.retry_after_s)
                     await self._broken(503, failure.message, failure.error_type, retry_after)
                     return
-                self._door.logger.warning("request_id=%s retrying: replica lost", self._request_id)
-                await asyncio.sleep(_RETRY_PAUSE_S)
+                self._door.logger.warning(
+                    "request_id=%s retrying: %s", self._request_id, failure.message
+                )
+                await asyncio.sleep(pause_s)
             except Exception:
                 # Its text may reveal internals, so it goes only into the log.
                 self._door.logger.exception("request_id=%s failed", self._request_id)

@@ -8,16 +8,13 @@ import logging
 import os
 import pickle
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
-import grpc
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
 from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
 from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatus, ReplicaState
 
@@ -28,7 +25,6 @@ from serving.http.api_keys import vllm_keys
 from serving.http.asgi import ASGIApp, Message, Scope, route_path
 from serving.http.door_settings import FrontDoorSettings
 from serving.http.draining import Running
-from serving.http.failures import NoReplica, Overloaded, ReplicaLost
 from serving.http.front_door import FrontDoor
 from serving.http.key_limits import Limits
 from serving.http.tracing import carried, span, start_tracing
@@ -40,6 +36,7 @@ from serving.ingress.footprints import (
     Prediction,
     footprint_predictor,
 )
+from serving.ingress.losses import named_failures
 from serving.ingress.occupancy_router import OccupancyRouter
 from serving.ingress.prediction_metrics import PredictionMetrics
 from serving.ingress.routing import Routing, configured_routing
@@ -62,7 +59,7 @@ _AT_REST = {
 
 
 class HandleBackend:
-    """Backend that calls the `Engine` deployment over gRPC and translates its failures."""
+    """Backend that calls the `Engine` deployment over gRPC and names its failures."""
 
     def __init__(
         self,
@@ -105,36 +102,34 @@ class HandleBackend:
             traceparent = carried().get("traceparent")
             footprint = footprint._replace(traceparent=traceparent, booking=uuid.uuid4().hex)
         call = functools.partial(self._stream.remote, scope, predicted.body, footprint)
-        try:
+        with named_failures(), self._booked(footprint):
             response, item = await self._shedding.begin(call, predicted.priority)
-        except Exception as error:
-            self._note_end(footprint)
-            raise _translated(error) from error
-        if self._routing is not None and footprint is not None:
-            self._routing.answered(footprint)
-        try:
-            while item is not None:
-                batch = _batch(item)
-                before = counter.tokens
-                counter.see(batch)
-                pay(counter.tokens - before)
-                yield batch
-                item = await anext(response, None)
-            if self._predictor is not None and counter.tokens:
-                tokens = counter.tokens // predicted.answers
-                self._predictor.note_output(predicted.kind, tokens)
-                self._metrics.note_output(predicted, counter.tokens)
-        except (GeneratorExit, asyncio.CancelledError):
-            response.cancel()
-            raise
-        except Exception as error:
-            raise _translated(error) from error
-        finally:
-            self._note_end(footprint)
+            if self._routing is not None and footprint is not None:
+                self._routing.answered(footprint)
+            try:
+                while item is not None:
+                    batch = _batch(item)
+                    before = counter.tokens
+                    counter.see(batch)
+                    pay(counter.tokens - before)
+                    yield batch
+                    item = await anext(response, None)
+            except (GeneratorExit, asyncio.CancelledError):
+                response.cancel()
+                raise
+        if self._predictor is not None and counter.tokens:
+            tokens = counter.tokens // predicted.answers
+            self._predictor.note_output(predicted.kind, tokens)
+            self._metrics.note_output(predicted, counter.tokens)
 
-    def _note_end(self, footprint: Footprint | None) -> None:
-        if self._routing is not None and footprint is not None:
-            self._routing.ended(footprint)
+    @contextlib.contextmanager
+    def _booked(self, footprint: Footprint | None) -> Iterator[None]:
+        """Tell the routing when the request in the context has ended."""
+        try:
+            yield
+        finally:
+            if self._routing is not None and footprint is not None:
+                self._routing.ended(footprint)
 
     async def _asked_whether_it_rests(self) -> bool:
         # Serve's controller may hang: all probes wait for one question, which blocks one thread.
@@ -144,12 +139,10 @@ class HandleBackend:
 
     async def ping(self) -> None:
         # A call would start a replica of a fleet that has gone to zero.
-        try:
+        with named_failures():
             if await self._asked_whether_it_rests():
                 return
             await self._ping.remote()
-        except Exception as error:
-            raise _translated(error) from error
 
 
 def fleet_rests() -> bool:
@@ -173,27 +166,6 @@ def _batch(item: bytes | list[Message]) -> list[Message]:
     # Inside an HTTP request Serve returns gRPC results still pickled.
     messages: list[Message] = pickle.loads(item) if isinstance(item, bytes) else item
     return messages
-
-
-def _translated(error: Exception) -> Exception:
-    if isinstance(error, BackPressureError):
-        return Overloaded(error.retry_after_s)
-    if isinstance(error, DeploymentUnavailableError):
-        return NoReplica(str(error))
-    if isinstance(error, ReplicaLost) or _raised_by_handle(error):
-        return ReplicaLost(str(error))
-    # The replica's code raised it, and another replica would raise it again.
-    return error
-
-
-def _raised_by_handle(error: Exception) -> bool:
-    """Return whether the handle itself raised the error: dead actors, broken connections."""
-    if isinstance(error, RayTaskError):
-        return False
-    # The handle raises a plain RuntimeError if a call fails before the replica accepts it.
-    return type(error) is RuntimeError or isinstance(
-        error, (RayError, RayServeException, grpc.RpcError, OSError)
-    )
 
 
 @serve.ingress()

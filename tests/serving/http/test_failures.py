@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from serving.http.failures import NoReplica, Overloaded, ReplicaLost
+from serving.http.failures import NoReplica, Overloaded, ReplicaFault, ReplicaLost
 from tests.serving.http.scripted_backend import (
     JSON_START,
     SSE_START,
@@ -68,6 +68,20 @@ async def test_an_unforeseen_failure_is_500_without_its_text(
     assert "secret" in caplog.text
     assert "retry-after" not in response.headers
     assert len(backend.calls) == 1
+
+
+async def test_a_replicas_traceback_is_logged_under_the_requests_id(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fault = ReplicaFault('File "core.py", line 3, in step\nKeyError: secret')
+    backend = ScriptedBackend([fault])
+    headers = {"x-request-id": "mine"}
+    response = await client(backend).post("/v1/completions", headers=headers)
+    assert (response.status_code, len(backend.calls)) == (500, 1)
+    assert "secret" not in response.text
+    (record,) = [one for one in caplog.records if one.exc_info]
+    assert record.getMessage() == "request_id=mine failed"
+    assert "line 3, in step" in caplog.text
 
 
 @pytest.mark.parametrize(

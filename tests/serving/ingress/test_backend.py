@@ -1,11 +1,13 @@
 """The backend on a Serve handle: its calls, and the translation of its failures."""
 
+import asyncio
 import contextlib
 import pickle
 from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import aclosing
 from typing import Any
 
+import grpc
 import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve._private.common import DeploymentID
@@ -14,7 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from router.footprint import Footprint
 from serving.http.asgi import Message, Scope
 from serving.http.door_settings import FrontDoorSettings
-from serving.http.failures import NoReplica, Overloaded, ReplicaLost
+from serving.http.failures import NoReplica, Overloaded, ReplicaDown, ReplicaFault, ReplicaLost
 from serving.http.key_limits import Limits
 from serving.ingress.deployment import (
     HandleBackend,
@@ -28,7 +30,7 @@ from serving.ingress.sender import Sender
 class Answer:
     """The result of a handle's call: items, then perhaps an error."""
 
-    def __init__(self, items: list[Any], error: Exception | None) -> None:
+    def __init__(self, items: list[Any], error: BaseException | None) -> None:
         self._items = iter(items)
         self._error = error
         self.cancelled = False
@@ -53,7 +55,7 @@ class Answer:
 class Handle:
     """The part of a `DeploymentHandle` that the backend uses."""
 
-    def __init__(self, *items: Any, error: Exception | None = None) -> None:
+    def __init__(self, *items: Any, error: BaseException | None = None) -> None:
         self.answer = Answer(list(items), error)
         self.asgi = self.ping = self
         self.called_with: tuple[Any, ...] = ()
@@ -64,6 +66,13 @@ class Handle:
     def remote(self, *args: Any) -> Answer:
         self.called_with = args
         return self.answer
+
+
+NOT_THERE = ActorUnavailableError("gone", b"0" * 16)
+
+
+def ended_with(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata())
 
 
 class Predictor:
@@ -206,10 +215,10 @@ async def test_an_answer_that_is_closed_early_is_cancelled_and_teaches_nothing()
 
 @pytest.mark.parametrize(
     ("error", "translated"),
-    [(None, None), (ReplicaLost(), ReplicaLost), (ConnectionResetError(), ReplicaLost)],
+    [(None, None), (ReplicaDown(), ReplicaDown), (NOT_THERE, ReplicaLost)],
 )
 async def test_a_ping_fails_as_a_stream_does(
-    error: Exception | None, translated: type[Exception] | None
+    error: BaseException | None, translated: type[Exception] | None
 ) -> None:
     backend = backend_of(Handle(error=error))
     if translated is None:
@@ -223,7 +232,7 @@ def task_error(cause: Exception) -> Exception:
     return RayTaskError("asgi", "the traceback", cause).as_instanceof_cause()
 
 
-async def raised_by_a_stream(error: Exception) -> Exception:
+async def raised_by_a_stream(error: BaseException) -> Exception:
     backend = backend_of(Handle(error=error))
     with pytest.raises(Exception) as raised:  # noqa: PT011
         await anext(backend.stream({"path": "/", "headers": []}, b""))
@@ -234,23 +243,60 @@ async def raised_by_a_stream(error: Exception) -> Exception:
     ("error", "translated"),
     [
         (BackPressureError(num_queued_requests=1, max_queued_requests=1), Overloaded),
-        (ActorUnavailableError("gone", b"0" * 16), ReplicaLost),
-        (ConnectionResetError(), ReplicaLost),
-        (RuntimeError("Unexpected error (StatusCode.UNKNOWN)"), ReplicaLost),
+        (NOT_THERE, ReplicaLost),
+        (ended_with(grpc.StatusCode.UNAVAILABLE), ReplicaLost),
+        (ended_with(grpc.StatusCode.CANCELLED), ReplicaLost),
+        (RuntimeError("Unexpected error (StatusCode.UNAVAILABLE): closed."), ReplicaLost),
         (ReplicaLost("its engine died"), ReplicaLost),
         (task_error(ReplicaLost("its engine died")), ReplicaLost),
+        (task_error(ReplicaDown("its engine is dead")), ReplicaDown),
     ],
 )
 async def test_failures_are_translated_by_their_kind(error: Exception, translated: type) -> None:
     assert type(await raised_by_a_stream(error)) is translated
 
 
-@pytest.mark.parametrize("error", [RecursionError("too deep"), KeyError("a"), ValueError("b")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RecursionError("too deep"), KeyError("a"), RuntimeError("b"), ConnectionResetError("c"),
+        ReplicaFault("d"), ended_with(grpc.StatusCode.UNKNOWN),
+        ended_with(grpc.StatusCode.RESOURCE_EXHAUSTED),
+        RuntimeError("Unexpected error (StatusCode.UNKNOWN): cannot unpickle."),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("wrap", [lambda error: error, task_error])
 async def test_a_fault_in_a_replicas_code_is_not_its_loss(error: Exception, wrap: Any) -> None:
     raised = await raised_by_a_stream(wrap(error))
     assert isinstance(raised, type(error))
     assert not isinstance(raised, ReplicaLost)
+
+
+async def test_a_call_of_a_replicas_to_another_actor_is_not_its_own_loss() -> None:
+    assert not isinstance(await raised_by_a_stream(task_error(NOT_THERE)), ReplicaLost)
+
+
+async def test_a_request_that_its_replica_cancels_is_lost() -> None:
+    assert type(await raised_by_a_stream(asyncio.CancelledError())) is ReplicaLost
+
+
+async def test_a_request_that_is_cancelled_here_stays_so() -> None:
+    began = asyncio.Event()
+
+    class Endless(Answer):
+        async def __anext__(self) -> Any:
+            began.set()
+            await asyncio.Event().wait()
+
+    handle = Handle()
+    handle.answer = Endless([], None)
+    stream = backend_of(handle).stream({"path": "/", "headers": []}, b"")
+    asking = asyncio.ensure_future(anext(stream))
+    await began.wait()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert handle.answer.cancelled
 
 
 async def test_a_missing_deployment_is_no_replica() -> None:

@@ -1,0 +1,102 @@
+"""A replica's answers around its app: its name, and what its failures are called."""
+
+import pickle
+from typing import Any
+
+import pytest
+
+from serving.http.asgi import Message, Receive, Scope, Send
+from serving.http.failures import ReplicaDown, ReplicaFault, ReplicaLost
+from serving.http.replica_answers import ReplicaAnswers
+from tests.serving.http.scripted_backend import JSON_START, SSE_START, chunk
+
+BROKEN = b'data: {"error": {"message": "EngineDeadError"}}\n\n'
+
+
+class Engine:
+    """An engine whose app sends one message after the other, or raises what is no message."""
+
+    def __init__(self, *steps: Any) -> None:
+        self.steps = steps
+        self.dead = False
+
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        for step in self.steps:
+            if callable(step):
+                step()
+            elif isinstance(step, Exception):
+                raise step
+            else:
+                await send(step)
+
+    def dies(self) -> None:
+        self.dead = True
+
+
+async def answer(engine: Engine, body: bytes = b"{}") -> list[list[Message]]:
+    answers = ReplicaAnswers(engine.app, lambda: engine.dead, "replica-7")
+    return [batch async for batch in answers.answer({"type": "http"}, body)]
+
+
+async def test_an_answer_names_its_replica() -> None:
+    ((start, _),) = await answer(Engine(JSON_START, chunk(b"{}", more=False)))
+    assert (b"x-replica-id", b"replica-7") in start["headers"]
+
+
+async def test_what_cannot_be_encoded_is_refused_before_the_app() -> None:
+    ((start, body),) = await answer(Engine(AssertionError()), b'{"prompt": "\\ud83d"}')
+    assert start["status"] == 400
+    assert b"prompt" in body["body"]
+
+
+class Secret(Exception):
+    """An exception that cannot be pickled back."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(one + two)
+
+
+def fails_here() -> None:
+    raise Secret("it is ", "so")
+
+
+async def test_a_fault_travels_with_its_traceback() -> None:
+    with pytest.raises(ReplicaFault) as raised:
+        await answer(Engine(fails_here))
+    arrived = pickle.loads(pickle.dumps(raised.value))
+    assert isinstance(arrived, ReplicaFault)
+    assert "in fails_here" in str(arrived)
+    assert "Secret: it is so" in str(arrived)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a"), OSError("b"), ConnectionResetError("c")])
+async def test_no_error_of_the_app_is_a_loss(error: Exception) -> None:
+    with pytest.raises(ReplicaFault):
+        await answer(Engine(SSE_START, error))
+
+
+async def test_a_request_to_a_dead_engine_does_nothing() -> None:
+    engine = Engine(AssertionError())
+    engine.dies()
+    with pytest.raises(ReplicaDown):
+        await answer(engine)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        [{**JSON_START, "status": 500}, chunk(b"{}", more=False)], [RuntimeError()],
+        [SSE_START, chunk(BROKEN), chunk(b"data: [DONE]\n\n", more=False)],
+    ],
+)  # fmt: skip
+async def test_an_error_because_the_engine_died_is_a_loss(last: list[Any]) -> None:
+    engine = Engine()
+    engine.steps = (engine.dies, *last)
+    with pytest.raises(ReplicaLost) as raised:
+        await answer(engine)
+    assert type(raised.value) is ReplicaLost
+
+
+async def test_an_error_of_a_living_engine_is_passed_on() -> None:
+    ((_, event),) = await answer(Engine(SSE_START, chunk(BROKEN, more=False)))
+    assert event["body"] == BROKEN
