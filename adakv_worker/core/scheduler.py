@@ -1,6 +1,8 @@
 """Scheduler mixin: plans compressions, commands the workers, and attaches the proof to outputs."""
 
+import functools
 import time
+from dataclasses import replace
 from typing import Any
 
 from vllm.logger import init_logger
@@ -193,11 +195,16 @@ class AdaKVSchedulerMixin(Scheduler):
             tokens, proof = request.num_tokens, continuation.proof
             plan = resumed_plan(budget, proof, tokens, remaining_outputs, self.block_size, outputs)
             return CompressedRequest.arriving(plan, tokens)
-        pool = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
-        plan = make_plan(
-            budget, request.num_tokens, remaining_outputs, self.block_size, pool,
-            outputs=outputs, resumable=request.resumable,
+        plan_at = functools.partial(
+            make_plan, budget, remaining_outputs=remaining_outputs, block_size=self.block_size,
+            pool_blocks=self.kv_cache_manager.block_pool.num_gpu_blocks - 1, outputs=outputs,
+            resumable=request.resumable,
         )  # fmt: skip
+        plan = plan_at(num_tokens=request.num_tokens)
+        if continuation is not None:
+            # Where it began it was not compressed for its answer's length either.
+            own = plan_at(num_tokens=continuation.prompt_tokens)
+            plan = replace(plan, skipped=own.skipped or plan.skipped)
         return CompressedRequest.planned(plan)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
