@@ -66,7 +66,9 @@ class Own:
 
     @property
     def can_leave(self) -> bool:
-        return self.state is Place.HERE and _has_movable_state(self.request)
+        # Engines number their adapters by themselves.
+        is_here = self.state is Place.HERE and self.request.lora_request is None
+        return is_here and is_all_tokens(self.request)
 
     def apply(self, event: Event) -> list[EngineCoreOutput]:
         """Change the state, and return the outputs that the front end gets."""
@@ -90,8 +92,8 @@ class Own:
         )
 
 
-def _has_movable_state(request: EngineCoreRequest) -> bool:
-    """Return whether its tokens, cache and random numbers are all of its state."""
+def is_all_tokens(request: EngineCoreRequest) -> bool:
+    """Return whether a request's tokens, cache and random numbers are all of its state."""
     params = request.sampling_params
     return (
         params is not None
@@ -101,7 +103,6 @@ def _has_movable_state(request: EngineCoreRequest) -> bool:
         and params.thinking_token_budget is None
         and request.prompt_token_ids is not None
         and request.prompt_embeds is None
-        and request.lora_request is None
         and not request.mm_features
         and not request.resumable
     )

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 
+from adakv_worker.frontend.continued import ContinuedCore
 from adakv_worker.frontend.movable_requests import Departure, Movable, Own, continued
 from adakv_worker.frontend.movement import DecodedAway, DecodedHere, Event, Exported, Place, Signal
-from adakv_worker.frontend.sent_requests import BookedCore, BookedLLM
+from adakv_worker.frontend.sent_requests import BookedLLM
 from adakv_worker.messages import Continuation, StateRefused
 
 # One request's outputs of one step.
@@ -318,5 +319,5 @@ class MovingCore:
 class MovableLLM(BookedLLM):
     """An `AsyncLLM` whose requests can move."""
 
-    def _stand_in(self, core: BookedCore) -> MovingCore:
+    def _stand_in(self, core: ContinuedCore) -> MovingCore:
         return MovingCore(core)

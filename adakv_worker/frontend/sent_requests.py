@@ -1,13 +1,16 @@
 """Requests that a front end has sent to its engine core, and an `AsyncLLM` that books them."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from adakv_worker.config import compression_config
+from adakv_worker.frontend.answer_tokens import current_answer_tokens
+from adakv_worker.frontend.continued import ContinuedCore
 from adakv_worker.frontend.sampling_limits import check_for
 from adakv_worker.frontend.tenants import with_tenant
 from adakv_worker.messages import continuation_in
@@ -120,6 +123,7 @@ class BookedLLM(AsyncLLM):
 
     engine_core: Any
     _sent: SentRequests | None = None
+    _continued: ContinuedCore
 
     @property
     def sent(self) -> SentRequests:
@@ -127,7 +131,7 @@ class BookedLLM(AsyncLLM):
         assert self._sent is not None, "made inside an event loop"
         return self._sent
 
-    def _stand_in(self, core: BookedCore) -> Any:
+    def _stand_in(self, core: ContinuedCore) -> Any:
         """Return the client that the front end uses."""
         return core
 
@@ -136,11 +140,15 @@ class BookedLLM(AsyncLLM):
         if self._sent is None:
             self._sent = SentRequests()
             check = check_for(self.vllm_config)
-            self.engine_core = self._stand_in(BookedCore(self.engine_core, self._sent, check))
+            compressing = compression_config(self.vllm_config.additional_config) is not None
+            core = BookedCore(self.engine_core, self._sent, check)
+            self._continued = ContinuedCore(core, compressing=compressing)
+            self.engine_core = self._stand_in(self._continued)
         super()._run_output_handler()
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
         with_tenant(request)
+        self._follow(request)
         try:
             await super()._add_request(request, *args, **kwargs)
         except BaseException:
@@ -149,6 +157,39 @@ class BookedLLM(AsyncLLM):
             with contextlib.suppress(Exception):
                 await self.abort(request.request_id, internal=True)
             raise
+
+    def _follow(self, request: EngineCoreRequest) -> None:
+        """Note who follows a request's tokens, and with which ones it begins."""
+        answer = current_answer_tokens.get()
+        if answer is None:
+            return
+        if answer.begun_with:
+            self._continued.begin_with(request, answer.begun_with)
+        if self._continued.can_go_on(request):
+            states = self.output_processor.request_states
+            answer.follow(_DecodedTokens(states, request.request_id))
+
+
+class _DecodedTokens:
+    """Reads the tokens of a request from which an engine could go on."""
+
+    def __init__(self, states: Mapping[str, Any], request_id: str) -> None:
+        """
+        Args:
+            states: vLLM's, by request. A request that has ended has none.
+        """
+        self._states = states
+        self._request_id = request_id
+        self._state: Any = None
+
+    def __call__(self) -> Sequence[int]:
+        state = self._states.get(self._request_id)
+        self._state = state or self._state
+        if self._state is None:
+            return []
+        tokens: list[int] = self._state.detokenizer.output_token_ids
+        # Nothing follows the last token of an answer; an engine may decode that once more.
+        return tokens if state is not None else tokens[:-1]
 
 
 def _prefill_tokens(request: EngineCoreRequest) -> int:

@@ -1,12 +1,23 @@
-"""A replica's answers to HTTP requests: its app's, with its name and named failures."""
+"""A replica's answers to HTTP requests: its app's, with its name, its tokens and named failures."""
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
+from adakv_worker.frontend.answer_tokens import AnswerTokens, current_answer_tokens
 from adakv_worker.frontend.encodable import PROBLEM
-from serving.http.asgi import ASGIApp, Message, Scope, body_of, call_app
+from serving.http.asgi import (
+    ASGIApp,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    body_of,
+    call_app,
+    is_event_stream,
+)
 from serving.http.encodable import unencodable_field
 from serving.http.failures import BackendFailure, ReplicaDown, ReplicaFault, ReplicaLost
+from serving.http.followed import BEGUN_WITH, tokens_message
 from serving.http.openai_error import error_messages
 
 REPLICA_HEADER = b"x-replica-id"
@@ -56,20 +67,37 @@ class ReplicaAnswers:
             start, *rest = error_messages(400, problem, type_="BadRequestError", param=field)
             yield [self._signed(start), *rest]
             return
+        answer = None if BEGUN_WITH not in scope else AnswerTokens(scope[BEGUN_WITH])
         begun = False
-        async with aclosing(call_app(self._app, scope, body)) as batches:
+        async with aclosing(call_app(_followed(self._app, answer), scope, body)) as batches:
             async for batch in batches:
                 if self._is_dead() and _tells_error(batch):
                     raise ReplicaLost("the engine process died")
                 if not begun:
                     begun = True
+                    if not is_event_stream(batch[0]):
+                        answer = None
                     batch[0] = self._signed(batch[0])
-                yield batch
+                tokens = answer.take() if answer is not None else None
+                yield batch if tokens is None else [tokens_message(tokens), *batch]
 
     def _signed(self, start: Message) -> Message:
         """Return the response's start with a header that names this replica."""
         signature = (REPLICA_HEADER, self._replica_id.encode())
         return {**start, "headers": [*start.get("headers", ()), signature]}
+
+
+def _followed(app: ASGIApp, answer: AnswerTokens | None) -> ASGIApp:
+    """Return an app whose requests to the engine are those of an answer."""
+
+    async def following(scope: Scope, receive: Receive, send: Send) -> None:
+        token = current_answer_tokens.set(answer)
+        try:
+            await app(scope, receive, send)
+        finally:
+            current_answer_tokens.reset(token)
+
+    return following
 
 
 def _tells_error(batch: list[Message]) -> bool:

@@ -16,6 +16,7 @@ _WINDOW_S = 60.0
 _LONGEST_WORK_S = 30.0
 # Time for Serve to see that a replica is gone. Lost requests do not come back all at once.
 _PAUSES_S = (0.25, 0.5)
+_MOST_CONTINUATIONS = 3
 # Serve replaces a replica without an engine by then.
 _DOWN_S = 15.0
 
@@ -94,6 +95,34 @@ class Attempts:
             return False
         self._retried = now - self._sent_at < _LONGEST_WORK_S and self._retries.take()
         return self._retried
+
+
+class Continuations:
+    """The replicas at which one stream goes on after its first."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._count = 0
+        self._lost_at = 0.0
+        self._tokens = -1
+
+    def pause_after(self, failure: BackendFailure, tokens: int) -> float | None:
+        """Return the seconds to wait until it goes on; None if it is to go on nowhere.
+
+        Args:
+            tokens: number of its tokens so far.
+        """
+        now = self._clock()
+        if type(failure) is ReplicaLost:
+            # One that kills engines would kill the next one at the same token.
+            if tokens <= self._tokens or self._count == _MOST_CONTINUATIONS:
+                return None
+            self._count += 1
+            self._tokens, self._lost_at = tokens, now
+        elif now - self._lost_at > _DOWN_S:
+            # Other replicas may have no place for it for a moment.
+            return None
+        return retry_pause_s()
 
 
 def retry_pause_s() -> float:

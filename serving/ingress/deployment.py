@@ -23,6 +23,7 @@ from router.ledger.redis_ledger import LedgerKeys
 from serving.config import AppConfig
 from serving.http.api_keys import vllm_keys
 from serving.http.asgi import ASGIApp, Message, Scope, route_path
+from serving.http.continued_streams import ContinuedStreams
 from serving.http.door_settings import FrontDoorSettings
 from serving.http.draining import Running
 from serving.http.front_door import FrontDoor
@@ -194,7 +195,7 @@ class Ingress:
             keys = LedgerKeys(self._config.store.key_prefix, serve.get_replica_context().app_name)
             self._routing.listen(store_url(self._config.store), keys, self._tasks)
         self._door = FrontDoor(
-            self._backend, self._settings, logger,
+            ContinuedStreams(self._backend, logger), self._settings, logger,
             doors=lambda: serve.get_replica_context().world_size,
         )  # fmt: skip
         return with_cors(self._door, self._config.server)

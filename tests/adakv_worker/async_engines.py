@@ -97,7 +97,7 @@ class Client:
                 self.tokens += choice.token_ids
                 self.logprobs += [
                     step[token].logprob
-                    for step, token in zip(choice.logprobs or [], choice.token_ids, strict=True)
+                    for step, token in zip(choice.logprobs or [], choice.token_ids, strict=False)
                 ]
                 self.finish_reason = choice.finish_reason
                 self.proof = (output.kv_transfer_params or {}).get("kv_compression", self.proof)

@@ -16,6 +16,7 @@ from ray.exceptions import ActorUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serving.http.asgi import Message, Receive, Scope, Send
+from serving.http.continued_streams import ContinuedStreams
 from serving.http.door_settings import FrontDoorSettings
 from serving.http.front_door import FrontDoor
 from serving.http.openai_error import error_messages
@@ -101,7 +102,7 @@ class Asker:
     def __init__(self, engine: DeploymentHandle[Any]) -> None:
         self._logger = logging.getLogger("small")
         self._logger.setLevel(logging.INFO)
-        backend = HandleBackend(engine, None)
+        backend = ContinuedStreams(HandleBackend(engine, None), self._logger)
         self._door = FrontDoor(backend, FrontDoorSettings(), self._logger)
 
     async def ask(self, told: dict[str, Any]) -> Answered:

@@ -1,5 +1,6 @@
 """The running application while clients leave, replicas die and the store goes away."""
 
+import functools
 import http.client
 import json
 import os
@@ -9,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import openai
 import psutil
@@ -145,20 +146,64 @@ def _kill_a_replica_under_traffic(
     return outcomes
 
 
+class Told(NamedTuple):
+    """A streamed answer as its client reads it."""
+
+    text: str
+    finish_reason: str | None
+    tokens: int
+    names: set[str]
+
+
+def _tell(
+    client: openai.OpenAI, number: int, begun: Callable[[int], None] = lambda tokens: None
+) -> Told:
+    """Ask for a long greedy answer.
+
+    Args:
+        begun: called with the number of its tokens so far.
+    """
+    stream = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": f"{number}. Tell me a story."}],
+        max_tokens=300, temperature=0, stream=True,
+        stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    text, reason, tokens, names = "", None, 0, set()
+    for count, chunk in enumerate(stream):
+        begun(count)
+        names.add(f"{chunk.id} {chunk.created}")
+        tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            reason = choice.finish_reason or reason
+    return Told(text, reason, tokens, names)
+
+
 @pytest.mark.slow
-def test_a_killed_replica_breaks_only_its_own_streams_and_says_so(
-    deployment: Deployment, client: openai.OpenAI
+@pytest.mark.parametrize("victim", ["ServeReplica:llm:Engine", "VLLM::EngineCore"])
+@pytest.mark.parametrize("after", [1, 40, 250])
+def test_streams_of_a_killed_replica_go_on_and_read_as_if_it_lived(
+    deployment: Deployment, client: openai.OpenAI, victim: str, after: int
 ) -> None:
-    begun: list[int] = []
-
-    def ask(number: int) -> str:
-        # Long enough to be all running still when the last of them has begun.
-        return _finish(client, number, 300, lambda: begun.append(number))
-
-    outcomes = _kill_a_replica_under_traffic(deployment, ask, lambda: len(begun) >= 6)
-    broken = {outcome for outcome in outcomes if outcome != "length"}
-    assert broken == {"APIError: the replica that worked on this request died"}
-    assert "length" in outcomes
+    before = set(deployment.occupancy())
+    eventually(lambda: len(deployment.who_answer()) == 2, 120, "answers from both")
+    seen: dict[int, int] = {}
+    with ThreadPoolExecutor(4) as pool:
+        answers = [
+            pool.submit(_tell, client, number, functools.partial(seen.__setitem__, number))
+            for number in range(4)
+        ]
+        eventually(lambda: len(seen) == 4 and min(seen.values()) >= after, 120, "tokens of all")
+        deployment.kill(victim)
+        told = [answer.result() for answer in answers]
+    assert all(len(answer.names) == 1 for answer in told)
+    assert {(answer.finish_reason, answer.tokens) for answer in told} == {("length", 300)}
+    eventually(
+        lambda: len(now := set(deployment.occupancy())) == 2 and now != before,
+        150, "the killed replica replaced",
+    )  # fmt: skip
+    assert "goes on at another replica" in deployment.log()
+    assert [answer.text for answer in told] == [_tell(client, number).text for number in range(4)]
 
 
 @pytest.mark.slow

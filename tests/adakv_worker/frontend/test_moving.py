@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from adakv_worker.frontend.answer_tokens import AnswerTokens, current_answer_tokens
 from adakv_worker.frontend.moving import Departure
 from adakv_worker.messages import StateRefused
 from tests.adakv_worker.async_engines import Client, Side, idle, inside, undisturbed
@@ -104,6 +105,31 @@ async def test_when_the_other_engine_is_lost_it_is_computed_anew(
     assert client.tokens[sent:] == fresh.tokens
     assert client.proof is not None
     assert client.proof["original_tokens"] == 300 + sent
+    assert await idle(here)
+    assert await idle(there)
+
+
+async def test_an_answer_that_another_engine_has_begun_moves_too(
+    sides: tuple[Side, Side], tmp_path: Path
+) -> None:
+    here, there = sides
+    whole = here.ask(12, logprobs=None)
+    await whole.task
+    begun = whole.tokens[:10]
+
+    def ask() -> Client:
+        token = current_answer_tokens.set(AnswerTokens(begun))
+        client = here.ask(12, logprobs=None)
+        current_answer_tokens.reset(token)
+        return client
+
+    staying, moving = ask(), ask()
+    await moving.has(20)
+    following = await move(here, there, inside(here, moving), str(tmp_path / "state"))
+    assert following is not None
+    await asyncio.gather(staying.task, moving.task, following)
+    assert moving.tokens[:10] == begun
+    assert (len(moving.tokens), moving.tokens) == (60, staying.tokens)
     assert await idle(here)
     assert await idle(there)
 

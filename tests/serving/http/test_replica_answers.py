@@ -1,12 +1,14 @@
-"""A replica's answers around its app: its name, and what its failures are called."""
+"""A replica's answers around its app: its name, its tokens, and what its failures are called."""
 
 import pickle
 from typing import Any
 
 import pytest
 
-from serving.http.asgi import Message, Receive, Scope, Send
+from adakv_worker.frontend.answer_tokens import current_answer_tokens
+from serving.http.asgi import ASGIApp, Message, Receive, Scope, Send
 from serving.http.failures import ReplicaDown, ReplicaFault, ReplicaLost
+from serving.http.followed import BEGUN_WITH, parted
 from serving.http.replica_answers import ReplicaAnswers
 from tests.serving.http.scripted_backend import JSON_START, SSE_START, chunk
 
@@ -19,8 +21,12 @@ class Engine:
     def __init__(self, *steps: Any) -> None:
         self.steps = steps
         self.dead = False
+        self.tokens: list[int] = []
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (answer := current_answer_tokens.get()) is not None:
+            self.tokens += answer.begun_with
+            answer.follow(lambda: self.tokens)
         for step in self.steps:
             if callable(step):
                 step()
@@ -32,10 +38,18 @@ class Engine:
     def dies(self) -> None:
         self.dead = True
 
+    def decodes(self, *tokens: int) -> Any:
+        return lambda: self.tokens.extend(tokens)
 
-async def answer(engine: Engine, body: bytes = b"{}") -> list[list[Message]]:
-    answers = ReplicaAnswers(engine.app, lambda: engine.dead, "replica-7")
-    return [batch async for batch in answers.answer({"type": "http"}, body)]
+
+async def answer(
+    engine: Engine,
+    body: bytes = b"{}",
+    app: ASGIApp | None = None,
+    scope: dict[str, Any] | None = None,
+) -> list[list[Message]]:
+    answers = ReplicaAnswers(app or engine.app, lambda: engine.dead, "replica-7")
+    return [batch async for batch in answers.answer({"type": "http", **(scope or {})}, body)]
 
 
 async def test_an_answer_names_its_replica() -> None:
@@ -100,3 +114,34 @@ async def test_an_error_because_the_engine_died_is_a_loss(last: list[Any]) -> No
 async def test_an_error_of_a_living_engine_is_passed_on() -> None:
     ((_, event),) = await answer(Engine(SSE_START, chunk(BROKEN, more=False)))
     assert event["body"] == BROKEN
+
+
+async def test_a_stream_that_is_followed_tells_its_tokens() -> None:
+    engine = Engine()
+    engine.steps = (engine.decodes(7, 8), SSE_START, chunk(b"data: {}\n\n", more=False))
+    (batch,) = await answer(engine, scope={BEGUN_WITH: [5, 6]})
+    messages, tokens = parted(batch)
+    assert ([one["type"] for one in messages], tokens) == (
+        ["http.response.start", "http.response.body"],
+        [7, 8],
+    )
+    assert engine.tokens == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(("start", "scope"), [(JSON_START, {BEGUN_WITH: []}), (SSE_START, {})])
+async def test_nothing_else_tells_tokens(start: Message, scope: dict[str, Any]) -> None:
+    (batch,) = await answer(Engine(start, chunk(b"data: {}\n\n", more=False)), scope=scope)
+    assert parted(batch) == (batch, None)
+
+
+async def test_an_answer_of_several_requests_tells_no_tokens() -> None:
+    engine = Engine(SSE_START, chunk(b"data: {}\n\n", more=False))
+
+    async def twice(scope: Scope, receive: Receive, send: Send) -> None:
+        answer = current_answer_tokens.get()
+        assert answer is not None
+        answer.follow(list)
+        await engine.app(scope, receive, send)
+
+    (batch,) = await answer(engine, app=twice, scope={BEGUN_WITH: []})
+    assert parted(batch) == (batch, None)

@@ -11,7 +11,7 @@ from serving.http.failures import (
     ReplicaDown,
     ReplicaLost,
 )
-from serving.http.retries import Retries
+from serving.http.retries import Continuations, Retries
 from tests.serving.http.scripted_backend import WHOLE, Clock, ScriptedBackend, client
 
 
@@ -100,3 +100,27 @@ def test_pauses_differ(retries: Retries) -> None:
     pauses = {retries.begin().pause_after(ReplicaDown()) for _ in range(20)}
     assert len(pauses) == 20
     assert all(pause is not None and 0.25 <= pause <= 0.5 for pause in pauses)
+
+
+def test_a_stream_goes_on_three_times_if_it_gets_on(clock: Clock) -> None:
+    continuations = Continuations(clock)
+    went_on = [continuations.pause_after(ReplicaLost(), tokens) for tokens in (0, 1, 2, 3)]
+    assert [pause is not None for pause in went_on] == [True, True, True, False]
+
+
+def test_a_stream_that_kills_engines_at_one_token_does_not_go_on(clock: Clock) -> None:
+    continuations = Continuations(clock)
+    assert continuations.pause_after(ReplicaLost(), 7) is not None
+    assert continuations.pause_after(ReplicaLost(), 7) is None
+
+
+@pytest.mark.parametrize("failure", [ReplicaDown(), Overloaded(1.0), NoReplica()])
+def test_a_stream_waits_for_a_place_for_some_seconds(clock: Clock, failure: BackendFailure) -> None:
+    continuations = Continuations(clock)
+    clock.now += 3600
+    assert continuations.pause_after(ReplicaLost(), 7) is not None
+    for _ in range(14):
+        clock.now += 1
+        assert continuations.pause_after(failure, 7) is not None
+    clock.now += 2
+    assert continuations.pause_after(failure, 7) is None
