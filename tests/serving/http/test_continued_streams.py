@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, NamedTuple
 
 import httpx
@@ -50,7 +50,9 @@ class Fleet:
 
     async def ping(self) -> None: ...
 
-    async def stream(self, scope: Scope, body: bytes) -> AsyncGenerator[list[Message], None]:
+    async def stream(
+        self, scope: Scope, body: bytes, pay: Callable[[int], None]
+    ) -> AsyncGenerator[list[Message], None]:
         begun = scope.get(BEGUN_WITH)
         self.begun.append(begun)
         self._created += 100

@@ -119,7 +119,7 @@ class Told:
         self.news.append(("ended", footprint.booking))
 
 
-@pytest.mark.parametrize("error", [None, ConnectionResetError()])
+@pytest.mark.parametrize("error", [None, ReplicaLost()])
 async def test_routing_is_told_of_the_first_output_and_of_every_end(
     error: Exception | None,
 ) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +63,9 @@ class Replica:
 
     async def ping(self) -> None: ...
 
-    async def stream(self, scope: Any, body: bytes) -> AsyncGenerator[list[Message], None]:
+    async def stream(
+        self, scope: Any, body: bytes, pay: Callable[[int], None]
+    ) -> AsyncGenerator[list[Message], None]:
         self.begun.append(scope[BEGUN_WITH])
         most = self.breaks_after.pop(0) if self.breaks_after else None
         seen = 0
@@ -119,7 +121,7 @@ async def ask(replica: Replica, path: str, breaks_after: list[int], **options: A
         "headers": [(b"content-type", b"application/json"), (b"x-request-id", b"asked")],
     }  # fmt: skip
     stream = b""
-    async for batch in backend.stream(scope, json.dumps(body).encode()):
+    async for batch in backend.stream(scope, json.dumps(body).encode(), lambda tokens: None):
         for message in batch:
             assert message.get("status", 200) == 200
             stream += message.get("body", b"")
