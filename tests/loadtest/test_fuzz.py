@@ -283,7 +283,7 @@ async def test_idle_is_what_replicas_report_from_now_on() -> None:
 
 def _watching(load: dict[str, Any]) -> OccupancyWatch:
     watch = OccupancyWatch()
-    watch.looks.append(Look(0.0, [load]))
+    watch.looks += [Look(0.0, [load])] * 5
     return watch
 
 
