@@ -25,7 +25,7 @@ class Draining:
         # By a number: clients choose request ids, and may use one twice.
         self._running: dict[int, tuple[str, float]] = {}
         self._count = 0
-        # Set once all requests are to end, whole or not.
+        # Set once the requests that run now are to end, whole or not; later ones have another.
         self.cut = asyncio.Event()
 
     @property
@@ -35,6 +35,11 @@ class Draining:
     def refuse_for(self, seconds: float) -> None:
         """Refuse new requests for so long from now on."""
         self._until = self._clock() + seconds
+
+    def cut_all(self) -> None:
+        """End the requests that run now, streams with an error event."""
+        self.cut.set()
+        self.cut = asyncio.Event()
 
     def running(self) -> list[Running]:
         """Return the requests that run, the oldest first."""

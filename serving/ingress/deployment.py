@@ -207,7 +207,7 @@ class Ingress:
 
     async def cut(self) -> None:
         """End all requests, streams with an error event."""
-        self._door.draining.cut.set()
+        self._door.draining.cut_all()
 
     async def check_health(self) -> None:
         self._tasks.check()
