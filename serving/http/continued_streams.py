@@ -11,9 +11,9 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from serving.http.asgi import Message, Scope, body_of, header, is_event_stream
+from serving.http.backend import Backend
 from serving.http.failures import BackendFailure, ReplicaLost
 from serving.http.followed import BEGUN_WITH, parted
-from serving.http.front_door import Backend
 from serving.http.retries import Continuations
 from serving.http.sent_answer import Differs, Rest, SentAnswer
 from serving.http.sse import data_of, split_events, with_data

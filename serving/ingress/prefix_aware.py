@@ -6,7 +6,7 @@ from typing import Any
 from ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router import (
     PrefixCacheAffinityRouter,
 )
-from ray.serve.request_router import PendingRequest
+from ray.serve.request_router import PendingRequest, RunningReplica
 
 # What requests say their prompts by, in the order in which they are looked for.
 _PROMPTS = ("messages", "prompt", "input")
@@ -27,12 +27,13 @@ class PrefixAwareRouter(PrefixCacheAffinityRouter):
             super().on_request_routed(pending_request, *args)
 
     async def choose_replicas(
-        self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None
-    ) -> list[list[Any]]:
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> Any:
         if pending_request is not None and len(pending_request.args) < 2:
             pending_request = None
-        ranked: list[list[Any]] = await super().choose_replicas(candidate_replicas, pending_request)
-        return ranked
+        return await super().choose_replicas(candidate_replicas, pending_request)
 
 
 def prompt_text(body: bytes) -> str:

@@ -1,0 +1,66 @@
+"""What all requests of one front door share: keys, limits, the backend and its health."""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable
+
+from serving.http.api_keys import ApiKeys
+from serving.http.backend import Backend
+from serving.http.bodies import Bodies
+from serving.http.door_settings import FrontDoorSettings
+from serving.http.draining import Draining
+from serving.http.failures import BackendFailure
+from serving.http.key_file import KeyFile
+from serving.http.key_limits import KeyLimits
+from serving.http.paths import Paths
+from serving.http.retries import Retries
+
+# An answer this recent proves that a replica works, even if a ping would wait in a long queue.
+_RECENT_ANSWER_S = 5.0
+
+
+class Door:
+    """The state of a front door. Only its own methods change it."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        settings: FrontDoorSettings,
+        logger: logging.Logger,
+        clock: Callable[[], float] = time.monotonic,
+        doors: Callable[[], int] = lambda: 1,
+    ) -> None:
+        """
+        Args:
+            doors: returns the number of front doors, which share the limits of keys.
+        """
+        self.backend = backend
+        self.settings = settings
+        self.logger = logger
+        file = None if settings.keys_file is None else KeyFile(settings.keys_file, logger)
+        self.keys = ApiKeys(settings.api_keys, file, settings.key_digests)
+        self.paths = Paths(settings.more_paths)
+        self.limits = KeyLimits(settings.limits, dict(settings.limits_by_key), doors, clock)
+        self.bodies = Bodies(
+            settings.max_body_bytes, settings.max_held_body_bytes, settings.body_timeout_s
+        )
+        self.draining = Draining(clock)
+        self.retries = Retries(clock)
+        self._clock = clock
+        self._last_answer_at = -math.inf
+
+    def note_answer(self) -> None:
+        """Record that a replica has just answered."""
+        self._last_answer_at = self._clock()
+
+    async def healthy(self) -> bool:
+        """Return whether some replica answers, or has answered a moment ago."""
+        if self._clock() - self._last_answer_at < _RECENT_ANSWER_S:
+            return True
+        try:
+            await asyncio.wait_for(self.backend.ping(), self.settings.health_timeout_s)
+        except (BackendFailure, TimeoutError):
+            return False
+        return True
