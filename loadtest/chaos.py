@@ -96,7 +96,7 @@ async def disturb(
             if time.monotonic() > began_s + args.minutes * 60:
                 break
             struck.append(await _strike(name, scene, recovery))
-            print(f"{struck[-1].name}: recovered after {struck[-1].recovered_s} s", flush=True)
+            print(f"{name}: {_recovered(struck[-1])}", flush=True)
         users.stop()
         await asking
         wrong = [await wait_until_idle(watch, 2, _IDLE_S), recovery.left_over()]
@@ -111,6 +111,12 @@ async def _strike(name: str, scene: Scene, recovery: Recovery) -> Struck:
     # One that is undone has ended only now.
     since_s = struck_s if kind.replaces is not None else time.monotonic()
     return Struck(name, struck_s, await recovery.wait(since_s, kind.replaces, _RECOVERY_S))
+
+
+def _recovered(struck: Struck) -> str:
+    if struck.recovered_s is None:
+        return "no recovery"
+    return f"recovered after {struck.recovered_s:.1f} s"
 
 
 def main(argv: list[str] | None = None) -> int:
