@@ -4,16 +4,17 @@ import asyncio
 import json
 import random
 import signal
-import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import NamedTuple
 
 import psutil
+import redis.asyncio
 
 from loadtest.fuzzing.exchange import exchange
 from loadtest.fuzzing.sending import Sending
 from loadtest.servers.family import family
+from router.stores import full_url
 
 _CLIENTS = 12
 
@@ -80,14 +81,9 @@ def _stop(role: str, seconds: float) -> Callable[[Scene], Awaitable[None]]:
 
 
 async def _flush(scene: Scene) -> None:
-    def flush() -> None:
-        with socket.create_connection(("127.0.0.1", scene.store_port), 5) as store:
-            store.sendall(b"FLUSHALL\r\n")
-            answer = store.recv(64)
-            if answer != b"+OK\r\n":
-                raise RuntimeError(f"the store answers {answer!r} to FLUSHALL")
-
-    await asyncio.to_thread(flush)
+    # With the password that the store's actor has kept for this user.
+    async with redis.asyncio.from_url(full_url(f"redis://127.0.0.1:{scene.store_port}")) as store:
+        await store.flushall()
 
 
 def _request(scene: Scene) -> bytes:

@@ -75,7 +75,8 @@ ROOMS = {
         "torch vllm",
     ),
     "loadtest.faults": May(
-        "loadtest.client loadtest.fuzzing loadtest.servers loadtest.traffic", "httpx psutil"
+        "loadtest.client loadtest.fuzzing loadtest.servers loadtest.traffic router",
+        "httpx psutil redis",
     ),
     "loadtest.fuzzing": May(""),
     "loadtest.servers": May("", "httpx psutil yaml"),
