@@ -50,7 +50,8 @@ async def test_a_request_that_runs_is_told_of_and_ends_whole() -> None:
 @pytest.mark.parametrize("has_begun", [True, False])
 async def test_a_cut_ends_what_runs_with_an_error(has_begun: bool) -> None:
     begin = [[SSE_START, chunk(b"data: 1\n\n")]] if has_begun else []
-    backend = ScriptedBackend([*begin, asyncio.Event()], [WHOLE])
+    gate = asyncio.Event()
+    backend = ScriptedBackend([*begin, asyncio.Event()], [gate, WHOLE])
     door, client = door_and_client(backend)
     answer = asyncio.create_task(client.post("/v1/completions"))
     async with asyncio.timeout(60):
@@ -65,5 +66,12 @@ async def test_a_cut_ends_what_runs_with_an_error(has_begun: bool) -> None:
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
     else:
         assert error_of(response)["code"] == 503
-    # Later ones are not concerned.
-    assert (await client.post("/v1/completions")).status_code == 200
+    # A later one is not concerned.
+    later = asyncio.create_task(client.post("/v1/completions"))
+    async with asyncio.timeout(60):
+        while len(backend.calls) < 2:
+            await asyncio.sleep(0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        gate.set()
+        assert (await later).status_code == 200
