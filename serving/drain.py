@@ -56,6 +56,8 @@ def drain(
         for door in doors:
             _ask(door, "cut")
         tell(f"{told} requests ended by force")
+    for door in doors:
+        _ask(door, "drain", hold_s)
     return left
 
 

@@ -329,6 +329,7 @@ def test_a_drain_says_what_is_left_at_its_limit_and_ends_it_where_asked(
         assert drain.returncode == 1
         assert re.search(r"request \S+ has run for \d+ s", output), output
         assert "APIError: the server takes no more requests" in answer.result(timeout=60)
+    eventually(deployment.healthy, 60, "an open door")
     assert _finish(client, 2) == "length"
 
 
