@@ -21,6 +21,8 @@ from loadtest.servers.ports import free_port
 BIN = Path(sys.executable).parent
 RAY_ENV = Path(__file__).parents[2] / "configs" / "ray.env"
 STOP_TIMEOUT_S = 90
+# First ports of the ranges from which clusters give their ingresses ports.
+_INGRESS_PORTS = range(10000, 20000, 20)
 
 
 @contextmanager
@@ -125,10 +127,11 @@ def with_args(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def ray_environment() -> dict[str, str]:
-    """Return the variables that `make serve` sets, with free ports for HAProxy and Serve's proxy.
+    """Return the variables that `make serve` sets, with free ports for HAProxy and Serve.
 
-    Serve's proxies of several clusters share one port without a word, and each other's requests.
+    Several clusters of a machine share Serve's ports without a word, and each other's requests.
     """
+    first = free_port(_INGRESS_PORTS)
     path = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     shell = ["env", "-i", f"PATH={path}", "sh", "-c", 'set -a; . "$0"; env -0', str(RAY_ENV)]
     printed = subprocess.run(
@@ -139,6 +142,8 @@ def ray_environment() -> dict[str, str]:
         **{name: value for name, value in variables.items() if name.startswith(("RAY_", "ADAKV_"))},
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _INGRESS_PORTS.step - 1),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
     }
