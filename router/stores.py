@@ -27,13 +27,20 @@ def checked_url(url: str, name: str) -> str:
     Raises:
         ValueError: it cannot; the message holds nothing of the URL, which may have a password.
     """
+    problem = _problem(url)
+    if problem is not None:
+        # Not inside an `except`: the error below would be kept as its context.
+        raise ValueError(f"{name} {problem}")
+    return url
+
+
+def _problem(url: str) -> str | None:
     try:
         address = StoreAddress.parse(url)
     except ValueError as error:
-        raise ValueError(f"{name} {error}") from None
-    if not address.sentinels and "host" not in address.options:
-        raise ValueError(f"{name} names no host")
-    return url
+        return str(error)
+    is_somewhere = address.sentinels or "host" in address.options
+    return None if is_somewhere else "names no host"
 
 
 def has_password(url: str) -> bool:

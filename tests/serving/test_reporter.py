@@ -116,7 +116,7 @@ async def test_a_silent_engine_has_no_report_until_it_answers_again() -> None:
             interval_s=0.01,
             on_report=reports.put_nowait,
         )
-        reporter.start()
+        reporter.start(Supervisor())
         async with asyncio.timeout(60):
             await until_live(1)
             source.silent = True

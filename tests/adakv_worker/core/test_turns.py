@@ -38,6 +38,9 @@ def test_each_next_request_is_of_a_tenant_with_the_fewest(
     running = [request(1000 + name, tenant) for name, tenant in enumerate(runs)]
     turns.order(queue, running)
     assert len(queue) == len(waits)
+    if len({tenant for tenant, _ in waits}) < 2:
+        assert [one.request_id for one in queue] == [str(name) for name in range(len(waits))]
+        return
     first = [one for one in queue if one.num_preemptions]
     assert list(queue)[: len(first)] == first
     fresh = list(queue)[len(first) :]

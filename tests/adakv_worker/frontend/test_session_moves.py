@@ -11,6 +11,7 @@ import pytest_asyncio
 
 from adakv_worker.frontend.session_moves import SessionAsk, SessionCore, probable_holder
 from adakv_worker.frontend.tenants import current_tenant
+from adakv_worker.salts import tenant_salt
 from adakv_worker.session_messages import Found, HeldCard
 from tests.adakv_worker.async_engines import Client, Side
 from tests.adakv_worker.conversation import SESSIONS
@@ -119,15 +120,15 @@ async def test_only_the_same_request_finds_it(sides: tuple[Side, Side]) -> None:
     first = await asked(here, prompt(300, 6))
     current_tenant.reset(token)
     turn = [*first.ids, *first.tokens, *prompt(60, 7)]
-    assert await found(here, turn, extra_args={"adakv-tenant": "a"}) is not None
+    salt = tenant_salt("a", None)
+    assert await found(here, turn, cache_salt=salt) is not None
     for other in (
-        {}, {"extra_args": {"adakv-tenant": "b"}},
-        {"extra_args": {"adakv-tenant": "a", "adakv_budget_tokens": 100}},
-        {"extra_args": {"adakv-tenant": "a"}, "cache_salt": "salt"},
+        {}, {"cache_salt": tenant_salt("b", None)}, {"cache_salt": tenant_salt("a", "salt")},
+        {"extra_args": {"adakv_budget_tokens": 100}, "cache_salt": salt},
     ):  # fmt: skip
         assert await found(here, turn, **other) is None
     other = [*first.ids[:200], *prompt(60, 8)]
-    assert await found(here, other, extra_args={"adakv-tenant": "a"}) is None
+    assert await found(here, other, cache_salt=salt) is None
 
 
 async def test_a_damaged_cache_is_refused(sides: tuple[Side, Side], tmp_path: Path) -> None:
