@@ -43,19 +43,19 @@ def drain(
         tell: called with a line whenever the number of requests has changed.
     """
     doors = _doors()
-    deadline, told = time.monotonic() + limit_s, -1
+    deadline, shown = time.monotonic() + limit_s, -1
     while True:
         left = [one for door in doors for one in _ask(door, "drain", _ANSWER_S + hold_s)]
-        if len(left) != told:
-            told = len(left)
-            tell(f"{told} requests run")
+        if len(left) != shown:
+            shown = len(left)
+            tell(f"{shown} requests run")
         if not left or time.monotonic() >= deadline:
             break
         time.sleep(_LOOK_S)
     if left and cut:
         for door in doors:
             _ask(door, "cut")
-        tell(f"{told} requests ended by force")
+        tell(f"{shown} requests ended by force")
     for door in doors:
         _ask(door, "drain", hold_s)
     return left

@@ -244,7 +244,7 @@ class MovingCore:
         except (Exception, asyncio.CancelledError) as error:
             if not isinstance(error, Exception):
                 error = ConnectionError("the engine core's outputs have ended")
-            # After the shutdown nobody waits for outputs.
+            # After the shutdown no task awaits outputs.
             if not self._over.is_set():
                 self._end_guests(error)
                 self._merged.put_nowait(error)

@@ -78,7 +78,7 @@ class Questions:
 
 
 class Users:
-    """Users that ask until they are told to stop. `asked`: all requests that have ended."""
+    """Send requests until `stop` is set. `asked`: all requests that have ended."""
 
     def __init__(self, client: httpx.AsyncClient, questions: Questions, hang_s: float) -> None:
         """

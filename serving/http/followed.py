@@ -1,4 +1,4 @@
-"""How the ingress follows the tokens of an answer, and how a replica tells them.
+"""How a replica sends the tokens of an answer to the ingress, beside the body.
 
 The names are of the scope and of messages between the two: no client can set or see them.
 """
