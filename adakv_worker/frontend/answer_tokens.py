@@ -34,7 +34,8 @@ class AnswerTokens:
         return new
 
 
-# The answer of the requests that this task sends to the engine; None if no other engine would continue it.
+# The answer of the requests that this task sends to the engine; None if no other engine would
+# continue it.
 current_answer_tokens: ContextVar[AnswerTokens | None] = ContextVar(
     "adakv_answer_tokens", default=None
 )

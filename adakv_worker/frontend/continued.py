@@ -21,7 +21,8 @@ class ContinuedCore:
     def __init__(self, core: Any, *, compressing: bool) -> None:
         """
         Args:
-            compressing: whether the scheduler is `AdaKVScheduler`, which keeps prompt and answer apart.
+            compressing: whether the scheduler is `AdaKVScheduler`, which keeps prompt and answer
+                apart.
         """
         self._core = core
         self._compressing = compressing

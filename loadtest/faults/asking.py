@@ -78,7 +78,7 @@ class Questions:
 
 
 class Users:
-    """Send requests until `stop` is set. `asked`: all requests that have ended."""
+    """Users that send requests until `stop` is called. `asked`: the requests that have ended."""
 
     def __init__(self, client: httpx.AsyncClient, questions: Questions, hang_s: float) -> None:
         """
