@@ -9,6 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import ray
 from ray import serve
@@ -61,7 +62,7 @@ def drain(
     return left
 
 
-def _doors() -> list[DeploymentHandle]:  # type: ignore[type-arg]
+def _doors() -> list[DeploymentHandle[Any]]:
     applications = serve.status().applications
     return [
         serve.get_deployment_handle("Ingress", name)
@@ -70,7 +71,7 @@ def _doors() -> list[DeploymentHandle]:  # type: ignore[type-arg]
     ]
 
 
-def _ask(door: DeploymentHandle, method: str, *args: float) -> list[Running]:  # type: ignore[type-arg]
+def _ask(door: DeploymentHandle[Any], method: str, *args: float) -> list[Running]:
     """Return the answers of all front doors of an application, put together."""
     try:
         answers = door.broadcast(method, *args).results(timeout_s=_ANSWER_S, return_exceptions=True)

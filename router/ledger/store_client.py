@@ -110,29 +110,29 @@ def _is_demotion(error: redis.ResponseError) -> bool:
     return isinstance(error, redis.ReadOnlyError) or "-READONLY" in str(error)
 
 
-class _ToPrimary:
-    """Mixin of connections that are closed when their server is no primary any more."""
+class _ToPrimary(async_connection.AbstractConnection):
+    """Base of connections that are closed when their server is no primary any more."""
 
     async def read_response(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return await super().read_response(*args, **kwargs)  # type: ignore[misc]
+            return await super().read_response(*args, **kwargs)
         except redis.ResponseError as error:
             if not _is_demotion(error):
                 raise
-            await self.disconnect(nowait=True)  # type: ignore[attr-defined]
+            await self.disconnect(nowait=True)
             raise redis.ConnectionError("the store's primary is a replica now") from error
 
 
-class _BlockingToPrimary:
+class _BlockingToPrimary(redis.connection.AbstractConnection):
     """`_ToPrimary` of blocking connections."""
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().read_response(*args, **kwargs)  # type: ignore[misc]
+            return super().read_response(*args, **kwargs)
         except redis.ResponseError as error:
             if not _is_demotion(error):
                 raise
-            self.disconnect()  # type: ignore[attr-defined]
+            self.disconnect()  # type: ignore[no-untyped-call]
             raise redis.ConnectionError("the store's primary is a replica now") from error
 
 
