@@ -8,7 +8,8 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
 from router.ledger.store_client import refuse_unfit_store
-from serving.config import AppConfig, AuthConfig, IngressConfig, KeyLimitsConfig
+from serving.config import AppConfig
+from serving.config_sections import AuthConfig, IngressConfig, KeyLimitsConfig
 from serving.engine import Engine
 from serving.http.api_keys import digests_of
 from serving.http.door_settings import FrontDoorSettings

@@ -17,7 +17,7 @@ import yaml
 from ray import serve
 from ray.serve.scripts import run as serve_run
 
-from serving.config import ReplicaConfig
+from serving.config_sections import ReplicaConfig
 from serving.drain import drain
 
 # Longest time from the last answer to the end of Serve, in which doors stay shut.

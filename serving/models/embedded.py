@@ -10,7 +10,7 @@ from serving.models.gguf import dequantize
 from serving.models.made_once import cache_root, made_once
 
 if TYPE_CHECKING:  # Load tests import this file, and the configuration imports torch.
-    from serving.config import ModelConfig
+    from serving.config_sections import ModelConfig
 
 EMBEDDED_MODEL_NAME = "smollm2-135m-instruct"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

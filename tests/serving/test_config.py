@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from serving.app import api_keys, engine_options, ingress_options
-from serving.config import AppConfig, ModelConfig
+from serving.config import AppConfig
+from serving.config_sections import ModelConfig
 from serving.http.api_keys import ApiKeys, digests_of, vllm_keys
 from serving.models.embedded import (
     EMBEDDED_MODEL_NAME,

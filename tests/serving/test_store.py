@@ -12,7 +12,7 @@ import redis
 
 from loadtest.servers.ports import free_port
 from router.stores import full_url
-from serving.config import StoreConfig
+from serving.config_sections import StoreConfig
 from serving.store import EmbeddedStore, start_valkey, store_url
 
 PASSWORD = "s3cret-of-the-store"
