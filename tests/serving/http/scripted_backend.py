@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import httpx
+import pytest
 
 from serving.http.asgi import Message, Scope
 from serving.http.door_settings import FrontDoorSettings
@@ -90,6 +91,11 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     assert set(error) == {"message", "type", "param", "code"}
     assert error["code"] == response.status_code
     return error
+
+
+def messages_of_the_door(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what a door has logged. Other libraries log too, if an import has made them."""
+    return [record.getMessage() for record in caplog.records if record.name == "test"]
 
 
 class Connection:
