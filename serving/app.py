@@ -63,6 +63,7 @@ def build(config: AppConfig) -> Application:
         limits_by_key=tuple(
             (name, _limits(limits)) for name, limits in config.auth.limits_by_key.items()
         ),
+        places=config.places,
         more_paths=tuple(config.ingress.more_paths),
         max_body_bytes=config.ingress.max_body_bytes,
         max_held_body_bytes=config.ingress.max_held_body_bytes,

@@ -142,13 +142,17 @@ class AppConfig(Section):
         return self.replica.max_ongoing_requests or 2 * running
 
     @property
+    def places(self) -> int:
+        """Number of requests that the fleet computes and queues; a queue without a limit counts 0."""
+        replica = self.replica
+        return replica.count * self.max_ongoing_requests + max(0, replica.max_queued_requests)
+
+    @property
     def ingress_max_ongoing_requests(self) -> int:
         """Most requests inside one ingress: its share of the fleet's, with a quarter to spare."""
         if self.ingress.max_ongoing_requests is not None:
             return self.ingress.max_ongoing_requests
-        replica = self.replica
-        fleet = replica.count * self.max_ongoing_requests + max(0, replica.max_queued_requests)
-        return max(_LEAST_INGRESS_REQUESTS, -(-5 * fleet // (4 * self.ingress.count)))
+        return max(_LEAST_INGRESS_REQUESTS, -(-5 * self.places // (4 * self.ingress.count)))
 
     @property
     def block_size_tokens(self) -> int:

@@ -122,6 +122,12 @@ class KeyLimitsConfig(Section):
     requests_at_once: int | None = Field(
         default=None, ge=1, description="Most requests that wait or are answered"
     )
+    share_at_once: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1.0,
+        description="Largest share of the requests that the fleet computes and queues",
+    )
 
 
 class AuthConfig(Section):

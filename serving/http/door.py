@@ -42,7 +42,8 @@ class Door:
         file = None if settings.keys_file is None else KeyFile(settings.keys_file, logger)
         self.keys = ApiKeys(settings.api_keys, file, settings.key_digests)
         self.paths = Paths(settings.more_paths)
-        self.limits = KeyLimits(settings.limits, dict(settings.limits_by_key), doors, clock)
+        by_name = dict(settings.limits_by_key)
+        self.limits = KeyLimits(settings.limits, by_name, doors, clock, settings.places)
         self.bodies = Bodies(
             settings.max_body_bytes, settings.max_held_body_bytes, settings.body_timeout_s
         )

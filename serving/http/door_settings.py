@@ -16,6 +16,8 @@ class FrontDoorSettings(NamedTuple):
     shares_caches: bool = False
     limits: Limits = Limits()
     limits_by_key: tuple[tuple[str, Limits], ...] = ()
+    # Number of requests that the fleet computes and queues.
+    places: int = 1000
     more_paths: tuple[str, ...] = ()
     max_body_bytes: int = 16 * 1024 * 1024
     max_held_body_bytes: int = 256 * 1024 * 1024

@@ -8,11 +8,15 @@ _MINUTE_S = 60.0
 
 
 class Limits(NamedTuple):
-    """Limits of one key name; None for no limit."""
+    """Limits of one key name; None for no limit.
+
+    share_at_once: its largest share of the requests that the fleet computes and queues.
+    """
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     requests_at_once: int | None = None
+    share_at_once: float | None = None
 
 
 class LimitReached(Exception):
@@ -76,13 +80,15 @@ class KeyLimits:
         by_name: Mapping[str, Limits],
         doors: Callable[[], int] = lambda: 1,
         clock: Callable[[], float] = time.monotonic,
+        places: int = 1,
     ) -> None:
         """
         Args:
             usual: the limits of keys whose name `by_name` does not have.
             doors: returns the number of front doors.
+            places: number of requests that the fleet computes and queues.
         """
-        self._usual, self._by_name = usual, dict(by_name)
+        self._usual, self._by_name, self._places = usual, dict(by_name), places
         self._doors, self._clock = doors, clock
         self._used: dict[str, _Use] = {}
 
@@ -96,7 +102,7 @@ class KeyLimits:
         use = self._used.get(name)
         if use is None:
             use = self._used[name] = _Use(self._by_name.get(name, self._usual), now_s)
-        most = use.limits.requests_at_once
+        most = self._most_at_once(use.limits)
         if most is not None and use.at_once >= max(1, most // doors):
             raise LimitReached(f"this API key may have {most} requests in progress", None)
         for bucket, kind in ((use.requests, "requests"), (use.tokens, "tokens")):
@@ -106,6 +112,12 @@ class KeyLimits:
             use.requests.take(doors, now_s)
         use.at_once += 1
         return Admission(use, doors, self._clock)
+
+    def _most_at_once(self, limits: Limits) -> int | None:
+        most = [] if limits.requests_at_once is None else [limits.requests_at_once]
+        if limits.share_at_once is not None:
+            most.append(max(1, int(limits.share_at_once * self._places)))
+        return min(most, default=None)
 
 
 class Admission:

@@ -281,6 +281,19 @@ def test_the_limit_of_an_ingress_follows_the_fleet(args: dict[str, Any], most: i
     assert options["num_replicas"] == args.get("ingress", {}).get("count", 1)
 
 
+def test_keys_share_what_the_fleet_computes_and_queues() -> None:
+    config = AppConfig.model_validate(
+        {
+            "engine": {"max_num_seqs": 4},
+            "replica": {"count": 2, "max_queued_requests": 10},
+            "auth": {"limits": {"share_at_once": 0.5}},
+        }
+    )
+    assert config.places == 26
+    with pytest.raises(ValidationError, match="share_at_once"):
+        AppConfig.model_validate({"auth": {"limits": {"share_at_once": 1.5}}})
+
+
 def test_the_number_of_ingresses_follows_the_load() -> None:
     options = ingress_options(AppConfig.model_validate({"ingress": {"count": 2, "max_count": 6}}))
     assert options["autoscaling_config"] == {

@@ -35,6 +35,31 @@ def test_requests_at_once_end_and_make_room() -> None:
         keys.admit("big")
 
 
+def test_a_key_has_its_share_of_the_fleets_places_and_leaves_the_others() -> None:
+    keys = KeyLimits(Limits(share_at_once=0.25), {"big": Limits(share_at_once=0.75)}, places=16)
+    for _ in range(4):
+        keys.admit("a")
+    for _ in range(12):
+        keys.admit("big")
+    for name, most in (("a", 4), ("big", 12)):
+        with pytest.raises(LimitReached, match=f"{most} requests in progress"):
+            keys.admit(name)
+
+
+@given(st.integers(1, 9), st.floats(0.01, 1), st.integers(1, 300), st.integers(1, 4))
+def test_of_two_limits_at_once_the_lower_one_holds_and_each_door_takes_one(
+    at_once: int, share: float, places: int, doors: int
+) -> None:
+    both = Limits(requests_at_once=at_once, share_at_once=share)
+    keys = KeyLimits(both, {}, lambda: doors, Clock(), places)
+    admitted = 0
+    with pytest.raises(LimitReached):
+        for _ in range(at_once + 1):
+            keys.admit("a")
+            admitted += 1
+    assert admitted == 1 or admitted * doors <= min(at_once, share * places)
+
+
 def test_doors_share_a_limit() -> None:
     keys = limits(doors=2, requests_at_once=4, requests_per_minute=60)
     admitted = [keys.admit("a") for _ in range(2)]
