@@ -3,12 +3,15 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from vllm import envs
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+from adakv_worker.attention.stored import is_unreadable
 from adakv_worker.config import CompressionConfig
 from kernels.policies.presets import PRESETS
 
@@ -32,6 +35,14 @@ def _matches_partial_blocks(config: VllmConfig) -> bool:
     return unit is not None and unit != config.cache_config.block_size
 
 
+def _lacks_fp8_kernels(config: VllmConfig) -> bool:
+    return (
+        is_quantized_kv_cache(config.cache_config.cache_dtype)
+        and current_platform.is_cpu()
+        and not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported())
+    )
+
+
 # What is refused, by its name in the error.
 REFUSED: dict[str, Callable[[VllmConfig], bool]] = {
     "speculative_config (one token a step)": lambda c: c.speculative_config is not None,
@@ -45,8 +56,12 @@ REFUSED: dict[str, Callable[[VllmConfig], bool]] = {
         lambda c: c.parallel_config.prefill_context_parallel_size > 1
     ),
     "kv_transfer_config (KV connectors)": lambda c: c.kv_transfer_config is not None,
-    "kv_cache_dtype (a quantized cache cannot be scored yet)": (
-        lambda c: is_quantized_kv_cache(c.cache_config.cache_dtype)
+    "kv_cache_dtype other than fp8, fp8_e4m3 and fp8_e5m2 (its scales lie beside the entries)": (
+        lambda c: is_unreadable(c.cache_config.cache_dtype)
+    ),
+    "kv_cache_dtype fp8 on a CPU without AVX-512 or AMX": _lacks_fp8_kernels,
+    "kv_cache_dtype_skip_layers (all layers share their pages)": (
+        lambda c: bool(c.cache_config.kv_cache_dtype_skip_layers)
     ),
     "kv_sharing_fast_prefill": lambda c: c.cache_config.kv_sharing_fast_prefill,
     "a model with multi-head latent attention": lambda c: c.model_config.use_mla,

@@ -11,9 +11,9 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from adakv_worker.config import check_policy_name
 from loadtest.comparison.bound import bound
@@ -33,9 +33,11 @@ RESERVED_BYTES = 3 * 1_474_560
 RESERVED_EVICTING_BYTES = 19 * 1_474_560
 ENGINE = {
     "dtype": "float32", "max_model_len": 3072, "block_size": 32, "enforce_eager": True,
-    "max_num_batched_tokens": 2048, "max_num_seqs": 16, "enable_prefix_caching": True,
+    "max_num_batched_tokens": 2048, "enable_prefix_caching": True,
 }  # fmt: skip
 REQUESTS = 12
+# Engines run at least so many requests at once.
+LEAST_SEQUENCES = 16
 MIXES = ("1500/192", "512/512")
 # Long answers, whose caches shrink while they are written; not part of the default run.
 EVICTING_MIXES = ("256/2000",)
@@ -46,32 +48,52 @@ _COLUMNS = {
     "name": "arm", "tokens_per_s": "tokens/s", "ratio_to_stock": "ratio", "bound": "bound",
     "peak_running": "running", "blocks_per_request": "blocks/request", "preemptions": "preempted",
     "prefill_s": "prefill", "compress_s": "compress", "decode_s": "decode",
+    "agreement": "agreement",
 }  # fmt: skip
 
 
-def _name(policy: str, budget: int) -> str:
-    return str(budget) if policy == POLICY else f"{policy}-{budget}"
+class Arm(NamedTuple):
+    """One engine of a comparison.
 
+    policy: None for vLLM without our plug-in.
+    budget_tokens: None where nothing is compressed.
+    cache_dtype: vLLM's `kv_cache_dtype`.
+    """
 
-def _budget(name: str) -> int | None:
-    """Return the budget of the arm of this name; None for those that compress nothing."""
-    budget = name.rpartition("-")[2]
-    return int(budget) if budget.isdigit() else None
+    policy: str | None = None
+    budget_tokens: int | None = None
+    cache_dtype: str = "auto"
 
+    @property
+    def name(self) -> str:
+        """`stock`, `off` or the budget, behind a policy and a cache other than the usual ones."""
+        known = {None: "stock", "full": "off", POLICY: str(self.budget_tokens)}
+        name = known.get(self.policy, f"{self.policy}-{self.budget_tokens}")
+        return name if self.cache_dtype == "auto" else f"{self.cache_dtype}-{name}"
 
-def _start(name: str, threads: int, reserved_bytes: int, log: IO[str]) -> EngineProcess:
-    compression: dict[str, Any] | None = {"policy": "full"} if name == "off" else None
-    if (budget := _budget(name)) is not None:
-        policy = name.rpartition("-")[0] or POLICY
-        compression = {"policy": policy, "budget_tokens": budget, "keep_ratio": 0}
-    kv_bytes = KV_BYTES - (reserved_bytes if budget is not None else 0)
-    settings = {
-        "model": str(embedded_model_path()),
-        "engine": {**ENGINE, "kv_cache_memory_bytes": kv_bytes},
-        "compression": compression,
-        "text": True,
-    }
-    return EngineProcess(name, settings, threads, log)
+    def start(
+        self, threads: int, requests: int, reserved_bytes: int, log: IO[str]
+    ) -> EngineProcess:
+        """Start the engine for so many requests at once."""
+        compression: dict[str, Any] | None = None
+        if self.policy is not None:
+            compression = {"policy": self.policy}
+        if self.budget_tokens is not None:
+            assert compression is not None
+            compression |= {"budget_tokens": self.budget_tokens, "keep_ratio": 0}
+        engine = {
+            **ENGINE,
+            "max_num_seqs": max(LEAST_SEQUENCES, requests),
+            "kv_cache_memory_bytes": KV_BYTES - (reserved_bytes if self.budget_tokens else 0),
+            "kv_cache_dtype": self.cache_dtype,
+        }
+        settings = {
+            "model": str(embedded_model_path()),
+            "engine": engine,
+            "compression": compression,
+            "text": True,
+        }
+        return EngineProcess(self.name, settings, threads, log)
 
 
 def _bound(stock: dict[str, Any], ours: dict[str, Any]) -> float:
@@ -79,30 +101,50 @@ def _bound(stock: dict[str, Any], ours: dict[str, Any]) -> float:
     return bound(stock["prefill_s"] + stock["decode_s"], stock["prefill_s"], gain)
 
 
-def run_mix(arms: dict[str, EngineProcess], mix: str, repeat: int) -> dict[str, Any]:
+def run_mix(
+    engines: dict[Arm, EngineProcess], mix: str, requests: int, repeat: int
+) -> dict[str, Any]:
+    """Measure all arms on one mix."""
     prompt_tokens, output_tokens = (int(part) for part in mix.split("/"))
-    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
-    width = max(map(len, arms))
-    for turn, name in interleaved(arms, repeat):
-        done = arms[name].ask(
+    by_name = {arm.name: arm for arm in engines}
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in by_name}
+    answers: dict[str, list[list[int]]] = {name: [] for name in by_name}
+    width = max(map(len, by_name))
+    for turn, name in interleaved(by_name, repeat):
+        budget = by_name[name].budget_tokens
+        done = engines[by_name[name]].ask(
             {
-                "requests": REQUESTS,
+                "requests": requests,
                 "prompt_tokens": prompt_tokens,
                 "output_tokens": output_tokens,
                 "seed": turn,
-                "decode_budget_tokens": _budget(name) if mix in EVICTING_MIXES else None,
+                "decode_budget_tokens": budget if mix in EVICTING_MIXES else None,
             }
         )
+        answers[name] += done.pop("answers")
         rounds[name].append(done)
         rate = f"{done['tokens_per_s']:6.1f} tokens/s"
         print(f"{mix}, round {turn + 1}/{repeat}, {name:{width}}: {rate}", flush=True)
-    return _summary(rounds)
+    summary = _summary(rounds, [name for name, arm in by_name.items() if arm.budget_tokens])
+    for name, mine in answers.items():
+        summary[name]["agreement"] = round(agreement(mine, answers["stock"]), 3)
+    return summary
 
 
-def _summary(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def agreement(answers: list[list[int]], others: list[list[int]]) -> float:
+    """Return the mean share of an answer's tokens before the first that differs."""
+    shares = []
+    for one, other in zip(answers, others, strict=True):
+        pairs = zip(one, other, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(other))
+        shares.append(same / len(other))
+    return statistics.mean(shares)
+
+
+def _summary(rounds: dict[str, list[dict[str, Any]]], names: list[str]) -> dict[str, Any]:
+    """Return the medians of all rounds, and what the arms `names`, which compress, gain."""
     summary: dict[str, Any] = {name: _medians(done) for name, done in rounds.items()}
     stock = summary.get("stock")
-    names = [name for name in rounds if _budget(name) is not None]
     if stock is not None:
         summary["bound"] = {name: round(_bound(stock, summary[name]), 3) for name in names}
         ratios = {
@@ -141,10 +183,12 @@ def _reserved_bytes(mixes: Iterable[str]) -> int:
     return RESERVED_EVICTING_BYTES if set(mixes) & set(EVICTING_MIXES) else RESERVED_BYTES
 
 
-def _print(mix: str, summary: dict[str, Any], names: list[str], reserved_bytes: int) -> None:
-    print(f"\n{mix}: {REQUESTS} requests, {KV_BYTES >> 20} MiB of KV")
+def _print(
+    mix: str, requests: int, summary: dict[str, Any], names: list[str], reserved_bytes: int
+) -> None:
+    print(f"\n{mix}: {requests} requests, {KV_BYTES >> 20} MiB of KV")
     width = max(map(len, names))
-    figures = "tok/s   ratio  bound  running  blocks/req  preempt  prefill  compress  decode"
+    figures = "tok/s   ratio  bound  running  blocks/req  preempt  prefill  compress  decode  agree"
     print(f"{'arm':{width}}  {figures}")
     for name in names:
         row = summary[name]
@@ -154,7 +198,7 @@ def _print(mix: str, summary: dict[str, Any], names: list[str], reserved_bytes: 
             f"{name:{width}} {row['tokens_per_s']:6.1f} {ratio:7.2f} "
             f"{'' if limit is None else format(limit, '.2f'):>6} {row['peak_running']:8.0f} "
             f"{row['blocks_per_request']:11.1f} {row['preemptions']:8.0f} {row['prefill_s']:7.1f}s "
-            f"{row['compress_s']:8.2f}s {row['decode_s']:6.1f}s"
+            f"{row['compress_s']:8.2f}s {row['decode_s']:6.1f}s {row['agreement']:6.2f}"
         )
     equal = "equal" if summary["output_tokens_equal"] else "NOT equal"
     print(
@@ -163,29 +207,39 @@ def _print(mix: str, summary: dict[str, Any], names: list[str], reserved_bytes: 
     )
 
 
-def run(mixes: list[str], ours: list[str], repeat: int, threads: int) -> dict[str, Any]:
-    """Measure stock vLLM and our arms, by name, on each mix."""
+def run(
+    mixes: list[str],
+    ours: list[Arm],
+    repeat: int,
+    threads: int,
+    *,
+    requests: int = REQUESTS,
+    cache_dtypes: Sequence[str] = ("auto",),
+) -> dict[str, Any]:
+    """Measure stock vLLM, with each dtype of its cache, and our arms on each mix."""
     # The price of the arm that keeps everything shows in the other mixes.
-    off = ["off"] if set(mixes) - set(EVICTING_MIXES) else []
-    names = ["stock", *off, *ours]
+    off = [Arm("full")] if set(mixes) - set(EVICTING_MIXES) else []
+    others = [Arm(cache_dtype=dtype) for dtype in cache_dtypes if dtype != "auto"]
+    arms = [Arm(), *others, *off, *ours]
+    names = [arm.name for arm in arms]
     result: dict[str, Any] = {"mixes": {}}
     with tempfile.NamedTemporaryFile(
         "w", prefix="adakv-offline-", suffix=".log", delete=False
     ) as log:
         print(f"starting the engines, their log is {log.name}", flush=True)
         reserved = _reserved_bytes(mixes)
-        arms = {name: _start(name, threads, reserved, log) for name in names}
+        engines = {arm: arm.start(threads, requests, reserved, log) for arm in arms}
         try:
-            for name, arm in arms.items():
-                arm.ask({"requests": 2, "prompt_tokens": 300, "output_tokens": 8, "seed": -1})
-                print(f"{name}: engine ready", flush=True)
+            for arm, engine in engines.items():
+                engine.ask({"requests": 2, "prompt_tokens": 300, "output_tokens": 8, "seed": -1})
+                print(f"{arm.name}: engine ready", flush=True)
             for mix in mixes:
-                result["mixes"][mix] = run_mix(arms, mix, repeat)
-                _print(mix, result["mixes"][mix], names, reserved)
+                result["mixes"][mix] = run_mix(engines, mix, requests, repeat)
+                _print(mix, requests, result["mixes"][mix], names, reserved)
         finally:
-            for arm in arms.values():
-                arm.stop()
-    figures = [mix[name] for mix in result["mixes"].values() for name in ours]
+            for engine in engines.values():
+                engine.stop()
+    figures = [mix[arm.name] for mix in result["mixes"].values() for arm in ours]
     result["compress_share_of_prefill"] = round(max(f["compress_share"] for f in figures), 4)
     result["prepare_share_of_decode_step"] = round(max(f["prepare_share"] for f in figures), 4)
     result["folded_over_dense"] = round(folded_over_dense(), 3)
@@ -233,6 +287,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mix", nargs="+", choices=(*MIXES, *EVICTING_MIXES), default=list(MIXES))
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
     parser.add_argument("--policies", nargs="+", default=[POLICY], help="each at every budget")
+    parser.add_argument("--requests", type=int, default=REQUESTS, help="of each round")
+    parser.add_argument(
+        "--cache-dtypes", nargs="+", default=["auto"], help="vLLM's kv_cache_dtype, for each arm"
+    )
     parser.add_argument("--repeat", type=int, default=3, help="rounds for each arm")
     parser.add_argument("--threads", type=int, default=1, help="threads of each engine")
     args = parser.parse_args(argv)
@@ -241,9 +299,17 @@ def main(argv: list[str] | None = None) -> int:
             check_policy_name(policy)
     except ValueError as error:
         parser.error(str(error))
-    ours = [_name(policy, budget) for policy in args.policies for budget in args.budgets]
+    ours = [
+        Arm(policy, budget, dtype)
+        for dtype in args.cache_dtypes
+        for policy in args.policies
+        for budget in args.budgets
+    ]
     try:
-        result = run(args.mix, ours, args.repeat, args.threads)
+        result = run(
+            args.mix, ours, args.repeat, args.threads,
+            requests=args.requests, cache_dtypes=args.cache_dtypes,
+        )  # fmt: skip
     except RuntimeError as error:
         print(f"loadtest.offline: {error}", file=sys.stderr)
         return 1

@@ -143,7 +143,7 @@ class AppConfig(Section):
 
     @property
     def places(self) -> int:
-        """Number of requests that the fleet computes and queues; a queue without a limit counts 0."""
+        """Number of requests that the fleet computes and queues; an unlimited queue counts 0."""
         replica = self.replica
         return replica.count * self.max_ongoing_requests + max(0, replica.max_queued_requests)
 

@@ -1,5 +1,6 @@
 """CPU attention with compressed requests."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,14 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from adakv_worker.attention.folded import Folded, Pages
 from adakv_worker.attention.folding import FoldingBackend, FoldingBuilder, FoldingImpl, WithStep
+from adakv_worker.attention.stored import stored_dtype
 from kernels.paging.growth import ExtendedStep, GrownStep
 from kernels.paging.paged_cache import PagedCache
 
 # Steps of an unchanged batch that share a schedule.
 _PLAN_STEPS = 32
+# Whole numbers below it are exact in each dtype of a cache.
+_EXACT = 8
 
 
 @dataclass
@@ -39,7 +43,7 @@ class AdaKVCPUMetadataBuilder(FoldingBuilder, CPUAttentionMetadataBuilder):
             # A schedule divides the work; the kernel reads from the lengths what to attend to. So
             # one for the longest layer and for the next steps serves all.
             longest = grown.lens.amax(dim=0) + (_PLAN_STEPS - 1)
-            self._folded = self._plan(longest, self.pages.keys.dtype)
+            self._folded = self._plan(longest)
         assert self._folded is not None
         starts, plan = self._folded
         return Folded(requests, grown, self.pages, starts, 0, requests, plan=plan)
@@ -47,14 +51,14 @@ class AdaKVCPUMetadataBuilder(FoldingBuilder, CPUAttentionMetadataBuilder):
     def fold_extends(self, extended: ExtendedStep, tokens: Sequence[int], first: int) -> Folded:
         folded = super().fold_extends(extended, tokens, first)
         # Which entries a token may see follows from the length, so each layer has a schedule.
-        dtype, starts = self.pages.keys.dtype, folded.query_start_loc
-        return folded._replace(plan=[self._schedule(lens, starts, dtype) for lens in extended.lens])
+        starts = folded.query_start_loc
+        return folded._replace(plan=[self._schedule(lens, starts) for lens in extended.lens])
 
-    def _plan(self, lens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _plan(self, lens: Tensor) -> tuple[Tensor, Tensor]:
         query_start_loc = torch.arange(lens.shape[0] + 1, dtype=torch.int32)
-        return query_start_loc, self._schedule(lens, query_start_loc, dtype)
+        return query_start_loc, self._schedule(lens, query_start_loc)
 
-    def _schedule(self, lens: Tensor, query_start_loc: Tensor, dtype: torch.dtype) -> Tensor:
+    def _schedule(self, lens: Tensor, query_start_loc: Tensor) -> Tensor:
         """Return the kernel's division of work for sequences of one KV head."""
         schedule: Tensor = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=lens.shape[0],
@@ -62,7 +66,7 @@ class AdaKVCPUMetadataBuilder(FoldingBuilder, CPUAttentionMetadataBuilder):
             num_kv_heads=1,
             head_dim=self.head_dim,
             seq_lens=lens,
-            dtype=dtype,
+            dtype=self.dtype,
             query_start_loc=query_start_loc,
             causal=True,
             sliding_window_size=-1,
@@ -82,7 +86,7 @@ class AdaKVCPUImpl(FoldingImpl, CPUAttentionBackendImpl):
     ) -> None:
         ops.cpu_attn_reshape_and_cache(
             key, value, pages.keys, pages.values, slots, layer.isa,
-            kv_cache_dtype=self.kv_cache_dtype,
+            layer._k_scale_float, layer._v_scale_float, self.kv_cache_dtype,
         )  # fmt: skip
 
     def _attend_folded(
@@ -105,6 +109,8 @@ class AdaKVCPUImpl(FoldingImpl, CPUAttentionBackendImpl):
             softcap=self.logits_soft_cap,
             scheduler_metadata=plan,
             s_aux=None,
+            k_scale=layer._k_scale_float,
+            v_scale=layer._v_scale_float,
             kv_cache_dtype=self.kv_cache_dtype,
         )
 
@@ -116,8 +122,13 @@ class AdaKVCPUBackend(FoldingBackend, CPUAttentionBackend):  # type: ignore[misc
     folding_builder = AdaKVCPUMetadataBuilder
 
 
-def paged_cache(pages: Pages, isa: str) -> PagedCache:
+def paged_cache(
+    pages: Pages, isa: str, dtype: torch.dtype, kv_cache_dtype: str = "auto"
+) -> PagedCache:
     """View the memory in logical order [pages, page_tokens, D], found by writing a probe.
+
+    Args:
+        dtype: of the keys and values that an engine writes.
 
     Raises:
         RuntimeError: this CPU's kernels pack a page in an unknown order.
@@ -126,26 +137,29 @@ def paged_cache(pages: Pages, isa: str) -> PagedCache:
     probe = Pages(
         *torch.zeros((1, 1, 2 * page_tokens, dim), dtype=pages.keys.dtype).chunk(2, dim=2)
     )
+    stored = stored_dtype(kv_cache_dtype) or dtype
     token = torch.arange(page_tokens)[:, None, None].expand(-1, 1, dim)
-    dimension = torch.arange(dim).expand(page_tokens, 1, -1)
-    slots = torch.arange(page_tokens)
-    orders = []
-    # Token and dimension apart: both are small enough to be exact in 16 bits.
-    for number in (token, dimension):
-        content = number.to(probe.keys.dtype).contiguous()
-        ops.cpu_attn_reshape_and_cache(content, content, probe.keys, probe.values, slots, isa)
-        orders.append((probe.keys[0, 0].clone(), probe.values[0, 0].clone()))
-    return PagedCache(
-        _logical(pages.keys, [order[0] for order in orders]),
-        _logical(pages.values, [order[1] for order in orders]),
-    )
+    slots, seen = torch.arange(page_tokens), torch.zeros((2, page_tokens * dim), dtype=torch.long)
+    # Digit by digit: eight bits are exact up to eight only.
+    for digit in range(math.ceil(math.log(page_tokens, _EXACT)) + 1):
+        content = (token // _EXACT**digit % _EXACT).to(dtype).contiguous()
+        ops.cpu_attn_reshape_and_cache(
+            content, content, probe.keys, probe.values, slots, isa, kv_cache_dtype=kv_cache_dtype
+        )
+        for order, written in zip(seen, probe, strict=True):
+            order += written[0, 0].reshape(-1).view(stored).long() * _EXACT**digit
+    return PagedCache(_logical(pages.keys, seen[0]), _logical(pages.values, seen[1]))
 
 
-def _logical(pool: Tensor, orders: list[Tensor]) -> Tensor:
+def _logical(pool: Tensor, seen: Tensor) -> Tensor:
+    """View a pool in logical order.
+
+    Args:
+        seen: [page_tokens * D], the token of each number in a page.
+    """
     _, _, page_tokens, dim = pool.shape
     plain = torch.arange(page_tokens)[:, None].expand(-1, dim).reshape(-1)
     packed = torch.arange(page_tokens).repeat(dim)
-    seen = orders[0].reshape(-1).long()
     rows = pool[:, 0]
     if torch.equal(seen, plain):
         return rows

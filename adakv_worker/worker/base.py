@@ -140,7 +140,8 @@ class AdaKVRunner:
         return CacheKind(
             model=self.model_config.model,
             fingerprint=fingerprint(self.vllm_config),
-            dtype=str(self.kv_cache_dtype).removeprefix("torch."),
+            dtype=_name(self.kv_cache_dtype),
+            query_dtype=_name(self.model_config.dtype),
             page_tokens=page_tokens,
             layers=layers,
             heads=heads,
@@ -172,6 +173,10 @@ class AdaKVRunner:
         return self.adakv.run(
             scheduler_output, lambda: stock.execute_model(scheduler_output, *args, **kwargs)
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class AdaKVWorkerMixin(WorkerBase):

@@ -193,8 +193,8 @@ class Compression:
         pages = self._tables.layout.block_pages(self._blocks, layer).t()
         return Observation(
             self._window(layer, query),
-            PagedEntries(self._cache.keys, pages, n),
-            PagedEntries(self._cache.values, pages, n),
+            PagedEntries(self._cache.keys, pages, n, quantization=part.quantized_keys),
+            PagedEntries(self._cache.values, pages, n, quantization=part.quantized_values),
             part.scale,
             part.rotary,
             part.output_weight,

@@ -28,7 +28,8 @@ class LayersOutermost(AdaKVRunner):
         layout = PageLayout.layers_outermost(len(layers), heads, blocks)
         rows = self.vllm_config.scheduler_config.max_num_seqs + config.most_held
         tables = HostTables(layout, page_tokens, rows)
-        return KVMemory(pages, paged_cache(pages, layers[0].isa), tables)
+        cache = paged_cache(pages, layers[0].isa, self.model_config.dtype, layers[0].kv_cache_dtype)
+        return KVMemory(pages, cache, tables)
 
 
 class UndrawnNumbers(GPUModelRunner):

@@ -11,7 +11,7 @@ from adakv_worker.messages import Evict, Recompress
 from adakv_worker.worker.compression import fresh_queries, window_queries
 from adakv_worker.worker.contained import Contained
 from adakv_worker.worker.model_parts import LayerParts
-from kernels.paging.entries import PagedEntries
+from kernels.paging.entries import PagedEntries, of_all_layers
 from kernels.paging.paged_cache import PagedCache, compact_in_place, move_pages
 from kernels.paging.pages import PageTables
 from kernels.policies.observation import Observation
@@ -142,7 +142,10 @@ class Eviction:
         flat, pages = lens.flatten(), self._tables.tables(self._row).flatten(0, 1).long()
         # Waits for the device.
         longest = int(lens.max())
-        keys, values = (PagedEntries(pool, pages, longest, flat) for pool in self._cache)
+        stored_keys = of_all_layers([part.quantized_keys for part in self._parts])
+        stored_values = of_all_layers([part.quantized_values for part in self._parts])
+        keys = PagedEntries(self._cache.keys, pages, longest, flat, stored_keys)
+        values = PagedEntries(self._cache.values, pages, longest, flat, stored_values)
         window = torch.stack([self._queries.pop(layer) for layer in range(layers)])
         if self._earlier is not None:
             window = torch.cat((self._earlier, window), dim=1)
@@ -158,11 +161,13 @@ class Eviction:
         part, group = self._parts[layer], self._parts[layer].num_heads // self._tables.heads
         queries = window_queries(self._earlier, query[self._rows], self._command.query_span, layer)
         pages = self._tables.tables(self._row)[layer].long()
+        keys = PagedEntries(self._cache.keys, pages, 0, quantization=part.quantized_keys)
+        values = PagedEntries(self._cache.values, pages, 0, quantization=part.quantized_values)
         return [
             Observation(
                 queries[head * group : (head + 1) * group],
-                PagedEntries(self._cache.keys, pages[head : head + 1], entries),
-                PagedEntries(self._cache.values, pages[head : head + 1], entries),
+                keys.head(head, entries),
+                values.head(head, entries),
                 part.scale,
                 part.rotary,
                 None if part.output_weight is None else _of_head(part.output_weight, head),

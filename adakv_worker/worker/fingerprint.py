@@ -31,6 +31,7 @@ def fingerprint(config: "VllmConfig") -> str:
     model = config.model_config
     settings = (
         model.revision, str(model.dtype), model.quantization, config.load_config.load_format,
+        config.cache_config.cache_dtype,
         # With overrides, such as those of rotary embeddings.
         model.hf_config.to_json_string(),
     )  # fmt: skip

@@ -39,7 +39,7 @@ class BlocksOutermost(AdaKVRunner):
         if columns and config.decode_budget_tokens is not None:
             # Evictions look at the queries of steps that graphs run.
             shape = (len(layers), in_graph, layers[0].num_heads, layers[0].head_size)
-            queries = cache.keys.new_zeros(shape)
+            queries = cache.keys.new_zeros(shape, dtype=self.model_config.dtype)
         return KVMemory(pages, cache, tables, queries)
 
     def _graph_columns(self, config: CompressionConfig, sequences: int, page_tokens: int) -> int:

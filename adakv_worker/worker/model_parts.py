@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
+from adakv_worker.attention.stored import stored_dtype
+from kernels.paging.entries import Quantization
 from kernels.policies.rotary import Rotary
 
 # Radians. Rounding to eight bits is off by less, another table by more.
@@ -20,6 +22,7 @@ class LayerParts(NamedTuple):
     """One attention layer of this rank, numbered among the model's layers.
 
     output_weight: returns a KV head's columns [hidden, G * D] of the output projection.
+    dtype: of queries. quantized_keys, quantized_values: how the cache stores them.
     """
 
     layer: int
@@ -29,6 +32,9 @@ class LayerParts(NamedTuple):
     scale: float
     rotary: Rotary | None
     output_weight: Callable[[int], Tensor] | None
+    dtype: torch.dtype = torch.float32
+    quantized_keys: Quantization | None = None
+    quantized_values: Quantization | None = None
 
 
 def layer_parts(model: nn.Module, layer_names: list[str]) -> list[LayerParts]:
@@ -62,7 +68,19 @@ def _parts(index: int, attention: Attention, around: nn.Module) -> LayerParts:
             attention.num_heads * attention.head_size,
             attention.num_heads // attention.num_kv_heads * attention.head_size,
         ),
+        attention.dtype,
+        _quantization(attention, attention._k_scale_float),
+        _quantization(attention, attention._v_scale_float),
     )
+
+
+def _quantization(attention: Attention, scale: float) -> Quantization | None:
+    """Return how a layer's cache stores keys or values, which have a scale for all heads."""
+    stored = stored_dtype(attention.kv_cache_dtype)
+    if stored is None:
+        return None
+    scales = torch.full((attention.num_kv_heads,), scale, device=attention._k_scale.device)
+    return Quantization(stored, scales, attention.dtype)
 
 
 def _head_columns(projection: LinearBase, width: int, group_width: int, head: int) -> Tensor:

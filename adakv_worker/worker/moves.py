@@ -40,6 +40,7 @@ class CacheKind(NamedTuple):
     model: str
     fingerprint: str
     dtype: str
+    query_dtype: str
     page_tokens: int
     layers: int
     heads: int

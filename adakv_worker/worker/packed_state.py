@@ -48,6 +48,7 @@ class StateHeader(NamedTuple):
     """Origin of a state, which a worker with an equal header can restore.
 
     fingerprint: weights, settings and software, see `adakv_worker.worker.fingerprint`.
+    dtype: of the pools; the fingerprint names a quantized cache's numbers. query_dtype: of windows.
     packing: order of the entries in a page, which depends on the attention kernels.
     ranks, rank: number of tensor-parallel workers, and the state's one; `heads` are its KV heads.
     policy: the policy that selected the entries; the scope of a held cache, which names it, too.
@@ -57,6 +58,7 @@ class StateHeader(NamedTuple):
     model: str
     fingerprint: str
     dtype: str
+    query_dtype: str
     page_tokens: int
     packing: str
     layers: int
@@ -130,15 +132,16 @@ def unpack(packed: PackedState, expected: StateHeader) -> CompressedState:
     keys, values = (
         _tensor(array).view(dtype).view(-1, size) for array in (packed.keys, packed.values)
     )
-    return CompressedState(_tensor(packed.lens), keys, values, _window(packed, dtype))
+    return CompressedState(_tensor(packed.lens), keys, values, _window(packed))
 
 
-def _window(packed: PackedState, dtype: torch.dtype) -> Window | None:
+def _window(packed: PackedState) -> Window | None:
     tokens, span = packed.window
     if span == 0:
         return None
-    header = packed.header
-    queries = _tensor(packed.queries).view(dtype).view(header.layers, span, -1, header.head_dim)
+    header, flat = packed.header, _tensor(packed.queries)
+    dtype: torch.dtype = getattr(torch, header.query_dtype)
+    queries = flat.view(dtype).view(header.layers, span, -1, header.head_dim)
     return Window(tokens, span, queries)
 
 

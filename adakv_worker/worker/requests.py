@@ -149,7 +149,7 @@ class CompressionState:
                 return None
             shape = (len(self._parts), span, self._parts[0].num_heads, self._cache.keys.shape[-1])
             try:
-                queries = self._cache.keys.new_empty(shape)
+                queries = self._cache.keys.new_empty(shape, dtype=self._parts[0].dtype)
             except RuntimeError as error:
                 # The device is full: the policy that needs these queries will fail.
                 logger.warning("adakv: request %s: no memory for queries: %s", request_id, error)
@@ -163,8 +163,8 @@ class CompressionState:
 
     def no_queries(self, tokens: int) -> Tensor:
         """Return zeros [tokens, Hq, D] in the shape of a layer's queries."""
-        heads, dim = self._parts[0].num_heads, self._cache.keys.shape[-1]
-        return self._cache.keys.new_zeros((tokens, heads, dim))
+        part, dim = self._parts[0], self._cache.keys.shape[-1]
+        return self._cache.keys.new_zeros((tokens, part.num_heads, dim), dtype=part.dtype)
 
     def drop_windows(self, request_ids: Iterable[str]) -> None:
         """Drop queries of requests that do not capture any more."""

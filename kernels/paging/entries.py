@@ -4,7 +4,7 @@ A long prompt's keys are hundreds of MiB in each layer. A scorer that reads part
 `PART_BYTES` of them, for any model and prompt.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,19 @@ from kernels.paging.paged_cache import read_heads
 PART_BYTES = 16 << 20
 
 
+class Quantization(NamedTuple):
+    """How a pool of bytes stores the numbers of H heads.
+
+    stored: the dtype of the stored numbers, as wide as the pool's.
+    scales: [H] float32; a number is the stored one times its head's scale.
+    dtype: the dtype in which numbers are read.
+    """
+
+    stored: torch.dtype
+    scales: Tensor
+    dtype: torch.dtype
+
+
 class PagedEntries(NamedTuple):
     """Keys or values of H heads in an engine's memory.
 
@@ -24,12 +37,14 @@ class PagedEntries(NamedTuple):
     num_entries: n; the rest of the last page holds old or foreign entries.
     lens: [H] int32, the entries of each head where they differ, at most n; only functions that
         say so take such heads.
+    quantization: how the pool stores numbers; None if it has them as they are.
     """
 
     pool: Tensor
     pages: Tensor
     num_entries: int
     lens: Tensor | None = None
+    quantization: Quantization | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -42,16 +57,41 @@ class PagedEntries(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.pool.dtype
+        return self.pool.dtype if self.quantization is None else self.quantization.dtype
+
+    def head(self, head: int, num_entries: int) -> "PagedEntries":
+        """Return the first entries of one head."""
+        quantization = self.quantization
+        if quantization is not None:
+            scales = quantization.scales[head : head + 1]
+            quantization = quantization._replace(scales=scales)
+        pages = self.pages[head : head + 1]
+        return PagedEntries(self.pool, pages, num_entries, None, quantization)
+
+    def read_pages(self, first: int, last: int) -> Tensor:
+        """Copy each head's pages [first, last) to [H, (last - first) * page_tokens, D]."""
+        entries = read_heads(self.pool, self.pages[:, first:last])
+        if self.quantization is None:
+            return entries
+        stored, scales, dtype = self.quantization
+        return entries.view(stored).to(dtype).mul_(scales.to(dtype)[:, None, None])
 
 
 Entries = Tensor | PagedEntries
 
 
+def of_all_layers(layers: Sequence[Quantization | None]) -> Quantization | None:
+    """Return how the heads of all layers are stored, layer by layer, from one dtype in each."""
+    known = [layer for layer in layers if layer is not None]
+    if not known:
+        return None
+    return known[0]._replace(scales=torch.cat([layer.scales for layer in known]))
+
+
 def one_head(entries: Entries, head: int) -> Entries:
     """Return the entries of one head [1, n, D]."""
     if isinstance(entries, PagedEntries):
-        return entries._replace(pages=entries.pages[head : head + 1])
+        return entries.head(head, entries.num_entries)
     return entries[head : head + 1]
 
 
@@ -78,8 +118,7 @@ def parts(
     pages_at_once = max(1, PART_BYTES // (size * page_tokens))
     for page in range(0, -(-n // page_tokens), pages_at_once):
         first = page * page_tokens
-        some = entries.pages[:, page : min(page + pages_at_once, -(-n // page_tokens))]
-        part = read_heads(entries.pool, some)
+        part = entries.read_pages(page, min(page + pages_at_once, -(-n // page_tokens)))
         yield first, part if whole_pages else part[:, : n - first]
 
 
@@ -106,5 +145,5 @@ def read(entries: Entries) -> Tensor:
     """Return all entries [H, n, D]."""
     if isinstance(entries, PagedEntries):
         used = -(-entries.num_entries // entries.pool.shape[1])
-        return read_heads(entries.pool, entries.pages[:, :used])[:, : entries.num_entries]
+        return entries.read_pages(0, used)[:, : entries.num_entries]
     return entries

@@ -143,10 +143,8 @@ def _reduced_by_head(
     heads, _, window, _ = queries.shape
     reduced = queries.new_zeros((heads, keys.num_entries - window), dtype=torch.float32)
     for head, entries in enumerate(keys.lens.tolist()):
-        pages = keys.pages[head : head + 1]
-        one = keys._replace(pages=pages, num_entries=entries, lens=None)
         reduced[head, : entries - window] = reduced_window_attention(
-            queries[head : head + 1], one, scale, reduction
+            queries[head : head + 1], keys.head(head, entries), scale, reduction
         )[0]
     return reduced
 

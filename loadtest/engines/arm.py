@@ -81,20 +81,22 @@ class Engine:
 
     def round(self, command: dict[str, Any]) -> dict[str, Any]:
         """Answer all requests of a command; return the round's figures."""
-        self._add(command)
+        names = self._add(command)
         self._counts.preemptions = 0
         if self._compresses:
             self._engine.collective_rpc("adakv_start_timings")
         steps: list[Step] = []
         held: list[float] = []
-        tokens = peak_running = 0
+        answers: dict[str, list[int]] = {name: [] for name in names}
+        peak_running = 0
         pool = self._scheduler.kv_cache_manager.block_pool
         blocks = pool.num_gpu_blocks - 1
         started = last = time.perf_counter()
         while self._engine.has_unfinished_requests():
             outputs: Any = self._engine.step()
             now = time.perf_counter()
-            tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
+            for output in outputs:
+                answers[output.request_id] += output.outputs[0].token_ids
             running = len(self._scheduler.running)
             peak_running = max(peak_running, running)
             if step := self._counts.take_step(now - last):
@@ -103,6 +105,7 @@ class Engine:
                 if running and not step.prefill_tokens:
                     held.append((blocks - pool.get_num_free_blocks()) / running)
         elapsed = time.perf_counter() - started
+        tokens = sum(map(len, answers.values()))
         return {
             "tokens_per_s": tokens / elapsed,
             "output_tokens": tokens,
@@ -111,6 +114,7 @@ class Engine:
             "blocks": blocks,
             "blocks_per_request": sum(held) / max(len(held), 1),
             "preemptions": self._counts.preemptions,
+            "answers": list(answers.values()),
             **step_figures(steps, self._compression()),
         }
 
@@ -160,7 +164,8 @@ class Engine:
             timings["compress_s"], timings["evict_s"], timings["plan_s"], timings["extra_bytes"]
         )
 
-    def _add(self, command: dict[str, Any]) -> None:
+    def _add(self, command: dict[str, Any]) -> list[str]:
+        """Add the requests of a command; return their names."""
         bound = command.get("decode_budget_tokens")
         params = SamplingParams(
             temperature=0, max_tokens=command["output_tokens"], ignore_eos=True, detokenize=False,
@@ -169,9 +174,10 @@ class Engine:
         )  # fmt: skip
         make = self._text_prompts if self._text else self._random_prompts
         prompts = make(command["requests"], command["prompt_tokens"], command["seed"])
-        for number, ids in enumerate(prompts):
-            name = f"{command['seed']}-{number}"
+        named = {f"{command['seed']}-{number}": ids for number, ids in enumerate(prompts)}
+        for name, ids in named.items():
             self._engine.add_request(name, {"prompt_token_ids": ids}, params)
+        return list(named)
 
     def _random_prompts(self, count: int, length: int, seed: int) -> list[list[int]]:
         rng = random.Random(seed)

@@ -5,12 +5,12 @@ import os
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.utils.system_utils import kill_process_tree
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from adakv_worker.config import CompressionConfig, compression_config
@@ -132,8 +132,8 @@ class VllmHost:
         """Bytes of one KV block: all layers, on all tensor-parallel ranks."""
         config = self.engine.vllm_config
         model = config.model_config
-        assert isinstance(model.dtype, torch.dtype)
-        entry = model.get_total_num_kv_heads() * model.get_head_size() * model.dtype.itemsize
+        dtype = kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model)
+        entry = model.get_total_num_kv_heads() * model.get_head_size() * dtype.itemsize
         layers = model.get_num_layers(config.parallel_config)
         return 2 * layers * entry * config.cache_config.block_size
 

@@ -186,9 +186,9 @@ class Engine:
 class Reference:
     """A Hugging Face model that attends to the kept entries of a prompt, per layer and head."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, attention: str = "eager") -> None:
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, attn_implementation="eager"
+            model, dtype=torch.float32, attn_implementation=attention
         ).eval()
         self._masks: list[torch.Tensor] = []
         attentions = (m for m in self.model.modules() if type(m).__name__.endswith("Attention"))

@@ -204,11 +204,31 @@ def test_runs_of_another_comparison_are_not_mixed_in(
     assert "another configuration" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arm", "name"),
+    [
+        (offline.Arm(), "stock"),
+        (offline.Arm(cache_dtype="fp8"), "fp8-stock"),
+        (offline.Arm("full"), "off"),
+        (offline.Arm(offline.POLICY, 256), "256"),
+        (offline.Arm("snapkv", 64, "fp8"), "fp8-snapkv-64"),
+    ],
+)
+def test_arms_have_names_of_their_own(arm: offline.Arm, name: str) -> None:
+    assert arm.name == name
+
+
+def test_answers_agree_up_to_the_first_token_that_differs() -> None:
+    theirs = [[1, 2, 3, 4], [5, 6]]
+    assert offline.agreement(theirs, theirs) == 1
+    assert offline.agreement([[1, 2, 9, 4], [7, 6]], theirs) == 0.25
+
+
 def test_the_offline_run_writes_the_same_report(tmp_path: Path) -> None:
     arm = {
         "tokens_per_s": 20.0, "tokens_per_s_range": [19.0, 21.0], "peak_running": 2,
         "blocks_per_request": 50.4, "preemptions": 0, "prefill_s": 30.0, "compress_s": 0.0,
-        "decode_s": 55.0,
+        "decode_s": 55.0, "agreement": 1.0,
     }  # fmt: skip
     mix = {
         "stock": arm, "128": {**arm, "tokens_per_s": 40.0, "tokens_per_s_range": [38.0, 42.0]},
