@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
@@ -55,7 +56,12 @@ ASKED: dict[str, Callable[[Any], Any]] = {
         lambda c: setattr(c.parallel_config, "prefill_context_parallel_size", 2)
     ),
     "kv_transfer_config": lambda c: setattr(c, "kv_transfer_config", object()),
-    "kv_cache_dtype": lambda c: setattr(c.cache_config, "cache_dtype", "fp8"),
+    "kv_cache_dtype other than": (
+        lambda c: setattr(c.cache_config, "cache_dtype", "int8_per_token_head")
+    ),
+    "kv_cache_dtype_skip_layers": (
+        lambda c: setattr(c.cache_config, "kv_cache_dtype_skip_layers", ["0"])
+    ),
     "kv_sharing_fast_prefill": (lambda c: setattr(c.cache_config, "kv_sharing_fast_prefill", True)),
     "a model with multi-head latent attention": (
         lambda c: setattr(c.model_config.model_arch_config, "is_deepseek_mla", True)
@@ -82,8 +88,26 @@ def test_what_cannot_be_compressed_is_refused_by_its_name(config: VllmConfig, se
         refuse_unsupported(config)
 
 
+# Its own test asks for it.
+FP8_ON_CPU = "kv_cache_dtype fp8 on a CPU without AVX-512 or AMX"
+
+
 def test_every_refusal_has_a_row() -> None:
-    assert [name for name in REFUSED if not name.startswith(tuple(ASKED))] == []
+    asked = (*ASKED, FP8_ON_CPU)
+    assert [name for name in REFUSED if not name.startswith(asked)] == []
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_eight_bits_need_a_cpu_with_kernels_for_them(
+    config: VllmConfig, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    config.cache_config.cache_dtype = dtype
+    refuse_unsupported(config)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with pytest.raises(ValueError, match=f"does not work with {FP8_ON_CPU}"):
+        refuse_unsupported(config)
 
 
 def test_units_of_whole_blocks_are_allowed(config: VllmConfig) -> None:
