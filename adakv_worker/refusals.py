@@ -11,8 +11,8 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from adakv_worker.attention.stored import is_unreadable
 from adakv_worker.config import CompressionConfig
+from adakv_worker.stored_dtypes import is_unreadable
 from kernels.policies.presets import PRESETS
 
 

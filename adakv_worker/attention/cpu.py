@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from adakv_worker.attention.folded import Folded, Pages
 from adakv_worker.attention.folding import FoldingBackend, FoldingBuilder, FoldingImpl, WithStep
-from adakv_worker.attention.stored import stored_dtype
+from adakv_worker.stored_dtypes import stored_dtype
 from kernels.paging.growth import ExtendedStep, GrownStep
 from kernels.paging.paged_cache import PagedCache
 

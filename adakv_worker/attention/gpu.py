@@ -23,8 +23,8 @@ from adakv_worker.attention.folding import (
     WithStep,
     is_on,
 )
-from adakv_worker.attention.stored import stored_dtype
 from adakv_worker.config import compression_config
+from adakv_worker.stored_dtypes import stored_dtype
 from kernels.paging.growth import ExtendedStep, GrownStep
 
 

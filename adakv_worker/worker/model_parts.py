@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-from adakv_worker.attention.stored import stored_dtype
+from adakv_worker.stored_dtypes import stored_dtype
 from kernels.paging.entries import Quantization
 from kernels.policies.rotary import Rotary
 

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("adakv_worker", "evals", "kernels", "loadtest", "router", "serving")
+PACKAGES = ("adakv", "adakv_worker", "evals", "kernels", "loadtest", "router", "serving")
 
 
 @cache

@@ -87,6 +87,8 @@ ROOMS = {
         "loadtest.client loadtest.traffic serving.models",
         "gevent geventhttpclient locust transformers",
     ),
+    # The command line; it calls the other rooms' programs by their names.
+    "adakv": May("router router.ledger serving", "packaging pydantic yaml"),
     # Answer quality.
     "evals": May(
         "evals.answering evals.commands evals.crosscheck evals.published evals.results evals.tasks"

@@ -7,12 +7,15 @@ They are methods that we override and private attributes that we read. After an 
 # Room -> class -> names.
 UPSTREAM_NAMES = {
     "adakv_worker": {
+        "torch.cpu": "_is_amx_tile_supported _is_avx512_supported",
         "vllm.v1.kv_cache_interface.AttentionSpec": "max_num_blocks_per_req",
         "vllm.v1.kv_cache_interface.FullAttentionSpec": "merge",
         "vllm.v1.kv_cache_spec_registry.KVCacheSpecRegistry": "_ensure_registered",
     },
     "adakv_worker.attention": {
-        "vllm.model_executor.layers.attention.Attention": "_k_scale _v_scale",
+        "vllm.model_executor.layers.attention.Attention": (
+            "_k_scale _k_scale_float _v_scale _v_scale_float"
+        ),
         "vllm.v1.attention.backend.AttentionBackend": (
             "customize_spec get_builder_cls get_impl_cls supported_kv_cache_layouts"
         ),
@@ -20,6 +23,7 @@ UPSTREAM_NAMES = {
         "vllm.v1.attention.backend.AttentionMetadataBuilder": (
             "build build_for_cudagraph_capture get_cudagraph_support"
         ),
+        "vllm.v1.attention.backends.triton_attn.TritonAttentionImpl": "_kv_quant_mode",
     },
     "adakv_worker.core": {
         "vllm.v1.core.sched.scheduler.Scheduler": (
@@ -42,6 +46,7 @@ UPSTREAM_NAMES = {
         "vllm.v1.worker.gpu.sample.logits_processor.interface.LogitsProcessor": "add_request",
     },
     "adakv_worker.worker": {
+        "vllm.model_executor.layers.attention.Attention": "_k_scale _k_scale_float _v_scale_float",
         "vllm.v1.worker.cpu_worker.CPUWorker": "init_device",
         "vllm.v1.worker.gpu.model_runner.GPUModelRunner": (
             "_remove_request add_requests gather_batch_req_state initialize_kv_cache "

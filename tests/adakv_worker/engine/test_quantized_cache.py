@@ -2,20 +2,21 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from kernels.policies.presets import PRESETS
+from tests.adakv_worker.eight_bits import (
+    FORMATS,
+    assert_near_reference,
+    attention_to,
+    towards_zero,
+)
 from tests.adakv_worker.engine.test_eviction import BOUND, Traced
 from tests.adakv_worker.engine.test_eviction import run as run_traced
 from tests.adakv_worker.engine.test_moves import go_on, leave, run
-from tests.adakv_worker.engines import Engine, Reference, assert_equals_reference, prompt
+from tests.adakv_worker.engines import Engine, Reference, prompt
 
 pytestmark = pytest.mark.skipif(
     not torch.cpu._is_avx512_supported(), reason="vLLM's fp8 kernels for CPUs need AVX-512"
@@ -24,33 +25,6 @@ pytestmark = pytest.mark.skipif(
 COMPRESSION = {
     "budget_tokens": 48, "keep_ratio": 0.0, "window_tokens": 16, "max_budget_tokens": 100_000,
 }  # fmt: skip
-# A number near a border is stored as its neighbour, an eighth or a quarter away, where another order
-# of sums rounds it across: other entries differ by more than a unit.
-TOLERANCE = 0.15
-FORMATS = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
-
-
-def stored(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what vLLM's CPU kernel stores of numbers within the dtype's range: it rounds to 0."""
-    nearest = numbers.to(dtype)
-    further = nearest.float().abs() > numbers.abs()
-    return (nearest.view(torch.uint8) - further.to(torch.uint8)).view(dtype).float()
-
-
-def attention_to(dtype: torch.dtype) -> str:
-    """Return the name of an attention for Hugging Face models whose cache stores a dtype."""
-
-    def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any
-    ) -> Any:
-        return eager_attention_forward(
-            module, query, stored(key, dtype), stored(value, dtype), *args, **kw
-        )
-
-    name = f"stored_{dtype}".replace("torch.", "")
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, eager_mask)
-    return name
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -68,7 +42,7 @@ def engine(in_process: None, gqa_model: Path, form: str) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def reference(gqa_model: Path, form: str) -> Reference:
-    return Reference(gqa_model, attention_to(FORMATS[form]))
+    return Reference(gqa_model, attention_to(FORMATS[form], towards_zero))
 
 
 def test_a_block_takes_a_quarter_of_the_bytes(engine: Engine) -> None:
@@ -88,7 +62,7 @@ def test_every_preset_answers_as_the_reference(
     for result in results:
         assert result.proof is not None
         assert (result.proof["policy"], result.proof["kept_mean"]) == (policy, 48)
-        assert_equals_reference(result, reference, TOLERANCE)
+        assert_near_reference(result, reference)
 
 
 def test_a_cache_found_by_its_prefix_is_compressed_alike(engine: Engine) -> None:
@@ -112,7 +86,7 @@ def test_every_step_of_a_bounded_request_attends_to_the_kept_entries(
     run_traced(engine, requests)
     for traced in requests.values():
         assert traced.result is not None
-        assert_equals_reference(traced.result, reference, TOLERANCE, traced.kept_at)
+        assert_near_reference(traced.result, reference, traced.kept_at)
 
 
 @pytest.mark.parametrize("after", [12, 33])

@@ -1,0 +1,1 @@
+"""The command line `adakv`, in front of the programs of the other packages."""

@@ -1,0 +1,69 @@
+"""`adakv COMMAND`: serve, inspect, measure, evaluate, simulate, and check a machine."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A program by the module that has its `main`, and what it does."""
+
+    module: str
+    does: str
+
+
+_COMMANDS = {
+    "serve": Command("serving.run", "serve a configuration, as `make serve` does"),
+    "drain": Command("serving.drain", "shut the doors of a running deployment, or open them again"),
+    "inspect": Command("router.inspect", "show the memory of every replica"),
+    "simulate": Command("router.simulate.__main__", "compare routers in virtual time"),
+    "eval": Command("evals.__main__", "measure what compression does to answers"),
+    "doctor": Command("adakv.doctor", "check this machine, and say what to do"),
+}
+_BENCHES = {
+    "compare": Command("loadtest.compare", "deployments at equal KV memory, with a report"),
+    "offline": Command("loadtest.offline", "engines at equal KV memory, without HTTP"),
+    "published": Command("loadtest.published", "KV-Compress' set-up on one GPU"),
+    "spill": Command("loadtest.spill", "moving a cache against computing it again"),
+    "routing": Command("loadtest.routing", "prompts that are repeated, and at once"),
+    "ingresses": Command("loadtest.ingresses", "one, two and four front doors"),
+    "front-door": Command("loadtest.front_door", "the front door against plain `vllm serve`"),
+    "autoscaling": Command("loadtest.autoscaling", "a fleet that grows and shrinks"),
+    "long-answer": Command("loadtest.long_answer", "an answer at its bound"),
+    "service-times": Command("loadtest.service_times", "a replica's speeds, for the simulation"),
+    "fuzz": Command("loadtest.fuzz", "odd requests against a deployment"),
+    "chaos": Command("loadtest.chaos", "faults of all kinds under load"),
+    "soak": Command("loadtest.soak", "hours of load, and what grows"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name, words = (words[0], words[1:]) if words else ("--help", [])
+    bench = Command("", "run a load test; alone it lists them")
+    prefix, known = "adakv", {**_COMMANDS, "bench": bench}
+    if name == "bench":
+        prefix, known = "adakv bench", _BENCHES
+        name, words = (words[0], words[1:]) if words else ("--help", [])
+    if name in ("-h", "--help"):
+        print(_listed(prefix, known))
+        return 0
+    if name not in known:
+        print(f"{prefix}: no command {name!r}\n{_listed(prefix, known)}", file=sys.stderr)
+        return 2
+    # Programs read `sys.argv`, and show its first word in their help.
+    sys.argv = [f"{prefix} {name}", *words]
+    status: int | None = importlib.import_module(known[name].module).main()
+    return status or 0
+
+
+def _listed(prefix: str, commands: dict[str, Command]) -> str:
+    width = max(map(len, commands))
+    lines = [f"  {name:{width}}  {command.does}" for name, command in commands.items()]
+    return "\n".join([f"usage: {prefix} COMMAND [--help] ...", "", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""`adakv doctor [CONFIG]`: check this machine, and a configuration's ports and store.
+
+It starts nothing and changes nothing. It ends with 1 where something keeps the server from running.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from adakv.findings import PACKAGES, PROGRAMS, Finding, of_machine, of_ports
+from adakv.machine import look
+from router import DEFAULT_APPLICATION
+from router.ledger.redis_ledger import LedgerKeys, LedgerReader
+from serving.config import AppConfig
+from serving.store import store_url
+
+_DEFAULT_HTTP_PORT = 8000
+
+
+def of_config(config: dict[str, Any]) -> Iterator[Finding]:
+    """Yield what is to say about a configuration of `serve run` on this machine."""
+    http = config.get("http_options") or {}
+    host, port = http.get("host", "127.0.0.1"), int(http.get("port", _DEFAULT_HTTP_PORT))
+    ports = [("http", host, port)]
+    for application in config.get("applications", ()):
+        try:
+            app = AppConfig.model_validate(application.get("args") or {})
+        except ValidationError as error:
+            # Its text would repeat what was given, which may be a secret.
+            places = sorted({".".join(map(str, one["loc"])) for one in error.errors()})
+            yield Finding("configuration", "error", ", ".join(places), "see `adakv serve` for why")
+            continue
+        yield Finding("configuration", "ok", str(application.get("name", "default")))
+        if app.store.url is None and app.store.url_env is None:
+            ports.append(("embedded store", "127.0.0.1", app.store.port))
+        else:
+            yield _store(app)
+    yield from of_ports(ports)
+
+
+def _store(app: AppConfig) -> Finding:
+    """Return whether a configuration's store answers; nothing of its URL, which may be secret."""
+    try:
+        keys = LedgerKeys(app.store.key_prefix, DEFAULT_APPLICATION)
+        LedgerReader(store_url(app.store), keys).read()
+    except Exception as error:
+        return Finding(
+            "store", "error", type(error).__name__, "the store does not answer from here"
+        )
+    return Finding("store", "ok", "answers")
+
+
+def _as_lines(findings: list[Finding]) -> Iterator[str]:
+    width = max(len(one.name) for one in findings)
+    for one in findings:
+        yield f"{one.verdict:7}  {one.name:{width}}  {one.fact}"
+        if one.advice:
+            yield f"{'':7}  {'':{width}}  -> {one.advice}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path, nargs="?", help="a configuration of `serve run`")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    args = parser.parse_args()
+    findings = list(of_machine(look(PACKAGES, PROGRAMS)))
+    if args.config is not None:
+        try:
+            findings += of_config(yaml.safe_load(args.config.read_text()))
+        except (OSError, yaml.YAMLError) as error:
+            parser.error(f"{args.config}: {error}")
+    if args.json:
+        print(json.dumps([one._asdict() for one in findings], indent=2))
+    else:
+        print("\n".join(_as_lines(findings)))
+    return 1 if any(one.verdict == "error" for one in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

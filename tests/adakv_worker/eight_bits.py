@@ -1,0 +1,61 @@
+"""Hugging Face attention to keys and values of eight bits, as caches store them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from tests.adakv_worker.engines import Reference, Result
+
+FORMATS = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+# Of log-probabilities, on average. A number near a border is stored as its neighbour, an eighth or
+# a quarter away, where another order of sums rounds it across.
+_TOLERANCE = 0.03
+
+Storing = Callable[[Tensor, torch.dtype], Tensor]
+
+
+def nearest(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return numbers as they are stored by rounding to the nearest one."""
+    return numbers.to(dtype).float()
+
+
+def towards_zero(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return numbers within the dtype's range as vLLM's CPU kernel stores them."""
+    rounded = numbers.to(dtype)
+    further = rounded.float().abs() > numbers.abs()
+    return (rounded.view(torch.uint8) - further.to(torch.uint8)).view(dtype).float()
+
+
+def assert_near_reference(
+    result: Result, reference: Reference, kept_at: Sequence[Tensor | None] | None = None
+) -> None:
+    """Assert what `assert_equals_reference` does, on average."""
+    expected = reference.logprobs(result, kept_at)
+    off = [
+        abs(logprob - float(expected[step, candidate]))
+        for step, logprobs in enumerate(result.logprobs)
+        for candidate, logprob in logprobs.items()
+    ]
+    assert len(off) >= 5 * len(result.tokens) > 0
+    assert sum(off) / len(off) < _TOLERANCE
+
+
+def attention_to(dtype: torch.dtype, storing: Storing) -> str:
+    """Register an attention to stored keys and values; return its name for `Reference`."""
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any
+    ) -> Any:
+        return eager_attention_forward(
+            module, query, storing(key, dtype), storing(value, dtype), *args, **kw
+        )
+
+    name = f"{storing.__name__} {dtype}"
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, eager_mask)
+    return name
