@@ -61,13 +61,25 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             raise
         yield Served(url, f"redis://127.0.0.1:{store_port}")
         family = [process, *process.children(recursive=True)]
-        # As Ctrl-C does: to the whole process group.
-        os.killpg(process.pid, signal.SIGINT)
+        _end_while_it_answers(url, process)
         _, left = psutil.wait_procs(family, timeout=60)
-        assert not left, f"still there a minute after Ctrl-C: {left}"
+        assert not left, f"still there a minute after SIGTERM: {left}"
     finally:
         for one in [*process.children(recursive=True), process] if process.is_running() else []:
             one.kill()
+
+
+def _end_while_it_answers(url: str, process: psutil.Popen) -> None:
+    """Send SIGTERM, as supervisors do to a service's processes; the answer is whole."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+    stream = client.completions.create(
+        model="mine", prompt="Once", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(stream)
+    for one in [process, *process.children()]:
+        one.send_signal(signal.SIGTERM)
+    *_, last = stream
+    assert last.choices[0].finish_reason == "length"
 
 
 def _make_serve(config: Path, log: Path) -> psutil.Popen:

@@ -50,7 +50,6 @@ _FAST = [
     Kind("Flash", use_v2=False),
     Kind("Flash", use_v2=False, graphs=True),
     Kind("Flash", use_v2=True),
-    Kind("Flash", use_v2=True, graphs=True),
     Kind("Flash", use_v2=True, graphs=True, asynchronous=True),
 ]
 
