@@ -13,6 +13,7 @@ from serving.config_sections import AuthConfig, IngressConfig, KeyLimitsConfig
 from serving.engine import Engine
 from serving.http.api_keys import digests_of
 from serving.http.door_settings import FrontDoorSettings
+from serving.http.edge import MOST_BODY_BYTES_VARIABLE
 from serving.http.key_limits import Limits
 from serving.ingress.deployment import Ingress
 
@@ -96,13 +97,14 @@ def ingress_options(config: AppConfig) -> dict[str, Any]:
                 "target_ongoing_requests": _INGRESS_FILL * limit,
             }
         }
+    variables = {**_ONE_LOOP, MOST_BODY_BYTES_VARIABLE: str(ingress.max_body_bytes)}
     return {
         **scale,
         "max_ongoing_requests": limit,
         "max_queued_requests": _INGRESS_QUEUE,
         "backpressure_config": _busy(config),
         "graceful_shutdown_timeout_s": config.replica.graceful_shutdown_timeout_s + _LAST_EVENTS_S,
-        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": _ONE_LOOP}},
+        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": variables}},
     }
 
 

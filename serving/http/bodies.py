@@ -25,6 +25,24 @@ class BodyRefused(Exception):
         self.is_busy = is_busy
 
 
+def refuse_length(length: str, most_bytes: int) -> None:
+    """Refuse a body by the length that its sender announces.
+
+    Args:
+        length: the request's `content-length`, empty without one.
+
+    Raises:
+        BodyRefused: it is longer than `most_bytes`, or no length at all.
+    """
+    if length and (not _LENGTH.fullmatch(length) or int(length) > most_bytes):
+        raise _too_large(most_bytes)
+
+
+def _too_large(most_bytes: int) -> BodyRefused:
+    problem = f"the request body is larger than {most_bytes} bytes"
+    return BodyRefused(413, "RequestTooLarge", problem)
+
+
 class Bodies:
     """The bodies that one front door holds.
 
@@ -60,8 +78,7 @@ class Body:
             BodyRefused: it is too large, too slow, or there is no room for it now.
             ClientGone: its sender has left.
         """
-        if length and not _LENGTH.fullmatch(length):
-            raise self._too_large()
+        refuse_length(length, self._bodies.most_bytes)
         self._check(int(length or 0))
         chunks: list[bytes] = []
         try:
@@ -91,11 +108,7 @@ class Body:
         """Raise BodyRefused unless the body may be that large."""
         bodies = self._bodies
         if size_bytes > bodies.most_bytes:
-            raise self._too_large()
+            raise _too_large(bodies.most_bytes)
         if bodies.held_bytes - self._held_bytes + size_bytes > bodies.most_held_bytes:
             problem = "too many large requests are being answered"
             raise BodyRefused(503, "ServiceUnavailable", problem, is_busy=True)
-
-    def _too_large(self) -> BodyRefused:
-        problem = f"the request body is larger than {self._bodies.most_bytes} bytes"
-        return BodyRefused(413, "RequestTooLarge", problem)

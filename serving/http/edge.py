@@ -1,18 +1,23 @@
 """ASGI middleware before Serve's own: one request id, and Serve's errors in OpenAI's form.
 
 `configs/ray.env` has Serve call `middlewares`. Serve answers with the id that it finds in a
-request, whatever that is, so it must find the one that all others use too.
+request, whatever that is, so it must find the one that all others use too. And Serve reads a body
+before the front door asks for it, so a client that waits to be asked is refused here.
 """
 
+import os
 import re
 import uuid
 
 from starlette.middleware import Middleware
 
 from serving.http.asgi import ASGIApp, Message, Receive, Scope, Send, body_of, header, is_last
+from serving.http.bodies import BodyRefused, refuse_length
 from serving.http.openai_error import error_messages
 
 REQUEST_ID_HEADER = b"x-request-id"
+# The variable that has `ingress.max_body_bytes` in the processes of an ingress.
+MOST_BODY_BYTES_VARIABLE = "ADAKV_MAX_BODY_BYTES"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _TYPES = {404: "NotFoundError", 408: "RequestTimeout", 503: "ServiceUnavailable"}
 _REPLACED_HEADERS = (b"content-type", b"content-length")
@@ -21,7 +26,8 @@ _LONGEST_ERROR_BYTES = 10_000
 
 def middlewares() -> list[Middleware]:
     """Return what Serve's HTTP servers put around the app."""
-    return [Middleware(Edge)]
+    most_bytes = os.environ.get(MOST_BODY_BYTES_VARIABLE)
+    return [Middleware(Edge, most_body_bytes=None if most_bytes is None else int(most_bytes))]
 
 
 def is_request_id(given: bytes) -> bool:
@@ -32,14 +38,43 @@ def is_request_id(given: bytes) -> bool:
 class Edge:
     """An ASGI app around the one of Serve."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, most_body_bytes: int | None = None) -> None:
+        """
+        Args:
+            most_body_bytes: size of the largest body; None leaves it to the app.
+        """
         self._app = app
+        self._most_body_bytes = most_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        await self._app(_with_one_id(scope), receive, _Errors(send))
+        scope = _with_one_id(scope)
+        try:
+            self._refuse_before_continue(scope)
+        except BodyRefused as refused:
+            await _send_refusal(refused, scope, send)
+            return
+        await self._app(scope, receive, _Errors(send))
+
+    def _refuse_before_continue(self, scope: Scope) -> None:
+        """Raise BodyRefused for a body too large whose sender waits for `100 Continue`."""
+        if self._most_body_bytes is None or not header(scope, b"expect"):
+            return
+        refuse_length(header(scope, b"content-length").decode("latin-1"), self._most_body_bytes)
+
+
+async def _send_refusal(refused: BodyRefused, scope: Scope, send: Send) -> None:
+    # The body may follow all the same, and must not be read as the next request.
+    headers = {
+        "connection": "close",
+        REQUEST_ID_HEADER.decode(): header(scope, REQUEST_ID_HEADER).decode("latin-1"),
+    }
+    for message in error_messages(
+        refused.status, str(refused), type_=refused.error_type, headers=headers
+    ):
+        await send(message)
 
 
 def _with_one_id(scope: Scope) -> Scope:

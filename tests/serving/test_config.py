@@ -294,6 +294,12 @@ def test_keys_share_what_the_fleet_computes_and_queues() -> None:
         AppConfig.model_validate({"auth": {"limits": {"share_at_once": 1.5}}})
 
 
+def test_the_edge_of_an_ingress_has_the_limit_of_its_bodies() -> None:
+    options = ingress_options(AppConfig.model_validate({"ingress": {"max_body_bytes": 5000}}))
+    variables = options["ray_actor_options"]["runtime_env"]["env_vars"]
+    assert variables["ADAKV_MAX_BODY_BYTES"] == "5000"
+
+
 def test_the_number_of_ingresses_follows_the_load() -> None:
     options = ingress_options(AppConfig.model_validate({"ingress": {"count": 2, "max_count": 6}}))
     assert options["autoscaling_config"] == {

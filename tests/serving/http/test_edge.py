@@ -1,9 +1,14 @@
 """What Serve's HTTP servers do with requests and errors, behind our middleware."""
 
+import json
+import socket
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.serve._private.http_util import RequestIdMiddleware
@@ -69,3 +74,44 @@ async def test_an_error_in_plain_text_comes_in_openais_form(status: int) -> None
 async def test_other_answers_pass_as_they_are(answer: Response) -> None:
     response = await serve(App(answer)).get("/")
     assert (response.status_code, response.content) == (answer.status_code, answer.body)
+
+
+class _ReadsAhead:
+    """Reads a request's body at once, as Serve does."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await Response(b"{}", media_type="application/json")(scope, receive, send)
+
+
+@pytest.fixture
+def reading_ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The port of a server that takes bodies of 100 bytes at most."""
+    monkeypatch.setenv("ADAKV_MAX_BODY_BYTES", "100")
+    app: Any = _ReadsAhead()
+    for middleware in middlewares():
+        app = middleware.cls(app, *middleware.args, **middleware.kwargs)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    yield listener.getsockname()[1]
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.mark.parametrize(("length", "status"), [("100", 100), ("101", 413), ("9" * 18, 413)])
+def test_who_waits_to_send_a_body_is_asked_for_it_only_if_it_is_taken(
+    reading_ahead: int, length: str, status: int
+) -> None:
+    with socket.create_connection(("127.0.0.1", reading_ahead), 60) as link:
+        head = f"content-length: {length}\r\nexpect: 100-continue\r\nx-request-id: one\r\n\r\n"
+        link.sendall(b"POST / HTTP/1.1\r\nhost: x\r\n" + head.encode())
+        answer = link.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 %d " % status)
+        if status == 413:
+            assert b"\r\nx-request-id: one\r\n" in answer
+            assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == 413
+            # Else what comes next would be read as the body.
+            assert link.recv(65536) == b""
