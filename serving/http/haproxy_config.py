@@ -1,16 +1,18 @@
 """Changes the configuration of HAProxy that Ray Serve has written, before HAProxy reads it.
 
 Serve opens HAProxy's admin socket to all users, and its statistics to all addresses, and has
-neither TLS nor OpenAI's errors. `configs/haproxy` runs this file, without our packages.
+neither TLS, nor a deadline for headers, nor OpenAI's errors. `configs/haproxy` runs this file,
+without our packages.
 """
 
 import argparse
 import json
 import os
 import re
+import resource
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,12 @@ _MARK = "# Changed by serving/http/haproxy_config.py.\n"
 # Most bytes of a path with its query, and of all headers together; HAProxy's buffer must hold both.
 _MOST_BYTES = 1 << 16
 _SHUT_MODE = 0o700
+_HEADERS_TIMEOUT_S = 20
+# A connection has a file to each side. HAProxy itself has fewer others than these.
+_FILES_OF_A_CONNECTION, _OTHER_FILES = 2, 124
+# Share of all connections above which requests are refused: beyond all of them, nobody gets an
+# answer.
+_BUSY_SHARE = 0.9
 # Browsers show scripts no error without it. These errors hold nothing of an answer.
 _CORS = ("access-control-allow-origin", "*")
 
@@ -37,14 +45,62 @@ _UNAVAILABLE = _Error(503, "ServiceUnavailable", "no front door can answer")
 _LATE = _Error(504, "GatewayTimeout", "no answer in time")
 # The second is a front door that ended before it answered.
 _FILES = {503: _UNAVAILABLE, 502: _UNAVAILABLE, 504: _LATE}
+_INVALID = _Error(400, "BadRequestError", "not a valid HTTP request")
+_INTERNAL = _Error(500, "InternalServerError", "internal error")
 _REFUSED = (
-    _Error(400, "BadRequestError", "not a valid HTTP request"),
+    _INVALID,
     _Error(408, "RequestTimeout", "the request did not arrive in time"),
-    _Error(500, "InternalServerError", "internal error"),
+    _INTERNAL,
 )
+_BUSY = _Error(503, "ServiceUnavailable", "too many connections")
 _NOT_FOUND = _Error(404, "NotFoundError", "no application at this path")
 _LONG_PATH = _Error(414, "UriTooLong", f"the path is longer than {_MOST_BYTES} bytes")
 _LONG_HEADERS = _Error(431, "HeadersTooLarge", f"the headers are larger than {_MOST_BYTES} bytes")
+
+
+class Front(NamedTuple):
+    """What operators set for HAProxy, and what the machine allows.
+
+    certificate: file with a certificate's chain and its private key, for TLS to clients.
+    headers_timeout_s: longest time until a request's headers are there.
+    open_files: most files that HAProxy may open.
+    """
+
+    certificate: Path | None = None
+    headers_timeout_s: int = _HEADERS_TIMEOUT_S
+    open_files: int | None = None
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> "Front":
+        """Return what the environment of this process has.
+
+        Raises:
+            ValueError: a variable has no such value.
+        """
+        name = "ADAKV_HEADERS_TIMEOUT_S"
+        timeout = environment.get(name) or str(_HEADERS_TIMEOUT_S)
+        if not timeout.isdecimal() or int(timeout) == 0:
+            raise ValueError(f"{name}={timeout} is no number of seconds, such as 20")
+        certificate = environment.get("ADAKV_TLS_CERTIFICATE")
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        return cls(
+            certificate=Path(certificate) if certificate else None,
+            headers_timeout_s=int(timeout),
+            open_files=None if files == resource.RLIM_INFINITY else files,
+        )
+
+    def connections(self, wanted: int) -> int:
+        """Return how many connections HAProxy can have at once, if it is to have so many.
+
+        Raises:
+            ValueError: it could not have one.
+        """
+        if self.open_files is None:
+            return wanted
+        possible = (self.open_files - _OTHER_FILES) // _FILES_OF_A_CONNECTION
+        if possible < 1:
+            raise ValueError(f"{self.open_files} open files are too few: raise `ulimit -n`")
+        return min(wanted, possible)
 
 
 class _Change(NamedTuple):
@@ -55,19 +111,21 @@ class _Change(NamedTuple):
     instead: str
 
 
-def changed(text: str, folder: Path, certificate: Path | None = None) -> str:
+def changed(text: str, folder: Path, front: Front | None = None) -> str:
     """Return Serve's configuration of HAProxy, private and with OpenAI's errors.
 
     Args:
         folder: has the files of `error_files`.
-        certificate: file with a certificate's chain and its private key, for TLS to clients.
 
     Raises:
         ValueError: a line is not as this version of Ray writes it, so that a door would stay open.
     """
     if text.startswith(_MARK):
         return text
-    for what, line, instead in _changes(folder, certificate):
+    front = front or Front()
+    most = re.search(r"^ *maxconn (\d+)$", text, re.MULTILINE)
+    connections = front.connections(int(most[1])) if most else 0
+    for what, line, instead in _changes(folder, front, connections):
         text, count = re.subn(line, instead, text, flags=re.MULTILINE)
         if not count:
             raise ValueError(f"HAProxy's configuration has another form than expected: {what}")
@@ -79,10 +137,15 @@ def error_files() -> dict[str, str]:
     return {f"{status}.http": _answer(error) for status, error in _FILES.items()}
 
 
-def _changes(folder: Path, certificate: Path | None) -> Iterable[_Change]:
+def _changes(folder: Path, front: Front, connections: int) -> Iterable[_Change]:
     yield _Change("admin socket", r"^( *stats socket \S+ mode )666\b", r"\g<1>600")
     yield _Change("metrics", r"^(frontend prometheus\n *bind )\S*:(\d+)$", r"\g<1>127.0.0.1:\2")
     yield _Change("statistics", r"^(listen stats\n *bind )\S*:(\d+)$", r"\g<1>127.0.0.1:\2")
+    yield _Change("connections", r"^( *maxconn )\d+$", rf"\g<1>{connections}")
+    yield _Change(
+        "deadlines", r"^( *)(timeout client .*)$",
+        rf"\1\2\n\1timeout http-request {front.headers_timeout_s}s",
+    )  # fmt: skip
     for status in _FILES:
         path = json.dumps(str(folder / f"{status}.http")).replace("\\", r"\\")
         yield _Change("errors", rf"^( *errorfile {status} ).*$", rf"\g<1>{path}")
@@ -94,15 +157,22 @@ def _changes(folder: Path, certificate: Path | None) -> Iterable[_Change]:
         "unknown paths", r"^( *http-request return status 404) content-type text/plain .*$",
         rf"\1 {_reply(_NOT_FOUND)}",
     )  # fmt: skip
-    tls = "" if certificate is None else _tls(certificate)
-    limits = "\n".join(
-        f"    http-request return status {error.status} {_reply(error)} "
-        f"if {{ {size} gt {_MOST_BYTES} }}"
-        for error, size in ((_LONG_PATH, "url_len"), (_LONG_HEADERS, "req.hdrs,length"))
-    )
+    tls = "" if front.certificate is None else _tls(front.certificate)
     yield _Change(
-        "front", r"^(frontend http_frontend\n *bind \S*:\d+)$", rf"\g<1>{tls}" "\n" + limits
+        "front", r"^(frontend http_frontend\n *bind \S*:\d+)$",
+        "\n    ".join([rf"\g<1>{tls}", *_rules(connections)]),
+    )  # fmt: skip
+
+
+def _rules(connections: int) -> Iterable[str]:
+    """Yield what HAProxy refuses."""
+    refused = (
+        (_LONG_PATH, "", f"{{ url_len gt {_MOST_BYTES} }}"),
+        (_LONG_HEADERS, "", f"{{ req.hdrs,length gt {_MOST_BYTES} }}"),
+        (_BUSY, "hdr retry-after 1", f"{{ fe_conn gt {int(_BUSY_SHARE * connections)} }}"),
     )
+    for error, more, condition in refused:
+        yield f"http-request return status {error.status} {_reply(error)} {more} if {condition}"
 
 
 def _tls(certificate: Path) -> str:
@@ -164,10 +234,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, add_help=False)
     parser.add_argument("-f", dest="config", type=Path, required=True)
     path: Path = parser.parse_known_args(argv)[0].config
-    certificate = os.environ.get("ADAKV_TLS_CERTIFICATE")
     try:
         make_private(path.parent)
-        text = changed(path.read_text(), path.parent, Path(certificate) if certificate else None)
+        text = changed(path.read_text(), path.parent, Front.of(os.environ))
         for name, content in error_files().items():
             _write(path.parent / name, content)
         _write(path, text)
