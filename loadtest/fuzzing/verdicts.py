@@ -1,14 +1,16 @@
 """What is wrong with an answer, if anything."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from loadtest.fuzzing.attempts import Attempt
 from loadtest.fuzzing.exchange import Answer, End, Exchange
 
-# A problem with an answer that the application has not given, but a server in front of it.
-BEFORE_APPLICATION = "an error from before the application is not in OpenAI's form"
+# HAProxy answers what its parser refuses from fixed texts, which no setting of it changes.
+UNPARSED = "HAProxy's fixed text for what is no HTTP"
+_FIXED_TEXT = re.compile(rb"<html><body><h1>4\d\d ")
 # Streams end with one of these events, or with an error.
 _LAST_TYPES = ("message_stop", "response.completed", "response.incomplete", "response.failed")
 
@@ -58,8 +60,8 @@ def _wrong_error(answer: Answer) -> str | None:
     if _is_error(parsed(answer.body)):
         return None
     # All that comes from the application has a request id.
-    if "x-request-id" not in answer.headers:
-        return f"status {answer.status}: {BEFORE_APPLICATION}"
+    if "x-request-id" not in answer.headers and _FIXED_TEXT.match(answer.body):
+        return f"status {answer.status}: {UNPARSED}"
     return f"the error of status {answer.status} is not in OpenAI's form"
 
 

@@ -21,6 +21,8 @@ _MARK = "# Changed by serving/http/haproxy_config.py.\n"
 _MOST_BYTES = 1 << 16
 _SHUT_MODE = 0o700
 _HEADERS_TIMEOUT_S = 20
+# Methods that the front door's own server can read. RFC 9110 has an answer of 405 list them.
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 # A connection has a file to each side. HAProxy itself has fewer others than these.
 _FILES_OF_A_CONNECTION, _OTHER_FILES = 2, 124
 # Share of all connections above which requests are refused: beyond all of them, nobody gets an
@@ -52,6 +54,7 @@ _REFUSED = (
     _Error(408, "RequestTimeout", "the request did not arrive in time"),
     _INTERNAL,
 )
+_UNKNOWN_METHOD = _Error(405, "MethodNotAllowed", f"the method is none of {', '.join(_METHODS)}")
 _BUSY = _Error(503, "ServiceUnavailable", "too many connections")
 _NOT_FOUND = _Error(404, "NotFoundError", "no application at this path")
 _LONG_PATH = _Error(414, "UriTooLong", f"the path is longer than {_MOST_BYTES} bytes")
@@ -165,14 +168,26 @@ def _changes(folder: Path, front: Front, connections: int) -> Iterable[_Change]:
 
 
 def _rules(connections: int) -> Iterable[str]:
-    """Yield what HAProxy refuses."""
+    """Yield what HAProxy answers itself, and what it answers instead of the door's server."""
     refused = (
         (_LONG_PATH, "", f"{{ url_len gt {_MOST_BYTES} }}"),
         (_LONG_HEADERS, "", f"{{ req.hdrs,length gt {_MOST_BYTES} }}"),
+        (
+            _UNKNOWN_METHOD,
+            f"hdr allow '{', '.join(_METHODS)}'",
+            f"!{{ method {' '.join(_METHODS)} }}",
+        ),
         (_BUSY, "hdr retry-after 1", f"{{ fe_conn gt {int(_BUSY_SHARE * connections)} }}"),
     )
     for error, more, condition in refused:
         yield f"http-request return status {error.status} {_reply(error)} {more} if {condition}"
+    # Errors of the application have another type. These are uvicorn's own, which no setting of
+    # Serve's changes: a request that it cannot parse, and an application that raises.
+    for error in (_INVALID, _INTERNAL):
+        yield (
+            f"http-response return status {error.status} {_reply(error)} if "
+            f"{{ status {error.status} }} {{ res.hdr(content-type) -m beg text/plain }}"
+        )
 
 
 def _tls(certificate: Path) -> str:

@@ -20,7 +20,7 @@ from loadtest.fuzzing.campaign import Campaign, Judged, table
 from loadtest.fuzzing.exchange import Answer, End, Exchange, exchange
 from loadtest.fuzzing.forms import FORMS
 from loadtest.fuzzing.sending import Sending
-from loadtest.fuzzing.verdicts import BEFORE_APPLICATION, problem
+from loadtest.fuzzing.verdicts import UNPARSED, problem
 from loadtest.servers.fleet import Life, changed, held, wait_until_idle
 from loadtest.servers.occupancy import Look, OccupancyWatch
 from serving.http.paths import Paths
@@ -203,7 +203,8 @@ FAILED = {"error": {"message": "oh", "type": "InternalServerError", "code": 500}
         (an_answer(400), None),
         (an_answer(400, {"type": "error", "error": {"message": "a", "type": "b"}}), None),
         (an_answer(400, {"detail": "no"}, **ID), "the error of status 400 is not in OpenAI's form"),
-        (Answer(400, {}, b"<html>"), BEFORE_APPLICATION),
+        (Answer(400, {}, b"<html><body><h1>400 Bad request</h1>"), UNPARSED),
+        (Answer(400, {}, b"Invalid HTTP request received."), "not in OpenAI's form"),
         (Answer(400, ID, b"<html>"), "the error of status 400 is not in OpenAI's form"),
         (an_answer(500), "status 500"),
         (an_answer(501), "status 501"),
