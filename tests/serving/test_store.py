@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import redis
 
 from loadtest.servers.ports import free_port
-from router.stores import full_url
+from router.stores import full_url, keep_url, private_folder
 from serving.config_sections import StoreConfig
 from serving.store import EmbeddedStore, start_valkey, store_url
 
@@ -75,6 +76,34 @@ def test_a_failure_at_first_is_an_error_with_the_way_out(starts: Starts, failing
     with pytest.raises(RuntimeError, match=r"store\.port or store\.url"):
         EmbeddedStore(port, PASSWORD, other)
     assert other.tries == 1
+
+
+# A store as Ray's actor has it.
+ACTOR = """
+import sys
+from serving.store import EmbeddedStore
+store = EmbeddedStore(int(sys.argv[1]), "password")
+print(store.url(), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_killed_store_leaves_no_files(tmp_path: Path) -> None:
+    port = free_port()
+    actor = subprocess.Popen(
+        [sys.executable, "-c", ACTOR, str(port)],
+        env={**os.environ, "TMPDIR": str(tmp_path)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    with actor:
+        assert actor.stdout is not None
+        url = actor.stdout.readline().decode().strip()
+        assert full_url(f"redis://127.0.0.1:{port}") == url
+        actor.kill()
+    assert list(tmp_path.iterdir()) == []
+    assert full_url(f"redis://127.0.0.1:{port}") != url
+    # Its URL goes when the next one is kept.
+    with keep_url(f"redis://:password@127.0.0.1:{free_port()}"):
+        assert not (private_folder() / f"store-{port}.url").exists()
 
 
 def test_only_who_has_its_url_gets_in(starts: Starts) -> None:
