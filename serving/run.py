@@ -6,17 +6,21 @@ is left then ends with an error. A second signal ends everything at once.
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import yaml
 from ray import serve
+from ray._private.services import canonicalize_bootstrap_address
 from ray.serve.scripts import run as serve_run
 
+from serving.cluster_ports import ClusterPorts, PortTaken
 from serving.config_sections import ReplicaConfig
 from serving.drain import drain
 
@@ -57,15 +61,44 @@ def main() -> int:
     parser.add_argument("config", type=Path, help="a configuration of `serve run`")
     parser.add_argument("-a", "--address", help="of a running Ray cluster; without it one starts")
     args = parser.parse_args()
-    limit_s = grace_s(yaml.safe_load(args.config.read_text()))
-    where = ["--address", args.address] if args.address else []
-    serve_run.main([*where, "--non-blocking", str(args.config)], standalone_mode=False)
+    config = yaml.safe_load(args.config.read_text())
+    try:
+        with _own_ports(config, args.address):
+            _run(args.config, grace_s(config), args.address)
+    except PortTaken as error:
+        print(f"{args.config}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+@contextlib.contextmanager
+def _own_ports(config: dict[str, Any], address: str | None) -> Iterator[None]:
+    """Give Ray's environment ports of its own, if the run starts Ray.
+
+    Raises:
+        PortTaken: a port that has to be this one cannot be opened.
+    """
+    # Without an address, it is that of a cluster that runs.
+    if canonicalize_bootstrap_address(address) is not None:  # type: ignore[arg-type]
+        yield
+        return
+    with ClusterPorts(config, os.environ) as ports:
+        os.environ.update(ports.variables)
+        if ports.unusual:
+            listed = " ".join(map("=".join, ports.unusual.items()))
+            print(f"Serve's usual ports are in use: {listed}", flush=True)
+        yield
+
+
+def _run(config: Path, limit_s: float, address: str | None) -> None:
+    """Serve until the first signal to stop, and let running requests finish."""
+    where = ["--address", address] if address else []
+    serve_run.main([*where, "--non-blocking", str(config)], standalone_mode=False)
     _wait_for_signal()
     print(f"stopping: running requests have {limit_s:g} s; once more to stop at once", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         drain(limit_s, _END_S, cut=True, tell=lambda line: print(line, flush=True))
     serve.shutdown()  # type: ignore[no-untyped-call]
-    return 0
 
 
 if __name__ == "__main__":
