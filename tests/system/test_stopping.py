@@ -49,6 +49,8 @@ class Running:
                 start_new_session=True, preexec_fn=_heed_ctrl_c,
             )  # fmt: skip
         self.family: list[psutil.Process] = []
+        # HAProxy's, once it has started.
+        self.proxy_folder = folder
 
     def start(self) -> None:
         eventually(self._is_healthy, 300, "the application")
@@ -58,6 +60,8 @@ class Running:
         names = [" ".join(one.cmdline()) for one in self.family if one.is_running()]
         for name in ("raylet", "haproxy", "valkey-server", "VLLM::EngineCore"):
             assert any(name in one for one in names), (name, names)
+        (config,) = {one for name in names for one in name.split() if one.endswith("/haproxy.cfg")}
+        self.proxy_folder = Path(config).parent
 
     def _is_healthy(self) -> bool:
         assert self.process.poll() is None, self.log.read_text(errors="replace")[-4000:]
@@ -132,6 +136,7 @@ def test_ctrl_c_lets_a_stream_finish_and_refuses_others() -> None:
         assert answer.result() == "length"
         assert one.process.wait(90) == 0
         assert one.left(60) == []
+        eventually(lambda: not one.proxy_folder.exists(), 60, "the end of HAProxy's folder")
 
 
 def test_nothing_outlives_a_killed_driver() -> None:
@@ -141,3 +146,4 @@ def test_nothing_outlives_a_killed_driver() -> None:
         # Ray's own agents look for their raylet now and then.
         assert one.left(180) == []
         assert answer.result() != "length"
+        eventually(lambda: not one.proxy_folder.exists(), 60, "the end of HAProxy's folder")

@@ -79,6 +79,13 @@ def proxy_of(
 
 @pytest.fixture(scope="module")
 def proxy(door: Door) -> Iterator[Proxy]:
+    with proxy_of(door, headers_s=HEADERS, timeout_client_s=600) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def hasty(door: Door) -> Iterator[Proxy]:
+    """As `proxy`, with a deadline for clients that neither send nor take anything."""
     with proxy_of(door, headers_s=HEADERS) as proxy:
         yield proxy
 
@@ -116,25 +123,25 @@ def test_an_idle_connection_ends_without_a_word(proxy: Proxy) -> None:
         assert rest(link).endswith(b"\r\n\r\n7\r\n0 bytes\r\n0\r\n\r\n")
 
 
-def test_an_upload_goes_on_beyond_the_deadlines(proxy: Proxy) -> None:
+def test_an_upload_goes_on_beyond_the_deadlines(hasty: Proxy) -> None:
     with connected(
-        proxy, b"POST /small/v1 HTTP/1.1\r\nhost: x\r\ncontent-length: 60\r\n\r\n"
+        hasty, b"POST /small/v1 HTTP/1.1\r\nhost: x\r\ncontent-length: 60\r\n\r\n"
     ) as link:
         for _ in range(CLIENT + 2):
             link.sendall(b"0123456789")
-            with connected(proxy) as other:
+            with connected(hasty) as other:
                 rest(other)
         link.sendall(b"0123456789")
         assert b"60 bytes" in link.recv(65536)
 
 
-def test_a_stream_goes_on_beyond_the_deadlines(door: Door, proxy: Proxy) -> None:
-    with httpx.stream("GET", f"{proxy.url}/small/stream", timeout=60) as stream:
+def test_a_stream_goes_on_beyond_the_deadlines(door: Door, hasty: Proxy) -> None:
+    with httpx.stream("GET", f"{hasty.url}/small/stream", timeout=60) as stream:
         pieces = stream.iter_bytes()
         assert next(pieces) == b"first"
         # A client whose body stops is ended at the last of the deadlines.
         stopped = b"POST /small/v1 HTTP/1.1\r\nhost: x\r\ncontent-length: 60\r\n\r\n0123456789"
-        with connected(proxy, stopped) as other:
+        with connected(hasty, stopped) as other:
             assert b" 200 " not in rest(other)
         door.go_on.set()
         assert b"".join(pieces) == b"0 bytes"
