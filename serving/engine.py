@@ -209,7 +209,7 @@ class Engine:
             raise ReplicaDown("the engine process has died")
 
     async def check_health(self) -> None:
-        await self._host.check()
+        self._host.check()
         self._tasks.check()
 
     async def __del__(self) -> None:

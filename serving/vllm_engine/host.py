@@ -147,9 +147,14 @@ class VllmHost:
         """Whether the engine is dead or has not answered for long, so that its load is old."""
         return self.dead or self._watch.silent
 
-    async def check(self) -> None:
-        """Raise an exception if the engine process is gone or hung."""
-        await self.engine.check_health()
+    def check(self) -> None:
+        """Raise RuntimeError if the engine process is gone or hung.
+
+        Serve's controller unpickles what a health check raises. For an exception of vLLM it would
+        import vLLM, and do nothing else for seconds.
+        """
+        if self.dead:
+            raise RuntimeError("the engine process has died")
         self._watch.check()
 
     def _end_processes(self) -> None:
