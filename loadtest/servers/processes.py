@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import yaml
 
 from loadtest.servers.ports import free_port
@@ -93,24 +94,55 @@ def serve_run(
     log_path: Path,
     store_port: int | None = None,
     ray_address: str | None = None,
+    *,
+    store_url: str | None = None,
+    shm_bytes: int | None = None,
 ) -> Iterator[str]:
     """Run `serve run` on `config` with free ports; yield its application's base URL.
 
     Args:
         ray_address: address of a running cluster; None starts one.
+        store_url: of a store that runs; None has the deployment start its own.
+        shm_bytes: see `in_own_shared_memory`, for a cluster that is started.
     """
-    http_port, store_port = free_port(), store_port or free_port()
-    config = with_args(config, store={"port": store_port})
+    http_port = free_port()
+    store = {"port": store_port or free_port()} if store_url is None else {"url": store_url}
+    config = with_args(config, store=store)
     config["http_options"] = {"host": "127.0.0.1", "port": http_port}
     with tempfile.TemporaryDirectory(prefix="adakv-loadtest-") as folder:
         path = Path(folder) / "cluster.yaml"
         path.write_text(yaml.safe_dump(config))
         where = ["--address", ray_address] if ray_address else []
         command = [str(BIN / "serve"), "run", *where, str(path)]
-        with started(command, ray_environment(), log_path) as process:
+        environment = ray_environment()
+        if shm_bytes is not None:
+            command = in_own_shared_memory(command, shm_bytes)
+            environment["RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION"] = _objects_share(shm_bytes)
+        with started(command, environment, log_path) as process:
             base_url = f"http://127.0.0.1:{http_port}{_route_prefix(config)}"
             wait_until_healthy(base_url, process, log_path)
             yield base_url
+
+
+def in_own_shared_memory(command: list[str], shm_bytes: int) -> list[str]:
+    """Return a command that runs another one, whose `/dev/shm` is its own and of that size.
+
+    Filling that one costs neither the machine's memory nor other processes' shared memory. Where
+    namespaces are not allowed, the command is returned as it is.
+    """
+    as_root = [] if os.geteuid() == 0 else ["--user", "--map-current-user", "--keep-caps"]
+    mount = f'mount -t tmpfs -o size={shm_bytes},mode=1777 tmpfs /dev/shm && exec "$0" "$@"'
+    inside = ["unshare", "--mount", *as_root, "sh", "-c", mount]
+    try:
+        tried = subprocess.run([*inside, "true"], capture_output=True)
+    except FileNotFoundError:
+        return command
+    return [*inside, *command] if tried.returncode == 0 else command
+
+
+def _objects_share(shm_bytes: int) -> str:
+    """Return the share of the machine's memory that Ray's objects may take: a quarter of it."""
+    return str(shm_bytes / 4 / psutil.virtual_memory().total)
 
 
 def _route_prefix(config: dict[str, Any]) -> str:

