@@ -35,12 +35,29 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     if body.get("stream"):
         answer = await streamed(client, body)
         return Answer(answer.token_ids, answer.ttft_s, answer.tpot_s, [])
+    return (await ask_with_proof(client, body)).answer
+
+
+class Proven(NamedTuple):
+    """proof: the answer's `kv_compression`; None from a server that does not compress."""
+
+    answer: Answer
+    proof: dict[str, Any] | None
+
+
+async def ask_with_proof(client: httpx.AsyncClient, body: dict[str, Any]) -> Proven:
+    """Return the whole answer to a completion that asks for `return_token_ids`.
+
+    Raises:
+        httpx.HTTPError: the server failed it.
+    """
     response = await client.post("/v1/completions", json=body)
     response.raise_for_status()
-    (choice,) = response.json()["choices"]
+    content = response.json()
+    (choice,) = content["choices"]
     tops = (choice["logprobs"] or {}).get("top_logprobs") or []
     gaps = [_gap(sorted(top.values(), reverse=True)) for top in tops]
-    return Answer(choice["token_ids"], None, None, gaps)
+    return Proven(Answer(choice["token_ids"], None, None, gaps), content.get("kv_compression"))
 
 
 def _gap(logprobs: list[float]) -> float:

@@ -11,7 +11,7 @@ import httpx
 
 from loadtest.client.sse_client import streamed
 from loadtest.client.stream import StreamBroken
-from loadtest.client.token_answers import Answer, ask, likeness
+from loadtest.client.token_answers import Answer, ask_with_proof, likeness
 from loadtest.traffic.corpus import SENTENCE
 
 # Sentences of about 16 tokens: the longer prompts are compressed.
@@ -20,15 +20,41 @@ _PAUSE_S = 0.5
 
 
 class Outcome(StrEnum):
-    """What became of a request. TIE: right up to a choice between two equally likely tokens."""
+    """What became of a request.
+
+    TIE: right up to a choice between two equally likely tokens. CONTINUED: right up to the token at
+    which its cache was lost; what follows comes from a cache that was compressed anew.
+    """
 
     RIGHT = "right"
     TIE = "tie"
+    CONTINUED = "continued"
     REFUSED = "refused"
     FAILED = "failed"
     CUT = "cut"
     HUNG = "hung"
     WRONG = "wrong"
+
+
+# Those of requests that were answered as they should be.
+ANSWERED = (Outcome.RIGHT, Outcome.TIE, Outcome.CONTINUED)
+
+
+class Reply(NamedTuple):
+    """An answer to a question. proof: `kv_compression`; None if the server sent none."""
+
+    tokens: list[int]
+    proof: dict[str, Any] | None = None
+
+
+class Known(NamedTuple):
+    """The undisturbed answer to a question.
+
+    compressed_tokens: cached tokens that were compressed; None if none were.
+    """
+
+    answer: Answer
+    compressed_tokens: int | None = None
 
 
 class Asked(NamedTuple):
@@ -43,9 +69,9 @@ class Asked(NamedTuple):
 class Questions:
     """Greedy requests, each with the answer that it gets while nothing else happens."""
 
-    def __init__(self, bodies: Sequence[dict[str, Any]], answers: Sequence[Answer]) -> None:
+    def __init__(self, bodies: Sequence[dict[str, Any]], known: Sequence[Known]) -> None:
         self.bodies = bodies
-        self._answers = answers
+        self._known = known
 
     @classmethod
     async def learn(
@@ -64,17 +90,50 @@ class Questions:
             }
             for number in range(count)
         ]  # fmt: skip
-        return cls(bodies, [await ask(client, {**body, "logprobs": 2}) for body in bodies])
+        return cls(bodies, [await _learnt(client, body) for body in bodies])
 
-    def judge(self, number: int, tokens: list[int]) -> Outcome:
+    def judge(self, number: int, reply: Reply) -> Outcome:
         """Compare an answer with the known one."""
-        expected = self._answers[number]
-        if len(tokens) != len(expected.tokens):
+        known = self._known[number]
+        if len(reply.tokens) != len(known.answer.tokens):
             return Outcome.WRONG
-        alike = likeness([Answer(tokens, None, None, [])], [expected])
-        if alike.same:
-            return Outcome.RIGHT
-        return Outcome.TIE if alike.ties else Outcome.WRONG
+        outcome = _compared(reply.tokens, known.answer)
+        anew_at = _computed_anew_at(known, reply.proof)
+        if outcome != Outcome.WRONG or anew_at is None:
+            return outcome
+        before = Answer(known.answer.tokens[:anew_at], None, None, known.answer.gaps)
+        outcome = _compared(reply.tokens[:anew_at], before)
+        return outcome if outcome == Outcome.WRONG else Outcome.CONTINUED
+
+
+async def _learnt(client: httpx.AsyncClient, body: dict[str, Any]) -> Known:
+    answer, proof = await ask_with_proof(client, {**body, "logprobs": 2})
+    return Known(answer, _compressed_tokens(proof))
+
+
+def _compressed_tokens(proof: dict[str, Any] | None) -> int | None:
+    if proof is None or proof["skipped"] is not None:
+        return None
+    tokens: int = proof["original_tokens"]
+    return tokens
+
+
+def _computed_anew_at(known: Known, proof: dict[str, Any] | None) -> int | None:
+    """Return how many tokens of an answer were there when its cache was compressed anew, if so.
+
+    Then they were compressed with the prompt, by the queries of the last of them.
+    """
+    now = _compressed_tokens(proof)
+    if now is None or known.compressed_tokens is None or now <= known.compressed_tokens:
+        return None
+    return now - known.compressed_tokens
+
+
+def _compared(tokens: list[int], expected: Answer) -> Outcome:
+    alike = likeness([Answer(tokens, None, None, [])], [expected])
+    if alike.same:
+        return Outcome.RIGHT
+    return Outcome.TIE if alike.ties else Outcome.WRONG
 
 
 class Users:
@@ -103,7 +162,7 @@ class Users:
             number, stream = rng.randrange(len(self._questions.bodies)), rng.random() < 0.7
             one = await self.ask(number, stream=stream)
             self.asked.append(one)
-            if one.outcome not in (Outcome.RIGHT, Outcome.TIE):
+            if one.outcome not in ANSWERED:
                 await asyncio.sleep(_PAUSE_S)
 
     async def ask(self, number: int, *, stream: bool, timeout_s: float | None = None) -> Asked:
@@ -121,12 +180,15 @@ class Users:
         body = self._questions.bodies[number]
         try:
             if stream:
-                answer = await streamed(self._client, {**body, "stream": True})
+                # The event with the usage has the proof, too.
+                options = {"stream": True, "stream_options": {"include_usage": True}}
+                answer = await streamed(self._client, {**body, **options})
                 if not answer.finished:
                     return Outcome.CUT, "a stream without an end"
-                tokens = answer.token_ids
+                reply = Reply(answer.token_ids, answer.proof)
             else:
-                tokens = (await ask(self._client, body)).tokens
+                whole, proof = await ask_with_proof(self._client, body)
+                reply = Reply(whole.tokens, proof)
         except httpx.HTTPStatusError as error:
             status = error.response.status_code
             stated = status == 503 and "retry-after" in error.response.headers
@@ -135,4 +197,4 @@ class Users:
             return Outcome.FAILED, str(error)
         except httpx.HTTPError as error:
             return Outcome.CUT, f"{type(error).__name__}: {error}"
-        return self._questions.judge(number, tokens), f"question {number}"
+        return self._questions.judge(number, reply), f"question {number}"

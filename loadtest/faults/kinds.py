@@ -1,133 +1,78 @@
-"""Kinds of faults: what each does to a deployment, and how it is undone."""
+"""Kinds of faults: what each does to a deployment, what it may lose, and how long it may take."""
 
-import asyncio
-import json
 import random
-import signal
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import NamedTuple
 
-import psutil
-import redis.asyncio
+from loadtest.faults.of_clients import leave, read_slowly, stall
+from loadtest.faults.of_memory import fill_shared_memory
+from loadtest.faults.of_processes import kill_node, kill_raylet, killing, stopping
+from loadtest.faults.of_stores import flush, part, refuse_writes
+from loadtest.faults.scene import Scene, Strike
 
-from loadtest.fuzzing.exchange import exchange
-from loadtest.fuzzing.sending import Sending
-from loadtest.servers.family import family
-from router.stores import full_url
+__all__ = ["KINDS", "Kind", "Scene", "kinds_for", "plan"]
 
-_CLIENTS = 12
-
-
-class Scene(NamedTuple):
-    """The deployment, and the choice among equal processes."""
-
-    url: str
-    store_port: int
-    model: str
-    rng: random.Random
-
-    def one(self, role: str) -> psutil.Process:
-        """Return a process of a role.
-
-        Raises:
-            LookupError: there is none.
-        """
-        found = [process for its, process in family() if its == role]
-        if not found:
-            raise LookupError(f"no process is there as {role}")
-        return self.rng.choice(sorted(found, key=lambda process: process.pid))
+# The time in which a new engine is there on a CPU, while the old ones work.
+_ENGINE_S = 120.0
 
 
 class Kind(NamedTuple):
     """A kind of fault.
 
-    strike: does it, and returns once it is undone, where it is.
     replaces: the role of the processes of which one has to be started again, if any.
     loses: whether requests may fail by it: those that the lost process worked on.
-    within_s: how long the recovery may take.
+    serves_within_s: how long after it requests may fail or be slow.
+    whole_within_s: how long until everything may be as before.
+    nodes: number of nodes that it needs. parts: whether it needs a store behind a proxy.
     """
 
-    strike: Callable[[Scene], Awaitable[None]]
+    strike: Strike
     replaces: str | None = None
     loses: bool = False
-    within_s: float = 2.0
+    serves_within_s: float = 2.0
+    whole_within_s: float = 5.0
+    nodes: int = 1
+    parts: bool = False
 
 
-def _kill(role: str) -> Callable[[Scene], Awaitable[None]]:
-    async def strike(scene: Scene) -> None:
-        scene.one(role).kill()
-
-    return strike
-
-
-def _stop(role: str, seconds: float) -> Callable[[Scene], Awaitable[None]]:
-    """Stop a process for a while; one that is replaced meanwhile is not there to go on."""
-
-    async def strike(scene: Scene) -> None:
-        process = scene.one(role)
-        process.send_signal(signal.SIGSTOP)
-        try:
-            # Ends early where another process takes its place.
-            for _ in range(round(seconds * 10)):
-                if not process.is_running():
-                    return
-                await asyncio.sleep(0.1)
-        finally:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGCONT)
-
-    return strike
-
-
-async def _flush(scene: Scene) -> None:
-    # With the password that the store's actor has kept for this user.
-    async with redis.asyncio.from_url(full_url(f"redis://127.0.0.1:{scene.store_port}")) as store:
-        await store.flushall()
-
-
-def _request(scene: Scene) -> bytes:
-    body = {"model": scene.model, "prompt": "Once", "max_tokens": 400, "ignore_eos": True,
-            "stream": scene.rng.random() < 0.5}  # fmt: skip
-    data = json.dumps(body).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    return head + b"content-length: %d\r\n\r\n" % len(data) + data
-
-
-async def _leave(scene: Scene) -> None:
-    """Ask for long answers and leave at different moments."""
-    sendings = [
-        Sending((_request(scene),), (), leaves_after_s=scene.rng.uniform(0, 3))
-        for _ in range(_CLIENTS)
-    ]
-    await asyncio.gather(*(asyncio.to_thread(exchange, scene.url, one, 10) for one in sendings))
-
-
-async def _stall(scene: Scene) -> None:
-    """Send a part of a request and nothing more for some seconds."""
-    data = _request(scene)
-    sendings = [
-        Sending((data[: scene.rng.randrange(1, len(data))],), (), leaves_after_s=8.0)
-        for _ in range(_CLIENTS)
-    ]
-    await asyncio.gather(*(asyncio.to_thread(exchange, scene.url, one, 20) for one in sendings))
+def _of_engine(strike: Strike, role: str, serves_within_s: float, nodes: int = 1) -> Kind:
+    """A fault after which an engine has to start, while the other one serves."""
+    return Kind(strike, role, True, serves_within_s, _ENGINE_S + serves_within_s, nodes)
 
 
 KINDS: dict[str, Kind] = {
-    "kill engine": Kind(_kill("engine"), "engine", loses=True, within_s=15),
-    "pause engine": Kind(_stop("engine", 4)),
-    "hang engine": Kind(_stop("engine", 90), "engine", loses=True, within_s=60),
-    "kill replica": Kind(_kill("replica"), "replica", loses=True, within_s=15),
-    "kill ingress": Kind(_kill("ingress"), "ingress", loses=True, within_s=15),
-    "kill HAProxy": Kind(_kill("haproxy"), "haproxy", loses=True),
-    "kill controller": Kind(_kill("controller"), "controller"),
-    "pause controller": Kind(_stop("controller", 8)),
-    "kill Valkey": Kind(_kill("valkey"), "valkey"),
-    "flush Valkey": Kind(_flush),
-    "pause Valkey": Kind(_stop("valkey", 5)),
-    "clients leave": Kind(_leave),
-    "clients stall": Kind(_stall),
+    "kill engine": _of_engine(killing("engine"), "engine", 15),
+    "pause engine": Kind(stopping("engine", 4)),
+    # An engine without an answer is avoided after a third of `replica.hang_s`, and ended after it.
+    "hang engine": _of_engine(stopping("engine", 90), "engine", 60),
+    "kill replica": _of_engine(killing("replica"), "replica", 15),
+    # There is one ingress: until a new one listens, all is refused.
+    "kill ingress": Kind(killing("ingress"), "ingress", True, 15, 20),
+    "kill HAProxy": Kind(killing("haproxy"), "haproxy", loses=True),
+    "kill controller": Kind(killing("controller"), "controller", whole_within_s=15),
+    "pause controller": Kind(stopping("controller", 8)),
+    "kill Valkey": Kind(killing("valkey"), "valkey"),
+    "flush Valkey": Kind(flush),
+    "pause Valkey": Kind(stopping("valkey", 5)),
+    "read-only Valkey": Kind(refuse_writes),
+    "part from Valkey": Kind(part, parts=True),
+    "fill /dev/shm": Kind(fill_shared_memory),
+    "clients leave": Kind(leave),
+    "clients stall": Kind(stall),
+    "clients read slowly": Kind(read_slowly),
+    "kill raylet": _of_engine(kill_raylet, "replica", 15, nodes=2),
+    "kill node": _of_engine(kill_node, "replica", 15, nodes=2),
 }
+
+
+def kinds_for(nodes: int, *, parts: bool) -> list[str]:
+    """Return the names of the kinds that a deployment can be struck by.
+
+    Args:
+        parts: whether its store is behind a proxy.
+    """
+    return [
+        name for name, kind in KINDS.items() if kind.nodes <= nodes and (parts or not kind.parts)
+    ]
 
 
 def plan(seed: int, names: list[str], count: int) -> list[str]:

@@ -8,11 +8,11 @@ from typing import Protocol
 
 import httpx
 
-from loadtest.faults.asking import Asked, Outcome
+from loadtest.faults.asking import ANSWERED, Asked
 from loadtest.servers.family import family
 from loadtest.servers.occupancy import OccupancyWatch
 
-_PROBE_EVERY_S, _PROBE_TIMEOUT_S = 0.25, 5.0
+_PROBE_EVERY_S, _HEALTH_TIMEOUT_S = 0.25, 5.0
 # A report of a dead replica counts for two seconds.
 _STEADY_S = 2.5
 # These come and go without anybody's doing.
@@ -38,38 +38,41 @@ class Recovery:
         client: httpx.AsyncClient,
         watch: OccupancyWatch,
         users: Asks,
+        slow_s: float,
         count_roles: Callable[[], Counter[str]] = roles,
         steady_s: float = _STEADY_S,
     ) -> None:
         """
         Args:
+            slow_s: an answer that takes longer is not well.
             steady_s: for how long all must be well.
         """
         self._client = client
         self._watch = watch
         self._users = users
+        self._slow_s = slow_s
         self._count_roles = count_roles
         self._steady_s = steady_s
         self._replicas = len(watch.latest)
         self._roles = count_roles()
 
-    async def wait(self, struck_s: float, replaces: str | None, timeout_s: float) -> float | None:
-        """Return the seconds from the fault to the first of some seconds in which all is well.
+    async def wait(self, since_s: float, replaces: str | None, timeout_s: float) -> float | None:
+        """Return the seconds from `since_s` to the first of some seconds in which all is well.
 
         Args:
-            struck_s: when the fault began.
+            since_s: when the fault was done, or was undone.
             replaces: see `Kind`.
             timeout_s: return None after this.
         """
         well_since: float | None = None
-        while time.monotonic() < struck_s + timeout_s:
+        while time.monotonic() < since_s + timeout_s:
             began_s = time.monotonic()
             if not await self._is_well(replaces):
                 well_since = None
             elif well_since is None:
                 well_since = began_s
             if well_since is not None and time.monotonic() - well_since > self._steady_s:
-                return well_since - struck_s
+                return well_since - since_s
             await asyncio.sleep(_PROBE_EVERY_S)
         return None
 
@@ -81,13 +84,13 @@ class Recovery:
             if there[replaces] < self._roles[replaces]:
                 return False
         try:
-            response = await self._client.get("/health", timeout=_PROBE_TIMEOUT_S)
+            response = await self._client.get("/health", timeout=_HEALTH_TIMEOUT_S)
         except httpx.HTTPError:
             return False
         if response.status_code != 200:
             return False
-        asked = await self._users.ask(0, stream=False, timeout_s=_PROBE_TIMEOUT_S)
-        return asked.outcome in (Outcome.RIGHT, Outcome.TIE)
+        asked = await self._users.ask(0, stream=False, timeout_s=self._slow_s)
+        return asked.outcome in ANSWERED
 
     def left_over(self) -> str | None:
         """Return which processes are more or fewer than at the start, or None."""

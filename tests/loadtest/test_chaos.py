@@ -14,10 +14,10 @@ import pytest
 
 from loadtest.chaos import Disturbed
 from loadtest.client.token_answers import Answer
-from loadtest.faults.asking import Asked, Outcome, Questions, Users
+from loadtest.faults.asking import Asked, Known, Outcome, Questions, Reply, Users
 from loadtest.faults.kinds import KINDS, Kind, plan
 from loadtest.faults.recovery import Recovery
-from loadtest.faults.windows import Struck, Window, table, windows
+from loadtest.faults.windows import Struck, Window, summary, sums, table, windows
 from loadtest.servers.occupancy import Look, OccupancyWatch
 
 
@@ -48,7 +48,53 @@ ANSWER = Answer([1, 2, 3], None, None, [1.0, 1e-6, 1.0])
 def test_an_answer_is_compared_with_the_undisturbed_one(
     tokens: list[int], expected: Outcome
 ) -> None:
-    assert Questions(BODIES, [ANSWER]).judge(0, tokens) == expected
+    assert Questions(BODIES, [Known(ANSWER)]).judge(0, Reply(tokens)) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cached", "expected"),
+    [
+        # As undisturbed.
+        ([1, 2, 3], 100, Outcome.RIGHT),
+        ([1, 2, 9], 100, Outcome.WRONG),
+        # Compressed anew with two tokens of the answer: the third may be another one.
+        ([1, 2, 3], 102, Outcome.RIGHT),
+        ([1, 2, 9], 102, Outcome.CONTINUED),
+        ([9, 2, 3], 102, Outcome.WRONG),
+        ([1, 9, 9], 102, Outcome.TIE),
+        ([9, 9, 9], 101, Outcome.WRONG),
+        ([1, 2], 102, Outcome.WRONG),
+        # Never compressed.
+        ([1, 2, 9], None, Outcome.WRONG),
+    ],
+)
+def test_a_continued_answer_is_compared_up_to_the_loss_of_its_cache(
+    tokens: list[int], cached: int | None, expected: Outcome
+) -> None:
+    skipped = "within_budget" if cached is None else None
+    proof = {"original_tokens": cached, "skipped": skipped}
+    questions = Questions(BODIES, [Known(ANSWER, compressed_tokens=100)])
+    assert questions.judge(0, Reply(tokens, proof)) == expected
+
+
+def test_an_answer_whose_prompt_was_not_compressed_alone_is_compared_to_its_end() -> None:
+    proof = {"original_tokens": 102, "skipped": None}
+    questions = Questions(BODIES, [Known(ANSWER)])
+    assert questions.judge(0, Reply([1, 2, 9], proof)) == Outcome.WRONG
+
+
+async def test_questions_are_learnt_with_what_was_compressed() -> None:
+    client = httpx.AsyncClient(
+        base_url="http://fake", transport=httpx.MockTransport(Server("good"))
+    )
+    questions = await Questions.learn(client, "fake", 1, 3)
+    proof = {"original_tokens": 102, "skipped": None}
+    # The server's answers have 100 compressed tokens, and no ties.
+    assert questions.judge(0, Reply([1, 2, 4], proof)) == Outcome.CONTINUED
+    assert questions.judge(0, Reply([1, 2, 4], {**proof, "original_tokens": 100})) == Outcome.WRONG
+
+
+PROOF = {"original_tokens": 100, "skipped": None}
 
 
 class Server:
@@ -74,8 +120,9 @@ class Server:
             case "gone":
                 raise httpx.ConnectError("no")
         if not body.get("stream"):
-            choice = {"token_ids": tokens, "logprobs": None}
-            return httpx.Response(200, json={"choices": [choice]})
+            tops = [{"a": -0.1, "b": -2.0}] * 3
+            choice = {"token_ids": tokens, "logprobs": {"top_logprobs": tops}}
+            return httpx.Response(200, json={"choices": [choice], "kv_compression": PROOF})
         lines = [f"data: {json.dumps({'choices': [{'text': 'a', 'token_ids': tokens}]})}"]
         match self.way:
             case "broken":
@@ -90,7 +137,7 @@ class Server:
 def users_of(way: str) -> Users:
     client = httpx.AsyncClient(base_url="http://fake", transport=httpx.MockTransport(Server(way)))
     answer = ANSWER if way != "wrong" else Answer([1, 2, 3], None, None, [1.0, 1.0, 1.0])
-    return Users(client, Questions(BODIES, [answer]), hang_s=0.1)
+    return Users(client, Questions(BODIES, [Known(answer)]), hang_s=0.1)
 
 
 @pytest.mark.parametrize(
@@ -129,27 +176,71 @@ def asked(began_s: float, ended_s: float, outcome: Outcome = Outcome.RIGHT) -> A
     return Asked(began_s, ended_s, outcome, "why")
 
 
+def struck(name: str = "a", at_s: float = 0.0, whole_s: float | None = 1.0) -> Struck:
+    return Struck(name, at_s, at_s, whole_s)
+
+
 def test_requests_belong_to_the_last_fault_before_their_end() -> None:
-    struck = [Struck("kill engine", 10.0, 3.0), Struck("flush Valkey", 20.0, 0.5)]
+    faults = [struck("kill engine", 10.0, 3.0), struck("flush Valkey", 20.0, None)]
     requests = [
         asked(1, 9, Outcome.WRONG),
         asked(9, 11, Outcome.FAILED),
         asked(12, 13),
+        asked(14, 15, Outcome.CONTINUED),
         asked(19, 21, Outcome.TIE),
         asked(21, 22, Outcome.HUNG),
     ]
-    first, second = windows(struck, requests)
+    made = windows(faults, requests, slow_s=5.0)
+    first, second = made
     assert (first.under_way, second.under_way) == (1, 1)
-    assert first.outcomes == {Outcome.FAILED: 1, Outcome.RIGHT: 1}
+    assert first.outcomes == {Outcome.FAILED: 1, Outcome.RIGHT: 1, Outcome.CONTINUED: 1}
     assert first.reasons == {"failed: why": 1}
     assert second.outcomes == {Outcome.TIE: 1, Outcome.HUNG: 1}
-    rows = list(table([first, second], began_s=8.0))
-    assert rows[1].split() == ["kill", "engine", "2.0", "1", "1", "0", "1", "0", "0", "0", "3.0"]
-    assert rows[2].split()[2:] == ["12.0", "1", "1", "0", "0", "0", "1", "0", "0.5"]
+    rows = [row.split() for row in table(made, began_s=8.0)]
+    assert rows[1][2:] == ["2.0", "1", "2", "1", "0", "1", "0", "0", "0", "0.0", "3.0"]
+    assert rows[2][2:] == ["12.0", "1", "1", "0", "0", "0", "0", "1", "0", "1.0", "never"]
 
 
-async def _nothing(scene: Any) -> None:
-    pass
+@pytest.mark.parametrize(
+    ("requests", "expected"),
+    [
+        ([asked(10, 12)], 0.0),
+        # Under way when the fault came: it counts as failed, and not as a time without service.
+        ([asked(8, 12, Outcome.FAILED)], 0.0),
+        ([asked(11, 12, Outcome.FAILED), asked(13, 14)], 1.0),
+        ([asked(11, 12, Outcome.REFUSED), asked(12.5, 13, Outcome.CUT), asked(14, 15)], 2.5),
+        # Right, but late.
+        ([asked(11, 15.9), asked(12, 17.1), asked(13, 14)], 2.0),
+    ],
+)
+def test_the_fleet_serves_again_after_the_last_request_with_an_error_or_a_delay(
+    requests: list[Asked], expected: float
+) -> None:
+    # The fault came at 9, and was undone at 10.
+    (window,) = windows([Struck("a", 9.0, 10.0, 3.0)], requests, slow_s=5.0)
+    assert window.serves_s == expected
+
+
+def test_faults_of_a_kind_are_summed_with_their_longest_recoveries() -> None:
+    faults = [struck("a", 10.0, 3.0), struck("b", 20.0, None), struck("a", 30.0, 7.0)]
+    requests = [
+        asked(9, 11, Outcome.FAILED),
+        asked(12, 13, Outcome.CUT),
+        asked(21, 22, Outcome.HUNG),
+        asked(29, 31, Outcome.WRONG),
+        asked(35, 36, Outcome.REFUSED),
+    ]
+    first, second = rows = sums(windows(faults, requests, slow_s=5.0))
+    assert first == ("a", 2, 2, 3, 0, 1, 5.0, 7.0)
+    assert second == ("b", 1, 0, 0, 1, 0, 1.0, None)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in summary(rows)]
+    assert lines[0][0] == "kind"
+    assert lines[2] == ["a", "2", "2", "3", "0", "1", "5.0", "7.0"]
+    assert lines[3][-1] == "never"
+
+
+async def _nothing(scene: Any) -> tuple[()]:
+    return ()
 
 
 @pytest.mark.parametrize(
@@ -168,18 +259,27 @@ async def _nothing(scene: Any) -> None:
     ],
 )
 def test_what_a_fault_must_not_do(outcome: Outcome, loses: bool, is_problem: bool) -> None:
-    window = Window(Struck("a", 0.0, 1.0), 0, Counter([outcome]), Counter())
+    window = Window(struck(), 0, Counter([outcome]), Counter(), 0.0)
     assert bool(window.problems(Kind(_nothing, loses=loses))) is is_problem
 
 
-@pytest.mark.parametrize(("recovered_s", "is_problem"), [(1.9, False), (2.1, True), (None, True)])
-def test_a_recovery_must_be_quick(recovered_s: float | None, is_problem: bool) -> None:
-    window = Window(Struck("a", 0.0, recovered_s), 0, Counter(), Counter())
-    assert bool(window.problems(Kind(_nothing, within_s=2))) is is_problem
+@pytest.mark.parametrize(
+    ("serves_s", "whole_s", "is_problem"),
+    [(1.9, 3.9, False), (2.1, 3.9, True), (1.9, 4.1, True), (1.9, None, True)],
+)
+def test_a_recovery_must_be_quick(serves_s: float, whole_s: float | None, is_problem: bool) -> None:
+    window = Window(struck(whole_s=whole_s), 0, Counter(), Counter(), serves_s)
+    kind = Kind(_nothing, serves_within_s=2, whole_within_s=4)
+    assert bool(window.problems(kind)) is is_problem
+
+
+def test_what_a_fault_has_seen_itself_is_a_problem() -> None:
+    window = Window(struck()._replace(seen=["half an answer"]), 0, Counter(), Counter(), 0.0)
+    assert window.problems(Kind(_nothing)) == ["half an answer"]
 
 
 def test_what_is_left_over_is_a_problem_of_the_run() -> None:
-    window = Window(Struck("kill engine", 0.0, 1.0), 0, Counter(), Counter())
+    window = Window(struck("kill engine"), 0, Counter(), Counter(), 0.0)
     assert Disturbed([window], 0.0, []).problems == []
     assert Disturbed([window], 0.0, ["a process"]).problems == ["a process"]
 
@@ -191,7 +291,7 @@ def recovery_of(way: str, loads: int, roles: list[Counter[str]]) -> Recovery:
     users = users_of(way)
     client = httpx.AsyncClient(base_url="http://fake", transport=httpx.MockTransport(Server(way)))
     counts = iter(roles)
-    recovery = Recovery(client, watch, users, lambda: next(counts, roles[-1]), 0.1)
+    recovery = Recovery(client, watch, users, 60.0, lambda: next(counts, roles[-1]), 0.1)
     watch.looks.append(Look(1.0, [{}] * loads))
     return recovery
 
