@@ -44,7 +44,7 @@ _SLOW, _LEAST_SLOW_S = 4, 5.0
 # Between a recovery and the next fault: what is under way then has begun after the recovery.
 _QUIET_S = 5.0
 # The deployment's own `/dev/shm`.
-_SHARED_MEMORY_BYTES = 2 << 30
+_SHARED_MEMORY_BYTES = 1 << 30
 
 
 class Disturbed(NamedTuple):

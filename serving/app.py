@@ -104,6 +104,8 @@ def ingress_options(config: AppConfig) -> dict[str, Any]:
         "max_queued_requests": _INGRESS_QUEUE,
         "backpressure_config": _busy(config),
         "graceful_shutdown_timeout_s": config.replica.graceful_shutdown_timeout_s + _LAST_EVENTS_S,
+        # A dead one is noticed by its check only, and with Serve's 10 s the port refused as long.
+        "health_check_period_s": config.replica.health_check_period_s,
         "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": variables}},
     }
 

@@ -58,7 +58,9 @@ class ReplicaConfig(Section):
         default=120.0, ge=0.0, description="Time for streams to end on redeploy"
     )
     health_check_period_s: float = Field(
-        default=2.0, gt=0.0, description="Longest time until a dead engine is replaced"
+        default=2.0,
+        gt=0.0,
+        description="Time between two health checks; an engine is replaced after three that fail",
     )
     hang_s: float = Field(
         default=300.0,

@@ -300,6 +300,12 @@ def test_the_edge_of_an_ingress_has_the_limit_of_its_bodies() -> None:
     assert variables["ADAKV_MAX_BODY_BYTES"] == "5000"
 
 
+def test_a_dead_ingress_is_noticed_as_soon_as_a_dead_engine() -> None:
+    config = AppConfig.model_validate({"replica": {"health_check_period_s": 0.5}})
+    assert ingress_options(config)["health_check_period_s"] == 0.5
+    assert engine_options(config, on_cpus=True)["health_check_period_s"] == 0.5
+
+
 def test_the_number_of_ingresses_follows_the_load() -> None:
     options = ingress_options(AppConfig.model_validate({"ingress": {"count": 2, "max_count": 6}}))
     assert options["autoscaling_config"] == {
