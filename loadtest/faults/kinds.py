@@ -11,8 +11,8 @@ from loadtest.faults.scene import Scene, Strike
 
 __all__ = ["KINDS", "Kind", "Scene", "kinds_for", "plan"]
 
-# The time in which a new engine is there on a CPU, while the old ones work.
-_ENGINE_S = 120.0
+# The time in which a new engine is there on a CPU, while the other one works, and a new node.
+_ENGINE_S, _NODE_S = 120.0, 15.0
 
 
 class Kind(NamedTuple):
@@ -36,7 +36,8 @@ class Kind(NamedTuple):
 
 def _of_engine(strike: Strike, role: str, serves_within_s: float, nodes: int = 1) -> Kind:
     """A fault after which an engine has to start, while the other one serves."""
-    return Kind(strike, role, True, serves_within_s, _ENGINE_S + serves_within_s, nodes)
+    whole_within_s = _ENGINE_S + serves_within_s + (_NODE_S if nodes > 1 else 0.0)
+    return Kind(strike, role, True, serves_within_s, whole_within_s, nodes)
 
 
 KINDS: dict[str, Kind] = {
@@ -47,7 +48,8 @@ KINDS: dict[str, Kind] = {
     "kill replica": _of_engine(killing("replica"), "replica", 15),
     # There is one ingress: until a new one listens, all is refused.
     "kill ingress": Kind(killing("ingress"), "ingress", True, 15, 20),
-    "kill HAProxy": Kind(killing("haproxy"), "haproxy", loses=True),
+    # Serve looks three times before it starts another.
+    "kill HAProxy": Kind(killing("haproxy"), "haproxy", True, 15, 20),
     "kill controller": Kind(killing("controller"), "controller", whole_within_s=15),
     "pause controller": Kind(stopping("controller", 8)),
     "kill Valkey": Kind(killing("valkey"), "valkey"),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,7 +16,7 @@ import pytest
 from loadtest.chaos import Disturbed
 from loadtest.client.token_answers import Answer
 from loadtest.faults.asking import Asked, Known, Outcome, Questions, Reply, Users
-from loadtest.faults.kinds import KINDS, Kind, plan
+from loadtest.faults.kinds import KINDS, Kind, kinds_for, plan
 from loadtest.faults.recovery import Recovery
 from loadtest.faults.windows import Struck, Window, summary, sums, table, windows
 from loadtest.servers.occupancy import Look, OccupancyWatch
@@ -28,6 +29,33 @@ def test_a_plan_is_the_same_for_a_seed_and_does_all_before_it_repeats() -> None:
     assert planned != plan(4, names, 2 * len(names) + 1)
     assert sorted(planned[: len(names)]) == sorted(names)
     assert len(planned) == 2 * len(names) + 1
+
+
+def test_the_documentation_states_what_each_kind_may_cost() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    stated = [[cell.strip() for cell in (line[0], *line[2:])] for line in lines[1:]]
+    assert stated == [
+        [
+            name, "yes" if kind.loses else "no", f"{kind.serves_within_s:.0f} s",
+            f"{kind.whole_within_s:.0f} s",
+        ]
+        for name, kind in KINDS.items()
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("nodes", "parts", "lacks"),
+    [
+        (2, True, set()),
+        (1, True, {"kill raylet", "kill node"}),
+        (1, False, {"kill raylet", "kill node", "part from Valkey"}),
+    ],
+)
+def test_kinds_that_a_deployment_cannot_be_struck_by_are_left_out(
+    nodes: int, parts: bool, lacks: set[str]
+) -> None:
+    assert set(KINDS) - set(kinds_for(nodes, parts=parts)) == lacks
 
 
 BODIES = [{"model": "fake", "prompt": "Once", "max_tokens": 3}]
