@@ -143,11 +143,11 @@ async def _slow_s(users: Users) -> float:
 
 
 async def _strike(name: str, scene: Scene, recovery: Recovery) -> Struck:
-    kind, struck_s = KINDS[name], time.monotonic()
+    kind, before, struck_s = KINDS[name], recovery.look(), time.monotonic()
     seen = await kind.strike(scene)
     # One that is undone has ended only now.
     ended_s = struck_s if kind.replaces is not None else time.monotonic()
-    whole_s = await recovery.wait(ended_s, kind.replaces, _WHOLE_S)
+    whole_s = await recovery.wait(ended_s, kind.replaces, before, _WHOLE_S)
     return Struck(name, struck_s, ended_s, whole_s, seen)
 
 

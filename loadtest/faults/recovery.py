@@ -3,8 +3,8 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
 
 import httpx
 
@@ -25,9 +25,22 @@ class Asks(Protocol):
     async def ask(self, number: int, *, stream: bool, timeout_s: float | None = None) -> Asked: ...
 
 
-def roles() -> Counter[str]:
-    """Return how many processes of each role there are."""
-    return Counter(role for role, _ in family() if role not in _PASSING)
+class Living(NamedTuple):
+    """A process of the deployment."""
+
+    role: str
+    pid: int
+
+
+def living() -> frozenset[Living]:
+    """Return the processes that do not come and go by themselves."""
+    return frozenset(
+        Living(role, process.pid) for role, process in family() if role not in _PASSING
+    )
+
+
+def _roles(processes: Iterable[Living]) -> Counter[str]:
+    return Counter(one.role for one in processes)
 
 
 class Recovery:
@@ -39,7 +52,7 @@ class Recovery:
         watch: OccupancyWatch,
         users: Asks,
         slow_s: float,
-        count_roles: Callable[[], Counter[str]] = roles,
+        look: Callable[[], frozenset[Living]] = living,
         steady_s: float = _STEADY_S,
     ) -> None:
         """
@@ -51,23 +64,31 @@ class Recovery:
         self._watch = watch
         self._users = users
         self._slow_s = slow_s
-        self._count_roles = count_roles
+        self.look = look
         self._steady_s = steady_s
         self._replicas = len(watch.latest)
-        self._roles = count_roles()
+        self._roles = _roles(look())
 
-    async def wait(self, since_s: float, replaces: str | None, timeout_s: float) -> float | None:
+    async def wait(
+        self,
+        since_s: float,
+        replaces: str | None,
+        before: frozenset[Living],
+        timeout_s: float,
+    ) -> float | None:
         """Return the seconds from `since_s` to the first of some seconds in which all is well.
 
         Args:
             since_s: when the fault was done, or was undone.
             replaces: see `Kind`.
+            before: what `look` has returned before the fault. One of its processes of the replaced
+                role must be gone: some outlive for a while what they cannot live without.
             timeout_s: return None after this.
         """
         well_since: float | None = None
         while time.monotonic() < since_s + timeout_s:
             began_s = time.monotonic()
-            if not await self._is_well(replaces):
+            if not await self._is_well(replaces, before):
                 well_since = None
             elif well_since is None:
                 well_since = began_s
@@ -76,12 +97,13 @@ class Recovery:
             await asyncio.sleep(_PROBE_EVERY_S)
         return None
 
-    async def _is_well(self, replaces: str | None) -> bool:
+    async def _is_well(self, replaces: str | None, before: frozenset[Living]) -> bool:
         if len(self._watch.latest) != self._replicas:
             return False
         if replaces is not None:
-            there = await asyncio.to_thread(self._count_roles)
-            if there[replaces] < self._roles[replaces]:
+            there = await asyncio.to_thread(self.look)
+            is_complete = _roles(there)[replaces] >= self._roles[replaces]
+            if not is_complete or replaces not in _roles(before - there):
                 return False
         try:
             response = await self._client.get("/health", timeout=_HEALTH_TIMEOUT_S)
@@ -94,7 +116,7 @@ class Recovery:
 
     def left_over(self) -> str | None:
         """Return which processes are more or fewer than at the start, or None."""
-        now = self._count_roles()
+        now = _roles(self.look())
         differences = {
             role: now[role] - self._roles[role]
             for role in sorted(now | self._roles)

@@ -17,7 +17,7 @@ from loadtest.chaos import Disturbed
 from loadtest.client.token_answers import Answer
 from loadtest.faults.asking import Asked, Known, Outcome, Questions, Reply, Users
 from loadtest.faults.kinds import KINDS, Kind, kinds_for, plan
-from loadtest.faults.recovery import Recovery
+from loadtest.faults.recovery import Living, Recovery
 from loadtest.faults.windows import Struck, Window, summary, sums, table, windows
 from loadtest.servers.occupancy import Look, OccupancyWatch
 
@@ -312,47 +312,53 @@ def test_what_is_left_over_is_a_problem_of_the_run() -> None:
     assert Disturbed([window], 0.0, ["a process"]).problems == ["a process"]
 
 
-def recovery_of(way: str, loads: int, roles: list[Counter[str]]) -> Recovery:
+def recovery_of(way: str, loads: int, seen: list[frozenset[Living]]) -> Recovery:
     """A fleet of two at the start, whose last look then shows `loads` replicas."""
     watch = OccupancyWatch()
     watch.looks.append(Look(0.0, [{}, {}]))
     users = users_of(way)
     client = httpx.AsyncClient(base_url="http://fake", transport=httpx.MockTransport(Server(way)))
-    counts = iter(roles)
-    recovery = Recovery(client, watch, users, 60.0, lambda: next(counts, roles[-1]), 0.1)
+    looks = iter(seen)
+    recovery = Recovery(client, watch, users, 60.0, lambda: next(looks, seen[-1]), 0.1)
     watch.looks.append(Look(1.0, [{}] * loads))
     return recovery
 
 
-TWO, ONE = Counter(engine=2), Counter(engine=1)
+def engines(*pids: int) -> frozenset[Living]:
+    return frozenset(Living("engine", pid) for pid in pids)
+
+
+TWO, ONE, NEW = engines(1, 2), engines(1), engines(1, 3)
 
 
 @pytest.mark.parametrize(
-    ("way", "loads", "roles", "recovers"),
+    ("way", "loads", "seen", "recovers"),
     [
-        ("good", 2, [TWO], True),
-        ("good", 1, [TWO], False),
+        ("good", 2, [TWO, NEW], True),
+        ("good", 1, [TWO, NEW], False),
         ("good", 2, [TWO, ONE], False),
-        # It is there again after two looks.
-        ("good", 2, [TWO, ONE, ONE, TWO], True),
-        ("unhealthy", 2, [TWO], False),
-        ("wrong", 2, [TWO], False),
-        ("full", 2, [TWO], False),
+        # The lost one lives on for a while.
+        ("good", 2, [TWO, TWO], False),
+        # A new one is there after two looks.
+        ("good", 2, [TWO, TWO, ONE, NEW], True),
+        ("unhealthy", 2, [TWO, NEW], False),
+        ("wrong", 2, [TWO, NEW], False),
+        ("full", 2, [TWO, NEW], False),
     ],
 )
 async def test_a_fleet_has_recovered_when_all_is_as_before(
-    way: str, loads: int, roles: list[Counter[str]], recovers: bool
+    way: str, loads: int, seen: list[frozenset[Living]], recovers: bool
 ) -> None:
-    recovery = recovery_of(way, loads, roles)
+    recovery = recovery_of(way, loads, seen)
     timeout_s = 60.0 if recovers else 0.6
-    found = await recovery.wait(time.monotonic(), "engine", timeout_s)
+    found = await recovery.wait(time.monotonic(), "engine", TWO, timeout_s)
     assert (found is not None) is recovers
 
 
 def test_processes_that_are_left_over_are_named() -> None:
     assert recovery_of("good", 2, [TWO]).left_over() is None
     assert "'engine': -1" in str(recovery_of("good", 2, [TWO, ONE]).left_over())
-    more = Counter(engine=2, haproxy=1)
+    more = TWO | {Living("haproxy", 3)}
     assert "'haproxy': 1" in str(recovery_of("good", 2, [TWO, more]).left_over())
 
 
