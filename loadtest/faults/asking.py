@@ -105,6 +105,18 @@ class Questions:
         outcome = _compared(reply.tokens[:anew_at], before)
         return outcome if outcome == Outcome.WRONG else Outcome.CONTINUED
 
+    def describe(self, number: int, reply: Reply) -> str:
+        """Return where an answer departs from the known one, and what its proof says of its cache."""
+        known = self._known[number]
+        pairs = enumerate(zip(reply.tokens, known.answer.tokens, strict=False))
+        first = next((at for at, (ours, theirs) in pairs if ours != theirs), None)
+        where = f"question {number}, {len(reply.tokens)} tokens"
+        if first is not None:
+            gap = known.answer.gaps[first]
+            where += f", the one at {first} differs (the likeliest two are {gap:.2g} apart)"
+        now = _compressed_tokens(reply.proof)
+        return f"{where}, {now} tokens compressed instead of {known.compressed_tokens}"
+
 
 async def _learnt(client: httpx.AsyncClient, body: dict[str, Any]) -> Known:
     answer, proof = await ask_with_proof(client, {**body, "logprobs": 2})
@@ -197,4 +209,4 @@ class Users:
             return Outcome.FAILED, str(error)
         except httpx.HTTPError as error:
             return Outcome.CUT, f"{type(error).__name__}: {error}"
-        return self._questions.judge(number, reply), f"question {number}"
+        return self._questions.judge(number, reply), self._questions.describe(number, reply)

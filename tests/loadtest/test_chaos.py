@@ -105,6 +105,16 @@ def test_a_continued_answer_is_compared_up_to_the_loss_of_its_cache(
     assert questions.judge(0, Reply(tokens, proof)) == expected
 
 
+def test_a_wrong_answer_is_described_by_its_first_difference_and_its_cache() -> None:
+    questions = Questions(BODIES, [Known(ANSWER, compressed_tokens=100)])
+    proof = {"original_tokens": 101, "skipped": None}
+    text = questions.describe(0, Reply([1, 9, 3], proof))
+    assert "at 1 differs" in text
+    assert "1e-06 apart" in text
+    assert "101 tokens compressed instead of 100" in text
+    assert "differs" not in questions.describe(0, Reply([1, 2], proof))
+
+
 def test_an_answer_whose_prompt_was_not_compressed_alone_is_compared_to_its_end() -> None:
     proof = {"original_tokens": 102, "skipped": None}
     questions = Questions(BODIES, [Known(ANSWER)])
