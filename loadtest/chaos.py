@@ -143,7 +143,7 @@ async def _slow_s(users: Users) -> float:
 
 
 async def _strike(name: str, scene: Scene, recovery: Recovery) -> Struck:
-    kind, before, struck_s = KINDS[name], recovery.look(), time.monotonic()
+    kind, before, struck_s = KINDS[name], recovery.before(), time.monotonic()
     seen = await kind.strike(scene)
     # One that is undone has ended only now.
     ended_s = struck_s if kind.replaces is not None else time.monotonic()

@@ -106,7 +106,7 @@ class Questions:
         return outcome if outcome == Outcome.WRONG else Outcome.CONTINUED
 
     def describe(self, number: int, reply: Reply) -> str:
-        """Return where an answer departs from the known one, and what its proof says of its cache."""
+        """Return where an answer departs from the known one, and how it was compressed."""
         known = self._known[number]
         pairs = enumerate(zip(reply.tokens, known.answer.tokens, strict=False))
         first = next((at for at, (ours, theirs) in pairs if ours != theirs), None)

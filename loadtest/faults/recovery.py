@@ -10,6 +10,7 @@ import httpx
 
 from loadtest.faults.asking import ANSWERED, Asked
 from loadtest.servers.family import family
+from loadtest.servers.fleet import Life, lives
 from loadtest.servers.occupancy import OccupancyWatch
 
 _PROBE_EVERY_S, _HEALTH_TIMEOUT_S = 0.25, 5.0
@@ -17,6 +18,8 @@ _PROBE_EVERY_S, _HEALTH_TIMEOUT_S = 0.25, 5.0
 _STEADY_S = 2.5
 # These come and go without anybody's doing.
 _PASSING = ("idle worker", "helper")
+# Those whose loss is the loss of an engine.
+_WITH_ENGINE = ("engine", "replica")
 
 
 class Asks(Protocol):
@@ -30,6 +33,13 @@ class Living(NamedTuple):
 
     role: str
     pid: int
+
+
+class Before(NamedTuple):
+    """A fleet before a fault: its processes, and the engines that report."""
+
+    processes: frozenset[Living]
+    engines: frozenset[Life]
 
 
 def living() -> frozenset[Living]:
@@ -64,16 +74,20 @@ class Recovery:
         self._watch = watch
         self._users = users
         self._slow_s = slow_s
-        self.look = look
+        self._look = look
         self._steady_s = steady_s
         self._replicas = len(watch.latest)
         self._roles = _roles(look())
+
+    def before(self) -> Before:
+        """Return the fleet as it is now, for `wait` after a fault."""
+        return Before(self._look(), frozenset(lives(self._watch.latest)))
 
     async def wait(
         self,
         since_s: float,
         replaces: str | None,
-        before: frozenset[Living],
+        before: Before,
         timeout_s: float,
     ) -> float | None:
         """Return the seconds from `since_s` to the first of some seconds in which all is well.
@@ -81,8 +95,8 @@ class Recovery:
         Args:
             since_s: when the fault was done, or was undone.
             replaces: see `Kind`.
-            before: what `look` has returned before the fault. One of its processes of the replaced
-                role must be gone: some outlive for a while what they cannot live without.
+            before: the fleet before the fault. One of its processes of the replaced role must be
+                gone: some outlive for a while what they cannot live without, as do reports.
             timeout_s: return None after this.
         """
         well_since: float | None = None
@@ -97,14 +111,13 @@ class Recovery:
             await asyncio.sleep(_PROBE_EVERY_S)
         return None
 
-    async def _is_well(self, replaces: str | None, before: frozenset[Living]) -> bool:
+    async def _is_well(self, replaces: str | None, before: Before) -> bool:
         if len(self._watch.latest) != self._replicas:
             return False
-        if replaces is not None:
-            there = await asyncio.to_thread(self.look)
-            is_complete = _roles(there)[replaces] >= self._roles[replaces]
-            if not is_complete or replaces not in _roles(before - there):
-                return False
+        if replaces is not None and not await asyncio.to_thread(
+            self._is_replaced, replaces, before
+        ):
+            return False
         try:
             response = await self._client.get("/health", timeout=_HEALTH_TIMEOUT_S)
         except httpx.HTTPError:
@@ -114,9 +127,16 @@ class Recovery:
         asked = await self._users.ask(0, stream=False, timeout_s=self._slow_s)
         return asked.outcome in ANSWERED
 
+    def _is_replaced(self, role: str, before: Before) -> bool:
+        if role in _WITH_ENGINE and not before.engines - lives(self._watch.latest):
+            return False
+        there = self._look()
+        is_gone = role in _roles(before.processes - there)
+        return is_gone and _roles(there)[role] >= self._roles[role]
+
     def left_over(self) -> str | None:
         """Return which processes are more or fewer than at the start, or None."""
-        now = _roles(self.look())
+        now = _roles(self._look())
         differences = {
             role: now[role] - self._roles[role]
             for role in sorted(now | self._roles)

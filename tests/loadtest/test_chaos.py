@@ -322,16 +322,18 @@ def test_what_is_left_over_is_a_problem_of_the_run() -> None:
     assert Disturbed([window], 0.0, ["a process"]).problems == ["a process"]
 
 
-def recovery_of(way: str, loads: int, seen: list[frozenset[Living]]) -> Recovery:
-    """A fleet of two at the start, whose last look then shows `loads` replicas."""
+def reports(*ids: str) -> list[dict[str, Any]]:
+    return [{"id": one, "epoch": 1} for one in ids]
+
+
+def recovery_of(way: str, seen: list[frozenset[Living]]) -> tuple[Recovery, OccupancyWatch]:
+    """A fleet of two at the start, and the watch through which it is seen."""
     watch = OccupancyWatch()
-    watch.looks.append(Look(0.0, [{}, {}]))
+    watch.looks.append(Look(0.0, reports("a", "b")))
     users = users_of(way)
     client = httpx.AsyncClient(base_url="http://fake", transport=httpx.MockTransport(Server(way)))
     looks = iter(seen)
-    recovery = Recovery(client, watch, users, 60.0, lambda: next(looks, seen[-1]), 0.1)
-    watch.looks.append(Look(1.0, [{}] * loads))
-    return recovery
+    return Recovery(client, watch, users, 60.0, lambda: next(looks, seen[-1]), 0.1), watch
 
 
 def engines(*pids: int) -> frozenset[Living]:
@@ -342,34 +344,43 @@ TWO, ONE, NEW = engines(1, 2), engines(1), engines(1, 3)
 
 
 @pytest.mark.parametrize(
-    ("way", "loads", "seen", "recovers"),
+    ("way", "ids", "seen", "recovers"),
     [
-        ("good", 2, [TWO, NEW], True),
-        ("good", 1, [TWO, NEW], False),
-        ("good", 2, [TWO, ONE], False),
+        ("good", "ac", [TWO, TWO, NEW], True),
+        ("good", "a", [TWO, TWO, NEW], False),
+        # The report of the lost one still counts.
+        ("good", "ab", [TWO, TWO, NEW], False),
+        ("good", "ac", [TWO, TWO, ONE], False),
         # The lost one lives on for a while.
-        ("good", 2, [TWO, TWO], False),
+        ("good", "ac", [TWO, TWO, TWO], False),
         # A new one is there after two looks.
-        ("good", 2, [TWO, TWO, ONE, NEW], True),
-        ("unhealthy", 2, [TWO, NEW], False),
-        ("wrong", 2, [TWO, NEW], False),
-        ("full", 2, [TWO, NEW], False),
+        ("good", "ac", [TWO, TWO, TWO, ONE, NEW], True),
+        ("unhealthy", "ac", [TWO, TWO, NEW], False),
+        ("wrong", "ac", [TWO, TWO, NEW], False),
+        ("full", "ac", [TWO, TWO, NEW], False),
     ],
 )
 async def test_a_fleet_has_recovered_when_all_is_as_before(
-    way: str, loads: int, seen: list[frozenset[Living]], recovers: bool
+    way: str, ids: str, seen: list[frozenset[Living]], recovers: bool
 ) -> None:
-    recovery = recovery_of(way, loads, seen)
+    recovery, watch = recovery_of(way, seen)
+    before = recovery.before()
+    watch.looks.append(Look(1.0, reports(*ids)))
     timeout_s = 60.0 if recovers else 0.6
-    found = await recovery.wait(time.monotonic(), "engine", TWO, timeout_s)
+    found = await recovery.wait(time.monotonic(), "engine", before, timeout_s)
     assert (found is not None) is recovers
 
 
+async def test_a_fault_that_ends_nothing_is_over_when_all_is_well() -> None:
+    recovery, _ = recovery_of("good", [TWO])
+    assert await recovery.wait(time.monotonic(), None, recovery.before(), 60.0) is not None
+
+
 def test_processes_that_are_left_over_are_named() -> None:
-    assert recovery_of("good", 2, [TWO]).left_over() is None
-    assert "'engine': -1" in str(recovery_of("good", 2, [TWO, ONE]).left_over())
+    assert recovery_of("good", [TWO])[0].left_over() is None
+    assert "'engine': -1" in str(recovery_of("good", [TWO, ONE])[0].left_over())
     more = TWO | {Living("haproxy", 3)}
-    assert "'haproxy': 1" in str(recovery_of("good", 2, [TWO, more]).left_over())
+    assert "'haproxy': 1" in str(recovery_of("good", [TWO, more])[0].left_over())
 
 
 class _Scene:
