@@ -51,10 +51,18 @@ class Known(NamedTuple):
     """The undisturbed answer to a question.
 
     compressed_tokens: cached tokens that were compressed; None if none were.
+    whole: the answer without compression, where there is one: a prompt stays whole that another
+        request shares.
     """
 
     answer: Answer
     compressed_tokens: int | None = None
+    whole: Answer | None = None
+
+    def expected(self, proof: dict[str, Any] | None) -> Answer:
+        """Return the answer of a request with such a proof."""
+        is_whole = proof is not None and proof["skipped"] is not None
+        return self.whole if is_whole and self.whole is not None else self.answer
 
 
 class Asked(NamedTuple):
@@ -95,32 +103,44 @@ class Questions:
     def judge(self, number: int, reply: Reply) -> Outcome:
         """Compare an answer with the known one."""
         known = self._known[number]
-        if len(reply.tokens) != len(known.answer.tokens):
+        expected = known.expected(reply.proof)
+        if len(reply.tokens) != len(expected.tokens):
             return Outcome.WRONG
-        outcome = _compared(reply.tokens, known.answer)
+        outcome = _compared(reply.tokens, expected)
         anew_at = _computed_anew_at(known, reply.proof)
         if outcome != Outcome.WRONG or anew_at is None:
             return outcome
-        before = Answer(known.answer.tokens[:anew_at], None, None, known.answer.gaps)
-        outcome = _compared(reply.tokens[:anew_at], before)
+        outcome = _compared(reply.tokens[:anew_at], known.answer)
         return outcome if outcome == Outcome.WRONG else Outcome.CONTINUED
 
     def describe(self, number: int, reply: Reply) -> str:
         """Return where an answer departs from the known one, and how it was compressed."""
         known = self._known[number]
-        pairs = enumerate(zip(reply.tokens, known.answer.tokens, strict=False))
+        expected = known.expected(reply.proof)
+        pairs = enumerate(zip(reply.tokens, expected.tokens, strict=False))
         first = next((at for at, (ours, theirs) in pairs if ours != theirs), None)
         where = f"question {number}, {len(reply.tokens)} tokens"
         if first is not None:
-            gap = known.answer.gaps[first]
+            gap = expected.gaps[first]
             where += f", the one at {first} differs (the likeliest two are {gap:.2g} apart)"
-        now = _compressed_tokens(reply.proof)
-        return f"{where}, {now} tokens compressed instead of {known.compressed_tokens}"
+        cached, skipped = (
+            (reply.proof or {}).get("original_tokens"),
+            (reply.proof or {}).get("skipped"),
+        )
+        return (
+            f"{where}; {cached} tokens cached when it was compressed ({skipped or 'done'}), "
+            f"{known.compressed_tokens} undisturbed"
+        )
 
 
 async def _learnt(client: httpx.AsyncClient, body: dict[str, Any]) -> Known:
-    answer, proof = await ask_with_proof(client, {**body, "logprobs": 2})
-    return Known(answer, _compressed_tokens(proof))
+    asked = {**body, "logprobs": 2}
+    answer, proof = await ask_with_proof(client, asked)
+    if (tokens := _compressed_tokens(proof)) is None:
+        return Known(answer)
+    options = {**body["vllm_xargs"], "adakv_policy": "full"}
+    whole, _ = await ask_with_proof(client, {**asked, "vllm_xargs": options})
+    return Known(answer, tokens, whole)
 
 
 def _compressed_tokens(proof: dict[str, Any] | None) -> int | None:
@@ -135,14 +155,15 @@ def _computed_anew_at(known: Known, proof: dict[str, Any] | None) -> int | None:
 
     Then they were compressed with the prompt, by the queries of the last of them.
     """
-    now = _compressed_tokens(proof)
-    if now is None or known.compressed_tokens is None or now <= known.compressed_tokens:
+    if proof is None or known.compressed_tokens is None:
         return None
-    return now - known.compressed_tokens
+    tokens: int = proof["original_tokens"] - known.compressed_tokens
+    return tokens if tokens > 0 else None
 
 
 def _compared(tokens: list[int], expected: Answer) -> Outcome:
-    alike = likeness([Answer(tokens, None, None, [])], [expected])
+    beginning = Answer(expected.tokens[: len(tokens)], None, None, expected.gaps)
+    alike = likeness([Answer(tokens, None, None, [])], [beginning])
     if alike.same:
         return Outcome.RIGHT
     return Outcome.TIE if alike.ties else Outcome.WRONG

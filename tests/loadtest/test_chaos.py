@@ -100,8 +100,27 @@ def test_a_continued_answer_is_compared_up_to_the_loss_of_its_cache(
     tokens: list[int], cached: int | None, expected: Outcome
 ) -> None:
     skipped = "within_budget" if cached is None else None
-    proof = {"original_tokens": cached, "skipped": skipped}
+    proof = {"original_tokens": cached or 100, "skipped": skipped}
     questions = Questions(BODIES, [Known(ANSWER, compressed_tokens=100)])
+    assert questions.judge(0, Reply(tokens, proof)) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "skipped", "cached", "expected"),
+    [
+        ([4, 5, 6], "shared_prefix", 100, Outcome.RIGHT),
+        ([1, 2, 3], "shared_prefix", 100, Outcome.WRONG),
+        ([4, 5, 6], None, 100, Outcome.WRONG),
+        # Compressed first, and whole after the loss of its cache.
+        ([1, 2, 9], "no_room", 102, Outcome.CONTINUED),
+    ],
+)
+def test_an_answer_that_stayed_whole_is_compared_with_the_whole_one(
+    tokens: list[int], skipped: str | None, cached: int, expected: Outcome
+) -> None:
+    whole = Answer([4, 5, 6], None, None, [1.0, 1.0, 1.0])
+    questions = Questions(BODIES, [Known(ANSWER, compressed_tokens=100, whole=whole)])
+    proof = {"original_tokens": cached, "skipped": skipped}
     assert questions.judge(0, Reply(tokens, proof)) == expected
 
 
@@ -111,7 +130,8 @@ def test_a_wrong_answer_is_described_by_its_first_difference_and_its_cache() -> 
     text = questions.describe(0, Reply([1, 9, 3], proof))
     assert "at 1 differs" in text
     assert "1e-06 apart" in text
-    assert "101 tokens compressed instead of 100" in text
+    assert "101 tokens cached" in text
+    assert "100 undisturbed" in text
     assert "differs" not in questions.describe(0, Reply([1, 2], proof))
 
 
