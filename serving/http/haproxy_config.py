@@ -28,6 +28,8 @@ _FILES_OF_A_CONNECTION, _OTHER_FILES = 2, 124
 # Share of all connections above which requests are refused: beyond all of them, nobody gets an
 # answer.
 _BUSY_SHARE = 0.9
+# A line of Serve's configuration for each application.
+_BACKEND = re.compile(r"^ *use_backend http-", re.MULTILINE)
 # Browsers show scripts no error without it. These errors hold nothing of an answer.
 _CORS = ("access-control-allow-origin", "*")
 
@@ -128,7 +130,8 @@ def changed(text: str, folder: Path, front: Front | None = None) -> str:
     front = front or Front()
     most = re.search(r"^ *maxconn (\d+)$", text, re.MULTILINE)
     connections = front.connections(int(most[1])) if most else 0
-    for what, line, instead in _changes(folder, front, connections):
+    has_applications = _BACKEND.search(text) is not None
+    for what, line, instead in _changes(folder, front, connections, has_applications):
         text, count = re.subn(line, instead, text, flags=re.MULTILINE)
         if not count:
             raise ValueError(f"HAProxy's configuration has another form than expected: {what}")
@@ -140,7 +143,9 @@ def error_files() -> dict[str, str]:
     return {f"{status}.http": _answer(error) for status, error in _FILES.items()}
 
 
-def _changes(folder: Path, front: Front, connections: int) -> Iterable[_Change]:
+def _changes(
+    folder: Path, front: Front, connections: int, has_applications: bool
+) -> Iterable[_Change]:
     yield _Change("admin socket", r"^( *stats socket \S+ mode )666\b", r"\g<1>600")
     yield _Change("metrics", r"^(frontend prometheus\n *bind )\S*:(\d+)$", r"\g<1>127.0.0.1:\2")
     yield _Change("statistics", r"^(listen stats\n *bind )\S*:(\d+)$", r"\g<1>127.0.0.1:\2")
@@ -156,9 +161,13 @@ def _changes(folder: Path, front: Front, connections: int) -> Iterable[_Change]:
         "errors", r"^( *)(balance .*)$",
         "".join(rf"\1http-error status {e.status} {_reply(e)}" "\n" for e in _REFUSED) + r"\1\2",
     )  # fmt: skip
+    unknown = f"404 {_reply(_NOT_FOUND)}"
+    if not has_applications:
+        # It has just begun, and gets its applications in a moment. Nobody asks again after a 404.
+        unknown = f"503 {_reply(_UNAVAILABLE)} hdr retry-after 1"
     yield _Change(
-        "unknown paths", r"^( *http-request return status 404) content-type text/plain .*$",
-        rf"\1 {_reply(_NOT_FOUND)}",
+        "unknown paths", r"^( *http-request return status) 404 content-type text/plain .*$",
+        rf"\1 {unknown}",
     )  # fmt: skip
     tls = "" if front.certificate is None else _tls(front.certificate)
     yield _Change(

@@ -34,12 +34,12 @@ class Proxy(NamedTuple):
 
 
 def serves_configuration(
-    folder: Path, door: int, port: int, *, keep_alive_s: int = 90, **options: Any
+    folder: Path, door: int | None, port: int, *, keep_alive_s: int = 90, **options: Any
 ) -> tuple[Path, set[int]]:
     """Write what Ray Serve would; return its file, and HAProxy's ports of its own.
 
     Args:
-        door: port of the server behind HAProxy.
+        door: port of the server behind HAProxy; None before HAProxy has heard of an application.
         keep_alive_s: see Serve's `HTTPOptions`.
         options: more of Serve's settings of HAProxy.
     """
@@ -64,11 +64,12 @@ def serves_configuration(
         name="http-llm",
         path_prefix="/small",
         app_name="llm",
-        servers=[ServerConfig(name="door", host="127.0.0.1", port=door)],
+        servers=[ServerConfig(name="door", host="127.0.0.1", port=door or 1)],
         protocol=RequestProtocol.HTTP,
     )
     path = node / "haproxy.cfg"
-    HAProxyApi(config, {"http-llm": backend}, str(path))._generate_config_file_internal()
+    backends = {} if door is None else {"http-llm": backend}
+    HAProxyApi(config, backends, str(path))._generate_config_file_internal()
     return path, own
 
 

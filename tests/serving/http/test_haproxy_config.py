@@ -96,8 +96,10 @@ def test_its_own_errors_are_openais(proxy: Proxy, path: str, header: int, status
     assert error_of(response)["code"] == status
 
 
-def test_without_a_door_the_answer_is_to_come_again(folder: Path) -> None:
-    path, own = serves_configuration(folder, free_port(), port := free_port())
+@pytest.mark.parametrize("knows_application", [True, False])
+def test_without_a_door_the_answer_is_to_come_again(folder: Path, knows_application: bool) -> None:
+    door = free_port() if knows_application else None
+    path, own = serves_configuration(folder, door, port := free_port())
     with running(path, port, own) as proxy:
         response = httpx.get(f"{proxy.url}/small/v1/models", timeout=60)
     assert response.status_code == 503
