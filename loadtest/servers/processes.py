@@ -141,8 +141,8 @@ def in_own_shared_memory(command: list[str], shm_bytes: int) -> list[str]:
 
 
 def _objects_share(shm_bytes: int) -> str:
-    """Return the share of the machine's memory that Ray's objects may take: a quarter of it."""
-    return str(shm_bytes / 4 / psutil.virtual_memory().total)
+    """Return the share of the free memory that Ray's objects may take: half of such a `/dev/shm`."""
+    return str(shm_bytes / 2 / psutil.virtual_memory().available)
 
 
 def _route_prefix(config: dict[str, Any]) -> str:
