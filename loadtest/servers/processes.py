@@ -141,7 +141,7 @@ def in_own_shared_memory(command: list[str], shm_bytes: int) -> list[str]:
 
 
 def _objects_share(shm_bytes: int) -> str:
-    """Return the share of the free memory that Ray's objects may take: half of such a `/dev/shm`."""
+    """Return the share of the free memory for Ray's objects: half of such a `/dev/shm`."""
     return str(shm_bytes / 2 / psutil.virtual_memory().available)
 
 
