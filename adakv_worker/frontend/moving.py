@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iter
 from typing import Any, TypeVar
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from adakv_worker.frontend.continued import ContinuedCore
 from adakv_worker.frontend.movable_requests import Departure, Movable, Own, continued
@@ -311,6 +312,9 @@ class MovingCore:
             if not task.done():
                 raise ConnectionError("the engine core has ended")
             return task.result()
+        except EngineDeadError as error:
+            # Of a call that came later than the end.
+            raise ConnectionError("the engine core has ended") from error
         finally:
             task.cancel()
             over.cancel()

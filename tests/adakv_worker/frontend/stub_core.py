@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from adakv_worker.frontend.moving import MovingCore
 from adakv_worker.frontend.sampling_limits import check_sizes
@@ -20,6 +21,8 @@ class Core:
     """A client of an engine core whose answers the test sets."""
 
     def __init__(self) -> None:
+        # As vLLM's client does once it has seen that the core is gone.
+        self.refuses = False
         self.outputs: asyncio.Queue[EngineCoreOutputs | BaseException] = asyncio.Queue()
         self.on_add: Callable[[EngineCoreRequest], None] = lambda request: None
         self.aborted: list[str] = []
@@ -40,6 +43,8 @@ class Core:
         return outputs
 
     async def collective_rpc_async(self, *_: Any) -> list[Any]:
+        if self.refuses:
+            raise EngineDeadError
         self.called.set()
         if self.answer is None:
             await asyncio.Event().wait()

@@ -69,6 +69,13 @@ async def test_a_lost_core_takes_no_guests() -> None:
         await soon(anext(front.moving.take_in(departure, "/nowhere")))
 
 
+async def test_a_call_after_the_end_of_a_core_fails_like_one_at_its_end() -> None:
+    front = Front()
+    front.core.refuses = True
+    with pytest.raises(ConnectionError):
+        await soon(front.moving.call_workers("adakv_list_held", ()))
+
+
 @pytest.mark.parametrize("error", [OSError("no socket"), asyncio.CancelledError()])
 async def test_a_request_that_cannot_be_sent_is_nowhere(error: BaseException) -> None:
     front = Front()
