@@ -162,14 +162,10 @@ def ray_environment() -> dict[str, str]:
     """Return the variables that `make serve` sets, with free ports for HAProxy and Serve.
 
     Several clusters of a machine share Serve's ports without a word, and each other's requests.
-    In one folder each would take the other's HAProxy for its own, alive or dead.
     """
     first = free_port(_INGRESS_PORTS)
     path = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    folder = f"ADAKV_FOLDER=/tmp/adakv-{os.getuid()}/cluster-{first}"
-    shell = [
-        "env", "-i", f"PATH={path}", folder, "sh", "-c", 'set -a; . "$0"; env -0', str(RAY_ENV)
-    ]  # fmt: skip
+    shell = ["env", "-i", f"PATH={path}", "sh", "-c", 'set -a; . "$0"; env -0', str(RAY_ENV)]
     printed = subprocess.run(
         shell, cwd=RAY_ENV.parents[1], capture_output=True, check=True, text=True
     ).stdout
