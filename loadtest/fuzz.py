@@ -62,7 +62,8 @@ class Figures(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         return {
             "by_kind": self.campaign.by_kind, "by_path": self.campaign.by_path,
-            "faults": [fault.as_json() for fault in self.campaign.faults],
+            "faults": self.campaign.fault_count,
+            "first_faults": [fault.as_json() for fault in self.campaign.faults],
             "wrong_after": self.wrong_after, "elapsed_s": round(self.elapsed_s, 1),
         }  # fmt: skip
 
@@ -73,7 +74,7 @@ class Figures(NamedTuple):
         yield from table(self.campaign.by_path)
         yield ""
         sent = sum(sum(counter.values()) for counter in self.campaign.by_kind.values())
-        yield f"{sent} requests in {self.elapsed_s:.0f} s, {len(self.campaign.faults)} faults"
+        yield f"{sent} requests in {self.elapsed_s:.0f} s, {self.campaign.fault_count} faults"
         yield from self.wrong_after
 
 
@@ -127,7 +128,7 @@ async def _fuzz(
         target = Target(model, deployed.key)
         await campaign.send(target, seed, numbers, concurrency, on_done)
         elapsed_s = time.monotonic() - began
-        wrong = []
+        wrong = [campaign.stopped]
         if watch is not None:
             wrong += [await wait_until_idle(watch, len(engines), _IDLE_S)]
             wrong += [changed(engines, watch.looks[first_look:])]

@@ -8,9 +8,13 @@ from typing import Any, NamedTuple
 
 from loadtest.fuzzing.attempts import Attempt, Target, attempt
 from loadtest.fuzzing.exchange import End, Exchange, exchange
-from loadtest.fuzzing.verdicts import problem
+from loadtest.fuzzing.verdicts import is_fixed_text, problem
 
 _SHOWN_BYTES = 1500
+# Bodies may have megabytes: later faults are counted only.
+_MOST_KEPT = 200
+# So many requests in a row without a connection end a run.
+_MOST_UNCONNECTED = 200
 
 
 class Judged(NamedTuple):
@@ -50,14 +54,20 @@ def _short(data: bytes) -> str:
 
 
 def outcome(found: Exchange) -> str:
-    """Return the statuses of an exchange's answers, or how it ended without one."""
+    """Return the statuses of an exchange's answers, or how it ended without one.
+
+    A status of HAProxy's parser ends with `x`.
+    """
     if not found.answers:
         return str(found.end)
-    return "+".join(str(answer.status) for answer in found.answers)
+    return "+".join(f"{one.status}{'x' if is_fixed_text(one) else ''}" for one in found.answers)
 
 
 class Campaign:
-    """Outcomes by kind and by path, and the faults, of all requests so far."""
+    """Outcomes by kind and by path, and the first faults, of all requests so far.
+
+    stopped: why it ended before its last request, or None.
+    """
 
     def __init__(self, url: str, limit_s: float) -> None:
         """
@@ -69,6 +79,9 @@ class Campaign:
         self.by_kind: dict[str, Counter[str]] = {}
         self.by_path: dict[str, Counter[str]] = {}
         self.faults: list[Judged] = []
+        self.fault_count = 0
+        self.stopped: str | None = None
+        self._unconnected = 0
 
     async def send(
         self,
@@ -78,13 +91,15 @@ class Campaign:
         concurrency: int,
         on_done: Callable[[Judged], None] = lambda judged: None,
     ) -> None:
-        """Send these requests of a seed, `concurrency` at a time."""
+        """Send these requests of a seed, `concurrency` at a time, while it takes connections."""
         pending = iter(numbers)
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(concurrency) as pool:
 
             async def worker() -> None:
                 for number in pending:
+                    if self.stopped is not None:
+                        return
                     made = attempt(seed, number, target)
                     judged = await loop.run_in_executor(pool, self._judge, made)
                     self._count(judged)
@@ -96,7 +111,11 @@ class Campaign:
         try:
             found = exchange(self._url, made.sending, self._limit_s)
         except OSError as error:
+            self._unconnected += 1
+            if self._unconnected == _MOST_UNCONNECTED:
+                self.stopped = f"stopped at request {made.number}: {error}"
             return Judged(made, Exchange((), End.CLOSED, 0.0), f"no connection: {error}")
+        self._unconnected = 0
         return Judged(made, found, problem(made, found))
 
     def _count(self, judged: Judged) -> None:
@@ -104,7 +123,9 @@ class Campaign:
         self.by_kind.setdefault(judged.attempt.kinds[0], Counter())[came] += 1
         self.by_path.setdefault(judged.attempt.path, Counter())[came] += 1
         if judged.problem is not None:
-            self.faults.append(judged)
+            self.fault_count += 1
+            if len(self.faults) < _MOST_KEPT:
+                self.faults.append(judged)
 
 
 def table(counts: dict[str, Counter[str]]) -> Iterator[str]:

@@ -8,8 +8,6 @@ from typing import Any
 from loadtest.fuzzing.attempts import Attempt
 from loadtest.fuzzing.exchange import Answer, End, Exchange
 
-# HAProxy answers what its parser refuses from fixed texts, which no setting of it changes.
-UNPARSED = "HAProxy's fixed text for what is no HTTP"
 _FIXED_TEXT = re.compile(rb"<html><body><h1>4\d\d ")
 # Streams end with one of these events, or with an error.
 _LAST_TYPES = ("message_stop", "response.completed", "response.incomplete", "response.failed")
@@ -59,10 +57,15 @@ def _wrong_503(answer: Answer, is_head: bool) -> str | None:
 def _wrong_error(answer: Answer) -> str | None:
     if _is_error(parsed(answer.body)):
         return None
-    # All that comes from the application has a request id.
-    if "x-request-id" not in answer.headers and _FIXED_TEXT.match(answer.body):
-        return f"status {answer.status}: {UNPARSED}"
+    if is_fixed_text(answer):
+        return None
     return f"the error of status {answer.status} is not in OpenAI's form"
+
+
+def is_fixed_text(answer: Answer) -> bool:
+    """Return whether HAProxy's parser refused the request: no setting changes those texts."""
+    # All that comes from the application has a request id.
+    return "x-request-id" not in answer.headers and bool(_FIXED_TEXT.match(answer.body))
 
 
 def _is_error(body: Any) -> bool:

@@ -20,9 +20,10 @@ from loadtest.fuzzing.campaign import Campaign, Judged, table
 from loadtest.fuzzing.exchange import Answer, End, Exchange, exchange
 from loadtest.fuzzing.forms import FORMS
 from loadtest.fuzzing.sending import Sending
-from loadtest.fuzzing.verdicts import UNPARSED, problem
+from loadtest.fuzzing.verdicts import problem
 from loadtest.servers.fleet import Life, changed, held, wait_until_idle
 from loadtest.servers.occupancy import Look, OccupancyWatch
+from loadtest.servers.ports import free_port
 from serving.http.paths import Paths
 
 TARGET = Target("fake", "key")
@@ -203,7 +204,7 @@ FAILED = {"error": {"message": "oh", "type": "InternalServerError", "code": 500}
         (an_answer(400), None),
         (an_answer(400, {"type": "error", "error": {"message": "a", "type": "b"}}), None),
         (an_answer(400, {"detail": "no"}, **ID), "the error of status 400 is not in OpenAI's form"),
-        (Answer(400, {}, b"<html><body><h1>400 Bad request</h1>"), UNPARSED),
+        (Answer(400, {}, b"<html><body><h1>400 Bad request</h1>"), None),
         (Answer(400, {}, b"Invalid HTTP request received."), "not in OpenAI's form"),
         (Answer(400, ID, b"<html>"), "the error of status 400 is not in OpenAI's form"),
         (an_answer(500), "status 500"),
@@ -286,6 +287,14 @@ def _watching(load: dict[str, Any]) -> OccupancyWatch:
     watch = OccupancyWatch()
     watch.looks += [Look(0.0, [load])] * 5
     return watch
+
+
+async def test_a_deployment_that_is_gone_ends_the_run_and_fills_no_memory() -> None:
+    campaign = Campaign(f"http://127.0.0.1:{free_port()}", limit_s=5)
+    await campaign.send(TARGET, 3, range(100_000), 4)
+    assert campaign.stopped is not None
+    assert 200 <= campaign.fault_count < 300
+    assert len(campaign.faults) == 200
 
 
 async def test_a_fault_names_the_request_that_shows_it_again() -> None:
