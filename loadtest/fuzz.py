@@ -156,6 +156,16 @@ async def _differs(client: httpx.AsyncClient, model: str, before: str) -> str | 
     return None if after == before else f"a plain request gets {after!r}, and before {before!r}"
 
 
+def _for_minutes(numbers: Iterable[int], minutes: float) -> Iterator[int]:
+    """Yield numbers for so many minutes."""
+    until_s: float | None = None
+    for number in numbers:
+        until_s = until_s or time.monotonic() + 60 * minutes
+        if time.monotonic() > until_s:
+            return
+        yield number
+
+
 def _print(judged: Judged) -> None:
     print(judged, flush=True)
 
@@ -188,6 +198,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, help="send no more after this time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, metavar="K", help="send request K alone")
     parser.add_argument("--first", type=int, default=0, help="number of the first request")
@@ -200,9 +211,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--log", type=Path, help="write the started deployment's log here")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args(argv)
-    numbers, on_done = range(args.first, args.first + args.requests), _print_fault
+    numbers: Iterable[int] = range(args.first, args.first + args.requests)
+    on_done = _print_fault
     if args.only is not None:
         numbers, on_done = range(args.only, args.only + 1), _print
+    if args.minutes is not None:
+        numbers = _for_minutes(numbers, args.minutes)
     with _deployed(args) as deployed:
         found = fuzz(deployed, args.seed, numbers, args.concurrency, args.limit_s, on_done)
     print("\n".join(found.lines()))
