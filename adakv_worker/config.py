@@ -123,6 +123,10 @@ class CompressionConfig(Section):
         "as the preset looks at by itself",
     )
     allow_full: bool = Field(default=True, description="Whether a request may keep all")
+    allow_detail: bool = Field(
+        default=False,
+        description="Whether a request may ask for what each head keeps of its prompt",
+    )
     graph_table_bytes: int = Field(
         default=128 << 20,
         ge=0,

@@ -25,6 +25,8 @@ _ATTRIBUTE = "adakv"
 PROOF_KEY = "kv_compression"
 # The name in `SamplingParams.extra_args`. Only a front end may set it: see `frontend.validator`.
 CONTINUATION_KEY = "adakv-continuation"
+# Longest prompt whose `HeadDetail` lists its tokens: a proof may be sent more than once.
+DETAIL_TOKENS = 8192
 # A policy that looks at no queries.
 WITHOUT_QUERIES = PolicyChoice("streaming_llm")
 
@@ -44,6 +46,7 @@ class Compress(NamedTuple):
 
     The scorer looks at the queries of the last `query_span` of `prompt_tokens` tokens.
     sink_tokens: number of first entries that always stay.
+    detail: whether the answer has a `HeadDetail`.
     """
 
     choice: PolicyChoice
@@ -52,6 +55,7 @@ class Compress(NamedTuple):
     keep: int
     slabs: list[int]
     sink_tokens: int = 0
+    detail: bool = False
 
 
 class Evict(NamedTuple):
@@ -115,12 +119,28 @@ class StepCommands(NamedTuple):
 _NO_COMMANDS = StepCommands.none()
 
 
+class HeadDetail(msgspec.Struct, frozen=True):
+    """Entries of a prompt that each head keeps, for requests that ask for them.
+
+    kept: number by layer and KV head, over all tensor-parallel ranks.
+    keeping: number of heads that keep a token's entry, by token; None if the prompt has more than
+        `DETAIL_TOKENS`.
+    """
+
+    kept: list[list[int]]
+    keeping: list[int] | None
+
+
 class Kept(NamedTuple):
-    """Mean, least and most entries that the heads of a compressed request keep."""
+    """Mean, least and most entries that the heads of a compressed request keep.
+
+    detail: the entries of each head, where the command asks for them.
+    """
 
     mean: float
     least: int
     most: int
+    detail: HeadDetail | None = None
 
 
 class Answer(NamedTuple):
@@ -172,6 +192,7 @@ class Proof(msgspec.Struct, frozen=True):
     decode_budget_tokens, decode_interval_tokens: its decode bound, or None.
     decode_evictions: evictions so far.
     session: the cache that it began with, None without sessions.
+    detail: what each head kept of the prompt; None unless the request asked for it.
     """
 
     policy: str
@@ -187,6 +208,7 @@ class Proof(msgspec.Struct, frozen=True):
     decode_interval_tokens: int | None = None
     decode_evictions: int = 0
     session: SessionProof | None = None
+    detail: HeadDetail | None = None
 
     @property
     def compressed(self) -> bool:
@@ -222,6 +244,10 @@ class Proof(msgspec.Struct, frozen=True):
         """Return the most blocks that it holds during the `more` tokens after `decoded` ones."""
         entries = most_entries(entries_after(self.keep, decoded, self.bound), more, self.bound)
         return compressed_blocks_bound(entries, 0, block_size)
+
+    def with_detail(self, detail: HeadDetail | None) -> "Proof":
+        """Return the proof with another detail."""
+        return msgspec.structs.replace(self, detail=detail)
 
     def as_json(self) -> dict[str, object]:
         """Return the proof as clients get it."""

@@ -26,6 +26,7 @@ class RequestBudget(BaseModel):
     unsupported: presets that do not work with the model; `auto` chooses another.
     fallback: why it gets another policy or budget than it asked for, or None.
     session: whether it may begin with a held cache and leave one.
+    detail: whether its proof has a `HeadDetail`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,6 +39,7 @@ class RequestBudget(BaseModel):
     unsupported: frozenset[str] = frozenset()
     fallback: str | None = None
     session: bool = True
+    detail: bool = False
 
     def keep_of(self, num_tokens: int) -> int:
         """Return the mean entries per (layer, KV head) that are kept of a prompt."""
@@ -69,6 +71,7 @@ class RequestOptions(BaseModel):
     decode_budget_tokens: int | None = Field(default=None, ge=1)
     decode_interval_tokens: int | None = Field(default=None, ge=1)
     session: Literal["auto", "off"] | None = None
+    detail: bool = False
 
     @classmethod
     def of(cls, extra_args: Mapping[str, Any] | None) -> "RequestOptions":
@@ -118,6 +121,8 @@ class RequestOptions(BaseModel):
         if whole and config.policy != FULL and not config.allow_full:
             name = "adakv_policy" if self.policy == FULL else "adakv_keep_ratio"
             raise ValueError(f"{name}: this server does not allow `full`")
+        if self.detail and not config.allow_detail:
+            raise ValueError("adakv_detail: this server does not allow it")
         least, most = config.min_budget_tokens, config.max_budget_tokens
         _check_range("budget_tokens", self.budget_tokens, least, most)
         _check_range("decode_budget_tokens", self.decode_budget_tokens, least, most)
@@ -160,6 +165,7 @@ class RequestOptions(BaseModel):
             decode=decode,
             limit=_keep_limit(config),
             session=self.session != "off",
+            detail=self.detail,
         )
 
     def _decode_bound(self, choice: PolicyChoice, config: CompressionConfig) -> DecodeBound | None:

@@ -83,7 +83,9 @@ def _compress(request: CompressedRequest, slabs: list[int]) -> Compress:
     plan = request.plan
     # Where all entries stay, no queries are needed.
     choice = plan.choice if plan.keep < plan.prompt_tokens else WITHOUT_QUERIES
-    return Compress(choice, plan.prompt_tokens, plan.query_span, plan.keep, slabs, plan.sink_tokens)
+    return Compress(
+        choice, plan.prompt_tokens, plan.query_span, plan.keep, slabs, plan.sink_tokens, plan.detail
+    )
 
 
 def _command_eviction(

@@ -73,6 +73,7 @@ class Plan:
         where there is room, even if all its entries are within the budget.
     resumed: the held cache that it begins with, or None.
     session: the record of that, or of why there is none; None without sessions.
+    detail: whether the proof has a `HeadDetail`.
     """
 
     choice: PolicyChoice
@@ -89,6 +90,7 @@ class Plan:
     bound: DecodeBound | None = None
     resumed: Resumed | None = None
     session: SessionProof | None = None
+    detail: bool = False
 
     @property
     def active(self) -> bool:
@@ -201,7 +203,7 @@ class Plan:
     def proof(self, kept: Kept | None) -> Proof:
         """Return the proof, with the entries that the worker kept; None if it kept all."""
         n = self.prompt_tokens
-        mean, least, most = kept if kept is not None else (float(n), n, n)
+        mean, least, most, detail = kept if kept is not None else Kept(float(n), n, n)
         return Proof(
             policy=self.choice.preset,
             original_tokens=n,
@@ -215,6 +217,7 @@ class Plan:
             decode_budget_tokens=self.bound.budget_tokens if self.bound else None,
             decode_interval_tokens=self.bound.interval_tokens if self.bound else None,
             session=self.session,
+            detail=detail,
         )
 
     def _decoded(self, num_tokens: int) -> int:
@@ -257,6 +260,7 @@ def make_plan(
         choice, num_tokens, keep, min(span, num_tokens), block_size, remaining_outputs,
         answered_before=answered, least_outputs=least, max_tokens=max_tokens,
         bound=budget.decode, fallback=budget.fallback or budget.why_less(num_tokens),
+        detail=budget.detail,
     )  # fmt: skip
     return replace(plan, skipped=_why_whole(plan, pool_blocks, resumable))
 

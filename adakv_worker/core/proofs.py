@@ -100,6 +100,9 @@ class Proofs:
                 request_id, ends = output.request_id, output.finish_reason is not None
                 is_due = ends or request_id in self._changed or request_id in self._always
                 if is_due and (proof := self._proofs.get(request_id)):
+                    if not ends and request_id not in self._changed:
+                        # It is large, and has been sent.
+                        proof = proof.with_detail(None)
                     output.kv_transfer_params = with_proof(proof)
                     self._changed.discard(request_id)
                 if ends:

@@ -79,7 +79,7 @@ class Compression:
             earlier: [L, e, Hq, D], the first queries of the window, from earlier chunks.
             held_bytes: bytes of scores to hold before their layers are copied.
         """
-        self._command = command
+        self.command = command
         self._blocks = sent(blocks, tables.device)
         self._rows = rows
         self._earlier = earlier
@@ -119,8 +119,8 @@ class Compression:
 
     def _score(self, layer: int, query: Tensor) -> None:
         scored = self._policy.score(self._observe(layer, query))
-        if self._command.sink_tokens:
-            scored = with_sinks(scored, self._command.sink_tokens)
+        if self.command.sink_tokens:
+            scored = with_sinks(scored, self.command.sink_tokens)
         self._scored[layer] = scored
         self._held_bytes += sum(t.numel() * t.element_size() for t in scored if t is not None)
         if self._totals is not None and self._held_bytes >= self._most_held_bytes:
@@ -142,13 +142,13 @@ class Compression:
             return self._totals
         scored = [self._scored[layer].scores for layer in sorted(self._scored)]
         all_layers = torch.stack(scored)
-        totals = self._policy.totals(all_layers, self._command.keep)
+        totals = self._policy.totals(all_layers, self.command.keep)
         return self._with_sinks(totals, all_layers.shape)
 
     def _with_sinks(self, totals: list[int], shape: Sequence[int]) -> list[int]:
         """Return `totals` for scores of `shape` [L, H, m] with room for each layer's sinks."""
         layers, heads, entries = shape
-        least = heads * min(self._command.sink_tokens, entries)
+        least = heads * min(self.command.sink_tokens, entries)
         return fitted(totals, [least] * layers, [heads * entries] * layers)
 
     def _copy_scored(self, totals: list[int]) -> None:
@@ -169,8 +169,8 @@ class Compression:
         self._scored.clear()
         self._earlier, self._held_bytes = None, 0
         self._tables.release(self.row)
-        self.row = self._tables.open(self._command.slabs)
-        n, keep = self._command.prompt_tokens, self._command.keep
+        self.row = self._tables.open(self.command.slabs)
+        n, keep = self.command.prompt_tokens, self.command.keep
         kept = torch.zeros((1, self._tables.heads, n), dtype=torch.bool, device=self._tables.device)
         sinks = min(SINK_TOKENS, keep // 2)
         kept[..., :sinks] = True
@@ -189,7 +189,7 @@ class Compression:
             self._kept |= zip(layers, kept, strict=True)
 
     def _observe(self, layer: int, query: Tensor) -> Observation:
-        part, n = self._parts[layer], self._command.prompt_tokens
+        part, n = self._parts[layer], self.command.prompt_tokens
         pages = self._tables.layout.block_pages(self._blocks, layer).t()
         return Observation(
             self._window(layer, query),
@@ -203,7 +203,7 @@ class Compression:
 
     def _window(self, layer: int, query: Tensor) -> Tensor:
         """Return the queries [Hq, span, D] that the scorer looks at."""
-        return window_queries(self._earlier, query[self._rows], self._command.query_span, layer)
+        return window_queries(self._earlier, query[self._rows], self.command.query_span, layer)
 
 
 def window_queries(earlier: Tensor | None, query: Tensor, span: int, layer: int) -> Tensor:

@@ -25,3 +25,11 @@ class Ranks(NamedTuple):
             most = torch.distributed.ReduceOp.MAX
             torch.distributed.all_reduce(numbers, op=most, group=self.group)
         return numbers
+
+    def each(self, numbers: Tensor) -> list[Tensor]:
+        """Return every rank's numbers, which have one shape; all of them call this, as `most`."""
+        if self.size == 1:
+            return [numbers]
+        each = [torch.empty_like(numbers) for _ in range(self.size)]
+        torch.distributed.all_gather(each, numbers, group=self.group)
+        return each

@@ -19,6 +19,7 @@ from adakv_worker.messages import (
 from adakv_worker.session_messages import Hold, Resume
 from adakv_worker.worker.compression import HELD_BYTES, Capture, Compression, Window
 from adakv_worker.worker.eviction import Eviction, Recompression
+from adakv_worker.worker.head_detail import head_detail, lists_tokens
 from adakv_worker.worker.held_rows import HeldRows, Room, copied, memory_on, placed
 from adakv_worker.worker.model_parts import LayerParts
 from adakv_worker.worker.packed_state import CompressedState
@@ -202,7 +203,7 @@ class CompressionState:
             self.tables,
             self._parts,
             held_bytes=self.held_bytes,
-            record=self.selections is not None,
+            record=self.selections is not None or lists_tokens(command),
         )
         self._compressing[request_id] = compression
         return compression
@@ -214,8 +215,11 @@ class CompressionState:
             positions = compression.finish()
             if self.selections is not None and positions is not None:
                 self.selections[request_id] = positions.cpu()
-            self._rows[request_id] = compression.row
-            answer.kept[request_id] = self._kept(compression.row)
+            row = self._rows[request_id] = compression.row
+            answer.kept[request_id] = kept = self._kept(row)
+            if compression.command.detail:
+                detail = head_detail(self.tables.lens(row), positions)
+                answer.kept[request_id] = kept._replace(detail=detail)
             if compression.failed:
                 answer.failed.append(request_id)
         self._compressing.clear()

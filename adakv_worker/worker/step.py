@@ -23,6 +23,7 @@ from adakv_worker.messages import (
     attach_answer,
     commands_of,
 )
+from adakv_worker.worker.head_detail import over_ranks
 from adakv_worker.worker.held_moves import HeldMoves
 from adakv_worker.worker.moves import Moves
 from adakv_worker.worker.ranks import Ranks
@@ -314,7 +315,12 @@ def _over_ranks(answer: Answer, request_ids: list[str], ranks: Ranks) -> Answer:
     all_ranks = dict(zip(request_ids, ranks.most(torch.tensor(mine)).tolist(), strict=True))
     return Answer(
         {
-            request_id: Kept(kept.mean, -all_ranks[request_id][0], all_ranks[request_id][1])
+            request_id: Kept(
+                kept.mean,
+                -all_ranks[request_id][0],
+                all_ranks[request_id][1],
+                None if kept.detail is None else over_ranks(kept.detail, ranks),
+            )
             for request_id, kept in answer.kept.items()
         },
         [request_id for request_id, (_, _, failed) in all_ranks.items() if failed],

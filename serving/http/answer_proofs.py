@@ -27,7 +27,13 @@ class AnswerProofs:
         self._choices[request_id] = choices
 
     def note(self, request_id: str, choice: int, proof: Proof) -> None:
-        """Keep the proof of one of the prompt's choices in place of an earlier one."""
+        """Keep the proof of one of the prompt's choices in place of an earlier one.
+
+        The detail of the earlier one stays: the engine sends it once.
+        """
+        before = self._proofs.get((request_id, choice))
+        if before is not None and proof.detail is None and proof.compressed:
+            proof = proof.with_detail(before.detail)
         self._proofs[request_id, choice] = proof
 
     def of_choice(self, index: int) -> JsonObject | None:

@@ -50,6 +50,8 @@ def test_a_request_gets_what_it_names(given: dict[str, Any], kept_of_1000: int) 
         ({"adakv_window_tokens": 8, "adakv_policy": "expected_attention"}, None),
         ({"adakv_policy": "nonsense"}, "known are"),
         ({"adakv_budget": 100}, "did you mean"),
+        ({"adakv_detail": True}, "adakv_detail: this server does not allow it"),
+        ({"adakv_detail": False}, None),
     ],
 )
 def test_bad_values_name_themselves(given: dict[str, Any], reason: str | None) -> None:
@@ -153,3 +155,9 @@ def test_a_plan_is_made_by_arithmetic_alone() -> None:
     assert make_plan(budget, 1500, 1, 32, 200).skipped == "no_decode"
     assert make_plan(budget, 140, 100, 32, 200).skipped == "frees_nothing"
     assert make_plan(budget, 128, 100, 32, 200).skipped == "within_budget"
+
+
+def test_where_the_operator_allows_it_a_plan_has_the_detail_that_a_request_asks_for() -> None:
+    config = CompressionConfig(allow_detail=True)
+    for given, expected in (({"adakv_detail": 1}, True), ({}, False)):
+        assert make_plan(budget_of(given, config, {}), 1000, 50, 32, 999).detail is expected

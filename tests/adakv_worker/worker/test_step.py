@@ -11,6 +11,7 @@ from adakv_worker.attention.folded import Folded, Pages, Step
 from adakv_worker.attention.folding import FoldingBuilder
 from adakv_worker.config import CompressionConfig
 from adakv_worker.messages import (
+    Answer,
     Capture,
     Compress,
     Evict,
@@ -105,8 +106,14 @@ class Worker:
 
         return self.work.run(output, execute)
 
-    def compress(self) -> None:
-        self.step({"a": PROMPT}, {"a": 0}, compress={"a": COMPRESS})
+    def compress(self, **changes: object) -> None:
+        command = COMPRESS._replace(**changes)  # type: ignore[arg-type]
+        self.step({"a": PROMPT}, {"a": 0}, compress={"a": command})
+
+    def answer(self) -> Answer:
+        """Return what goes with the step's output."""
+        output = ModelRunnerOutput(req_ids=[], req_id_to_index={})
+        return answer_of(self.work.attach_answer(output))
 
 
 @pytest.fixture
@@ -126,12 +133,23 @@ def test_a_compressed_request_holds_its_slabs_alone_and_grows(worker: Worker) ->
 
 def test_the_answer_rides_on_the_next_output_only(worker: Worker) -> None:
     worker.compress()
-    outputs = [
-        worker.work.attach_answer(ModelRunnerOutput(req_ids=[], req_id_to_index={}))
-        for _ in range(2)
-    ]
-    assert answer_of(outputs[0]).kept["a"].mean == KEEP
-    assert answer_of(outputs[1]).is_empty
+    assert worker.answer().kept["a"].mean == KEEP
+    assert worker.answer().is_empty
+
+
+def test_a_request_may_ask_what_each_head_keeps(worker: Worker) -> None:
+    worker.compress(detail=True)
+    detail = worker.answer().kept["a"].detail
+    assert detail is not None
+    lens = worker.work.state.tables.lens(worker.work.state.rows(["a"])[0])
+    assert detail.kept == lens.tolist()
+    assert detail.keeping is not None
+    assert (len(detail.keeping), sum(detail.keeping)) == (PROMPT, KEEP * LAYERS * HEADS)
+    # The observation window stays in every head.
+    assert detail.keeping[-SPAN:] == [LAYERS * HEADS] * SPAN
+    worker = Worker()
+    worker.compress()
+    assert worker.answer().kept["a"].detail is None
 
 
 def test_an_eviction_gives_back_the_last_slabs(worker: Worker) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from adakv_worker.messages import HeadDetail
 from adakv_worker.session_messages import SessionProof
 from serving.http.answer_proofs import AnswerProofs, summary
 from tests.adakv_worker.proofs import make_proof
@@ -81,3 +82,18 @@ def test_the_latest_proof_of_a_choice_counts() -> None:
     for evictions in range(3):
         proofs.note("only", 0, make_proof(decode_evictions=evictions))
     assert proofs.summary() == proofs.of_choice(0) == as_json(decode_evictions=2)
+
+
+def test_the_detail_of_a_proof_is_sent_once_and_stays() -> None:
+    answer = AnswerProofs()
+    answer.expect("a", 1)
+    detail = HeadDetail([[30, 70]], [2, 1])
+    answer.note("a", 0, make_proof(detail=detail))
+    answer.note("a", 0, make_proof(decode_evictions=1))
+    latest = answer.of_choice(0)
+    assert latest is not None
+    assert latest["detail"] == {"kept": [[30, 70]], "keeping": [2, 1]}
+    assert latest["decode_evictions"] == 1
+    # Of two prompts they are not alike, and one may have none.
+    other = make_proof(skipped="within_budget")
+    assert summary([make_proof(detail=detail), other]) == as_json(detail="mixed", skipped="mixed")
