@@ -10,8 +10,8 @@ import time
 import redis
 
 from router import DEFAULT_APPLICATION, DEFAULT_KEY_PREFIX, DEFAULT_STORE_PORT, DEFAULT_STORE_URL
-from router.ledger.occupancy import Occupancy
-from router.ledger.redis_ledger import LedgerKeys, LedgerReader, LedgerView, Report
+from router.ledger.occupancy import Occupancy, Report
+from router.ledger.redis_ledger import LedgerKeys, LedgerReader, LedgerView
 from router.stores import checked_url, full_url
 
 COLUMNS = (

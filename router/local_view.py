@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from router.footprint import Footprint
-from router.ledger.occupancy import REPORT_TTL_S, Occupancy, SchemaMismatch
+from router.ledger.occupancy import REPORT_TTL_S, Occupancy, Report, SchemaMismatch
 from router.score import ReplicaView, Speeds
 from router.slowness import Slowness, relative, usual_ratio
 
@@ -36,8 +36,8 @@ class _Booking(NamedTuple):
 
 class _Replica:
     __slots__ = (
-        "blocks_total", "bookings", "epoch", "prefill_since_s", "prefill_tokens", "room_blocks",
-        "running", "seen_at_s", "sequence", "slowness", "used_blocks", "waiting",
+        "blocks_total", "bookings", "epoch", "prefill_since_s", "prefill_tokens", "report",
+        "room_blocks", "running", "seen_at_s", "sequence", "slowness", "used_blocks", "waiting",
     )  # fmt: skip
 
     def __init__(self, report: Occupancy, now_s: float, speeds: Speeds) -> None:
@@ -48,7 +48,7 @@ class _Replica:
         self.update(report, now_s)
 
     def update(self, report: Occupancy, now_s: float) -> None:
-        self.seen_at_s = now_s
+        self.seen_at_s, self.report = now_s, report
         self.slowness.note(report, now_s)
         same_life = report.epoch == self.epoch
         self.epoch, self.sequence = report.epoch, report.sequence
@@ -219,6 +219,11 @@ class LocalView:
         """Return all blocks of the replica, 0 without a report of it."""
         known = self._replicas.get(replica_id)
         return 0 if known is None else known.blocks_total
+
+    def last_reports(self, now_s: float) -> list[Report]:
+        """Return the last report of each replica, fresh or stale."""
+        known = self._replicas.values()
+        return [Report(one.report, max(0.0, now_s - one.seen_at_s)) for one in known]
 
     @property
     def replica_ids(self) -> list[str]:

@@ -1,11 +1,11 @@
 """The occupancy report of a replica: the schema of the live ledger."""
 
-from typing import Annotated, Self
+from typing import Annotated, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 SCHEMA_MAJOR = 1
-SCHEMA_MINOR = 3
+SCHEMA_MINOR = 4
 
 # How long a report counts, and its key lives in Redis.
 REPORT_TTL_S = 2.0
@@ -71,6 +71,12 @@ class Occupancy(BaseModel):
     selection_failures: Count | None = Field(
         default=None, description="Requests whose policy failed, since the start of this life"
     )
+    moves: Count | None = Field(
+        default=None, description="Requests gone on elsewhere, since the start of this life"
+    )
+    failed_moves: Count | None = Field(
+        default=None, description="Moves that brought their requests back, since then"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -98,6 +104,13 @@ class Occupancy(BaseModel):
             return _Claim.model_validate_json(payload).replica_id
         except ValidationError:
             return None
+
+
+class Report(NamedTuple):
+    """A report, and the time since its replica sent it."""
+
+    occupancy: Occupancy
+    age_s: float
 
 
 def check_schema(payload: bytes | str) -> None:

@@ -20,7 +20,7 @@ import redis.asyncio
 from pydantic import ValidationError
 from redis.commands.core import AsyncScript
 
-from router.ledger.occupancy import REPORT_TTL_S, Occupancy, SchemaMismatch
+from router.ledger.occupancy import REPORT_TTL_S, Occupancy, Report, SchemaMismatch
 from router.ledger.prefixes import PrefixChange
 from router.ledger.sendings import Sendings
 from router.ledger.store_client import connect, connect_blocking
@@ -39,11 +39,6 @@ def report_gap_s(replicas: int) -> float:
     Between reports routers count what has been sent to a replica since.
     """
     return min(max(_LEAST_GAP_S, replicas / _REPORTS_PER_S), _MOST_GAP_S)
-
-
-class Report(NamedTuple):
-    occupancy: Occupancy
-    age_s: float
 
 
 class LedgerView(NamedTuple):

@@ -9,7 +9,9 @@ from collections.abc import Collection, Sequence
 from ray.serve import metrics
 
 from router.chooser import Chooser, Decision
+from router.decision_log import DecisionLog
 from router.footprint import Footprint
+from router.ledger.occupancy import Report
 from router.ledger.redis_ledger import LedgerKeys
 from router.ledger.sendings import Sending, Sendings
 from router.ledger.subscription import LedgerSubscription
@@ -28,14 +30,18 @@ class Routing:
 
     Ingresses tell each other what they have sent, so that each counts the requests and remembers
     the prefixes of all.
+
+    decisions: counts of its decisions, and the last ones.
+    ingress_id: its name for other ingresses.
     """
 
     def __init__(self, chooser: Chooser, *, log_decisions: bool) -> None:
         self._chooser = chooser
-        self._ingress_id = uuid.uuid4().hex
+        self.decisions = DecisionLog()
+        self.ingress_id = uuid.uuid4().hex
         self._teller: Teller | None = None
         self._log_decisions = log_decisions
-        self._decisions = metrics.Counter(
+        self._metric = metrics.Counter(
             "adakv_routing_decisions", "Routed requests by the reason of the choice", ("reason",)
         )
         self._dropped = metrics.Gauge(
@@ -53,11 +59,19 @@ class Routing:
             on_prefixes=self._chooser.learn,
             on_sendings=self._learn,
         )
-        self._teller = Teller(url, keys, self._ingress_id)
+        self._teller = Teller(url, keys, self.ingress_id)
         self._kept = [
             tasks.keep("subscription", self._subscription.run),
             tasks.keep("sendings", self._teller.run),
         ]
+
+    def _count(self, reason: str) -> None:
+        self._metric.inc(tags={"reason": reason})
+        self.decisions.count(reason)
+
+    def reports(self) -> list[Report]:
+        """Return the last report of each replica that this ingress has heard of."""
+        return self._chooser.view.last_reports(time.monotonic())
 
     def stop(self) -> None:
         """Follow the ledger no more."""
@@ -65,7 +79,7 @@ class Routing:
             task.cancel()
 
     def _learn(self, sendings: Sendings) -> None:
-        if sendings.ingress_id == self._ingress_id:
+        if sendings.ingress_id == self.ingress_id:
             return
         now_s = time.monotonic()
         for one in sendings.sent:
@@ -81,11 +95,15 @@ class Routing:
     ) -> Decision | None:
         """Rank the replicas for a request; None without a footprint or a report. Counts each."""
         if footprint is None:
-            self._decisions.inc(tags={"reason": "no_footprint"})
+            self._count("no_footprint")
             return None
         began_s = time.monotonic()
         decision = self._chooser.choose(request_id, replica_ids, footprint, began_s)
-        self._decisions.inc(tags={"reason": decision.reason if decision else "no_reports"})
+        if decision is None:
+            self._count("no_reports")
+        else:
+            self._count(decision.reason)
+            self.decisions.note(decision, footprint, began_s)
         unread = self._subscription.dropped if self._subscription is not None else 0
         self._dropped.set(self._chooser.view.dropped + unread)
         if decision and self._log_decisions:

@@ -19,7 +19,7 @@ from serving.spill.borrower import Borrower
 from serving.spill.lender import Lender
 from serving.spill.membership import Membership
 from serving.spill.metrics import SessionMetrics, SpillMetrics
-from serving.spill.move import Send, SpillSettings
+from serving.spill.move import MoveReport, Send, SpillSettings
 from serving.spill.parcels import Guest, LenderName, open_parcels
 from serving.spill.peers import ReplicaPeers
 from serving.spill.sessions import SessionTraffic
@@ -59,6 +59,8 @@ class ReplicaSpill:
         self.membership = Membership(name.replica_id)
         self._tasks = tasks
         self._watch: KeptTask | None = None
+        self._metrics = SpillMetrics()
+        self._moves = self._failed_moves = 0
         self._ledger = LendingLedger(url, keys)
         spill = config.spill
         self._folder = Path(spill.folder)
@@ -83,8 +85,15 @@ class ReplicaSpill:
             block_bytes=host.block_bytes,
             settings=_settings(config),
             tasks=tasks,
-            on_move=SpillMetrics().note,
+            on_move=self._note_move,
         )
+
+    def _note_move(self, report: MoveReport) -> None:
+        self._metrics.note(report)
+        if report.problem is None:
+            self._moves += 1
+        else:
+            self._failed_moves += 1
 
     def _make_sessions(self, config: AppConfig, application: str) -> SessionTraffic | None:
         """Return the traffic of held caches; None where requests leave none."""
@@ -142,7 +151,10 @@ class ReplicaSpill:
 
     def load(self) -> "EngineLoad":
         return self._host.load()._replace(
-            blocks_lent=self.lender.lent_blocks, blocks_borrowed=self._borrower.borrowed_blocks
+            blocks_lent=self.lender.lent_blocks,
+            blocks_borrowed=self._borrower.borrowed_blocks,
+            moves=self._moves,
+            failed_moves=self._failed_moves,
         )
 
     @property

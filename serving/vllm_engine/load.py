@@ -43,6 +43,8 @@ class EngineLoad(NamedTuple):
     sessions_held: int = 0
     blocks_lent: int = 0
     blocks_borrowed: int = 0
+    moves: int | None = None
+    failed_moves: int | None = None
     told_at: float = float("inf")
     prefill_tokens_per_s: float = 0.0
     decode_steps_per_s: float | None = None

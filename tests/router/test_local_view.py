@@ -288,3 +288,15 @@ def test_an_older_report_changes_nothing() -> None:
     # A replica that was started anew counts from one again.
     view.accept(occupancy(epoch=2, sequence=1, running=0), 0.2)
     assert view.views(["r1"], 0.2)[0].running == 0
+
+
+def test_the_last_reports_have_their_ages() -> None:
+    view = LocalView(ttl_s=2)
+    view.accept(occupancy("r1", sequence=1), 0.0)
+    view.accept(occupancy("r2", blocks_lent=5), 1.0)
+    view.accept(occupancy("r1", sequence=2, running=7), 4.0)
+    reports = {report.replica_id: (report, age_s) for report, age_s in view.last_reports(5.0)}
+    assert {name: age_s for name, (_, age_s) in reports.items()} == {"r1": 1.0, "r2": 4.0}
+    assert (reports["r1"][0].running, reports["r2"][0].blocks_lent) == (7, 5)
+    view.withdraw("r2")
+    assert [report.replica_id for report, _ in view.last_reports(5.0)] == ["r1"]
