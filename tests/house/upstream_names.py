@@ -76,7 +76,7 @@ UPSTREAM_NAMES = {
             "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router."
             "PrefixCacheAffinityRouter"
         ): "_extract_text_from_request choose_replicas on_request_routed",
-        "ray.serve._private.client.ServeControllerClient": "_http_config",
+        "ray.serve._private.client.ServeControllerClient": "_http_config get_serve_details",
         "ray.serve._private.request_router.request_router.RequestRouter": (
             "choose_replicas on_request_routed update_replicas"
         ),

@@ -1,0 +1,109 @@
+"""The fleet page of an ingress: what it shows, and the size that Serve wants the fleet to have."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ray import serve
+from ray.serve.context import _get_global_client
+
+from adakv_worker.config import policy_names
+from serving.config import AppConfig
+from serving.http.asgi import ASGIApp
+from serving.http.door import Door
+from serving.http.page.app import FleetPage
+from serving.http.page.feed import Feed, FeedSource, Scale
+from serving.ingress.routing import Routing
+from serving.supervision import Supervisor
+
+logger = logging.getLogger("ray.serve")
+
+_ASK_S = 5.0
+
+
+class ScaleWatch:
+    """Asks for the fleet's wanted size now and then, while somebody wants to know.
+
+    latest: None before the first answer, and after a question without one.
+    """
+
+    def __init__(self, ask: Callable[[], Scale | None], pause_s: float = _ASK_S) -> None:
+        """
+        Args:
+            ask: waits for Serve's controller.
+            pause_s: between two questions.
+        """
+        self._ask = ask
+        self._pause_s = pause_s
+        self.latest: Scale | None = None
+
+    async def run(self, is_wanted: Callable[[], bool]) -> None:
+        """Ask until cancelled."""
+        while True:
+            if is_wanted():
+                self.latest = await asyncio.to_thread(self._answer)
+            await asyncio.sleep(self._pause_s)
+
+    def _answer(self) -> Scale | None:
+        try:
+            return self._ask()
+        except Exception as error:
+            # The controller may be about to start again.
+            logger.info("the fleet's wanted size is unknown: %s", error)
+            return None
+
+
+def with_fleet_page(
+    app: ASGIApp, door: Door, config: AppConfig, routing: Routing | None, tasks: Supervisor
+) -> ASGIApp:
+    """Return an app that answers the fleet page, too, unless the configuration turns it off."""
+    page = config.ingress.page
+    if not page.enabled:
+        return app
+    application = serve.get_replica_context().app_name
+    watch = ScaleWatch(lambda: wanted_scale(application))
+    source = FeedSource(list, None, lambda: watch.latest)
+    if routing is not None:
+        source = source._replace(reports=routing.reports, decisions=routing.decisions)
+    facts = {"application": application, "ingress": routing.ingress_id[:8] if routing else ""}
+    feed = Feed(source, {**facts, **configured_facts(config)}, page.max_viewers)
+    tasks.keep("fleet page", feed.run)
+    tasks.keep("fleet size", lambda: watch.run(lambda: feed.viewers > 0))
+    return FleetPage(app, door, feed)
+
+
+def configured_facts(config: AppConfig) -> dict[str, Any]:
+    """Return what the page shows of the configuration, and what its form may ask for."""
+    facts: dict[str, Any] = {
+        "routing": config.routing.policy,
+        "block_size_tokens": config.block_size_tokens,
+        "spill": config.spill.enabled,
+        "compression": None,
+    }
+    compression = config.compression
+    if compression is not None and compression.enabled:
+        facts["compression"] = {
+            "policy": compression.policy,
+            "policies": [
+                name for name in policy_names() if name != "full" or compression.allow_full
+            ],
+            "budget_tokens": compression.budget_tokens,
+            "keep_ratio": compression.keep_ratio,
+            "min_budget_tokens": compression.min_budget_tokens,
+            "max_budget_tokens": compression.max_budget_tokens,
+            "detail": compression.allow_detail,
+        }
+    return facts
+
+
+def wanted_scale(application: str) -> Scale | None:
+    """Return the number of engines that Serve's controller wants; None if there are none."""
+    client = _get_global_client()
+    assert client is not None, "an ingress is part of a cluster"
+    applications: dict[str, Any] = client.get_serve_details()["applications"]
+    engine = applications.get(application, {}).get("deployments", {}).get("Engine")
+    if engine is None:
+        return None
+    auto = engine["deployment_config"].get("autoscaling_config") or {}
+    return Scale(engine["target_num_replicas"], auto.get("min_replicas"), auto.get("max_replicas"))
