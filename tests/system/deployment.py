@@ -336,4 +336,5 @@ def cluster_config(http_port: int, store_port: int) -> dict[str, Any]:
         "kv_cache_memory_bytes": 402653184,
         "kv_events_config": {"enable_kv_cache_events": True},
     }
+    args["compression"]["allow_detail"] = True
     return config
