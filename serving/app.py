@@ -24,6 +24,10 @@ _ONE_LOOP = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
 
+# Serve's calls between deployments go by gRPC, which takes no message of over 4 MiB by itself. Bodies
+# and answers have limits of their own.
+_MESSAGES = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str((1 << 31) - 1)}
+
 # Request routers by `routing.policy`, without Serve's default.
 _ROUTERS = {
     "occupancy": "serving.ingress.served_router:ServedRouter",
@@ -97,7 +101,7 @@ def ingress_options(config: AppConfig) -> dict[str, Any]:
                 "target_ongoing_requests": _INGRESS_FILL * limit,
             }
         }
-    variables = {**_ONE_LOOP, MOST_BODY_BYTES_VARIABLE: str(ingress.max_body_bytes)}
+    variables = {**_ONE_LOOP, **_MESSAGES, MOST_BODY_BYTES_VARIABLE: str(ingress.max_body_bytes)}
     return {
         **scale,
         "max_ongoing_requests": limit,
@@ -130,7 +134,10 @@ def engine_options(config: AppConfig, on_cpus: bool | None = None) -> dict[str, 
         "graceful_shutdown_timeout_s": replica.graceful_shutdown_timeout_s,
         "health_check_period_s": replica.health_check_period_s,
         "health_check_timeout_s": 10.0,
-        "ray_actor_options": {"num_cpus": replica.cpus},
+        "ray_actor_options": {
+            "num_cpus": replica.cpus,
+            "runtime_env": {"env_vars": dict(_MESSAGES)},
+        },
     }
     if (router := _ROUTERS.get(config.routing.policy)) is not None:
         options["request_router_config"] = RequestRouterConfig.model_validate(

@@ -60,6 +60,7 @@ class AdaKVCPUMetadataBuilder(FoldingBuilder, CPUAttentionMetadataBuilder):
 
     def _schedule(self, lens: Tensor, query_start_loc: Tensor) -> Tensor:
         """Return the kernel's division of work for sequences of one KV head."""
+        assert isinstance(self.dtype, torch.dtype)
         schedule: Tensor = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=lens.shape[0],
             num_heads=self.num_heads // self.num_kv_heads,

@@ -69,17 +69,18 @@ def _parts(index: int, attention: Attention, around: nn.Module) -> LayerParts:
             attention.num_heads // attention.num_kv_heads * attention.head_size,
         ),
         attention.dtype,
-        _quantization(attention, attention._k_scale_float),
-        _quantization(attention, attention._v_scale_float),
+        _quantization(attention, "_k_scale_float"),
+        _quantization(attention, "_v_scale_float"),
     )
 
 
-def _quantization(attention: Attention, scale: float) -> Quantization | None:
-    """Return how a layer's cache stores keys or values, which have a scale for all heads."""
+def _quantization(attention: Attention, scale: str) -> Quantization | None:
+    """Return how a layer's cache stores keys or values, whose heads share a scale of this name."""
     stored = stored_dtype(attention.kv_cache_dtype)
     if stored is None:
         return None
-    scales = torch.full((attention.num_kv_heads,), scale, device=attention._k_scale.device)
+    device = attention.get_buffer("_k_scale").device
+    scales = torch.full((attention.num_kv_heads,), float(getattr(attention, scale)), device=device)
     return Quantization(stored, scales, attention.dtype)
 
 

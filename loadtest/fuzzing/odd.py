@@ -1,5 +1,6 @@
 """Odd values for a field of a JSON body: types, numbers, strings, nesting, width."""
 
+import copy
 import random
 from typing import Any
 
@@ -55,7 +56,8 @@ def string(rng: Rng, raws: Raws) -> Any:
 
 
 def other_type(rng: Rng, raws: Raws) -> Any:
-    return rng.choice(OTHER_TYPES)
+    # Later changes of the body must not reach the constant.
+    return copy.deepcopy(rng.choice(OTHER_TYPES))
 
 
 def nested(rng: Rng, raws: Raws) -> Any:
@@ -77,9 +79,11 @@ def wide(rng: Rng, raws: Raws) -> Any:
     """Return a list or an object with many members."""
     width = rng.choice(_WIDTHS)
     member: Any = rng.choice((1, "a", None, [], {"role": "user", "content": "a"}, 1.5, "🛶"))
+    # Each its own: a later change of one that all share would be written as often.
+    members = [copy.deepcopy(member) for _ in range(width)]
     if rng.random() < 0.3:
-        return {f"key-{at}": member for at in range(width)}
-    return [member] * width
+        return {f"key-{at}": one for at, one in enumerate(members)}
+    return members
 
 
 def anything(rng: Rng, raws: Raws) -> Any:

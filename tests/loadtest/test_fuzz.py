@@ -289,6 +289,13 @@ def _watching(load: dict[str, Any]) -> OccupancyWatch:
     return watch
 
 
+def test_no_request_is_larger_than_a_deployment_takes_at_once() -> None:
+    # One of them had a value of a megabyte in each of five thousand members that were the same.
+    for number in (*range(300), *range(3380, 3400), 3614):
+        sent = attempt(7, number, TARGET).sending.pieces
+        assert sum(map(len, sent)) < 64 << 20
+
+
 async def test_a_deployment_that_is_gone_ends_the_run_and_fills_no_memory() -> None:
     campaign = Campaign(f"http://127.0.0.1:{free_port()}", limit_s=5)
     await campaign.send(TARGET, 3, range(100_000), 4)

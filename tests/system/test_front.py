@@ -5,7 +5,7 @@ import json
 import socket
 from urllib.parse import urlsplit
 
-from tests.system.deployment import API_KEY, Deployment
+from tests.system.deployment import API_KEY, MODEL, Deployment
 
 KEY = f"authorization: Bearer {API_KEY}\r\n"
 
@@ -24,6 +24,14 @@ def test_a_large_body_is_refused_before_it_is_asked_for(deployment: Deployment) 
     status, body = asked(deployment, f"content-length: {17 << 20}", "expect: 100-continue")
     assert (status, json.loads(body)["error"]["type"]) == (413, "RequestTooLarge")
     assert asked(deployment, "content-length: 50", "expect: 100-continue")[0] == 100
+
+
+def test_large_bodies_and_answers_cross_between_deployments(deployment: Deployment) -> None:
+    text = "harbour " * 700_000
+    answer = deployment.post("/tokenize", {"model": MODEL, "prompt": text})
+    assert answer.status_code == 200
+    assert answer.json()["count"] > 700_000
+    assert min(len(text), len(answer.content)) > 4 << 20
 
 
 def test_what_the_doors_server_cannot_parse_gets_openais_error(deployment: Deployment) -> None:
