@@ -24,8 +24,8 @@ _ONE_LOOP = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
 
-# Serve's calls between deployments go by gRPC, which takes no message of over 4 MiB by itself. Bodies
-# and answers have limits of their own.
+# Deployments call each other by gRPC, which takes no message of over 4 MiB by itself. Bodies and
+# answers have limits of their own.
 _MESSAGES = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str((1 << 31) - 1)}
 
 # Request routers by `routing.policy`, without Serve's default.
