@@ -1,5 +1,6 @@
 """What is wrong with an answer, if anything."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ _LAST_TYPES = ("message_stop", "response.completed", "response.incomplete", "res
 
 def problem(attempt: Attempt, found: Exchange) -> str | None:
     """Return what the deployment did wrong, or None."""
-    for answer in found.answers:
-        if wrong := _wrong(answer, is_head=attempt.sending.owed[:1] == ("HEAD",)):
+    methods = itertools.chain(attempt.sending.owed, itertools.repeat(""))
+    for answer, method in zip(found.answers, methods, strict=False):
+        if wrong := _wrong(answer, is_head=method == "HEAD"):
             return wrong
     if found.end == End.HUNG:
         return f"no answer within {found.elapsed_s:.0f} s"

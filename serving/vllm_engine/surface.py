@@ -1,11 +1,13 @@
 """Corrections to vLLM's FastAPI app, where its answers deviate from the API's form."""
 
+import traceback
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
+from fastapi.dependencies.utils import request_body_to_args
 from fastapi.responses import JSONResponse
 from prometheus_fastapi_instrumentator.metrics import Info
 from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
@@ -17,6 +19,9 @@ from starlette.responses import Response
 from serving.http.held_start import HeldStart
 from serving.http.openai_error import error_body
 from serving.http.sse import compact_json, data_of
+
+# What code that expects another type raises.
+_OF_WRONG_TYPES = (AttributeError, TypeError, LookupError)
 
 Middleware = TypeVar("Middleware")
 Stream = AsyncGenerator[str, None]
@@ -37,6 +42,8 @@ def mend_surface(app: FastAPI, on_answer: Callable[[Info], None]) -> None:
     exceptions.add_exception_handler(HTTPException, _http_error)
     exceptions.add_exception_handler(RecursionError, _too_deep)
     exceptions.add_exception_handler(NotImplementedError, _unsupported)
+    for kind in _OF_WRONG_TYPES:
+        exceptions.add_exception_handler(kind, _wrong_type)
     exceptions.app = HeldStart(exceptions.app)
     metrics = _in_stack(app, PrometheusInstrumentatorMiddleware)
     metrics.instrumentations = [*metrics.instrumentations, on_answer]
@@ -64,6 +71,16 @@ async def _http_error(_: Any, error: Exception) -> Response:
 async def _too_deep(_: Any, error: Exception) -> Response:
     # Some endpoints parse the body themselves.
     body = error_body(400, "the request is nested too deeply", type_="BadRequestError")
+    return Response(body, 400, media_type="application/json")
+
+
+async def _wrong_type(_: Any, error: Exception) -> Response:
+    # vLLM's validators look into fields before pydantic has checked their types.
+    frames = traceback.walk_tb(error.__traceback__)
+    if not any(frame.f_code is request_body_to_args.__code__ for frame, _ in frames):
+        raise error
+    problem = f"a field of the request has a value of a wrong type: {error}"
+    body = error_body(400, problem, type_="BadRequestError")
     return Response(body, 400, media_type="application/json")
 
 

@@ -230,6 +230,14 @@ def test_what_is_wrong_with_an_answer(answer: Answer, expected: str | None) -> N
     assert (found is None) if expected is None else (found is not None and expected in found)
 
 
+def test_each_answer_is_judged_by_its_own_requests_method() -> None:
+    bare = Answer(404, {}, b"")
+    for owed, is_fault in (("GET", "HEAD"), False), (("HEAD", "GET"), True):
+        made = attempt(0, 0, TARGET)._replace(sending=WAITS._replace(owed=owed))
+        found = Exchange((an_answer(200, {}), bare), End.ANSWERED, 0.1)
+        assert (problem(made, found) is not None) == is_fault
+
+
 @pytest.mark.parametrize(
     ("end", "owed", "is_fault"),
     [

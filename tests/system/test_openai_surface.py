@@ -144,6 +144,8 @@ WRONG = {
     "biased unknown token": (400, {**BASE, "logit_bias": {"99999999": 1}}),
     "too many log-probabilities": (400, {**BASE, "logprobs": True, "top_logprobs": 21}),
     "bad pattern": (400, {**BASE, "structured_outputs": {"regex": "("}}),
+    "list for structured outputs": (400, {**BASE, "structured_outputs": ["a", "b"]}),
+    "number for structured outputs": (400, {**BASE, "structured_outputs": 1}),
     "unknown stop token": (400, {**BASE, "stop_token_ids": [99999999]}),
 }
 
