@@ -81,4 +81,5 @@ def _draft(rng: random.Random, form: Form, chosen: list[str], target: Target) ->
 
 def _sent(rng: random.Random, draft: Draft, chosen: list[str]) -> Sending:
     manners = [kind for kind in OF_MANNER if kind in chosen]
-    return OF_MANNER[manners[0]](rng, draft) if manners else whole(draft)
+    sending = OF_MANNER[manners[0]](rng, draft) if manners else whole(draft)
+    return sending._replace(method=draft.method.decode("latin-1"))

@@ -89,7 +89,8 @@ def exchange(url: str, sending: Sending, limit_s: float) -> Exchange:
     with _connected(url, limit_s) as connection:
         _write(connection, sending)
         incoming = _Incoming(connection, time.monotonic() + patience_s)
-        answers, end = _read(incoming, sending.owed)
+        # One that owes nothing may still answer, and may close the connection.
+        answers, end = _read(incoming, sending.owed or (sending.method,))
     if end == End.HUNG and sending.leaves_after_s is not None:
         end = End.LEFT
     return Exchange(tuple(answers), end, time.monotonic() - began)
@@ -118,11 +119,10 @@ def _write(connection: socket.socket, sending: Sending) -> None:
         pass
 
 
-def _read(incoming: _Incoming, owed: tuple[str, ...]) -> tuple[list[Answer], End]:
+def _read(incoming: _Incoming, methods: tuple[str, ...]) -> tuple[list[Answer], End]:
     answers: list[Answer] = []
     shared: Any = _Shared(incoming)
-    # One that owes nothing may still answer, and may close the connection.
-    for method in owed or ("POST",):
+    for method in methods:
         before = incoming.received
         response = HTTPResponse(shared, method=method)
         try:

@@ -12,6 +12,7 @@ class Sending(NamedTuple):
     shuts: whether the client then closes its half of the connection.
     leaves_after_s: when it closes the connection whatever has come; None waits for all answers.
     owed: the methods of the requests that the server must answer unless the client leaves first.
+    method: that of an answer that is not owed, and may come all the same.
     """
 
     pieces: tuple[bytes, ...]
@@ -19,6 +20,7 @@ class Sending(NamedTuple):
     pause_s: float = 0.0
     shuts: bool = False
     leaves_after_s: float | None = None
+    method: str = "POST"
 
 
 class Draft(NamedTuple):

@@ -24,7 +24,9 @@ def problem(attempt: Attempt, found: Exchange) -> str | None:
         return f"no answer within {found.elapsed_s:.0f} s"
     if found.end == End.CUT:
         return "the connection was cut inside an answer"
-    if found.end == End.CLOSED and attempt.sending.owed:
+    # A parser that has refused something reads nothing more.
+    refused = any(map(is_fixed_text, found.answers))
+    if found.end == End.CLOSED and attempt.sending.owed and not refused:
         return "the connection was closed without an answer"
     return None
 
