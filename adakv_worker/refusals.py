@@ -60,6 +60,11 @@ REFUSED: dict[str, Callable[[VllmConfig], bool]] = {
         lambda c: is_unreadable(c.cache_config.cache_dtype)
     ),
     "kv_cache_dtype fp8 on a CPU without AVX-512 or AMX": _lacks_fp8_kernels,
+    "kv_cache_dtype fp8 on CUDA yet": (
+        lambda c: (
+            is_quantized_kv_cache(c.cache_config.cache_dtype) and not current_platform.is_cpu()
+        )
+    ),
     "kv_cache_dtype_skip_layers (all layers share their pages)": (
         lambda c: bool(c.cache_config.kv_cache_dtype_skip_layers)
     ),

@@ -24,7 +24,6 @@ from adakv_worker.attention.folding import (
     is_on,
 )
 from adakv_worker.config import compression_config
-from adakv_worker.stored_dtypes import stored_dtype
 from kernels.paging.growth import ExtendedStep, GrownStep
 
 
@@ -143,12 +142,6 @@ class AdaKVFlashImpl(FoldingImpl, flash_attn.FlashAttentionImpl):
                 "adakv: compression works with FlashAttention 2 and 3, not "
                 f"{self.vllm_flash_attn_version}: set attention_backend to TRITON_ATTN"
             )
-        if stored_dtype(self.kv_cache_dtype) is not None:
-            # It takes queries of eight bits only, which scorers would have to look at.
-            raise ValueError(
-                f"adakv: compression does not work with kv_cache_dtype {self.kv_cache_dtype} in "
-                "FlashAttention: set attention_backend to TRITON_ATTN"
-            )
         attention = get_current_vllm_config().attention_config
         self._most_splits = attention.flash_attn_max_num_splits_for_cuda_graph
         if self.batch_invariant_enabled:
@@ -255,21 +248,11 @@ class AdaKVTritonMetadataBuilder(GPUFoldingBuilder, triton_attn.TritonAttentionM
 
 
 class AdaKVTritonImpl(FoldingImpl, triton_attn.TritonAttentionImpl):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Scorers look at the queries.
-        self.supports_quant_query_input = False
-
-    def _stored(self, pages: Pages) -> Pages:
-        """View the pages in the dtype of their numbers."""
-        stored = stored_dtype(self.kv_cache_dtype)
-        return pages if stored is None else Pages(*(pool.view(stored) for pool in pages))
-
     def _store_folded(
         self, layer: Any, key: Tensor, value: Tensor, pages: Pages, slots: Tensor
     ) -> None:
         triton_attn.triton_reshape_and_cache_flash(
-            key, value, *self._stored(pages), slots, self.kv_cache_dtype,
+            key, value, pages.keys, pages.values, slots, self.kv_cache_dtype,
             layer._k_scale, layer._v_scale,
         )  # fmt: skip
 
@@ -278,11 +261,10 @@ class AdaKVTritonImpl(FoldingImpl, triton_attn.TritonAttentionImpl):
     ) -> None:
         segments = folded.plan
         assert isinstance(segments, _Segments)
-        pages = self._stored(folded.pages)
         triton_attn.unified_attention(
             q=query,
-            k=pages.keys,
-            v=pages.values,
+            k=folded.pages.keys,
+            v=folded.pages.values,
             out=output,
             cu_seqlens_q=folded.query_start_loc,
             max_seqlen_q=folded.most_tokens,
@@ -294,9 +276,8 @@ class AdaKVTritonImpl(FoldingImpl, triton_attn.TritonAttentionImpl):
             block_table=folded.grown.tables[index],
             softcap=self.logits_soft_cap,
             q_descale=None,
-            k_descale=layer._k_scale,
-            v_descale=layer._v_scale,
-            kv_quant_mode=self._kv_quant_mode,
+            k_descale=None,
+            v_descale=None,
             seq_threshold_3D=segments.sequences,
             num_par_softmax_segments=segments.segments,
             softmax_segm_output=segments.outputs,

@@ -46,12 +46,8 @@ def window_scores(
 def _reduced(queries: Tensor, keys: Entries, scale: float, reduction: Reduction = "mean") -> Tensor:
     n = keys.shape[1]
     if isinstance(keys, PagedEntries):
-        pages, pool = keys.pages.t().contiguous(), keys.pool
-        if keys.quantization is not None:
-            stored, scales, _ = keys.quantization
-            pool = pool.view(stored)
-            queries = queries * scales.to(queries.dtype)[:, None, None, None]
-        return _scores(queries, pool, pages, scale, n, reduction, keys.lens)
+        pages = keys.pages.t().contiguous()
+        return _scores(queries, keys.pool, pages, scale, n, reduction, keys.lens)
     return _scores(queries, keys, None, scale, n, reduction)
 
 
@@ -144,7 +140,7 @@ def _load_queries(
 def _product(query, key, EXACT: tl.constexpr):
     if EXACT:
         return tl.dot(query.to(tl.float32), key.to(tl.float32), input_precision="ieee")
-    return tl.dot(query, key.to(query.dtype))
+    return tl.dot(query, key)
 
 
 # Lengths differ from request to request; a number that is divisible by 16 would be compiled anew.

@@ -1,12 +1,11 @@
-"""The arms of `loadtest.published`: stock vLLM and ours, both also with an fp8 KV cache."""
+"""The arms of `loadtest.published`: stock vLLM, stock with an fp8 KV cache, and ours."""
 
 from typing import IO, Any, NamedTuple
 
 from loadtest.engines.process import EngineProcess
 
 _SHARES = {"half": 2, "quarter": 4, "eighth": 8, "sixteenth": 16, "64th": 64}
-_FP8 = "fp8-"
-ARMS = ("stock", "stock-fp8", "off", *_SHARES, *(_FP8 + name for name in _SHARES))
+ARMS = ("stock", "stock-fp8", "off", *_SHARES)
 _LEAST_BUDGET = 32
 
 
@@ -33,7 +32,7 @@ def compression_of(arm: str, setup: Setup) -> dict[str, Any] | None:
         return None
     if arm == "off":
         return {"policy": "full"}
-    share = _SHARES[arm.removeprefix(_FP8)]
+    share = _SHARES[arm]
     if share < 64:
         return {"policy": setup.policy, "budget_tokens": _LEAST_BUDGET, "keep_ratio": 1 / share}
     # The window and the first tokens are always kept.
@@ -45,13 +44,10 @@ def compression_of(arm: str, setup: Setup) -> dict[str, Any] | None:
 
 
 def start(arm: str, kv_bytes: int, setup: Setup, log: IO[str]) -> EngineProcess:
-    beside = setup.beside_bytes if arm.removeprefix(_FP8) in _SHARES else 0
+    beside = setup.beside_bytes if arm in _SHARES else 0
     engine = {**setup.engine, "kv_cache_memory_bytes": kv_bytes - beside}
-    if arm == "stock-fp8" or arm.startswith(_FP8):
+    if arm == "stock-fp8":
         engine["kv_cache_dtype"] = "fp8"
-    if arm.startswith(_FP8):
-        # FlashAttention would take queries of eight bits.
-        engine["attention_backend"] = "TRITON_ATTN"
     settings = {
         "model": setup.model, "engine": engine, "compression": compression_of(arm, setup),
         "text": False,

@@ -19,11 +19,6 @@ _TOLERANCE = 0.03
 Storing = Callable[[Tensor, torch.dtype], Tensor]
 
 
-def nearest(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return numbers as they are stored by rounding to the nearest one."""
-    return numbers.to(dtype).float()
-
-
 def towards_zero(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     """Return numbers within the dtype's range as vLLM's CPU kernel stores them."""
     rounded = numbers.to(dtype)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
 from adakv_worker.config import CompressionConfig
 from adakv_worker.plugin import engine_args
@@ -90,10 +91,11 @@ def test_what_cannot_be_compressed_is_refused_by_its_name(config: VllmConfig, se
 
 # Its own test asks for it.
 FP8_ON_CPU = "kv_cache_dtype fp8 on a CPU without AVX-512 or AMX"
+FP8_ON_CUDA = "kv_cache_dtype fp8 on CUDA yet"
 
 
 def test_every_refusal_has_a_row() -> None:
-    asked = (*ASKED, FP8_ON_CPU)
+    asked = (*ASKED, FP8_ON_CPU, FP8_ON_CUDA)
     assert [name for name in REFUSED if not name.startswith(asked)] == []
 
 
@@ -107,6 +109,9 @@ def test_eight_bits_need_a_cpu_with_kernels_for_them(
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     with pytest.raises(ValueError, match=f"does not work with {FP8_ON_CPU}"):
+        refuse_unsupported(config)
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    with pytest.raises(ValueError, match=f"does not work with {FP8_ON_CUDA}"):
         refuse_unsupported(config)
 
 

@@ -23,7 +23,6 @@ UPSTREAM_NAMES = {
         "vllm.v1.attention.backend.AttentionMetadataBuilder": (
             "build build_for_cudagraph_capture get_cudagraph_support"
         ),
-        "vllm.v1.attention.backends.triton_attn.TritonAttentionImpl": "_kv_quant_mode",
     },
     "adakv_worker.core": {
         "vllm.v1.core.sched.scheduler.Scheduler": (

@@ -39,11 +39,9 @@ def take_the_gpus_path() -> None:
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: False))  # type: ignore[assignment]
     torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
     from vllm.v1.attention.backends import flash_attn, triton_attn
-    from vllm.v1.attention.ops import triton_reshape_and_cache_flash
 
     # Small batches of long sequences are split, which is slow here: split batches of two only.
     triton_attn.MIN_LAUNCH_GRID_SIZE_2D = 2
-    triton_reshape_and_cache_flash._is_supported_kv_cache_dtype = lambda _: True
     flash_attn.get_flash_attn_version = lambda *_, **__: 3  # type: ignore[assignment]
     flash_attn.flash_attn_varlen_func = flash_attention  # type: ignore[assignment]
     flash_attn.reshape_and_cache_flash = store  # type: ignore[attr-defined]

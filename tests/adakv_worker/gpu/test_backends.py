@@ -11,7 +11,6 @@ from vllm.v1.attention import selector
 
 from adakv_worker.core.answer_lengths import AnswerLengths
 from tests.adakv_worker.conversation import SESSIONS, Conversation
-from tests.adakv_worker.eight_bits import assert_near_reference, attention_to, nearest
 from tests.adakv_worker.engine.test_eviction import Traced, run
 from tests.adakv_worker.engines import (
     Engine,
@@ -124,15 +123,6 @@ def test_compressed_and_whole_caches_in_one_batch(engine: Engine, reference: Ref
     assert torch.equal(results[0].kept, results[3].kept)  # type: ignore[arg-type]
     for result in results:
         assert_equals_reference(result, reference, 1e-3)
-
-
-def test_a_cache_of_eight_bits(model: Path) -> None:
-    reference = Reference(model, attention_to(torch.float8_e4m3fn, nearest))
-    with started(model, _TRITON, kv_cache_dtype="fp8") as engine:
-        prompts = [prompt(90, seed=1), prompt(60, seed=2)]
-        for result in engine.run(prompts, engine.params(max_tokens=6)):
-            assert result.kept is not None
-            assert_near_reference(result, reference)
 
 
 @on(*(kind for kind in _FAST if kind.graphs))

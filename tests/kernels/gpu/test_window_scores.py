@@ -9,7 +9,6 @@ from torch import Tensor
 from kernels.gpu.window_scores import _reduced, window_scores
 from kernels.paging.entries import PagedEntries
 from kernels.policies.attention import Reduction
-from tests.kernels.paging import in_bytes
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -113,19 +112,6 @@ def test_keys_in_one_piece_give_the_same(device: torch.device) -> None:
     assert torch.equal(_reduced(queries, turned, 0.125), scores)
     pool, pages = paged(keys, 32, seed=1)
     assert torch.equal(_reduced(queries, PagedEntries(pool, pages.t(), 96), 0.125), scores)
-
-
-@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_keys_of_eight_bits(dtype: torch.dtype, stored: torch.dtype, device: torch.device) -> None:
-    generator = torch.Generator().manual_seed(4)
-    queries = torch.randn((3, 2, 8, 64), generator=generator).to(device, dtype)
-    keys = torch.randn((3, 200, 64), generator=generator).to(device, dtype)
-    scales = torch.tensor([0.25, 1.0, 2.0], device=device)
-    entries, read = in_bytes(keys, stored, scales, 16, generator)
-    for lens in (None, torch.tensor([200, 200, 200], device=device).int()):
-        scores = _reduced(queries, entries._replace(lens=lens), 0.125)
-        assert relative_error(scores, expected(queries, read, 0.125, "mean")) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "max", "squares"])
