@@ -214,9 +214,23 @@ def test_the_key_in_vllms_own_variable_counts(monkeypatch: pytest.MonkeyPatch) -
     assert vllm_keys() == ()
 
 
+def _reserved(config: AppConfig, on_cpus: bool | None = None) -> dict[str, Any]:
+    """Return what an engine reserves of its node."""
+    options = dict(engine_options(config, on_cpus)["ray_actor_options"])
+    del options["runtime_env"]
+    return options
+
+
+def test_messages_between_deployments_may_be_as_large_as_grpc_can_count() -> None:
+    config = AppConfig()
+    for options in (engine_options(config, on_cpus=True), ingress_options(config)):
+        variables = options["ray_actor_options"]["runtime_env"]["env_vars"]
+        assert variables["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"] == str((1 << 31) - 1)
+
+
 def test_configured_gpus_are_reserved() -> None:
     config = AppConfig.model_validate({"replica": {"gpus": 2, "cpus": 3}})
-    assert engine_options(config)["ray_actor_options"] == {"num_cpus": 3, "num_gpus": 2}
+    assert _reserved(config) == {"num_cpus": 3, "num_gpus": 2}
 
 
 @pytest.mark.parametrize(("on_cpus", "gpus"), [(True, {}), (False, {"num_gpus": 2})])
@@ -224,7 +238,7 @@ def test_gpus_follow_tensor_parallel_size_with_vllm_for_gpus(
     on_cpus: bool, gpus: dict[str, int]
 ) -> None:
     config = AppConfig.model_validate({"engine": {"tensor_parallel_size": 2}})
-    assert engine_options(config, on_cpus)["ray_actor_options"] == {"num_cpus": 1, **gpus}
+    assert _reserved(config, on_cpus) == {"num_cpus": 1, **gpus}
 
 
 @pytest.mark.parametrize(
