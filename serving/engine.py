@@ -23,6 +23,7 @@ from serving.http.replica_answers import ReplicaAnswers
 from serving.http.tenants import HOLDER
 from serving.ingress.occupancy_router import OccupancyRouter
 from serving.janitor import Estate, Janitor
+from serving.kept_logs import kept_logs
 from serving.metrics import CompressionMetrics, OccupancyMetrics, TaskMetrics
 from serving.models.embedded import model_path_and_name
 from serving.reporter import OccupancyReporter, report_prefixes
@@ -50,8 +51,9 @@ class Engine:
         Args:
             lenders: another deployment of this class, which gets only moved requests.
         """
-        # A slow import, needed only in a replica.
-        from serving.vllm_engine import host as vllm_host
+        # A slow import, needed only in a replica. vLLM configures logging meanwhile.
+        with kept_logs():
+            from serving.vllm_engine import host as vllm_host
 
         vllm_host.set_up_cpu(config.replica.threads, config.tensor_parallel_size)
         self._replica_id = serve.get_replica_context().replica_id.unique_id
@@ -59,16 +61,17 @@ class Engine:
         url, context = store_url(config.store), serve.get_replica_context()
         path, name = model_path_and_name(config.model)
         started = time.monotonic()
-        self._host = await vllm_host.VllmHost.start(
-            path,
-            name,
-            config.engine,
-            config.server,
-            config.compression,
-            CompressionMetrics().note,
-            movable=config.spill.enabled,
-            hang_s=config.replica.hang_s,
-        )
+        with kept_logs():
+            self._host = await vllm_host.VllmHost.start(
+                path,
+                name,
+                config.engine,
+                config.server,
+                config.compression,
+                CompressionMetrics().note,
+                movable=config.spill.enabled,
+                hang_s=config.replica.hang_s,
+            )
         host = self._host
         self._answers = ReplicaAnswers(host.app, lambda: host.dead, self._replica_id)
         logger.info(

@@ -258,6 +258,20 @@ def test_a_hung_engine_process_is_ended_and_replaced_and_loses_no_request_withou
     assert set(_under_traffic(ask, hang)) == {"length"}
 
 
+def test_engines_outlive_a_killed_controller(deployment: Deployment) -> None:
+    engines = deployment.pids("ServeReplica:llm:Engine")
+    assert len(engines) == 2
+    killed = deployment.kill("ServeController")
+    controller = eventually(
+        lambda: [pid for pid in deployment.pids("ServeController") if pid != killed], 60, "another"
+    )
+    # It asks all replicas who they are, and stops those that do not answer, before it says so.
+    recovered = f"controller {controller[0]} -- Recovering current state for Deployment"
+    eventually(lambda: recovered in deployment.log(), 60, "the replicas known again")
+    assert len(deployment.who_answer()) == 2
+    assert deployment.pids("ServeReplica:llm:Engine") == engines
+
+
 def test_a_killed_store_comes_back_and_no_request_notices(
     deployment: Deployment, client: openai.OpenAI
 ) -> None:
