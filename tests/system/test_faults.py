@@ -268,7 +268,8 @@ def test_engines_outlive_a_killed_controller(deployment: Deployment) -> None:
     # It asks all replicas who they are, and stops those that do not answer, before it says so.
     recovered = f"controller {controller[0]} -- Recovering current state for Deployment"
     eventually(lambda: recovered in deployment.log(), 60, "the replicas known again")
-    assert len(deployment.who_answer()) == 2
+    # Ingresses hear of them one after the other.
+    eventually(lambda: len(deployment.who_answer()) == 2, 60, "answers of both")
     assert deployment.pids("ServeReplica:llm:Engine") == engines
 
 
