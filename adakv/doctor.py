@@ -24,7 +24,7 @@ _DEFAULT_HTTP_PORT = 8000
 
 
 def of_config(config: dict[str, Any]) -> Iterator[Finding]:
-    """Yield what is to say about a configuration of `serve run` on this machine."""
+    """Yield findings about a configuration of `serve run` on this machine."""
     http = config.get("http_options") or {}
     host, port = http.get("host", "127.0.0.1"), int(http.get("port", _DEFAULT_HTTP_PORT))
     ports = [("http", host, port)]

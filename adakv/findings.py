@@ -14,7 +14,7 @@ PACKAGES = (
 )  # fmt: skip
 PROGRAMS = ("cc", "make")
 _OLDEST_PYTHON = (3, 11)
-# Of what the tests run with.
+# The tests run with these versions.
 _VLLM, _RAY = "0.32.0", "2.60.0"
 _BREAK_CPUS = ("torchvision", "torchaudio", "torchcodec")
 _GIB = 1 << 30
@@ -38,7 +38,7 @@ def _found(name: str, fact: str, problem: str | None, verdict: str = "error") ->
 
 
 def of_machine(machine: Machine) -> Iterator[Finding]:
-    """Yield what is to say about a machine and its packages."""
+    """Yield findings about a machine and its packages."""
     yield _python(machine)
     yield from _computing(machine)
     yield from _memory(machine)

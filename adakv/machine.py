@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-# Of `/proc/cpuinfo`, those that choose attention kernels.
+# vLLM chooses its attention kernels by these flags of `/proc/cpuinfo`.
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd")
 
 

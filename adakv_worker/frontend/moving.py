@@ -313,7 +313,7 @@ class MovingCore:
                 raise ConnectionError("the engine core has ended")
             return task.result()
         except EngineDeadError as error:
-            # Of a call that came later than the end.
+            # The engine core ended before the call came.
             raise ConnectionError("the engine core has ended") from error
         finally:
             task.cancel()

@@ -38,7 +38,7 @@ class Scene(NamedTuple):
     @property
     def shared_memory(self) -> Path:
         """The deployment's `/dev/shm`, which may not be ours."""
-        return Path(f"/proc/{self.one('replica').pid}/root/dev/shm")
+        return Path("/proc", str(self.one("replica").pid), "root", "dev", "shm")
 
 
 # Does a fault and returns once it is undone, where it is. Returns what it must not have seen.

@@ -25,8 +25,8 @@ _HEADERS_TIMEOUT_S = 20
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 # A connection has a file to each side. HAProxy itself has fewer others than these.
 _FILES_OF_A_CONNECTION, _OTHER_FILES = 2, 124
-# Share of all connections above which requests are refused: beyond all of them, nobody gets an
-# answer.
+# HAProxy refuses requests once this share of its connections is in use. With all of them in use a
+# client would get no answer.
 _BUSY_SHARE = 0.9
 # A line of Serve's configuration for each application.
 _BACKEND = re.compile(r"^ *use_backend http-", re.MULTILINE)

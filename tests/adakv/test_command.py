@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from adakv.__main__ import _BENCHES, _COMMANDS, main
+from adakv.__main__ import _BENCHES, _COMMANDS, Command, main
 
 
 def adakv(*words: str) -> "subprocess.CompletedProcess[str]":
@@ -36,8 +36,8 @@ def test_an_unknown_command_is_named(
 
 
 @pytest.mark.parametrize("command", [*_COMMANDS.values(), *_BENCHES.values()])
-def test_every_command_is_there(command: object) -> None:
-    module = importlib.import_module(command.module)  # type: ignore[attr-defined]
+def test_every_command_is_there(command: Command) -> None:
+    module = importlib.import_module(command.module)
     assert callable(module.main)
 
 

@@ -12,8 +12,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from tests.adakv_worker.engines import Reference, Result
 
 FORMATS = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
-# Of log-probabilities, on average. A number near a border is stored as its neighbour, an eighth or
-# a quarter away, where another order of sums rounds it across.
+# Log-probabilities may differ by this on average. Where sums have another order, a number near a
+# border is stored as its neighbour, which is an eighth or a quarter away.
 _TOLERANCE = 0.03
 
 Storing = Callable[[Tensor, torch.dtype], Tensor]

@@ -14,7 +14,7 @@ from serving.http.page.figures import FleetFigures, ReplicaFigures, summed
 from serving.http.page.fleet import Fleet
 
 _GAP_S = 1.0
-# Of a larger fleet viewers get a state less often, so that the bytes a second stay the same.
+# Viewers of a larger fleet get its state less often, so that the bytes a second stay the same.
 _REPLICAS_PER_S = 64
 _MOST_SAMPLES = 300
 
