@@ -27,7 +27,7 @@ from loadtest.faults.asking import ANSWERED, Questions, Users
 from loadtest.faults.kinds import KINDS, Scene, kinds_for, plan
 from loadtest.faults.recovery import Recovery
 from loadtest.faults.windows import Struck, Window, summary, sums, table, windows
-from loadtest.servers.fleet import wait_until_idle
+from loadtest.servers.fleet import changed, lives, wait_until_idle
 from loadtest.servers.occupancy import occupancy_watch
 from loadtest.servers.orphans import adopt_orphans
 from loadtest.servers.ports import free_port
@@ -43,6 +43,8 @@ _WARM_UP_S = 20.0
 _SLOW, _LEAST_SLOW_S = 4, 5.0
 # Between a recovery and the next fault: what is under way then has begun after the recovery.
 _QUIET_S = 5.0
+# Roles whose loss ends an engine. All other faults leave the engines alive.
+_OF_ENGINES = ("engine", "replica")
 # The deployment's own `/dev/shm`.
 _SHARED_MEMORY_BYTES = 1 << 30
 
@@ -114,22 +116,30 @@ async def disturb(target: Target, names: Sequence[str], args: argparse.Namespace
         recovery = Recovery(client, watch, users, slow_s)
         rng = random.Random(args.seed)
         scene = Scene(target.url, target.store_port, card["id"], rng, target.store)
-        began_s, struck = time.monotonic(), []
+        began_s, struck, wrong = time.monotonic(), [], []
+        await asyncio.sleep(_QUIET_S)
         for name in names:
-            await asyncio.sleep(_QUIET_S)
             if time.monotonic() > began_s + args.minutes * 60:
                 break
+            engines, first_look = lives(watch.latest), len(watch.looks)
             struck.append(await _strike(name, scene, recovery))
             print(f"{name}: {_recovered(struck[-1])}", flush=True)
+            await asyncio.sleep(_QUIET_S)
+            if KINDS[name].replaces not in _OF_ENGINES:
+                wrong.append(_named(name, changed(engines, watch.looks[first_look:])))
         users.stop()
         await asking
-        wrong = [await wait_until_idle(watch, 2, _IDLE_S), recovery.left_over()]
+        wrong += [await wait_until_idle(watch, 2, _IDLE_S), recovery.left_over()]
     return Disturbed(
         windows(struck, users.asked, slow_s),
         began_s,
         [text for text in wrong if text is not None],
         slow_s,
     )
+
+
+def _named(name: str, problem: str | None) -> str | None:
+    return None if problem is None else f"{name}: {problem}"
 
 
 async def _slow_s(users: Users) -> float:

@@ -4,9 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -14,6 +13,7 @@ import pytest
 
 from serving.janitor import Estate, clear
 from serving.spill.parcels import StateFiles
+from tests.waiting import eventually
 
 # Has a stopped child, a mapped file and spill files, as a replica has an engine that hangs.
 REPLICA = """
@@ -34,13 +34,6 @@ with StateFiles(Path(folder)).path() as path:
     print(child.pid, flush=True)
     sys.stdin.read()
 """
-
-
-def eventually(check: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.fixture

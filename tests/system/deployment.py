@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -25,21 +24,12 @@ from loadtest.servers.ports import free_port
 from loadtest.servers.processes import ray_environment
 from router.ledger.redis_ledger import LedgerKeys, LedgerReader
 from router.stores import full_url
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 API_KEY = "test-key-that-no-log-has"
 MODEL = "smollm2-135m-instruct"
-
-
-def eventually(check: Callable[[], Any], timeout_s: float, what: str) -> Any:
-    """Polls until `check` returns something true and returns that."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if result := check():
-            return result
-        time.sleep(0.1)
-    raise AssertionError(f"{what}: not within {timeout_s:.0f} s")
 
 
 class Deployment:

@@ -6,8 +6,9 @@ from typing import Any
 import openai
 import pytest
 
-from tests.system.deployment import MODEL, Deployment, eventually
+from tests.system.deployment import MODEL, Deployment
 from tests.system.test_openai_surface import CITY, assert_error
+from tests.waiting import eventually
 
 LONG_PROMPT = "The keeper of the lighthouse wrote down every ship that passed. " * 60
 

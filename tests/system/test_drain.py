@@ -9,15 +9,9 @@ from typing import Any
 import openai
 import pytest
 
-from tests.system.deployment import (
-    MODEL,
-    Deployment,
-    dashboard_metrics,
-    deployed,
-    eventually,
-    twins_config,
-)
+from tests.system.deployment import MODEL, Deployment, dashboard_metrics, deployed, twins_config
 from tests.system.spilling import SENTENCE, ask, ask_many, moves
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
 

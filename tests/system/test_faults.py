@@ -17,7 +17,8 @@ import psutil
 import pytest
 import redis
 
-from tests.system.deployment import MODEL, Deployment, eventually
+from tests.system.deployment import MODEL, Deployment
+from tests.waiting import eventually
 
 ENDLESS: dict[str, Any] = {
     "model": MODEL, "prompt": "Once upon a time", "max_tokens": 4000,

@@ -11,13 +11,15 @@ KEY = f"authorization: Bearer {API_KEY}\r\n"
 
 
 def asked(deployment: Deployment, *lines: str, body: bytes = b"") -> tuple[int, bytes]:
-    """Send a completion with more header lines; return the first status, and what follows it."""
+    """Send a completion with more header lines; return the first status and its body."""
     address = urlsplit(deployment.base_url)
     head = "\r\n".join(["POST /v1/completions HTTP/1.1", "host: x", *lines])
     with socket.create_connection((address.hostname, address.port or 0), 60) as link:
         link.sendall(f"{head}\r\n{KEY}\r\n".encode() + body)
-        answer = link.recv(65536)
-    return int(answer.split()[1]), answer.partition(b"\r\n\r\n")[2]
+        with link.makefile("rb") as answer:
+            status = int(answer.readline().split()[1])
+            headers = http.client.parse_headers(answer)
+            return status, answer.read(int(headers.get("content-length", 0)))
 
 
 def test_a_large_body_is_refused_before_it_is_asked_for(deployment: Deployment) -> None:

@@ -24,7 +24,8 @@ from loadtest.servers.ports import free_port
 from router.ledger.redis_ledger import LedgerKeys, LedgerReader
 from router.stores import full_url
 from serving.models.embedded import embedded_model_path
-from tests.system.deployment import ROOT, eventually
+from tests.system.deployment import ROOT
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
 

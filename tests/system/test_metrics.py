@@ -4,7 +4,8 @@ import re
 
 import httpx
 
-from tests.system.deployment import MODEL, Deployment, dashboard_metrics, eventually
+from tests.system.deployment import MODEL, Deployment, dashboard_metrics
+from tests.waiting import eventually
 
 
 def test_the_dashboard_asks_for_metrics_and_labels_that_exist(deployment: Deployment) -> None:

@@ -12,8 +12,9 @@ from ray.serve.schema import ReplicaState
 
 from serving.app import ingress_options
 from serving.config import AppConfig
-from tests.system.deployment import ROOT, eventually
+from tests.system.deployment import ROOT
 from tests.system.small_engine import FAULTS, SECRET, Answered, application
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
 

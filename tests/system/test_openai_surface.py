@@ -8,7 +8,8 @@ import httpx
 import openai
 import pytest
 
-from tests.system.deployment import API_KEY, MODEL, Deployment, eventually
+from tests.system.deployment import API_KEY, MODEL, Deployment
+from tests.waiting import eventually
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 CITY = {

@@ -14,7 +14,8 @@ from adakv_worker.salts import seed_hash, tenant_salt
 from router.footprint import prefix_hashes
 from router.ledger.redis_ledger import LedgerKeys
 from serving.models.embedded import embedded_model_path
-from tests.system.deployment import API_KEY, MODEL, Deployment, eventually
+from tests.system.deployment import API_KEY, MODEL, Deployment
+from tests.waiting import eventually
 
 PROMPT = "The lighthouse keeper wrote the hour down, and the weather of the hour. " * 12
 

@@ -6,14 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.system.deployment import (
-    Deployment,
-    dashboard_metrics,
-    deployed,
-    eventually,
-    spill_config,
-)
+from tests.system.deployment import Deployment, dashboard_metrics, deployed, spill_config
 from tests.system.spilling import ask, ask_many, lending, lent, outcomes, read_as_if_alone
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,8 @@ import yaml
 
 from loadtest.servers.ports import free_port
 from loadtest.servers.processes import ray_environment
-from tests.system.deployment import MODEL, ROOT, eventually
+from tests.system.deployment import MODEL, ROOT
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
 

@@ -6,8 +6,9 @@ import pytest
 
 from loadtest.servers.two_nodes import sent_bytes
 from serving.spill.parcels import LenderName
-from tests.system.deployment import Deployment, TwoNodes, deployed, eventually, spill_config
+from tests.system.deployment import Deployment, TwoNodes, deployed, spill_config
 from tests.system.spilling import ask_many, lending, moves, read_as_if_alone
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
 

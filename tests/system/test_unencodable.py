@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.system.deployment import API_KEY, MODEL, Deployment, eventually
+from tests.system.deployment import API_KEY, MODEL, Deployment
+from tests.waiting import eventually
 
 HALF = "\ud83d"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]

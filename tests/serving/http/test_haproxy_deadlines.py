@@ -6,6 +6,7 @@ import resource
 import select
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -124,16 +125,20 @@ def test_an_idle_connection_ends_without_a_word(proxy: Proxy) -> None:
 
 
 def test_an_upload_goes_on_beyond_the_deadlines(hasty: Proxy) -> None:
-    with connected(
-        hasty, b"POST /small/v1 HTTP/1.1\r\nhost: x\r\ncontent-length: 60\r\n\r\n"
-    ) as link:
-        for _ in range(CLIENT + 2):
-            link.sendall(b"0123456789")
-            with connected(hasty) as other:
-                rest(other)
-        link.sendall(b"0123456789")
-        link.shutdown(socket.SHUT_WR)
-        assert b"60 bytes" in rest(link)
+    head = (
+        b"POST /small/v1 HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+        b"transfer-encoding: chunked\r\n\r\n"
+    )
+    end_s = time.monotonic() + CLIENT + 2
+    sent = 0
+    with connected(hasty, head) as link:
+        # Each pause is far below the deadlines, and all of them together are above.
+        while time.monotonic() < end_s:
+            link.sendall(b"1\r\nx\r\n")
+            sent += 1
+            assert not select.select([link], [], [], 0.05)[0]
+        link.sendall(b"0\r\n\r\n")
+        assert b"%d bytes" % sent in rest(link)
 
 
 def test_a_stream_goes_on_beyond_the_deadlines(door: Door, hasty: Proxy) -> None:

@@ -3,8 +3,7 @@
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from tests.serving.http.real_haproxy import (
     serves_configuration,
     short_folder,
 )
+from tests.waiting import eventually
 
 # Starts HAProxy for each line that it reads, as Serve's proxy does.
 OWNER = """
@@ -28,13 +28,6 @@ for line in sys.stdin:
     print(process.pid, flush=True)
     process.wait()
 """
-
-
-def eventually(check: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.fixture
