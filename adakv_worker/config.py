@@ -94,6 +94,11 @@ class CompressionConfig(Section):
     )
     alpha: float | None = Field(default=None, ge=0.0, le=1.0)
     window_tokens: int | None = Field(default=None, ge=1)
+    page_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8", "int4"] = Field(
+        default="auto",
+        description="How pages of compressed prompts store numbers; auto: as the blocks of whole "
+        "prompts",
+    )
     decode_budget_tokens: int | None = Field(
         default=None,
         ge=1,

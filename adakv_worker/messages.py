@@ -187,6 +187,7 @@ class Proof(msgspec.Struct, frozen=True):
     original_tokens: tokens that were cached when the request was compressed.
     kept_mean, kept_min, kept_max: entries that its heads keep of them.
     blocks_before, blocks_after: blocks that it held before, and slabs after.
+    page_tokens: entries of a page; a block has one for each head of each layer.
     skipped: why it was not compressed, or None.
     fallback: why it was not compressed as it asked for, or None.
     decode_budget_tokens, decode_interval_tokens: its decode bound, or None.
@@ -202,6 +203,7 @@ class Proof(msgspec.Struct, frozen=True):
     kept_max: int
     blocks_before: int
     blocks_after: int
+    page_tokens: int
     skipped: str | None = None
     fallback: str | None = None
     decode_budget_tokens: int | None = None
@@ -235,15 +237,15 @@ class Proof(msgspec.Struct, frozen=True):
     def kept_share(self) -> float:
         return self.kept_mean / self.original_tokens
 
-    def held_blocks(self, decoded: int, block_size: int) -> int:
+    def held_blocks(self, decoded: int) -> int:
         """Return the blocks of the compressed request after `decoded` more tokens."""
         entries = entries_after(self.keep, decoded, self.bound)
-        return compressed_blocks_bound(entries, 0, block_size)
+        return compressed_blocks_bound(entries, 0, self.page_tokens)
 
-    def peak_blocks(self, decoded: int, more: int, block_size: int) -> int:
+    def peak_blocks(self, decoded: int, more: int) -> int:
         """Return the most blocks that it holds during the `more` tokens after `decoded` ones."""
         entries = most_entries(entries_after(self.keep, decoded, self.bound), more, self.bound)
-        return compressed_blocks_bound(entries, 0, block_size)
+        return compressed_blocks_bound(entries, 0, self.page_tokens)
 
     def with_detail(self, detail: HeadDetail | None) -> "Proof":
         """Return the proof with another detail."""

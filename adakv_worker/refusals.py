@@ -12,7 +12,7 @@ from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from adakv_worker.config import CompressionConfig
-from adakv_worker.stored_dtypes import is_unreadable
+from adakv_worker.stored_dtypes import is_unreadable, page_cache_dtype, stored_dtype
 from kernels.policies.presets import PRESETS
 
 
@@ -37,10 +37,22 @@ def _matches_partial_blocks(config: VllmConfig) -> bool:
 
 def _lacks_fp8_kernels(config: VllmConfig) -> bool:
     return (
-        is_quantized_kv_cache(config.cache_config.cache_dtype)
+        (is_quantized_kv_cache(config.cache_config.cache_dtype) or _has_other_pages(config))
         and current_platform.is_cpu()
         and not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported())
     )
+
+
+def _has_other_pages(config: VllmConfig) -> bool:
+    """Return whether pages store numbers otherwise than blocks."""
+    blocks, pages = config.cache_config.cache_dtype, page_cache_dtype(config)
+    return pages != blocks and (stored_dtype(pages) or pages) != (stored_dtype(blocks) or blocks)
+
+
+def _has_odd_sizes(config: VllmConfig) -> bool:
+    """Return whether pages of eight bits would have other kernels on a CPU than blocks."""
+    sizes = (config.cache_config.block_size, config.model_config.get_head_size())
+    return _has_other_pages(config) and any(size % 32 for size in sizes)
 
 
 # What is refused, by its name in the error.
@@ -59,7 +71,14 @@ REFUSED: dict[str, Callable[[VllmConfig], bool]] = {
     "kv_cache_dtype other than fp8, fp8_e4m3 and fp8_e5m2 (its scales lie beside the entries)": (
         lambda c: is_unreadable(c.cache_config.cache_dtype)
     ),
-    "kv_cache_dtype fp8 on a CPU without AVX-512 or AMX": _lacks_fp8_kernels,
+    "kv_cache_dtype or page_dtype fp8 on a CPU without AVX-512 or AMX": _lacks_fp8_kernels,
+    "page_dtype int8 and int4 (no attention kernel of vLLM reads them without scales beside the "
+    "entries; fp8 works)": lambda c: page_cache_dtype(c) in ("int8", "int4"),
+    "a page_dtype beside a quantized kv_cache_dtype (each entry would be quantized twice)": (
+        lambda c: is_quantized_kv_cache(c.cache_config.cache_dtype) and _has_other_pages(c)
+    ),
+    "page_dtype on CUDA yet": lambda c: _has_other_pages(c) and not current_platform.is_cpu(),
+    "page_dtype with a block_size or head size that 32 does not divide": _has_odd_sizes,
     "kv_cache_dtype fp8 on CUDA yet": (
         lambda c: (
             is_quantized_kv_cache(c.cache_config.cache_dtype) and not current_platform.is_cpu()

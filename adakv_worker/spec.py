@@ -13,13 +13,17 @@ class AdaKVSpec(FullAttentionSpec):
 
     unsupported: (preset, reason) for each preset that cannot score the model's layers. A worker
         finds them in the loaded model, and the scheduler needs them.
+    page_ratio: entries of a page for each token of a block: above 1 where pages store fewer bits.
     """
 
     unsupported: tuple[tuple[str, str], ...] = ()
+    page_ratio: int = 1
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        return replace(super().merge(specs), unsupported=specs[0].unsupported)
+        first = specs[0]
+        merged = super().merge(specs)
+        return replace(merged, unsupported=first.unsupported, page_ratio=first.page_ratio)
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         # Slabs are fewer than the blocks they replace, or one more where all entries stay.

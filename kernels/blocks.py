@@ -22,15 +22,15 @@ def blocks_for_tokens(num_tokens: int, block_size_tokens: int) -> int:
     return -(-num_tokens // block_size_tokens)
 
 
-def compressed_blocks_bound(kept: int, decoded: int, block_size_tokens: int) -> int:
+def compressed_blocks_bound(kept: int, decoded: int, page_tokens: int) -> int:
     """Return a bound on the blocks of a compressed request after `decoded` more tokens.
 
-    A page holds `block_size_tokens` entries of one head of one layer; a block has one page for
-    each head of each layer. For `kept` entries per head on average, partly filled pages waste less
+    A page holds `page_tokens` entries of one head of one layer; a block has one page for each head
+    of each layer. For `kept` entries per head on average, partly filled pages waste less
     than one page per head, so the bound exceeds the need by at most one block. It holds for every
     split over layers and heads: the scheduler can compute it before the worker selects.
     """
-    return blocks_for_tokens(kept + decoded + block_size_tokens - 1, block_size_tokens)
+    return blocks_for_tokens(kept + decoded + page_tokens - 1, page_tokens)
 
 
 class DecodeBound(NamedTuple):

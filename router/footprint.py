@@ -62,6 +62,7 @@ def predict(
     *,
     answers: int = 1,
     most_output_tokens: int | None = None,
+    page_ratio: int = 1,
 ) -> Footprint:
     """Return the footprint of a request, as the scheduler of `adakv_worker` plans it.
 
@@ -72,6 +73,7 @@ def predict(
             one is compressed: for the others that would free nothing. Where answers may outgrow
             their bounds, all are.
         most_output_tokens: most tokens of each answer; None where there is no limit.
+        page_ratio: entries of a compressed page for each token of a block.
 
     Raises:
         ValueError: a count is negative.
@@ -89,17 +91,19 @@ def predict(
     if budget is None or (most_output_tokens is not None and most_output_tokens <= 1):
         return uncompressed
     kept = kept_tokens(prompt_tokens, *budget)
-    slabs = compressed_blocks_bound(kept, 0, block_size_tokens)
+    page_tokens = block_size_tokens * page_ratio
+    slabs = compressed_blocks_bound(kept, 0, page_tokens)
     # The scheduler decides by the longest possible answer, too.
     outgrows_bound = budget.decode is not None and (
         most_output_tokens is None or prompt_tokens + most_output_tokens > budget.decode.most_tokens
     )
-    if not outgrows_bound and (kept >= prompt_tokens or slabs >= prompt_blocks):
+    stays_whole = kept >= prompt_tokens and page_ratio == 1
+    if not outgrows_bound and (stays_whole or slabs >= prompt_blocks):
         return uncompressed
     most = most_entries(kept, decoded, budget.decode)
     compressed = answers if outgrows_bound else 1
     begin = shared + answers * (prompt_blocks - shared) + compressed * slabs
-    end = compressed * compressed_blocks_bound(most, 0, block_size_tokens)
+    end = compressed * compressed_blocks_bound(most, 0, page_tokens)
     if answers > compressed:
         end += shared + (answers - compressed) * own
     return Footprint(max(begin, end), end, prompt_tokens, outputs, block_hashes)

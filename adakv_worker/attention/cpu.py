@@ -73,7 +73,7 @@ class AdaKVCPUMetadataBuilder(FoldingBuilder, CPUAttentionMetadataBuilder):
             sliding_window_size=-1,
             isa=self.isa,
             enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-            kv_cache_dtype=self.kv_cache_dtype,
+            kv_cache_dtype=self.pages.kv_cache_dtype,
         )
         return schedule
 
@@ -87,7 +87,7 @@ class AdaKVCPUImpl(FoldingImpl, CPUAttentionBackendImpl):
     ) -> None:
         ops.cpu_attn_reshape_and_cache(
             key, value, pages.keys, pages.values, slots, layer.isa,
-            layer._k_scale_float, layer._v_scale_float, self.kv_cache_dtype,
+            *self._scales(layer, pages), pages.kv_cache_dtype,
         )  # fmt: skip
 
     def _attend_folded(
@@ -95,6 +95,7 @@ class AdaKVCPUImpl(FoldingImpl, CPUAttentionBackendImpl):
     ) -> None:
         plan = folded.plan[index] if isinstance(folded.plan, list) else folded.plan
         assert isinstance(plan, Tensor)
+        k_scale, v_scale = self._scales(layer, folded.pages)
         ops.cpu_attention_with_kv_cache(
             query=query,
             key_cache=folded.pages.keys,
@@ -110,10 +111,17 @@ class AdaKVCPUImpl(FoldingImpl, CPUAttentionBackendImpl):
             softcap=self.logits_soft_cap,
             scheduler_metadata=plan,
             s_aux=None,
-            k_scale=layer._k_scale_float,
-            v_scale=layer._v_scale_float,
-            kv_cache_dtype=self.kv_cache_dtype,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            kv_cache_dtype=folded.pages.kv_cache_dtype,
         )
+
+    def _scales(self, layer: Any, pages: Pages) -> tuple[float, float]:
+        """Return what stored keys and values are multiplied with."""
+        if pages.kv_cache_dtype != self.kv_cache_dtype:
+            # The layer's own are for its blocks.
+            return 1.0, 1.0
+        return layer._k_scale_float, layer._v_scale_float
 
 
 class AdaKVCPUBackend(FoldingBackend, CPUAttentionBackend):  # type: ignore[misc]
@@ -123,9 +131,7 @@ class AdaKVCPUBackend(FoldingBackend, CPUAttentionBackend):  # type: ignore[misc
     folding_builder = AdaKVCPUMetadataBuilder
 
 
-def paged_cache(
-    pages: Pages, isa: str, dtype: torch.dtype, kv_cache_dtype: str = "auto"
-) -> PagedCache:
+def paged_cache(pages: Pages, isa: str, dtype: torch.dtype) -> PagedCache:
     """View the memory in logical order [pages, page_tokens, D], found by writing a probe.
 
     Args:
@@ -138,16 +144,17 @@ def paged_cache(
     probe = Pages(
         *torch.zeros((1, 1, 2 * page_tokens, dim), dtype=pages.keys.dtype).chunk(2, dim=2)
     )
-    stored = stored_dtype(kv_cache_dtype) or dtype
+    stored = stored_dtype(pages.kv_cache_dtype) or dtype
     token = torch.arange(page_tokens)[:, None, None].expand(-1, 1, dim)
     slots, seen = torch.arange(page_tokens), torch.zeros((2, page_tokens * dim), dtype=torch.long)
     # Digit by digit: eight bits are exact up to eight only.
     for digit in range(math.ceil(math.log(page_tokens, _EXACT)) + 1):
         content = (token // _EXACT**digit % _EXACT).to(dtype).contiguous()
         ops.cpu_attn_reshape_and_cache(
-            content, content, probe.keys, probe.values, slots, isa, kv_cache_dtype=kv_cache_dtype
-        )
-        for order, written in zip(seen, probe, strict=True):
+            content, content, probe.keys, probe.values, slots, isa,
+            kv_cache_dtype=pages.kv_cache_dtype,
+        )  # fmt: skip
+        for order, written in zip(seen, (probe.keys, probe.values), strict=True):
             order += written[0, 0].reshape(-1).view(stored).long() * _EXACT**digit
     return PagedCache(_logical(pages.keys, seen[0]), _logical(pages.values, seen[1]))
 

@@ -12,10 +12,12 @@ class Pages(NamedTuple):
     """The whole KV memory, in the shape of the kernels' caches of one KV head.
 
     keys, values: [pages, 1, page_tokens, D] on CPU, [pages, page_tokens, 1, D] on CUDA.
+    kv_cache_dtype: vLLM's name of how they store numbers.
     """
 
     keys: Tensor
     values: Tensor
+    kv_cache_dtype: str = "auto"
 
 
 class Folded(NamedTuple):

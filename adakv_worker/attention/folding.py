@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -26,6 +26,7 @@ from adakv_worker.attention.folded import Folded, Pages, Step
 from adakv_worker.config import compression_config
 from adakv_worker.refusals import require_classes
 from adakv_worker.spec import AdaKVSpec
+from adakv_worker.stored_dtypes import page_cache_dtype, page_ratio
 from kernels.paging.growth import ExtendedStep, GrownStep
 from kernels.paging.pages import PageTables
 from kernels.transfer import sent
@@ -271,7 +272,10 @@ class FoldingBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         spec = super().customize_spec(spec)
         if type(spec) is FullAttentionSpec and is_on():
-            return AdaKVSpec(**vars(spec))
+            config = get_current_vllm_config()
+            cache_dtype = config.cache_config.cache_dtype
+            ratio = page_ratio(config.model_config, cache_dtype, page_cache_dtype(config))
+            return AdaKVSpec(**vars(spec), page_ratio=ratio)
         return spec
 
     @classmethod

@@ -70,20 +70,21 @@ class Admission:
     def __init__(
         self,
         pool: BlockPool,
-        block_size: int,
+        page_tokens: int,
         blocks: Mapping[str, Sequence[KVCacheBlock]],
         prefilling: Mapping[str, CompressedRequest],
         compressed: Mapping[str, CompressedRequest],
     ) -> None:
         """
         Args:
+            page_tokens: entries of a page, the room of a block.
             blocks: blocks of all requests, which the manager changes.
             prefilling, compressed: the manager's requests of these kinds, which it changes.
         """
         self.answer_lengths = AnswerLengths(_PRIOR_OUTPUT_TOKENS)
         self.most_blocks = 0
         self._pool = pool
-        self._block_size = block_size
+        self._page_tokens = page_tokens
         self._blocks = blocks
         self._prefilling = prefilling
         self._compressed = compressed
@@ -121,7 +122,7 @@ class Admission:
     def growth_blocks(self) -> int:
         """Return the blocks that the running requests will take besides, at their peak."""
         lives = self._lives.lives(self.answer_lengths, self._step)
-        peak = blocks_for_tokens(lives.peak_tokens(), self._block_size)
+        peak = blocks_for_tokens(lives.peak_room(), self._page_tokens)
         return max(0, peak - self._shared_blocks() - self._used_blocks)
 
     def is_free(self, blocks: int) -> bool:
@@ -170,7 +171,7 @@ class Admission:
         if not room:
             return self._holds.decide(request_id, fits=False, own_steps=int(to_come[0]))
         running = self._lives.lives(self.answer_lengths, self._step)
-        peak = blocks_for_tokens(running.peak_with(life, to_come), self._block_size)
+        peak = blocks_for_tokens(running.peak_with(life, to_come), self._page_tokens)
         fits = peak <= blocks or peak - self._shared_blocks() <= blocks
         return self._holds.decide(request_id, fits=fits, own_steps=int(to_come[0]))
 

@@ -1,4 +1,4 @@
-"""How many tokens the running requests will hold at most, by their lives."""
+"""How much room the running requests will take at most, by their lives."""
 
 import math
 
@@ -21,14 +21,15 @@ class Lives:
         Args:
             table: [fields of `Life`, R], with the number of bits of `max_tokens` in its place.
         """
-        tokens, most, answered, left, due, bits = table
+        room, most, per_token, answered, left, due, bits = table
         to_come = lengths.to_come(answered, left, due, bits)
         # The longest come first: when one ends, those before it are still there.
         order = (-to_come.tokens).argsort(kind="stable")
         self._ends = np.floor(to_come.tokens[order])
-        held, most, spread = tokens[order], most[order], to_come.spread[order]
-        bounded = held + self._ends >= most
-        self._growing = (~bounded).cumsum()
+        held, most, rate = room[order], most[order], per_token[order]
+        spread = to_come.spread[order] * rate
+        bounded = held + rate * self._ends >= most
+        self._rates = np.where(bounded, 0.0, rate).cumsum()
         if bounded.any():
             held = np.where(bounded, most, held)
             spread = np.where(bounded, 0.0, spread)
@@ -38,33 +39,33 @@ class Lives:
     def __len__(self) -> int:
         return len(self._ends)
 
-    def peak_tokens(self) -> int:
-        """Return the most tokens that the requests hold together."""
+    def peak_room(self) -> int:
+        """Return the most room that the requests take together."""
         if not len(self):
             return 0
         margin = np.ceil(np.sqrt(self._variance))
-        return int((self._held + self._growing * self._ends + margin).max())
+        return int((self._held + self._rates * self._ends + margin).max())
 
     def peak_with(self, other: Life, to_come: tuple[float, float]) -> int:
-        """Return the most tokens that they hold together with one other request, until it ends.
+        """Return the most room that they take together with one other request, until it ends.
 
         Args:
             to_come: mean and deviation of the tokens still to come of the other's answer.
         """
-        end, spread = int(to_come[0]), to_come[1]
-        held, growing, variance = other.tokens, 1, spread * spread
-        if held + end >= other.most_tokens:
-            held, growing, variance = other.most_tokens, 0, 0.0
+        end, rate = int(to_come[0]), other.per_token
+        held, variance = other.room, (to_come[1] * rate) ** 2
+        if held + rate * end >= other.most_room:
+            held, rate, variance = other.most_room, 0, 0.0
         # Those that last at least as long are still there at its end.
         last = int((-self._ends).searchsorted(-end, side="right"))
-        at_end, variance_at_end = float(held + growing * end), variance
+        at_end, variance_at_end = float(held + rate * end), variance
         if last:
-            at_end += float(self._held[last - 1] + self._growing[last - 1] * end)
+            at_end += float(self._held[last - 1] + self._rates[last - 1] * end)
             variance_at_end += float(self._variance[last - 1])
         peak = at_end + math.ceil(math.sqrt(variance_at_end))
         if last < len(self):
             margin = np.ceil(np.sqrt(self._variance[last:] + variance))
-            growth = (self._growing[last:] + growing) * self._ends[last:]
+            growth = (self._rates[last:] + rate) * self._ends[last:]
             peak = max(peak, held + float((self._held[last:] + growth + margin).max()))
         return int(peak)
 
@@ -107,9 +108,9 @@ class LifeTable:
     def lives(self, lengths: AnswerLengths, step: int) -> Lives:
         """Return the lives of all requests as of a step."""
         table = self._rows[:-1, : len(self._names)].copy()
-        tokens, _, answered, left, due, _ = table
+        room, _, per_token, answered, left, due, _ = table
         passed = np.minimum(step - self._rows[-1, : len(self._names)], left)
-        tokens += passed
+        room += passed * per_token
         answered += passed
         left -= passed
         due -= passed

@@ -14,6 +14,7 @@ from adakv_worker.core.held_caches import HeldCaches
 from adakv_worker.core.plan import Plan
 from adakv_worker.core.request import CompressedRequest, Phase
 from adakv_worker.messages import MemoryStats
+from adakv_worker.spec import AdaKVSpec
 
 
 class AdaKVManager(FullAttentionManager):
@@ -29,6 +30,7 @@ class AdaKVManager(FullAttentionManager):
     bounded: the compressed ones that evict.
     reserved: those that this step compresses.
     completed: resumed ones whose prompts this step completes.
+    page_tokens: entries of a page, the room of a block.
     held: the caches of ended and preempted requests; None without sessions.
     resuming: requests that this step began with slabs, and their held caches; None for a cache from
         another engine. Emptied when the step's commands are made.
@@ -44,8 +46,10 @@ class AdaKVManager(FullAttentionManager):
         self.bounded: dict[str, CompressedRequest] = {}
         self.reserved: list[str] = []
         self.completed: list[str] = []
+        assert isinstance(self.kv_cache_spec, AdaKVSpec)
+        self.page_tokens = self.block_size * self.kv_cache_spec.page_ratio
         self.admission = Admission(
-            self.block_pool, self.block_size, self.req_to_blocks, self.prefilling, self.compressed
+            self.block_pool, self.page_tokens, self.req_to_blocks, self.prefilling, self.compressed
         )
         self._stay_whole: list[str] = []
         self._evicting: list[str] = []

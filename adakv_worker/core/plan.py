@@ -27,16 +27,21 @@ UNBOUNDED = 1 << 40
 class Life(NamedTuple):
     """How a request that holds blocks, or will, fills them from now to its end.
 
-    tokens: tokens that fill its blocks now.
-    most_tokens: tokens that it never exceeds; `UNBOUNDED` if it grows to its end.
+    Room is counted in entries of a page. A block holds as many entries of each head as a page, or
+    fewer whole tokens where pages store fewer bits.
+
+    room: what fills its blocks now.
+    most_room: what it never exceeds; `UNBOUNDED` if it grows to its end.
+    per_token: room that another token takes.
     answered: tokens of its answer so far.
     left: most tokens that may still come.
     due: least tokens that will still come, whatever the answer is.
     max_tokens: its own limit, by which `AnswerLengths` groups requests.
     """
 
-    tokens: int
-    most_tokens: int
+    room: int
+    most_room: int
+    per_token: int
     answered: int
     left: int
     due: int
@@ -74,6 +79,7 @@ class Plan:
     resumed: the held cache that it begins with, or None.
     session: the record of that, or of why there is none; None without sessions.
     detail: whether the proof has a `HeadDetail`.
+    page_ratio: entries of a page for each token of a block.
     """
 
     choice: PolicyChoice
@@ -91,6 +97,12 @@ class Plan:
     resumed: Resumed | None = None
     session: SessionProof | None = None
     detail: bool = False
+    page_ratio: int = 1
+
+    @property
+    def page_tokens(self) -> int:
+        """Entries of a page."""
+        return self.block_size * self.page_ratio
 
     @property
     def active(self) -> bool:
@@ -164,7 +176,7 @@ class Plan:
 
     def room_in(self, blocks: int, num_tokens: int) -> int:
         """Return the number of tokens up to which so many blocks hold it, with no eviction."""
-        entries = blocks * self.block_size - self.block_size + 1
+        entries = blocks * self.page_tokens - self.page_tokens + 1
         return num_tokens + entries - self.entries_at(num_tokens)
 
     def grows_within(self, num_tokens: int, more: int) -> bool:
@@ -188,17 +200,19 @@ class Plan:
         """Return how the request fills blocks from `num_tokens` tokens to its end."""
         decoded = self._decoded(num_tokens)
         # Only its last block is half full, on average.
-        half = self.block_size // 2
-        tokens, most = max(num_tokens, self.prompt_tokens) + half, UNBOUNDED
+        half = self.page_tokens // 2
+        per_token = 1 if self.active else self.page_ratio
+        room, most = max(num_tokens, self.prompt_tokens) * per_token + half, UNBOUNDED
         if self.active:
             # A page that is only partly filled still belongs to its head alone.
-            partly = self.block_size - 1 + half
-            tokens = entries_after(self.keep, decoded, self.bound) + partly
+            partly = self.page_tokens - 1 + half
+            room = entries_after(self.keep, decoded, self.bound) + partly
             if self.bound is not None and self.keep + self.max_outputs > self.bound.most_tokens:
                 most = self.bound.most_tokens + partly
         left = max(0, self.max_outputs - decoded)
         due = min(left, max(0, self.least_outputs - decoded))
-        return Life(tokens, most, self.answered_before + decoded, left, due, self.max_tokens)
+        answered = self.answered_before + decoded
+        return Life(room, most, per_token, answered, left, due, self.max_tokens)
 
     def proof(self, kept: Kept | None) -> Proof:
         """Return the proof, with the entries that the worker kept; None if it kept all."""
@@ -212,6 +226,7 @@ class Plan:
             kept_max=most,
             blocks_before=self.prompt_blocks,
             blocks_after=self.prompt_blocks if kept is None else self.slabs,
+            page_tokens=self.page_tokens,
             skipped=self.skipped,
             fallback=self.fallback,
             decode_budget_tokens=self.bound.budget_tokens if self.bound else None,
@@ -228,7 +243,7 @@ class Plan:
         return entries_after(self.keep, self._decoded(num_tokens), self.bound)
 
     def _blocks_of(self, entries: int) -> int:
-        return compressed_blocks_bound(entries, 0, self.block_size)
+        return compressed_blocks_bound(entries, 0, self.page_tokens)
 
 
 def make_plan(
@@ -238,6 +253,7 @@ def make_plan(
     block_size: int,
     pool_blocks: int,
     *,
+    page_ratio: int = 1,
     outputs: Outputs | None = None,
     resumable: bool = False,
 ) -> Plan:
@@ -249,6 +265,7 @@ def make_plan(
         num_tokens: tokens to prefill.
         remaining_outputs: most tokens that it may still generate.
         pool_blocks: all blocks of the pool.
+        page_ratio: entries of a page for each token of a block.
         resumable: whether more of its prompt may come after its answer (streaming input).
     """
     keep = budget.keep_of(num_tokens)
@@ -260,7 +277,7 @@ def make_plan(
         choice, num_tokens, keep, min(span, num_tokens), block_size, remaining_outputs,
         answered_before=answered, least_outputs=least, max_tokens=max_tokens,
         bound=budget.decode, fallback=budget.fallback or budget.why_less(num_tokens),
-        detail=budget.detail,
+        detail=budget.detail, page_ratio=page_ratio,
     )  # fmt: skip
     return replace(plan, skipped=_why_whole(plan, pool_blocks, resumable))
 
@@ -272,6 +289,7 @@ def resumed_plan(
     remaining_outputs: int,
     block_size: int,
     outputs: Outputs,
+    page_ratio: int = 1,
 ) -> Plan:
     """Return the plan of a request that arrives with its compressed cache.
 
@@ -293,6 +311,7 @@ def resumed_plan(
         max_tokens=outputs.max_tokens,
         # Without a policy to choose entries, none can be evicted.
         bound=proof.bound if budget.choice.preset != FULL else None,
+        page_ratio=page_ratio,
     )
 
 
@@ -310,7 +329,9 @@ def _why_whole(plan: Plan, pool_blocks: int, resumable: bool) -> str | None:
         return "full_requested"
     if resumable:
         return "resumable"
-    if plan.keep >= plan.prompt_tokens and not plan.outgrows_bound:
+    # Pages of fewer bits are worth it where all entries stay, too.
+    stays_whole = plan.keep >= plan.prompt_tokens and plan.page_ratio == 1
+    if stays_whole and not plan.outgrows_bound:
         return "within_budget"
     if plan.max_outputs <= 1:
         return "no_decode"

@@ -149,7 +149,7 @@ class Sessions:
         """
         floor = Floor(card.floor_tokens, card.floor_entries)
         blocks = compressed_blocks_bound(
-            floor.entries_at(card.entry_tokens), 0, self._manager.block_size
+            floor.entries_at(card.entry_tokens), 0, self._manager.page_tokens
         )
         held = Held(
             request.request_id, card.scope, card.token_ids, card.entry_tokens, floor,

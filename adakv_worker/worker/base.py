@@ -31,13 +31,15 @@ from kernels.paging.pages import PageTables
 
 
 class KVMemory(NamedTuple):
-    """An engine's KV memory: as its kernels see it, as pages in logical order, and their tables.
+    """An engine's KV memory: pages as its kernels see them, and in logical order, and their tables.
 
+    blocks: pages of whole prompts. slabs: the same memory as pages of compressed ones.
     graph_queries: memory [L, rows, Hq, D] for the queries of full CUDA graphs; None without.
     """
 
     pages: Pages
-    cache: PagedCache
+    blocks: PagedCache
+    slabs: PagedCache
     tables: PageTables
     graph_queries: Tensor | None = None
 
@@ -95,10 +97,12 @@ class AdaKVRunner:
         builders = self._builders()
         layers = self._layers()
         memory = self._kv_memory(config, layers)
-        parts = layer_parts(self.get_model(), [layer.layer_name for layer in layers])
+        names, page_dtype = [layer.layer_name for layer in layers], memory.pages.kv_cache_dtype
+        parts = layer_parts(self.get_model(), names, page_dtype)
         state = CompressionState(
-            memory.cache, memory.tables, parts, record_selections=config.record_selections
-        )
+            memory.slabs, memory.tables, parts, blocks=memory.blocks,
+            record_selections=config.record_selections,
+        )  # fmt: skip
         batch, ranks = self._make_batch(), Ranks.of_this_engine()
         kind = self._cache_kind(state, ranks)
         moves = Moves(state, batch, kind)
@@ -140,7 +144,7 @@ class AdaKVRunner:
         return CacheKind(
             model=self.model_config.model,
             fingerprint=fingerprint(self.vllm_config),
-            dtype=_name(self.kv_cache_dtype),
+            dtype=_name(state.dtype),
             query_dtype=_name(self.model_config.dtype),
             page_tokens=page_tokens,
             layers=layers,

@@ -11,7 +11,7 @@ from adakv_worker.worker.contained import Contained
 from adakv_worker.worker.model_parts import LayerParts
 from kernels.blocks import SINK_TOKENS
 from kernels.paging.entries import PagedEntries
-from kernels.paging.paged_cache import PagedCache, compact
+from kernels.paging.paged_cache import PagedCache, compact, compact_into
 from kernels.paging.pages import PageTables
 from kernels.policies.observation import Observation
 from kernels.policies.policy import Policy, Scored, stacked
@@ -65,7 +65,8 @@ class Compression:
         blocks: Sequence[int],
         rows: slice,
         earlier: Tensor | None,
-        cache: PagedCache,
+        blocks_cache: PagedCache,
+        slabs_cache: PagedCache,
         tables: PageTables,
         parts: Sequence[LayerParts],
         *,
@@ -77,13 +78,16 @@ class Compression:
             blocks: the prompt's blocks.
             rows: the prompt's tokens in the batch.
             earlier: [L, e, Hq, D], the first queries of the window, from earlier chunks.
+            blocks_cache, slabs_cache: the KV memory as pages of whole requests, and of compressed
+                ones; the same where both store numbers alike.
             held_bytes: bytes of scores to hold before their layers are copied.
         """
         self.command = command
         self._blocks = sent(blocks, tables.device)
         self._rows = rows
         self._earlier = earlier
-        self._cache = cache
+        self._cache = blocks_cache
+        self._slabs_cache = slabs_cache
         self._tables = tables
         self._parts = parts
         self._scored: dict[int, Scored] = {}
@@ -184,7 +188,11 @@ class Compression:
         tables = self._tables.place_layers(self.row, layers, lens)
         index = sent(layers, self._tables.device)
         source = self._tables.layout.blocks_pages(self._blocks, index)
-        compact(kept, self._cache, source, tables, lens)
+        stored = self._parts[0].paged_keys
+        if self._slabs_cache is self._cache or stored is None:
+            compact(kept, self._cache, source, tables, lens)
+        else:
+            compact_into(kept, self._cache, source, self._slabs_cache, tables, lens, stored.stored)
         if self._kept is not None:
             self._kept |= zip(layers, kept, strict=True)
 

@@ -12,6 +12,7 @@ from adakv_worker.attention.cpu import paged_cache
 from adakv_worker.attention.folded import Pages
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.refusals import refuse_unsupported
+from adakv_worker.stored_dtypes import page_cache_dtype, stored_dtype
 from adakv_worker.worker.base import AdaKVRunner, AdaKVWorkerMixin, KVMemory
 from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
 from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
@@ -23,13 +24,16 @@ class LayersOutermost(AdaKVRunner):
     """Mixin for the CPU's backend, which lays one layer after the other (vLLM's LBHNC)."""
 
     def _kv_memory(self, config: CompressionConfig, layers: list[Any]) -> KVMemory:
-        pages = _all_pages([layer.kv_cache for layer in layers])
-        blocks, heads, page_tokens, _ = layers[0].kv_cache.shape
-        layout = PageLayout.layers_outermost(len(layers), heads, blocks)
+        first, dtype = layers[0], self.model_config.dtype
+        blocks = _all_pages([layer.kv_cache for layer in layers], first.kv_cache_dtype)
+        pages = _stored_as(blocks, page_cache_dtype(self.vllm_config))
+        number, heads, _, _ = first.kv_cache.shape
+        layout = PageLayout.layers_outermost(len(layers), heads, number)
         rows = self.vllm_config.scheduler_config.max_num_seqs + config.most_held
-        tables = HostTables(layout, page_tokens, rows)
-        cache = paged_cache(pages, layers[0].isa, self.model_config.dtype, layers[0].kv_cache_dtype)
-        return KVMemory(pages, cache, tables)
+        tables = HostTables(layout, pages.keys.shape[2], rows)
+        slabs = paged_cache(pages, first.isa, dtype)
+        whole = slabs if pages is blocks else paged_cache(blocks, first.isa, dtype)
+        return KVMemory(pages, whole, slabs, tables)
 
 
 class UndrawnNumbers(GPUModelRunner):
@@ -84,7 +88,24 @@ class AdaKVCPUWorker(AdaKVWorkerMixin, CPUWorker):
             self.model_runner = runner(self.vllm_config, self.device)
 
 
-def _all_pages(caches: list[torch.Tensor]) -> Pages:
+def _stored_as(blocks: Pages, kv_cache_dtype: str) -> Pages:
+    """View the same memory as pages that store numbers so, and have as many more entries."""
+    if stored_dtype(kv_cache_dtype) in (None, stored_dtype(blocks.kv_cache_dtype)):
+        return blocks
+    dim = blocks.keys.shape[-1]
+
+    def viewed(pool: torch.Tensor) -> torch.Tensor:
+        pages, bytes_of_a_page = len(pool), pool[0].numel() * pool.element_size()
+        stride = pool.stride(0) * pool.element_size()
+        start = pool.storage_offset() * pool.element_size()
+        memory = torch.empty(0, dtype=torch.uint8).set_(pool.untyped_storage())
+        size = (pages, 1, bytes_of_a_page // dim, dim)
+        return memory.as_strided(size, (stride, stride, dim, 1), start)
+
+    return Pages(viewed(blocks.keys), viewed(blocks.values), kv_cache_dtype)
+
+
+def _all_pages(caches: list[torch.Tensor], kv_cache_dtype: str) -> Pages:
     """View the layers' caches [NB, H, page_tokens, 2 * D] as one pool of pages.
 
     Raises:
@@ -101,4 +122,4 @@ def _all_pages(caches: list[torch.Tensor]) -> Pages:
         (pages, 1, 2 * page_tokens, width // 2),
         (page_tokens * width, page_tokens * width, width // 2, 1),
     )
-    return Pages(*pool.chunk(2, dim=2))
+    return Pages(*pool.chunk(2, dim=2), kv_cache_dtype)

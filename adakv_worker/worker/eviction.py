@@ -142,8 +142,8 @@ class Eviction:
         flat, pages = lens.flatten(), self._tables.tables(self._row).flatten(0, 1).long()
         # Waits for the device.
         longest = int(lens.max())
-        stored_keys = of_all_layers([part.quantized_keys for part in self._parts])
-        stored_values = of_all_layers([part.quantized_values for part in self._parts])
+        stored_keys = of_all_layers([part.paged_keys for part in self._parts])
+        stored_values = of_all_layers([part.paged_values for part in self._parts])
         keys = PagedEntries(self._cache.keys, pages, longest, flat, stored_keys)
         values = PagedEntries(self._cache.values, pages, longest, flat, stored_values)
         window = torch.stack([self._queries.pop(layer) for layer in range(layers)])
@@ -161,8 +161,8 @@ class Eviction:
         part, group = self._parts[layer], self._parts[layer].num_heads // self._tables.heads
         queries = window_queries(self._earlier, query[self._rows], self._command.query_span, layer)
         pages = self._tables.tables(self._row)[layer].long()
-        keys = PagedEntries(self._cache.keys, pages, 0, quantization=part.quantized_keys)
-        values = PagedEntries(self._cache.values, pages, 0, quantization=part.quantized_values)
+        keys = PagedEntries(self._cache.keys, pages, 0, quantization=part.paged_keys)
+        values = PagedEntries(self._cache.values, pages, 0, quantization=part.paged_values)
         return [
             Observation(
                 queries[head * group : (head + 1) * group],

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import vllm
 from huggingface_hub import snapshot_download
 
+from adakv_worker.stored_dtypes import page_cache_dtype
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -31,7 +33,7 @@ def fingerprint(config: "VllmConfig") -> str:
     model = config.model_config
     settings = (
         model.revision, str(model.dtype), model.quantization, config.load_config.load_format,
-        config.cache_config.cache_dtype,
+        config.cache_config.cache_dtype, page_cache_dtype(config),
         # With overrides, such as those of rotary embeddings.
         model.hf_config.to_json_string(),
     )  # fmt: skip

@@ -26,7 +26,7 @@ class BlocksOutermost(AdaKVRunner):
     """Mixin for backends that lay a block's layers and heads one after the other (vLLM's BLHNC)."""
 
     def _kv_memory(self, config: CompressionConfig, layers: list[Any]) -> KVMemory:
-        pages = _all_pages([layer.kv_cache for layer in layers])
+        pages = _all_pages([layer.kv_cache for layer in layers], layers[0].kv_cache_dtype)
         _, heads, page_tokens, _ = layers[0].kv_cache.shape
         layout = PageLayout.blocks_outermost(len(layers), heads).to(pages.keys.device)
         most = self.vllm_config.scheduler_config.max_num_seqs
@@ -40,7 +40,7 @@ class BlocksOutermost(AdaKVRunner):
             # Evictions look at the queries of steps that graphs run.
             shape = (len(layers), in_graph, layers[0].num_heads, layers[0].head_size)
             queries = cache.keys.new_zeros(shape, dtype=self.model_config.dtype)
-        return KVMemory(pages, cache, tables, queries)
+        return KVMemory(pages, cache, cache, tables, queries)
 
     def _graph_columns(self, config: CompressionConfig, sequences: int, page_tokens: int) -> int:
         """Return the pages of the longest head that full CUDA graphs attend to; 0 without graphs.
@@ -86,7 +86,7 @@ class AdaKVGPUWorker(AdaKVWorkerMixin, Worker):
         return runner(self.vllm_config, self.device)
 
 
-def _all_pages(caches: list[torch.Tensor]) -> Pages:
+def _all_pages(caches: list[torch.Tensor], kv_cache_dtype: str) -> Pages:
     """View the layers' caches [NB, H, page_tokens, 2 * D] as pools [pages, page_tokens, 1, D].
 
     Raises:
@@ -104,4 +104,4 @@ def _all_pages(caches: list[torch.Tensor]) -> Pages:
         (blocks * len(caches) * heads, page_tokens, 1, width),
         (page_tokens * width, width, width, 1),
     )
-    return Pages(*pool.chunk(2, dim=3))
+    return Pages(*pool.chunk(2, dim=3), kv_cache_dtype)

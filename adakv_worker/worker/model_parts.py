@@ -22,7 +22,8 @@ class LayerParts(NamedTuple):
     """One attention layer of this rank, numbered among the model's layers.
 
     output_weight: returns a KV head's columns [hidden, G * D] of the output projection.
-    dtype: of queries. quantized_keys, quantized_values: how the cache stores them.
+    dtype: of queries. quantized_keys, quantized_values: how blocks store them.
+    paged_keys, paged_values: how pages of compressed prompts do.
     """
 
     layer: int
@@ -35,20 +36,28 @@ class LayerParts(NamedTuple):
     dtype: torch.dtype = torch.float32
     quantized_keys: Quantization | None = None
     quantized_values: Quantization | None = None
+    paged_keys: Quantization | None = None
+    paged_values: Quantization | None = None
 
 
-def layer_parts(model: nn.Module, layer_names: list[str]) -> list[LayerParts]:
-    """Return the parts of the attention layers in the order of `layer_names`."""
+def layer_parts(
+    model: nn.Module, layer_names: list[str], page_dtype: str = "auto"
+) -> list[LayerParts]:
+    """Return the parts of the attention layers in the order of `layer_names`.
+
+    Args:
+        page_dtype: how pages store numbers, by vLLM's `kv_cache_dtype`.
+    """
     modules = dict(model.named_modules())
     by_layer = {
         module.layer_name: (module, modules[name.rpartition(".")[0]])
         for name, module in modules.items()
         if isinstance(module, Attention)
     }
-    return [_parts(index, *by_layer[name]) for index, name in enumerate(layer_names)]
+    return [_parts(index, *by_layer[name], page_dtype) for index, name in enumerate(layer_names)]
 
 
-def _parts(index: int, attention: Attention, around: nn.Module) -> LayerParts:
+def _parts(index: int, attention: Attention, around: nn.Module, page_dtype: str) -> LayerParts:
     candidates = (getattr(around, name, None) for name in _OUTPUT_PROJECTIONS)
     # A LoRA adapter wraps the layer; scorers use the base model's weights.
     unwrapped = (getattr(module, "base_layer", module) for module in candidates)
@@ -69,18 +78,26 @@ def _parts(index: int, attention: Attention, around: nn.Module) -> LayerParts:
             attention.num_heads // attention.num_kv_heads * attention.head_size,
         ),
         attention.dtype,
-        _quantization(attention, "_k_scale_float"),
-        _quantization(attention, "_v_scale_float"),
+        _quantization(attention, attention.kv_cache_dtype, "_k_scale_float"),
+        _quantization(attention, attention.kv_cache_dtype, "_v_scale_float"),
+        _quantization(attention, page_dtype, "_k_scale_float"),
+        _quantization(attention, page_dtype, "_v_scale_float"),
     )
 
 
-def _quantization(attention: Attention, scale: str) -> Quantization | None:
-    """Return how a layer's cache stores keys or values, whose heads share a scale of this name."""
-    stored = stored_dtype(attention.kv_cache_dtype)
+def _quantization(attention: Attention, kv_cache_dtype: str, scale: str) -> Quantization | None:
+    """Return how a layer stores keys or values in a cache of this dtype.
+
+    Args:
+        scale: name of the scale that all heads of the layer's own cache share.
+    """
+    stored = stored_dtype(kv_cache_dtype)
     if stored is None:
         return None
     device = attention.get_buffer("_k_scale").device
-    scales = torch.full((attention.num_kv_heads,), float(getattr(attention, scale)), device=device)
+    own = kv_cache_dtype == attention.kv_cache_dtype
+    number = float(getattr(attention, scale)) if own else 1.0
+    scales = torch.full((attention.num_kv_heads,), number, device=device)
     return Quantization(stored, scales, attention.dtype)
 
 

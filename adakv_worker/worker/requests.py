@@ -40,18 +40,25 @@ class CompressionState:
 
     def __init__(
         self,
-        cache: PagedCache,
+        slabs: PagedCache,
         tables: PageTables,
         parts: Sequence[LayerParts],
         *,
+        blocks: PagedCache | None = None,
         record_selections: bool = False,
     ) -> None:
-        self._cache = cache
+        """
+        Args:
+            slabs: the KV memory as pages of compressed requests.
+            blocks: the same memory as pages of whole ones; None where those are alike.
+        """
+        self._cache = slabs
+        self._blocks = blocks or slabs
         self._parts = parts
         self.tables = tables
         self.held_bytes = HELD_BYTES
         self._rows: dict[str, int] = {}
-        self.held = HeldRows(cache, tables)
+        self.held = HeldRows(slabs, tables)
         self._windows: dict[str, Window] = {}
         self._compressing: dict[str, Compression] = {}
         self._evicting: dict[str, Eviction] = {}
@@ -199,6 +206,7 @@ class CompressionState:
             blocks,
             slice(start, start + command.prompt_tokens - first_token),
             earlier,
+            self._blocks,
             self._cache,
             self.tables,
             self._parts,
@@ -315,6 +323,16 @@ class CompressionState:
     def cache_shape(self) -> tuple[int, int, int, int]:
         """Number of layers, KV heads, entries of a page, and head size."""
         return (*self.tables.layout.offsets.shape, *self._cache.keys.shape[1:])
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block of a whole request."""
+        return self._blocks.keys.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the pages' numbers, as they lie in memory."""
+        return self._cache.keys.dtype
 
     @property
     def packing(self) -> str:

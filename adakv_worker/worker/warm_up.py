@@ -44,7 +44,7 @@ def _compress(
     state: CompressionState, choice: PolicyChoice, tokens: int, keep: int, num_blocks: int
 ) -> None:
     layers, _, page_tokens, _ = state.cache_shape
-    prompt = blocks_for_tokens(tokens, page_tokens)
+    prompt = blocks_for_tokens(tokens, state.block_tokens)
     slabs = compressed_blocks_bound(keep, 1, page_tokens)
     # Block 0 is vLLM's null block.
     if 1 + prompt + slabs > num_blocks:

@@ -168,6 +168,41 @@ def _compact_at_once(
     write_slots(cache, targets, *read_slots(cache, slots))
 
 
+def compact_into(
+    kept: Tensor,
+    cache: PagedCache,
+    source: Tensor,
+    target: PagedCache,
+    tables: Tensor,
+    lens: Tensor,
+    stored: torch.dtype,
+) -> None:
+    """Copy the kept entries of K layers into pages that store fewer bits, in order of position.
+
+    Args:
+        kept: [K, H, n] bool.
+        source: [K, nb, H] int64, the pages of `cache` to read.
+        tables, lens: [K, H, W] int32, the pages of `target` to write, and [K, H], entries kept.
+        stored: the dtype of the target's numbers, whose pool is of bytes; the scale is one.
+    """
+    source_tokens, dim = cache.keys.shape[1:]
+    target_tokens = target.keys.shape[1]
+    k, head, position = kept.nonzero(as_tuple=True)
+    slots = source[k, position // source_tokens, head] * source_tokens + position % source_tokens
+    targets = placed_slots(tables.flatten(0, 1), lens.flatten(), target_tokens)
+    at_once = max(1, _COPIED_BYTES // (2 * dim * cache.keys.element_size()))
+    for some, places in zip(slots.split(at_once), targets.split(at_once), strict=True):
+        keys, values = (in_bytes(entries, stored) for entries in read_slots(cache, some))
+        write_slots(target, places, keys, values)
+
+
+def in_bytes(numbers: Tensor, stored: torch.dtype) -> Tensor:
+    """Return numbers as the bytes of an eight-bit dtype, the nearest that it has."""
+    # Beyond its largest number a conversion yields no number.
+    most = torch.finfo(stored).max
+    return numbers.clamp(-most, most).to(stored).view(torch.uint8)
+
+
 @Operation
 def compact_in_place(kept: Tensor, cache: PagedCache, tables: Tensor, lens: Tensor) -> None:
     """Move the kept entries of K layers to the front of their heads' own pages.

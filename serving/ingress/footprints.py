@@ -92,6 +92,7 @@ class FootprintPredictor:
         prior_output_tokens: int = 256,
         served_name: str | None = None,
         remembered_prompts: int = 512,
+        page_ratio: int = 1,
     ) -> None:
         """
         Args:
@@ -99,7 +100,9 @@ class FootprintPredictor:
             prior_output_tokens: expected length of answers before the first.
             served_name: the model's name; requests for another name are for an adapter.
             remembered_prompts: number of recent requests that are not rendered again.
+            page_ratio: entries of a compressed page for each token of a block.
         """
+        self._page_ratio = page_ratio
         self._renderer = renderer
         self._compression = compression
         self._block_size_tokens = block_size_tokens
@@ -160,7 +163,11 @@ class FootprintPredictor:
         kind = _kind(path, None, None)
         tokens = len(body) // _BYTES_PER_TOKEN
         footprint = predict(
-            tokens, self._expected(kind, None), self._budget(None), self._block_size_tokens
+            tokens,
+            self._expected(kind, None),
+            self._budget(None),
+            self._block_size_tokens,
+            page_ratio=self._page_ratio,
         )
         footprint = footprint._replace(session=sender.session)
         return Prediction(footprint, body, kind, unknown=reason, priority=sender.priority)
@@ -182,6 +189,7 @@ class FootprintPredictor:
                 self._block_size_tokens,
                 answers=rendered.answers,
                 most_output_tokens=most,
+                page_ratio=self._page_ratio,
             )
             for ids in rendered.prompts
         ]
@@ -245,12 +253,15 @@ def footprint_predictor(config: AppConfig) -> FootprintPredictor:
     from serving.vllm_engine.rendering import VllmRenderer
 
     path, name = model_path_and_name(config.model)
-    compression = config.compression
+    compression = config.compression if config.compression and config.compression.enabled else None
     engine = {"renderer_num_workers": _WORKERS, **config.engine}
+    renderer = VllmRenderer.of_model(path, name, engine, config.server)
+    page_dtype = "auto" if compression is None else compression.page_dtype
     return FootprintPredictor(
-        VllmRenderer.of_model(path, name, engine, config.server),
-        compression if compression and compression.enabled else None,
+        renderer,
+        compression,
         config.block_size_tokens,
         config.routing.prior_output_tokens,
         name,
+        page_ratio=renderer.page_ratio(str(engine.get("kv_cache_dtype", "auto")), page_dtype),
     )

@@ -187,15 +187,15 @@ class Borrower:
         return self._bytes_per_s.get(lender, self._settings.bytes_per_s)
 
     def _candidate(self, movable: "Movable", load: "EngineLoad") -> Candidate:
-        proof, size = movable.proof, load.block_size_tokens
+        proof = movable.proof
         decoded = movable.tokens - proof.original_tokens
         left = min(movable.tokens_left, self._settings.expected_tokens)
         past = self._past.get(movable.request_id)
-        blocks = proof.held_blocks(decoded, size)
+        blocks = proof.held_blocks(decoded)
         return Candidate(
             movable.request_id,
             blocks=blocks,
-            peak_blocks=proof.peak_blocks(decoded, left, size),
+            peak_blocks=proof.peak_blocks(decoded, left),
             state_bytes=blocks * self._block_bytes,
             tokens=movable.tokens,
             tokens_left=left,

@@ -38,12 +38,12 @@ class _Held:
     def leased_blocks(self) -> int:
         return self.lease.amount if self.lease.resource == "blocks" else 0
 
-    def growth_blocks(self, block_size: int) -> int:
+    @property
+    def growth_blocks(self) -> int:
         """Return the blocks that it has leased and does not hold yet."""
         if self.decoded is None:
             return self.leased_blocks
-        held = self.proof.held_blocks(self.decoded, block_size)
-        return max(0, self.leased_blocks - held)
+        return max(0, self.leased_blocks - self.proof.held_blocks(self.decoded))
 
 
 class Lender:
@@ -176,8 +176,7 @@ class Lender:
         load = self._load()
         if self._silent() or load.running + load.waiting >= self._max_requests:
             return Offer(self._replica_id, self.lent_blocks, 0)
-        size = load.block_size_tokens
-        leased = sum(guest.growth_blocks(size) for guest in self._guests.values())
+        leased = sum(guest.growth_blocks for guest in self._guests.values())
         # The engine's own figure includes growth of guests, too, so the larger one counts.
         growth = max(leased, load.blocks_reserved_growth)
         spare = load.blocks_free - growth - (load.waiting_blocks or 0)

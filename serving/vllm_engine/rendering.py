@@ -20,6 +20,7 @@ from vllm.renderers import renderer_from_config
 from vllm.renderers.chat_utils import has_non_text_content, load_chat_template
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from adakv_worker.stored_dtypes import page_ratio
 from serving.http.rendered import Handling, NotRendered, Rendered
 from serving.vllm_engine.options import server_options
 
@@ -31,6 +32,7 @@ class VllmRenderer:
 
     def __init__(self, online: OnlineRenderer) -> None:
         self._online = online
+        self._model = online.model_config
         self._merge_system = AnthropicServingMessages._should_merge_inline_system(online)
         self._forms: dict[str, _Render] = {
             "/v1/chat/completions": self._chat,
@@ -80,6 +82,10 @@ class VllmRenderer:
         )
         online.warmup()
         return cls(online)
+
+    def page_ratio(self, cache_dtype: str, page_dtype: str) -> int:
+        """Return the entries of a compressed page for each token of a block."""
+        return page_ratio(self._model, cache_dtype, page_dtype)
 
     def takes(self, path: str) -> bool:
         return path in self._forms

@@ -273,7 +273,7 @@ def test_lengths_are_learnt_from_answers_that_ended_by_themselves(small: CoreCon
         fake.add(40, 1, seed, {})
         fake.add(40, 300, seed, {}, stops_after=20)
     fake.finish()
-    life = Life(0, UNBOUNDED, answered=0, left=300, due=0, max_tokens=300)
+    life = Life(0, UNBOUNDED, 1, answered=0, left=300, due=0, max_tokens=300)
     assert fake.manager.admission.answer_lengths.one_to_come(life) == (20, 0)
     for seed in range(70):
         fake.add(40, 300, seed, {}, stops_after=200)

@@ -140,7 +140,7 @@ async def test_a_replica_that_is_removed_spares_no_cost(
 
 async def test_only_one_replica_gets_the_last_blocks(ledger: LendingLedger, tmp_path: Path) -> None:
     proof = make_proof()
-    peak = proof.peak_blocks(1, 8, LOAD.block_size_tokens)
+    peak = proof.peak_blocks(1, 8)
     await lend(ledger, blocks=peak)
     borrowings = [Borrowing(ledger, tmp_path) for _ in range(2)]
     for borrowing in borrowings:

@@ -24,8 +24,8 @@ from tests.serving.spill.spill_pair import KEYS, LOAD
 # With 40 decoded tokens a guest holds more slabs than after its compression.
 PROOF = make_proof(kept_mean=48.0)
 DECODED = 40
-HELD = PROOF.held_blocks(DECODED, LOAD.block_size_tokens)
-assert PROOF.held_blocks(0, LOAD.block_size_tokens) < HELD
+HELD = PROOF.held_blocks(DECODED)
+assert PROOF.held_blocks(0) < HELD
 
 
 class Core:
