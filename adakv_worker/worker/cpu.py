@@ -1,5 +1,6 @@
 """The worker and its model runners on CPUs: one layer's memory after the other."""
 
+import functools
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
 from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
 from kernels.paging.host_tables import HostTables
 from kernels.paging.layout import PageLayout
+from kernels.paging.paged_cache import clear_pages
 
 
 class LayersOutermost(AdaKVRunner):
@@ -30,10 +32,14 @@ class LayersOutermost(AdaKVRunner):
         number, heads, _, _ = first.kv_cache.shape
         layout = PageLayout.layers_outermost(len(layers), heads, number)
         rows = self.vllm_config.scheduler_config.max_num_seqs + config.most_held
-        tables = HostTables(layout, pages.keys.shape[2], rows)
-        slabs = paged_cache(pages, first.isa, dtype)
-        whole = slabs if pages is blocks else paged_cache(blocks, first.isa, dtype)
-        return KVMemory(pages, whole, slabs, tables)
+        slabs, whole, clear = paged_cache(pages, first.isa, dtype), None, None
+        if pages is not blocks:
+            whole = paged_cache(blocks, first.isa, dtype)
+            # Numbers of a whole prompt, read as numbers of fewer bits, may be infinite or none at
+            # all. The kernels read to the end of a page, and multiply what they mask with zero.
+            clear = functools.partial(clear_pages, slabs)
+        tables = HostTables(layout, pages.keys.shape[2], rows, clear)
+        return KVMemory(pages, whole or slabs, slabs, tables)
 
 
 class UndrawnNumbers(GPUModelRunner):

@@ -24,12 +24,23 @@ class HostTables(PageTables):
     Their memory grows with the requests and with the entries.
     """
 
-    def __init__(self, layout: PageLayout, page_tokens: int, rows: int) -> None:
+    def __init__(
+        self,
+        layout: PageLayout,
+        page_tokens: int,
+        rows: int,
+        clear: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            clear: called with the page ids [p] of slabs before a request has them.
+        """
         self.layout = layout
         self.page_tokens = page_tokens
         self._slabs = Slabs(layout, rows)
         self._entries = EntryTables(layout, self._slabs.rows)
         self._used_pages = [0] * self._slabs.rows
+        self._clear = clear
         # Decode batches rarely change from step to step. While one lasts it holds its rows' truth.
         self._batch: DecodeBatch | None = None
         self._batch_rows: list[int] = []
@@ -55,6 +66,7 @@ class HostTables(PageTables):
 
     def open(self, slabs: list[int]) -> int:
         row, rows = self._slabs.open(slabs), self._slabs.rows
+        self._grant(slabs)
         if rows > len(self._used_pages):
             self._entries.add_rows(rows)
             self._used_pages += [0] * (rows - len(self._used_pages))
@@ -80,6 +92,11 @@ class HostTables(PageTables):
 
     def add_slabs(self, row: int, slabs: list[int]) -> None:
         self._slabs.extend(row, slabs)
+        self._grant(slabs)
+
+    def _grant(self, slabs: list[int]) -> None:
+        if self._clear is not None and slabs:
+            self._clear(self.layout.slab_pages(torch.tensor(slabs)))
 
     def shrink(self, row: int, lens: Tensor, slabs: int) -> PageMoves:
         self._end_batch()

@@ -85,6 +85,12 @@ def write_pages(cache: PagedCache, pages: Tensor, keys: Tensor, values: Tensor) 
             pool[pages] = content.view(len(pages), *pool.shape[1:]).to(pool.device)
 
 
+def clear_pages(cache: PagedCache, pages: Tensor) -> None:
+    """Fill pages [p] with zeros."""
+    for pool in cache:
+        (_whole_pages(pool) if _is_whole(pool) else pool).index_fill_(0, pages, 0)
+
+
 def move_pages(cache: PagedCache, sources: Tensor, targets: Tensor) -> None:
     """Copy whole pages [p] over others [p]; no page is among both."""
     # Some at a time: the copy in between is memory outside the budget.
