@@ -57,18 +57,21 @@ class Arm(NamedTuple):
 
     policy: None for vLLM without our plug-in.
     budget_tokens: None where nothing is compressed.
-    cache_dtype: vLLM's `kv_cache_dtype`.
+    cache_dtype: vLLM's `kv_cache_dtype`. page_dtype: of the pages of compressed prompts.
     """
 
     policy: str | None = None
     budget_tokens: int | None = None
     cache_dtype: str = "auto"
+    page_dtype: str = "auto"
 
     @property
     def name(self) -> str:
-        """`stock`, `off` or the budget, behind a policy and a cache other than the usual ones."""
+        """`stock`, `off` or the budget, behind whatever else is not as usual."""
         known = {None: "stock", "full": "off", POLICY: str(self.budget_tokens)}
         name = known.get(self.policy, f"{self.policy}-{self.budget_tokens}")
+        if self.page_dtype != "auto":
+            name = f"{self.page_dtype}-pages-{name}"
         return name if self.cache_dtype == "auto" else f"{self.cache_dtype}-{name}"
 
     def start(
@@ -80,7 +83,11 @@ class Arm(NamedTuple):
             compression = {"policy": self.policy}
         if self.budget_tokens is not None:
             assert compression is not None
-            compression |= {"budget_tokens": self.budget_tokens, "keep_ratio": 0}
+            compression |= {
+                "budget_tokens": self.budget_tokens,
+                "keep_ratio": 0,
+                "page_dtype": self.page_dtype,
+            }
         engine = {
             **ENGINE,
             "max_num_seqs": max(LEAST_SEQUENCES, requests),
@@ -291,6 +298,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--cache-dtypes", nargs="+", default=["auto"], help="vLLM's kv_cache_dtype, for each arm"
     )
+    parser.add_argument(
+        "--page-dtypes", nargs="+", default=["auto"],
+        help="page_dtype of our arms, each where the cache's dtype is auto",
+    )  # fmt: skip
     parser.add_argument("--repeat", type=int, default=3, help="rounds for each arm")
     parser.add_argument("--threads", type=int, default=1, help="threads of each engine")
     args = parser.parse_args(argv)
@@ -300,8 +311,10 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     ours = [
-        Arm(policy, budget, dtype)
+        Arm(policy, budget, dtype, pages)
         for dtype in args.cache_dtypes
+        for pages in args.page_dtypes
+        if "auto" in (dtype, pages)
         for policy in args.policies
         for budget in args.budgets
     ]

@@ -212,6 +212,7 @@ def test_runs_of_another_comparison_are_not_mixed_in(
         (offline.Arm("full"), "off"),
         (offline.Arm(offline.POLICY, 256), "256"),
         (offline.Arm("snapkv", 64, "fp8"), "fp8-snapkv-64"),
+        (offline.Arm(offline.POLICY, 256, page_dtype="fp8"), "fp8-pages-256"),
     ],
 )
 def test_arms_have_names_of_their_own(arm: offline.Arm, name: str) -> None:
