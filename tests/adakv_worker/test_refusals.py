@@ -46,6 +46,11 @@ def _graphs(config: VllmConfig) -> None:
     config.compilation_config.splitting_ops = ["vllm::unified_attention_with_output"]
 
 
+def _set_pages(config: VllmConfig, dtype: str, block_size: int = 32) -> None:
+    config.additional_config = {"adakv": {"page_dtype": dtype}}
+    config.cache_config.block_size = block_size
+
+
 # How to ask for what is refused, by the start of its name in the error.
 ASKED: dict[str, Callable[[Any], Any]] = {
     "speculative_config": lambda c: setattr(c, "speculative_config", object()),
@@ -59,6 +64,11 @@ ASKED: dict[str, Callable[[Any], Any]] = {
     "kv_transfer_config": lambda c: setattr(c, "kv_transfer_config", object()),
     "kv_cache_dtype other than": (
         lambda c: setattr(c.cache_config, "cache_dtype", "int8_per_token_head")
+    ),
+    "page_dtype int8 and int4": lambda c: _set_pages(c, "int4"),
+    "page_dtype with a block_size or head size": lambda c: _set_pages(c, "fp8", block_size=48),
+    "a page_dtype beside a quantized kv_cache_dtype": (
+        lambda c: (_set_pages(c, "fp8"), setattr(c.cache_config, "cache_dtype", "fp8_e5m2"))
     ),
     "kv_cache_dtype_skip_layers": (
         lambda c: setattr(c.cache_config, "kv_cache_dtype_skip_layers", ["0"])
@@ -82,20 +92,23 @@ ASKED: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("setting", ASKED)
-def test_what_cannot_be_compressed_is_refused_by_its_name(config: VllmConfig, setting: str) -> None:
+def test_what_cannot_be_compressed_is_refused_by_its_name(
+    config: VllmConfig, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     refuse_unsupported(config)
     ASKED[setting](config)
     with pytest.raises(ValueError, match=f"adakv: compression does not work with {setting}"):
         refuse_unsupported(config)
 
 
-# Its own test asks for it.
-FP8_ON_CPU = "kv_cache_dtype fp8 on a CPU without AVX-512 or AMX"
-FP8_ON_CUDA = "kv_cache_dtype fp8 on CUDA yet"
+# Their own tests ask for them.
+FP8_ON_CPU = "kv_cache_dtype or page_dtype fp8 on a CPU without AVX-512 or AMX"
+FP8_ON_CUDA, PAGES_ON_CUDA = "kv_cache_dtype fp8 on CUDA yet", "page_dtype on CUDA yet"
 
 
 def test_every_refusal_has_a_row() -> None:
-    asked = (*ASKED, FP8_ON_CPU, FP8_ON_CUDA)
+    asked = (*ASKED, FP8_ON_CPU, FP8_ON_CUDA, PAGES_ON_CUDA)
     assert [name for name in REFUSED if not name.startswith(asked)] == []
 
 
@@ -112,6 +125,25 @@ def test_eight_bits_need_a_cpu_with_kernels_for_them(
         refuse_unsupported(config)
     monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
     with pytest.raises(ValueError, match=f"does not work with {FP8_ON_CUDA}"):
+        refuse_unsupported(config)
+
+
+def test_pages_of_eight_bits_need_a_cpu_with_kernels_for_them(
+    config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    _set_pages(config, "fp8")
+    refuse_unsupported(config)
+    # The same numbers by another name are no other pages.
+    config.cache_config.cache_dtype = "fp8_e4m3"
+    refuse_unsupported(config)
+    config.cache_config.cache_dtype = "auto"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with pytest.raises(ValueError, match=f"does not work with {FP8_ON_CPU}"):
+        refuse_unsupported(config)
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    with pytest.raises(ValueError, match=f"does not work with {PAGES_ON_CUDA}"):
         refuse_unsupported(config)
 
 

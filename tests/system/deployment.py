@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,6 +35,9 @@ MODEL = "smollm2-135m-instruct"
 class Deployment:
     """A Ray head node and `serve run` on it, as an operator would start them."""
 
+    # The head's address for clients, and for the nodes of its cluster.
+    host = node_ip = "127.0.0.1"
+
     def __init__(
         self,
         ray_port: int,
@@ -46,9 +49,9 @@ class Deployment:
         Args:
             config: what to run, by HTTP and store port; None takes `cluster_config`.
         """
-        self._metrics_port = free_port()
-        self.metrics_url = f"http://127.0.0.1:{self._metrics_port}/metrics"
-        self.base_url = f"http://127.0.0.1:{http_port}"
+        self.metrics_port = free_port()
+        self.metrics_url = f"http://{self.host}:{self.metrics_port}/metrics"
+        self.base_url = f"http://{self.host}:{http_port}"
         self._store_port = store_port
         self._ray_port = ray_port
         self._token = secrets.token_hex(32)
@@ -77,7 +80,7 @@ class Deployment:
             "ray", "start", "--head", "--block", f"--port={self._ray_port}", "--num-cpus=2",
             "--node-ip-address=127.0.0.1", "--include-dashboard=false",
             f"--temp-dir={self._folder.name}/ray",
-            f"--metrics-export-port={self._metrics_port}",
+            f"--metrics-export-port={self.metrics_port}",
         )  # fmt: skip
 
     def reconfigure(self, change: Callable[[dict[str, Any]], None]) -> psutil.Popen:
@@ -88,11 +91,12 @@ class Deployment:
         return self.serve_run()
 
     def serve_run(self) -> psutil.Popen:
-        return self._spawn("serve", "run", "-a", f"127.0.0.1:{self._ray_port}", str(self._config))
+        address = f"{self.node_ip}:{self._ray_port}"
+        return self._spawn("serve", "run", "-a", address, str(self._config))
 
     def _ray_answers(self) -> bool:
         with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self._ray_port)) == 0
+            return probe.connect_ex((self.host, self._ray_port)) == 0
 
     def start_drain(self, *args: str) -> "subprocess.Popen[str]":
         """Runs the drain command; who calls it reads and ends it."""
@@ -113,9 +117,14 @@ class Deployment:
         environment.pop("RAY_ADDRESS", None)
         return environment
 
-    def _spawn(self, command: str, *args: str) -> psutil.Popen:
+    def _spawn(self, command: str, *args: str, within: Sequence[str] = ()) -> psutil.Popen:
+        """Start a command of the environment.
+
+        Args:
+            within: a command that runs another one.
+        """
         process = psutil.Popen(
-            [str(BIN / command), *args],
+            [*within, str(BIN / command), *args],
             cwd=ROOT,
             env=self._environment(),
             stdout=self._log,
@@ -259,7 +268,7 @@ class TwoNodes(Deployment):
     def _start_ray(self) -> None:
         self._spawn(
             "python", "-m", "loadtest.servers.two_nodes", str(self._ray_port),
-            str(self._metrics_port), f"{self._folder.name}/ray",
+            str(self.metrics_port), f"{self._folder.name}/ray",
         )  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""A small replica on one Ray node, a lender on another: caches cross between object stores."""
+"""A small replica on one Ray node, a lender on another: caches cross between object stores.
+
+Where it can be had, a firewall lies between them that lets through what docs/multinode.md lists.
+"""
 
 from collections.abc import Iterator
 
@@ -7,6 +10,7 @@ import pytest
 from loadtest.servers.two_nodes import sent_bytes
 from serving.spill.parcels import LenderName
 from tests.system.deployment import Deployment, TwoNodes, deployed, spill_config
+from tests.system.firewalled import Firewalled, can_part, firewalled_config
 from tests.system.spilling import ask_many, lending, moves, read_as_if_alone
 from tests.waiting import eventually
 
@@ -15,7 +19,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[Deployment]:
-    with deployed(TwoNodes, spill_config) as deployment:
+    parted = can_part()
+    kind, config = (Firewalled, firewalled_config) if parted else (TwoNodes, spill_config)
+    with deployed(kind, config) as deployment:
         yield deployment
 
 
@@ -36,3 +42,10 @@ def test_caches_cross_between_nodes_and_no_client_notices(two_nodes: Deployment)
     )
     assert read_as_if_alone(two_nodes, crowded)
     eventually(lambda: not lending(two_nodes).leases, 30, "everything given back")
+    if isinstance(two_nodes, Firewalled):
+        # Prometheus alone asks there, from outside.
+        assert not two_nodes.lets_in(two_nodes.metrics_port)
+        refused = two_nodes.dropped()
+        assert refused.pop(two_nodes.worker) == 0
+        # Those of the line before.
+        assert sum(refused.values()) > 0
