@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -26,6 +27,12 @@ from serving.drain import drain
 
 # Longest time from the last answer to the end of Serve, in which doors stay shut.
 _END_S = 60.0
+# Longest wait for a connection to a cluster.
+_CONNECT_S = 5.0
+
+
+class ClusterGone(Exception):
+    """There is no Ray cluster where there should be one."""
 
 
 def grace_s(config: dict[str, Any]) -> float:
@@ -63,23 +70,51 @@ def main() -> int:
     args = parser.parse_args()
     config = yaml.safe_load(args.config.read_text())
     try:
-        with _own_ports(config, args.address):
-            _run(args.config, grace_s(config), args.address)
-    except PortTaken as error:
+        address = _living_cluster(args.address) or "local"
+        with _own_ports(config, address):
+            _run(args.config, grace_s(config), address)
+    except (PortTaken, ClusterGone) as error:
         print(f"{args.config}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
+def _living_cluster(address: str | None) -> str | None:
+    """Return the address of the Ray cluster to run on; None to start one.
+
+    Without an address Ray goes to the cluster that started here last, as a file says, also when
+    that cluster was killed; it then waits for minutes.
+
+    Raises:
+        ClusterGone: nothing answers at an address that somebody has set.
+    """
+    # From the argument, RAY_ADDRESS or the file.
+    found = canonicalize_bootstrap_address(address)  # type: ignore[arg-type]
+    if found is None or _listens(found):
+        return found
+    if address is not None or os.environ.get("RAY_ADDRESS"):
+        raise ClusterGone(f"no Ray cluster answers at {found}")
+    print(f"the Ray cluster that ran here last, at {found}, is gone: starting another", flush=True)
+    return None
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S):
+            return True
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
-def _own_ports(config: dict[str, Any], address: str | None) -> Iterator[None]:
+def _own_ports(config: dict[str, Any], address: str) -> Iterator[None]:
     """Give Ray's environment ports of its own, if the run starts Ray.
 
     Raises:
         PortTaken: a port that has to be this one cannot be opened.
     """
-    # Without an address, it is that of a cluster that runs.
-    if canonicalize_bootstrap_address(address) is not None:  # type: ignore[arg-type]
+    if address != "local":
         yield
         return
     with ClusterPorts(config, os.environ) as ports:
@@ -90,10 +125,10 @@ def _own_ports(config: dict[str, Any], address: str | None) -> Iterator[None]:
         yield
 
 
-def _run(config: Path, limit_s: float, address: str | None) -> None:
+def _run(config: Path, limit_s: float, address: str) -> None:
     """Serve until the first signal to stop, and let running requests finish."""
-    where = ["--address", address] if address else []
-    serve_run.main([*where, "--non-blocking", str(config)], standalone_mode=False)
+    command = ["--address", address, "--non-blocking", str(config)]
+    serve_run.main(command, standalone_mode=False)
     _wait_for_signal()
     print(f"stopping: running requests have {limit_s:g} s; once more to stop at once", flush=True)
     with contextlib.suppress(KeyboardInterrupt):

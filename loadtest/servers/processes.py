@@ -112,8 +112,8 @@ def serve_run(
     with tempfile.TemporaryDirectory(prefix="adakv-loadtest-") as folder:
         path = Path(folder) / "cluster.yaml"
         path.write_text(yaml.safe_dump(config))
-        where = ["--address", ray_address] if ray_address else []
-        command = [str(BIN / "serve"), "run", *where, str(path)]
+        # Without an address Ray takes the cluster that has started here last, dead or somebody's.
+        command = [str(BIN / "serve"), "run", "--address", ray_address or "local", str(path)]
         environment = ray_environment()
         if shm_bytes is not None:
             command = in_own_shared_memory(command, shm_bytes)

@@ -37,6 +37,9 @@ class Running:
         args = config["applications"][0]["args"]
         args["store"] = {"port": free_port()}
         args["replica"]["count"] = 1
+        # Another cluster has been killed: Ray would look for that one.
+        (folder / "ray").mkdir()
+        (folder / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{free_port()}")
         path = folder / "cluster.yaml"
         path.write_text(yaml.safe_dump(config))
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
