@@ -16,7 +16,8 @@ _LAST_TYPES = ("message_stop", "response.completed", "response.incomplete", "res
 
 def problem(attempt: Attempt, found: Exchange) -> str | None:
     """Return what the deployment did wrong, or None."""
-    methods = itertools.chain(attempt.sending.owed, itertools.repeat(""))
+    sending = attempt.sending
+    methods = itertools.chain(sending.owed or (sending.method,), itertools.repeat(""))
     for answer, method in zip(found.answers, methods, strict=False):
         if wrong := _wrong(answer, is_head=method == "HEAD"):
             return wrong
@@ -26,7 +27,7 @@ def problem(attempt: Attempt, found: Exchange) -> str | None:
         return "the connection was cut inside an answer"
     # A parser that has refused something reads nothing more.
     refused = any(map(is_fixed_text, found.answers))
-    if found.end == End.CLOSED and attempt.sending.owed and not refused:
+    if found.end == End.CLOSED and sending.owed and not refused:
         return "the connection was closed without an answer"
     return None
 

@@ -238,6 +238,16 @@ def test_each_answer_is_judged_by_its_own_requests_method() -> None:
         assert (problem(made, found) is not None) == is_fault
 
 
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_an_answer_that_came_before_its_client_left_is_judged_by_the_method_too(
+    method: str,
+) -> None:
+    leaves = WAITS._replace(owed=(), method=method, leaves_after_s=0.1)
+    made = attempt(0, 0, TARGET)._replace(sending=leaves)
+    found = problem(made, Exchange((Answer(405, {}, b""),), End.ANSWERED, 0.0))
+    assert (found is None) == (method == "HEAD")
+
+
 @pytest.mark.parametrize(
     ("end", "owed", "is_fault"),
     [
