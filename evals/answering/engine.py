@@ -109,6 +109,7 @@ class ForcedEngine:
         context_tokens: int,
         kv_bytes: int | None = None,
         sessions: dict[str, Any] | None = None,
+        page_dtype: str = "auto",
         **options: Any,
     ) -> None:
         """Start the engine.
@@ -117,6 +118,7 @@ class ForcedEngine:
             kv_bytes: None for two whole contexts, at least 2 GiB.
             sessions: settings of sessions. The prefix cache is then off: the full cache's requests
                 leave exact prefixes there, which would win.
+            page_dtype: how pages of compressed prompts store numbers.
         """
         from vllm import LLM
 
@@ -135,7 +137,9 @@ class ForcedEngine:
             enable_prefix_caching=sessions is None,
             disable_log_stats=True,
             logits_processors=[ForcedAnswers],
-            **engine_args({"min_budget_tokens": 1, "sessions": sessions or {}}),
+            **engine_args(
+                {"min_budget_tokens": 1, "sessions": sessions or {}, "page_dtype": page_dtype}
+            ),
             **options,
         )
         self._count = 0

@@ -21,16 +21,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policies", nargs="+", default=POLICIES)
     parser.add_argument("--budgets", nargs="*", type=int, default=(64, 128, 256, 512))
     parser.add_argument("--ratios", nargs="*", type=float, default=())
+    parser.add_argument(
+        "--page-dtype", choices=("auto", "fp8", "fp8_e5m2"), default="auto",
+        help="how compressed prompts are stored, in an engine in this process",
+    )  # fmt: skip
     add_kv_bytes_option(parser)
 
 
-def check(server: str | None, modes: Iterable[str]) -> None:
+def check(server: str | None, modes: Iterable[str], page_dtype: str = "auto") -> None:
     """
     Raises:
         ValueError: the server cannot do a mode, or a package that scores answers is missing.
     """
     if server and "agnostic" in modes:
         raise ValueError("a server compresses a question with its document: only mode aware")
+    if server and page_dtype != "auto":
+        raise ValueError("a server has its own page_dtype")
     if missing := [name for name in ("rapidfuzz", "rouge") if find_spec(name) is None]:
         raise ValueError(f"no {' and no '.join(missing)}: pip install -e '.[evals]'")
 
@@ -59,4 +65,4 @@ def answering(
     if or_the_models:
         longest = AutoConfig.from_pretrained(model).max_position_embeddings
         context_tokens = min(context_tokens, longest)
-    return ForcedEngine(model, context_tokens, args.kv_bytes)
+    return ForcedEngine(model, context_tokens, args.kv_bytes, page_dtype=args.page_dtype)

@@ -39,7 +39,9 @@ def add_out_option(parser: argparse.ArgumentParser) -> None:
 
 def model_name(args: argparse.Namespace) -> str:
     """Return the name under which results of `--model` are written."""
-    return Path(args.model).name if args.model else EMBEDDED_MODEL_NAME
+    name = Path(args.model).name if args.model else EMBEDDED_MODEL_NAME
+    page_dtype = getattr(args, "page_dtype", "auto")
+    return name if page_dtype == "auto" else f"{name}, {page_dtype} pages"
 
 
 def run_engine_in_process() -> None:
