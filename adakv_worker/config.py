@@ -92,6 +92,17 @@ class CompressionConfig(Section):
     keep_ratio: float = Field(
         default=0.5, ge=0.0, le=1.0, description="Share of the prompt that is kept at least"
     )
+    budget_bytes: int | None = Field(
+        default=None,
+        ge=1,
+        description="In place of budget_tokens: bytes of all entries, over layers, heads and ranks",
+    )
+    keep_bytes_ratio: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="In place of keep_ratio: share of the bytes that the whole prompt takes",
+    )
     alpha: float | None = Field(default=None, ge=0.0, le=1.0)
     window_tokens: int | None = Field(default=None, ge=1)
     page_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8", "int4"] = Field(
@@ -144,6 +155,14 @@ class CompressionConfig(Section):
     record_selections: bool = Field(
         default=False, description="Keep the kept positions of running requests, for debugging"
     )
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> "CompressionConfig":
+        for tokens, in_bytes in (("budget_tokens", "budget_bytes"),
+                                 ("keep_ratio", "keep_bytes_ratio")):  # fmt: skip
+            if getattr(self, in_bytes) is not None and tokens in self.model_fields_set:
+                raise ValueError(f"{tokens} and {in_bytes} say the same in two ways: give one")
+        return self
 
     @model_validator(mode="after")
     def _policy_exists(self) -> "CompressionConfig":

@@ -16,7 +16,8 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from adakv_worker.config import CompressionConfig, compression_config
+from adakv_worker.byte_budgets import settings_of
+from adakv_worker.config import CompressionConfig
 from adakv_worker.core.checks import check_blocks
 from adakv_worker.core.commands import step_commands
 from adakv_worker.core.counts import Recomputes, WaitingRequests, Work
@@ -57,7 +58,7 @@ class AdaKVSchedulerMixin(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = compression_config(self.vllm_config.additional_config)
+        config = settings_of(self.vllm_config)
         self._adakv = config or CompressionConfig(enabled=False)
         self._proofs = Proofs()
         # Requests that continue here; without their states once they have begun.

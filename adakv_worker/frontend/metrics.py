@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
-from adakv_worker.config import compression_config
+from adakv_worker.byte_budgets import settings_of
 from adakv_worker.frontend import metric_names
 from adakv_worker.frontend.metric_names import (
     DECODE_EVICTIONS,
@@ -59,7 +59,7 @@ class CompressionLogger(StatLoggerBase):
     """
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
-        config = compression_config(vllm_config.additional_config)
+        config = settings_of(vllm_config)
         bound_by(config)
         self._metrics = _registered() if config is not None else {}
         model = vllm_config.model_config.served_model_name

@@ -256,12 +256,15 @@ def footprint_predictor(config: AppConfig) -> FootprintPredictor:
     compression = config.compression if config.compression and config.compression.enabled else None
     engine = {"renderer_num_workers": _WORKERS, **config.engine}
     renderer = VllmRenderer.of_model(path, name, engine, config.server)
-    page_dtype = "auto" if compression is None else compression.page_dtype
+    cache_dtype, ratio = str(engine.get("kv_cache_dtype", "auto")), 1
+    if compression is not None:
+        ratio = renderer.page_ratio(cache_dtype, compression.page_dtype)
+        compression = renderer.in_entries(compression, cache_dtype)
     return FootprintPredictor(
         renderer,
         compression,
         config.block_size_tokens,
         config.routing.prior_output_tokens,
         name,
-        page_ratio=renderer.page_ratio(str(engine.get("kv_cache_dtype", "auto")), page_dtype),
+        page_ratio=ratio,
     )

@@ -20,6 +20,8 @@ from vllm.renderers import renderer_from_config
 from vllm.renderers.chat_utils import has_non_text_content, load_chat_template
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from adakv_worker.byte_budgets import in_entries
+from adakv_worker.config import CompressionConfig
 from adakv_worker.stored_dtypes import page_ratio
 from serving.http.rendered import Handling, NotRendered, Rendered
 from serving.vllm_engine.options import server_options
@@ -86,6 +88,10 @@ class VllmRenderer:
     def page_ratio(self, cache_dtype: str, page_dtype: str) -> int:
         """Return the entries of a compressed page for each token of a block."""
         return page_ratio(self._model, cache_dtype, page_dtype)
+
+    def in_entries(self, config: CompressionConfig, cache_dtype: str) -> CompressionConfig:
+        """Return settings whose budgets are in entries."""
+        return in_entries(config, self._model, cache_dtype)
 
     def takes(self, path: str) -> bool:
         return path in self._forms

@@ -1,0 +1,55 @@
+"""Budgets in bytes of KV memory, as the budgets in entries that everything else works with."""
+
+from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
+from adakv_worker.config import CompressionConfig, compression_config
+from adakv_worker.stored_dtypes import page_ratio
+
+
+def settings_of(config: VllmConfig) -> CompressionConfig | None:
+    """Return an engine's settings of compression in entries; None if compression is off.
+
+    Raises:
+        ValueError: see `in_entries`.
+        pydantic.ValidationError: unknown keys or bad values.
+    """
+    compression = compression_config(config.additional_config)
+    if compression is None:
+        return None
+    cache_dtype = config.cache_config.cache_dtype
+    return in_entries(compression, config.model_config, cache_dtype, config.parallel_config)
+
+
+def in_entries(
+    config: CompressionConfig,
+    model: ModelConfig,
+    cache_dtype: str,
+    parallel: ParallelConfig | None = None,
+) -> CompressionConfig:
+    """Return settings whose budgets in bytes have become budgets in entries, rounded down.
+
+    A share of a prompt's bytes is a larger share of its entries where pages store fewer bits.
+
+    Args:
+        cache_dtype: of blocks, by vLLM's `kv_cache_dtype`.
+
+    Raises:
+        ValueError: `budget_bytes` is less than one entry of each head takes.
+    """
+    ratio = page_ratio(model, cache_dtype, config.page_dtype)
+    changes: dict[str, object] = {}
+    if config.budget_bytes is not None:
+        number = kv_cache_dtype_str_to_dtype(cache_dtype, model).itemsize // ratio
+        heads = model.get_num_layers(parallel or ParallelConfig()) * model.get_total_num_kv_heads()
+        entry_bytes = 2 * heads * model.get_head_size() * number
+        if config.budget_bytes < entry_bytes:
+            raise ValueError(
+                f"adakv: budget_bytes={config.budget_bytes} is less than one entry of each head "
+                f"takes, {entry_bytes}"
+            )
+        changes |= {"budget_bytes": None, "budget_tokens": config.budget_bytes // entry_bytes}
+    if config.keep_bytes_ratio is not None:
+        share = min(1.0, config.keep_bytes_ratio * ratio)
+        changes |= {"keep_bytes_ratio": None, "keep_ratio": share}
+    return config.model_copy(update=changes) if changes else config
