@@ -23,13 +23,19 @@ def problem(attempt: Attempt, found: Exchange) -> str | None:
             return wrong
     if found.end == End.HUNG:
         return f"no answer within {found.elapsed_s:.0f} s"
-    if found.end == End.CUT:
+    # A parser that has refused something reads nothing more, and does not know the method.
+    refused = any(map(_is_of_a_parser, found.answers))
+    if found.end == End.CUT and not refused:
         return "the connection was cut inside an answer"
-    # A parser that has refused something reads nothing more.
-    refused = any(map(is_fixed_text, found.answers))
     if found.end == End.CLOSED and sending.owed and not refused:
         return "the connection was closed without an answer"
     return None
+
+
+def _is_of_a_parser(answer: Answer) -> bool:
+    """Return whether an answer is to what is no HTTP, and so to no request."""
+    own = answer.status in (400, 422) and "x-request-id" not in answer.headers
+    return own or is_fixed_text(answer)
 
 
 def _wrong(answer: Answer, is_head: bool) -> str | None:
