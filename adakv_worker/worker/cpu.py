@@ -128,4 +128,5 @@ def _all_pages(caches: list[torch.Tensor], kv_cache_dtype: str) -> Pages:
         (pages, 1, 2 * page_tokens, width // 2),
         (page_tokens * width, page_tokens * width, width // 2, 1),
     )
-    return Pages(*pool.chunk(2, dim=2), kv_cache_dtype)
+    keys, values = pool.chunk(2, dim=2)
+    return Pages(keys, values, kv_cache_dtype)

@@ -104,4 +104,5 @@ def _all_pages(caches: list[torch.Tensor], kv_cache_dtype: str) -> Pages:
         (blocks * len(caches) * heads, page_tokens, 1, width),
         (page_tokens * width, width, width, 1),
     )
-    return Pages(*pool.chunk(2, dim=3), kv_cache_dtype)
+    keys, values = pool.chunk(2, dim=3)
+    return Pages(keys, values, kv_cache_dtype)
