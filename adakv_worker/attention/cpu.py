@@ -141,7 +141,8 @@ def paged_cache(pages: Pages, isa: str, dtype: torch.dtype) -> PagedCache:
         RuntimeError: this CPU's kernels pack a page in an unknown order.
     """
     _, _, page_tokens, dim = pages.keys.shape
-    probe = torch.zeros((1, 1, 2 * page_tokens, dim), dtype=pages.keys.dtype).chunk(2, dim=2)
+    probe = torch.zeros((1, 1, 2 * page_tokens, dim), dtype=pages.keys.dtype)
+    keys, values = probe.chunk(2, dim=2)
     stored = stored_dtype(pages.kv_cache_dtype) or dtype
     token = torch.arange(page_tokens)[:, None, None].expand(-1, 1, dim)
     slots, seen = torch.arange(page_tokens), torch.zeros((2, page_tokens * dim), dtype=torch.long)
@@ -149,10 +150,10 @@ def paged_cache(pages: Pages, isa: str, dtype: torch.dtype) -> PagedCache:
     for digit in range(math.ceil(math.log(page_tokens, _EXACT)) + 1):
         content = (token // _EXACT**digit % _EXACT).to(dtype).contiguous()
         ops.cpu_attn_reshape_and_cache(
-            content, content, *probe, slots, isa,
+            content, content, keys, values, slots, isa,
             kv_cache_dtype=pages.kv_cache_dtype,
         )  # fmt: skip
-        for order, written in zip(seen, probe, strict=True):
+        for order, written in zip(seen, (keys, values), strict=True):
             order += written[0, 0].reshape(-1).view(stored).long() * _EXACT**digit
     return PagedCache(_logical(pages.keys, seen[0]), _logical(pages.values, seen[1]))
 
