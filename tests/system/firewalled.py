@@ -30,11 +30,15 @@ _PASSWORD = "password-of-the-store"
 def can_part() -> bool:
     """Whether this machine has what namespaces and firewalls take."""
     tools = all(shutil.which(tool) for tool in ("ip", "nft", "sysctl", "redis-server"))
-    if not tools or not _run("ip", "netns", "add", _HEAD, check=False):
+    if not tools:
         return False
-    possible = _run(*_within(_HEAD), "nft", "add table inet adakv", check=False)
-    _unpart()
-    return possible
+    try:
+        _part()
+    except AssertionError:
+        return False
+    finally:
+        _unpart()
+    return True
 
 
 def _run(*command: str, check: bool = True) -> bool:
@@ -71,7 +75,8 @@ class Firewalled(Deployment):
         return super()._spawn(command, *args, within=within or _within(_HEAD))
 
     def _start_ray(self) -> None:
-        self._part()
+        _part()
+        self._start_redis()
         ports = [
             f"--node-manager-port={_NODE_MANAGER}", f"--object-manager-port={_OBJECT_MANAGER}",
             f"--min-worker-port={_WORKERS[0]}", f"--max-worker-port={_WORKERS[1]}",
@@ -87,27 +92,7 @@ class Firewalled(Deployment):
             *ports, within=_within(_WORKER),
         )  # fmt: skip
 
-    def _part(self) -> None:
-        _unpart()
-        for name in (_HEAD, _WORKER):
-            _run("ip", "netns", "add", name)
-            _run("ip", "-n", name, "link", "set", "lo", "up")
-            chosen = f"net.ipv4.ip_local_port_range={_CHOSEN[0]} {_CHOSEN[1]}"
-            _run(*_within(name), "sysctl", "-w", chosen)
-        _run(
-            "ip", "link", "add", "akv0", "netns", _HEAD, "type", "veth",
-            "peer", "name", "akv0", "netns", _WORKER,
-        )  # fmt: skip
-        _run("ip", "link", "add", "akv1", "netns", _HEAD, "type", "veth", "peer", "name", "akv1")
-        for name, link, address in (
-            (_HEAD, "akv0", _HEAD_IP), (_WORKER, "akv0", _WORKER_IP), (_HEAD, "akv1", _DOOR_IP)
-        ):  # fmt: skip
-            _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", link)
-            _run("ip", "-n", name, "link", "set", link, "up")
-        _run("ip", "addr", "add", f"{_OUTSIDE_IP}/24", "dev", "akv1")
-        _run("ip", "link", "set", "akv1", "up")
-        for name in (_HEAD, _WORKER):
-            _run(*_within(name), "nft", _rules())
+    def _start_redis(self) -> None:
         redis = (
             "redis-server", "--port", str(_STORE), "--bind", _HEAD_IP, _DOOR_IP,
             "--requirepass", _PASSWORD, "--save", "",
@@ -139,6 +124,29 @@ class Firewalled(Deployment):
             super().stop()
         finally:
             _unpart()
+
+
+def _part() -> None:
+    _unpart()
+    for name in (_HEAD, _WORKER):
+        _run("ip", "netns", "add", name)
+        _run("ip", "-n", name, "link", "set", "lo", "up")
+        chosen = f"net.ipv4.ip_local_port_range={_CHOSEN[0]} {_CHOSEN[1]}"
+        _run(*_within(name), "sysctl", "-w", chosen)
+    _run(
+        "ip", "link", "add", "akv0", "netns", _HEAD, "type", "veth",
+        "peer", "name", "akv0", "netns", _WORKER,
+    )  # fmt: skip
+    _run("ip", "link", "add", "akv1", "netns", _HEAD, "type", "veth", "peer", "name", "akv1")
+    for name, link, address in (
+        (_HEAD, "akv0", _HEAD_IP), (_WORKER, "akv0", _WORKER_IP), (_HEAD, "akv1", _DOOR_IP)
+    ):  # fmt: skip
+        _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", link)
+        _run("ip", "-n", name, "link", "set", link, "up")
+    _run("ip", "addr", "add", f"{_OUTSIDE_IP}/24", "dev", "akv1")
+    _run("ip", "link", "set", "akv1", "up")
+    for name in (_HEAD, _WORKER):
+        _run(*_within(name), "nft", _rules())
 
 
 def _unpart() -> None:
