@@ -37,7 +37,8 @@ def page_ratio(model: ModelConfig, cache_dtype: str, page_dtype: str) -> int:
     """Return the entries of a page for each token of a block.
 
     Args:
-        cache_dtype: of blocks, by vLLM's `kv_cache_dtype`. page_dtype: as in the settings.
+        cache_dtype: of blocks, by vLLM's `kv_cache_dtype`.
+        page_dtype: of pages, as there or as in the settings.
     """
     page = stored_dtype(page_dtype)
     if page is None:

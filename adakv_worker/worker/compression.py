@@ -189,9 +189,10 @@ class Compression:
         index = sent(layers, self._tables.device)
         source = self._tables.layout.blocks_pages(self._blocks, index)
         stored = self._parts[0].paged_keys
-        if self._slabs_cache is self._cache or stored is None:
+        if self._slabs_cache is self._cache:
             compact(kept, self._cache, source, tables, lens)
         else:
+            assert stored is not None
             compact_into(kept, self._cache, source, self._slabs_cache, tables, lens, stored.stored)
         if self._kept is not None:
             self._kept |= zip(layers, kept, strict=True)

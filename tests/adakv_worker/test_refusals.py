@@ -112,6 +112,11 @@ def test_every_refusal_has_a_row() -> None:
     assert [name for name in REFUSED if not name.startswith(asked)] == []
 
 
+def _lose_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+
 @pytest.mark.parametrize("dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
 def test_eight_bits_need_a_cpu_with_kernels_for_them(
     config: VllmConfig, dtype: Any, monkeypatch: pytest.MonkeyPatch
@@ -119,8 +124,7 @@ def test_eight_bits_need_a_cpu_with_kernels_for_them(
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     config.cache_config.cache_dtype = dtype
     refuse_unsupported(config)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    _lose_kernels(monkeypatch)
     with pytest.raises(ValueError, match=f"does not work with {FP8_ON_CPU}"):
         refuse_unsupported(config)
     monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
@@ -138,8 +142,7 @@ def test_pages_of_eight_bits_need_a_cpu_with_kernels_for_them(
     config.cache_config.cache_dtype = "fp8_e4m3"
     refuse_unsupported(config)
     config.cache_config.cache_dtype = "auto"
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    _lose_kernels(monkeypatch)
     with pytest.raises(ValueError, match=f"does not work with {FP8_ON_CPU}"):
         refuse_unsupported(config)
     monkeypatch.setattr(current_platform, "is_cpu", lambda: False)

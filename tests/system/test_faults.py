@@ -174,12 +174,12 @@ def test_no_answer_of_a_killed_replica_is_lost_and_streams_read_as_if_it_lived(
     before = set(deployment.occupancy())
     eventually(lambda: len(deployment.who_answer()) == 2, 120, "answers from both")
     seen: dict[int, int] = {}
-    told: list[Future[Told]] = []
+    streams: list[Future[Told]] = []
     with ThreadPoolExecutor(10) as pool:
         # When the replica dies, some streams have just begun and others are almost complete.
         for have in (80, 30, 1):
-            numbers = range(len(told), len(told) + 2)
-            told += [
+            numbers = range(len(streams), len(streams) + 2)
+            streams += [
                 pool.submit(_tell, client, number, functools.partial(seen.__setitem__, number))
                 for number in numbers
             ]
@@ -190,7 +190,7 @@ def test_no_answer_of_a_killed_replica_is_lost_and_streams_read_as_if_it_lived(
         whole = [pool.submit(_ask_whole, client, number, 100) for number in range(4)]
         _wait_until_both_work(deployment)
         deployment.kill(victim)
-        answers = [answer.result() for answer in told]
+        answers = [answer.result() for answer in streams]
         assert {answer.result() for answer in whole} == {"length"}
     assert all(len(answer.names) == 1 for answer in answers)
     assert {(answer.finish_reason, answer.tokens) for answer in answers} == {("length", 160)}
