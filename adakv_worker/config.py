@@ -16,9 +16,11 @@ SHOWN_CHARACTERS = 64
 
 
 def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
-    """Return an error message that names the nearest known key."""
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.4)
-    hint = f": did you mean '{near[0]}'?" if near else ""
+    """Return an error message that names the nearest known key, or all that the key begins."""
+    known = list(known)
+    near = [name for name in known if key and name.startswith(f"{key}_")]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
     return f"unknown key '{key}' in {where}{hint}"
 
 

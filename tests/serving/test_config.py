@@ -38,7 +38,8 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
         ({"replica": {"cont": 1}}, "unknown key 'cont' in ReplicaConfig: did you mean 'count'?"),
         (
             {"compression": {"budget": 1}},
-            "unknown key 'budget' in CompressionConfig: did you mean 'budget_tokens'?",
+            "unknown key 'budget' in CompressionConfig: "
+            "did you mean 'budget_tokens' or 'budget_bytes'?",
         ),
         (
             {"engine": {"max_model_length": 5}},
