@@ -5,13 +5,15 @@ import os
 import pytest
 
 from serving.vllm_engine.host import set_up_cpu
+from serving.vllm_engine.options import computes_on_cpus
+
+pytestmark = pytest.mark.skipif(not computes_on_cpus(), reason="vLLM computes on GPUs here")
 
 CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
 @pytest.fixture(autouse=True)
 def restored_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.vllm_engine.host.computes_on_cpus", lambda: True)
     for name in (
         CACHE,
         "OMP_NUM_THREADS",
