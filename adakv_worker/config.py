@@ -15,11 +15,16 @@ FULL = "full"
 SHOWN_CHARACTERS = 64
 
 
-def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
-    """Return an error message that names the nearest known key, or all that the key begins."""
+def meant_keys(key: str, known: Iterable[str]) -> list[str]:
+    """Return the known keys that begin with `key` and `_`, or else the nearest one, if any."""
     known = list(known)
-    near = [name for name in known if key and name.startswith(f"{key}_")]
-    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    longer = [name for name in known if name.startswith(f"{key}_")]
+    return longer or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+
+
+def unknown_key_message(key: str, known: Iterable[str], where: str) -> str:
+    """Return an error message that names the known keys that may be meant."""
+    near = meant_keys(key, known)
     hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
     return f"unknown key '{key}' in {where}{hint}"
 

@@ -1,6 +1,5 @@
 """What one request gets: the operator's settings, overridden by its own options."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from adakv_worker.config import (
     CompressionConfig,
     check_bound,
     check_policy_name,
+    meant_keys,
     shown,
 )
 from kernels.blocks import SINK_TOKENS, DecodeBound, KeepLimit, kept_tokens
@@ -88,8 +88,10 @@ class RequestOptions(BaseModel):
         }
         for name in given:
             if name not in cls.model_fields:
-                near = difflib.get_close_matches(name[:SHOWN_CHARACTERS], cls.model_fields, n=1)
-                hint = f": did you mean {prefix}{near[0]}?" if near else ""
+                near = [
+                    prefix + key for key in meant_keys(name[:SHOWN_CHARACTERS], cls.model_fields)
+                ]
+                hint = f": did you mean {' or '.join(near)}?" if near else ""
                 raise ValueError(f"unknown option {shown(prefix + name)}{hint}")
         try:
             options = cls(**given)
