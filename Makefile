@@ -6,7 +6,7 @@ ACCELERATOR ?= auto
 PYTHON ?= python3
 export VENV ACCELERATOR PYTHON
 
-.PHONY: help serve install check test test-fast test-rest test-all drawings
+.PHONY: help serve monitoring install check test test-fast test-rest test-all drawings
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
@@ -15,6 +15,9 @@ help:  ## show this list
 serve: install  ## set up .venv and serve CONFIG (configs/cluster.yaml)
 	@echo "==> python -m serving.run $(CONFIG)"
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; set -a; . configs/ray.env; exec python -m serving.run $(CONFIG)
+
+monitoring:  ## run Prometheus and, where it is installed, Grafana beside `make serve`
+	@scripts/monitoring
 
 install:  ## set up .venv for serving and load tests
 	@scripts/install loadtest
@@ -36,7 +39,8 @@ test-rest:  ## the slow tests
 	@scripts/test rest $(PYTEST_ARGS)
 
 test-all:  ## all tests
-	@$(MAKE) --keep-going --no-print-directory test test-rest
+	@scripts/install loadtest,dev
+	@scripts/test all $(PYTEST_ARGS)
 
 drawings:  ## draw the SVG files of docs/drawings
 	@python3 scripts/drawings

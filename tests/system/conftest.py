@@ -18,8 +18,16 @@ def client(deployment: Deployment) -> openai.OpenAI:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the tests of the shared deployment last, so that no other one runs beside it."""
-    items.sort(key=lambda item: "deployment" in getattr(item, "fixturenames", ()))
+    """Puts the tests of the shared deployment last, so that no other one runs beside it.
+
+    Among them the slow ones come last: they kill and change what the others look at.
+    """
+
+    def place(item: pytest.Item) -> tuple[bool, bool]:
+        shared = "deployment" in getattr(item, "fixturenames", ())
+        return shared, shared and item.get_closest_marker("slow") is not None
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(wrapper=True)

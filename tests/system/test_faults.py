@@ -205,17 +205,6 @@ def test_no_answer_of_a_killed_replica_is_lost_and_streams_read_as_if_it_lived(
 
 
 @pytest.mark.slow
-def test_a_killed_engine_process_is_replaced(deployment: Deployment, client: openai.OpenAI) -> None:
-    before = set(deployment.occupancy())
-    deployment.kill("VLLM::EngineCore")
-    eventually(
-        lambda: len(now := set(deployment.occupancy())) == 2 and now != before,
-        150, "the replica with the dead engine replaced",
-    )  # fmt: skip
-    assert _finish(client, 0) == "length"
-
-
-@pytest.mark.slow
 def test_a_hung_engine_process_is_ended_and_replaced_and_loses_no_request_without_first_byte(
     deployment: Deployment, client: openai.OpenAI
 ) -> None:
