@@ -192,12 +192,20 @@ class LocalView:
         if known := self._replicas.get(replica_id):
             known.bookings.pop(request_id, None)
 
+    def _fresh(self, replica_id: str, now_s: float) -> _Replica | None:
+        known = self._replicas.get(replica_id)
+        return None if known is None or now_s - known.seen_at_s > self._ttl_s else known
+
+    def silent(self, replica_ids: Iterable[str], now_s: float) -> int:
+        """Return how many of those replicas have no fresh report."""
+        return sum(self._fresh(replica_id, now_s) is None for replica_id in replica_ids)
+
     def views(self, replica_ids: Iterable[str], now_s: float) -> list[ReplicaView]:
         """Return the views of those replicas whose reports are fresh."""
         views = []
         for replica_id in replica_ids:
-            known = self._replicas.get(replica_id)
-            if known is None or now_s - known.seen_at_s > self._ttl_s:
+            known = self._fresh(replica_id, now_s)
+            if known is None:
                 continue
             bookings = known.bookings_after(now_s - _BOOKING_LIFE_S).values()
             views.append(

@@ -47,6 +47,9 @@ class Routing:
         self._dropped = metrics.Gauge(
             "adakv_routing_reports_dropped", "Messages of the ledger that could not be read"
         )
+        self._silent = metrics.Gauge(
+            "adakv_routing_silent_replicas", "Running replicas without a fresh report"
+        )
         self._subscription: LedgerSubscription | None = None
         self._kept: list[KeptTask] = []
 
@@ -99,6 +102,7 @@ class Routing:
             return None
         began_s = time.monotonic()
         decision = self._chooser.choose(request_id, replica_ids, footprint, began_s)
+        self._silent.set(self._chooser.view.silent(replica_ids, began_s))
         if decision is None:
             self._count("no_reports")
         else:

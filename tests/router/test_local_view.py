@@ -236,6 +236,7 @@ class LocalViewMachine(RuleBasedStateMachine):
             assert seen.prefill_tokens == sum(each.prompt_tokens for each in counted)
         fresh = {r for r, at_s in self.reported_s.items() if self.now_s - at_s <= 2.0}
         assert {seen.replica_id for seen in self.view.views("abc", self.now_s)} == fresh
+        assert self.view.silent("abc", self.now_s) == 3 - len(fresh)
         check_local_view(self.view)
 
 

@@ -249,7 +249,7 @@ class Deployment:
 
 def dashboard_metrics() -> set[str]:
     """Those that the shipped dashboard asks for."""
-    dashboard = json.loads((ROOT / "configs" / "grafana" / "adakv.json").read_text())
+    dashboard = json.loads((ROOT / "configs" / "monitoring" / "grafana" / "adakv.json").read_text())
     asked = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
     return set(re.findall(r"ray_[a-z_]+", asked))
 
