@@ -14,8 +14,9 @@ class Command(NamedTuple):
 
 
 _COMMANDS = {
-    "serve": Command("serving.run", "serve a configuration, as `make serve` does"),
+    "serve": Command("serving.start", "serve a configuration, as `make serve` does"),
     "drain": Command("serving.drain", "shut the doors of a running deployment, or open them again"),
+    "configs": Command("adakv.configs", "list the shipped configurations, or copy them to edit"),
     "inspect": Command("router.inspect", "show the memory of every replica"),
     "simulate": Command("router.simulate.__main__", "compare routers in virtual time"),
     "eval": Command("evals.__main__", "measure what compression does to answers"),

@@ -24,6 +24,7 @@ from ray.serve.scripts import run as serve_run
 from serving.cluster_ports import ClusterPorts, PortTaken
 from serving.config_sections import ReplicaConfig
 from serving.drain import drain
+from serving.shipped import CONFIGS
 
 # Longest time from the last answer to the end of Serve, in which doors stay shut.
 _END_S = 60.0
@@ -65,7 +66,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m serving.run", description=(__doc__ or "").split("\n", 1)[1]
     )
-    parser.add_argument("config", type=Path, help="a configuration of `serve run`")
+    parser.add_argument(
+        "config", type=Path, nargs="?", default=CONFIGS / "cluster.yaml",
+        help="a configuration of `serve run`; without it two small replicas on this machine",
+    )  # fmt: skip
     parser.add_argument("-a", "--address", help="of a running Ray cluster; without it one starts")
     args = parser.parse_args()
     config = yaml.safe_load(args.config.read_text())

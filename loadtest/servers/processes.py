@@ -18,9 +18,9 @@ import psutil
 import yaml
 
 from loadtest.servers.ports import free_port
+from serving.shipped import ray_variables
 
 BIN = Path(sys.executable).parent
-RAY_ENV = Path(__file__).parents[2] / "configs" / "ray.env"
 STOP_TIMEOUT_S = 90
 # First ports of the ranges from which clusters give their ingresses ports.
 _INGRESS_PORTS = range(10000, 20000, 20)
@@ -164,14 +164,8 @@ def ray_environment() -> dict[str, str]:
     Several clusters of a machine share Serve's ports without a word, and each other's requests.
     """
     first = free_port(_INGRESS_PORTS)
-    path = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    shell = ["env", "-i", f"PATH={path}", "sh", "-c", 'set -a; . "$0"; env -0', str(RAY_ENV)]
-    printed = subprocess.run(
-        shell, cwd=RAY_ENV.parents[1], capture_output=True, check=True, text=True
-    ).stdout
-    variables = dict(line.split("=", 1) for line in printed.split("\0") if line)
     return {
-        **{name: value for name, value in variables.items() if name.startswith(("RAY_", "ADAKV_"))},
+        **ray_variables(os.environ.get("PATH", os.defpath)),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),

@@ -20,6 +20,7 @@ import yaml
 
 from loadtest.servers.ports import free_port
 from loadtest.servers.processes import ray_environment
+from tests.installed import build_wheel, install, outside
 from tests.system.deployment import MODEL, ROOT
 from tests.waiting import eventually
 
@@ -29,7 +30,11 @@ pytestmark = pytest.mark.slow
 class Running:
     """One engine behind `python -m serving.run`, which has started Ray itself."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adakv: Path | None = None) -> None:
+        """
+        Args:
+            adakv: the program of an installed wheel, to run in place of the checkout.
+        """
         http_port = free_port()
         self.base_url = f"http://127.0.0.1:{http_port}"
         config = yaml.safe_load((ROOT / "configs" / "cluster.yaml").read_text())
@@ -42,14 +47,19 @@ class Running:
         (folder / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{free_port()}")
         path = folder / "cluster.yaml"
         path.write_text(yaml.safe_dump(config))
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         # Other clusters of this machine are of no concern.
-        environment |= {**ray_environment(), "RAY_TMPDIR": str(folder)}
+        environment = {**outside(), **ray_environment(), "RAY_TMPDIR": str(folder)}
+        command = [sys.executable, "-m", "serving.run", str(path)]
+        if adakv is not None:
+            # It sets the rest itself.
+            ports = {name: one for name, one in ray_environment().items() if name.endswith("_PORT")}
+            environment = {**outside(), **ports, "RAY_TMPDIR": str(folder)}
+            command = [str(adakv), "serve", str(path)]
         self.log = folder / "log"
         with self.log.open("wb") as log:
             self.process = psutil.Popen(
-                [sys.executable, "-m", "serving.run", str(path)],
-                cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                command, cwd=ROOT if adakv is None else folder, env=environment,
+                stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True, preexec_fn=_heed_ctrl_c,
             )  # fmt: skip
         self.family: list[psutil.Process] = []
@@ -109,10 +119,10 @@ def _heed_ctrl_c() -> None:
 
 
 @contextmanager
-def running() -> Iterator[Running]:
+def running(adakv: Path | None = None) -> Iterator[Running]:
     # Unix sockets below it allow only a short path.
     with tempfile.TemporaryDirectory(prefix="akv", dir="/tmp", ignore_cleanup_errors=True) as name:
-        one = Running(Path(name))
+        one = Running(Path(name), adakv)
         try:
             one.start()
             yield one
@@ -129,8 +139,11 @@ def _at_work(one: Running, pool: ThreadPoolExecutor, tokens: int) -> "Future[str
     return answer
 
 
-def test_ctrl_c_lets_a_stream_finish_and_refuses_others() -> None:
-    with running() as one, ThreadPoolExecutor(1) as pool:
+def test_ctrl_c_lets_a_stream_of_an_installed_wheel_finish_and_refuses_others(
+    tmp_path: Path,
+) -> None:
+    programs = install(build_wheel(tmp_path), tmp_path / "venv")
+    with running(programs / "adakv") as one, ThreadPoolExecutor(1) as pool:
         answer = _at_work(one, pool, 500)
         # A terminal sends it to the whole process group.
         os.killpg(one.process.pid, signal.SIGINT)
