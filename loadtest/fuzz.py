@@ -12,6 +12,7 @@ waiting requests stay afterwards; where a plain greedy request is then answered 
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -30,6 +31,7 @@ from loadtest.servers.fleet import changed, lives, wait_until_idle
 from loadtest.servers.occupancy import OccupancyWatch, occupancy_watch
 from loadtest.servers.ports import free_port
 from loadtest.servers.processes import serve_run
+from loadtest.servers.progress import waiting
 
 _CONFIG = Path(__file__).parents[1] / "configs" / "cluster.yaml"
 # Shorter than a block: no cached prefix changes how it is computed.
@@ -217,8 +219,14 @@ def main(argv: list[str] | None = None) -> int:
         numbers, on_done = range(args.only, args.only + 1), _print
     if args.minutes is not None:
         numbers = _for_minutes(numbers, args.minutes)
-    with _deployed(args) as deployed:
-        found = fuzz(deployed, args.seed, numbers, args.concurrency, args.limit_s, on_done)
+    with _deployed(args) as deployed, waiting("odd requests", args.requests) as tell:
+        done = itertools.count(1)
+
+        def count(judged: Judged) -> None:
+            tell(next(done), "")
+            on_done(judged)
+
+        found = fuzz(deployed, args.seed, numbers, args.concurrency, args.limit_s, count)
     print("\n".join(found.lines()))
     if args.json:
         args.json.write_text(json.dumps(found.as_json(), indent=2) + "\n")

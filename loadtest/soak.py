@@ -13,7 +13,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from loadtest.servers.fleet import changed, lives, wait_until_idle
 from loadtest.servers.occupancy import OccupancyWatch, occupancy_watch
 from loadtest.servers.ports import free_port
 from loadtest.servers.processes import serve_run
+from loadtest.servers.progress import waiting
 from loadtest.servers.twins import twins_config
 from loadtest.soaking.load import MixedLoad, mixed_sessions
 from loadtest.soaking.samples import Name, Samples, table
@@ -84,11 +85,14 @@ async def soak(url: str, store_url: str, application: str, args: argparse.Namesp
         while len(watch.latest) < 2:
             await asyncio.sleep(0.1)
         engines, first_look = lives(watch.latest), len(watch.looks)
-        sampling = asyncio.create_task(_sample(samples, watch, args.every_s))
-        try:
-            await load.run(args.users, seconds)
-        finally:
-            sampling.cancel()
+        with waiting(f"load of {args.hours:g} hours", seconds) as tell:
+            sampling = asyncio.create_task(
+                _sample(samples, watch, args.every_s, lambda at_s: tell(at_s, f"{load.outcomes}"))
+            )
+            try:
+                await load.run(args.users, seconds)
+            finally:
+                sampling.cancel()
         wrong = [
             await wait_until_idle(watch, len(engines), _IDLE_S),
             changed(engines, watch.looks[first_look:]),
@@ -102,12 +106,15 @@ async def soak(url: str, store_url: str, application: str, args: argparse.Namesp
     )
 
 
-async def _sample(samples: Samples, watch: OccupancyWatch, every_s: float) -> None:
+async def _sample(
+    samples: Samples, watch: OccupancyWatch, every_s: float, tell: Callable[[float], None]
+) -> None:
     began = time.monotonic()
     while True:
         look = watch.looks[-1] if watch.looks else None
         # Reading a hundred processes takes a while.
         await asyncio.to_thread(samples.take, time.monotonic() - began, look)
+        tell(time.monotonic() - began)
         await asyncio.sleep(every_s)
 
 

@@ -18,6 +18,7 @@ import psutil
 import yaml
 
 from loadtest.servers.ports import free_port
+from loadtest.servers.progress import waiting
 from serving.shipped import ray_variables
 
 BIN = Path(sys.executable).parent
@@ -120,7 +121,8 @@ def serve_run(
             environment["RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION"] = _objects_share(shm_bytes)
         with started(command, environment, log_path) as process:
             base_url = f"http://127.0.0.1:{http_port}{_route_prefix(config)}"
-            wait_until_healthy(base_url, process, log_path)
+            with waiting(f"starting the deployment, log in {log_path}"):
+                wait_until_healthy(base_url, process, log_path)
             yield base_url
 
 

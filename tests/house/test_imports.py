@@ -81,7 +81,7 @@ ROOMS = {
         "httpx psutil redis",
     ),
     "loadtest.fuzzing": May(""),
-    "loadtest.servers": May("", "httpx psutil yaml"),
+    "loadtest.servers": May("", "httpx psutil rich yaml"),
     "loadtest.shapes": May("loadtest.traffic", "locust"),
     "loadtest.soaking": May("loadtest.client loadtest.servers loadtest.traffic", "httpx psutil"),
     "loadtest.traffic": May("loadtest.client", "pydantic"),
