@@ -13,7 +13,9 @@ import pytest
 from tests.house.sources import ROOT, modules, tree
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-_FOLDERS = "adakv_worker|configs|docs|evals|examples|kernels|loadtest|router|scripts|serving|tests"
+_FOLDERS = (
+    "adakv_worker|configs|deploy|docs|evals|examples|kernels|loadtest|router|scripts|serving|tests"
+)
 _PATH = re.compile(rf"`((?:{_FOLDERS})/[\w./-]*)`")
 _LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)")
 _COMMAND = re.compile(r"python3? -m ((?:adakv_worker|evals|kernels|loadtest|router|serving)[\w.]*)")
