@@ -88,8 +88,6 @@ def configured_facts(config: AppConfig) -> dict[str, Any]:
             "policies": [
                 name for name in policy_names() if name != "full" or compression.allow_full
             ],
-            "budget_tokens": compression.budget_tokens,
-            "keep_ratio": compression.keep_ratio,
             "min_budget_tokens": compression.min_budget_tokens,
             "max_budget_tokens": compression.max_budget_tokens,
             "detail": compression.allow_detail,
