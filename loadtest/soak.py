@@ -25,7 +25,7 @@ from loadtest.servers.ports import free_port
 from loadtest.servers.processes import serve_run
 from loadtest.servers.progress import waiting
 from loadtest.servers.twins import twins_config
-from loadtest.soaking.load import MixedLoad, mixed_sessions
+from loadtest.soaking.load import MixedLoad, fill_by_size, mixed_sessions
 from loadtest.soaking.samples import Name, Samples, table
 from loadtest.soaking.slopes import Trend
 from loadtest.traffic.workloads import Sizes
@@ -80,10 +80,13 @@ async def soak(url: str, store_url: str, application: str, args: argparse.Namesp
     ):
         (card,) = (await client.get("/v1/models")).raise_for_status().json()["data"]
         sizes = Sizes(args.prompt_tokens, args.output_tokens)
-        asked = mixed_sessions(_tokenizer(), card["max_model_len"], sizes, args.seed)
+        tokenizer = _tokenizer()
+        asked = mixed_sessions(tokenizer, card["max_model_len"], sizes, args.seed)
         load = MixedLoad(client, card["id"], asked, args.seed)
         while len(watch.latest) < 2:
             await asyncio.sleep(0.1)
+        with waiting("filling what engines keep by size"):
+            await fill_by_size(client, card["id"], tokenizer.vocab_size, args.seed)
         engines, first_look = lives(watch.latest), len(watch.looks)
         with waiting(f"load of {args.hours:g} hours", seconds) as tell:
             sampling = asyncio.create_task(

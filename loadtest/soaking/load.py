@@ -31,6 +31,25 @@ def mixed_sessions(
             yield next(one)
 
 
+async def fill_by_size(
+    client: httpx.AsyncClient, model: str, vocabulary: int, seed: int, most_tokens: int = 400
+) -> None:
+    """Ask for a prompt of each length up to `most_tokens`, one after the other.
+
+    oneDNN keeps a compiled product and its description, a quarter of a MiB, for each of the last
+    numbers of tokens that an engine has computed at once. Under load an engine on a CPU grows for
+    an hour until it keeps as many as it ever does, which a slope would take for a leak.
+
+    Raises:
+        httpx.HTTPError: a prompt gets no answer.
+    """
+    rng = random.Random(seed)
+    for tokens in range(1, most_tokens + 1):
+        prompt = [rng.randrange(vocabulary) for _ in range(tokens)]
+        body = {"model": model, "prompt": prompt, "max_tokens": 1}
+        (await client.post("/v1/completions", json=body)).raise_for_status()
+
+
 class MixedLoad:
     """Users that run one session after the other; `outcomes` counts what became of requests."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import random
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from loadtest.servers.family import role_of
 from loadtest.servers.occupancy import Look
 from loadtest.servers.twins import twins_config
 from loadtest.soak import Soaked
-from loadtest.soaking.load import WORKLOADS, MixedLoad, mixed_sessions
+from loadtest.soaking.load import WORKLOADS, MixedLoad, fill_by_size, mixed_sessions
 from loadtest.soaking.samples import LIMITS, Samples, table
 from loadtest.soaking.slopes import Limit, Sample, Trend, theil_sen, trend
 from loadtest.traffic.workloads import Session, Sizes, Turn
@@ -210,6 +211,21 @@ async def test_a_load_counts_what_an_idle_deployment_would_not_do(
     await load.run(users=1, seconds=0.05)
     assert load.failures == failures
     assert sum(load.outcomes.values()) == len(server.asked) > 0
+
+
+async def test_every_length_is_asked_for_before_the_load() -> None:
+    asked: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content))
+        return httpx.Response(200, json={})
+
+    transport = httpx.MockTransport(answer)
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine") as client:
+        await fill_by_size(client, "model", 1000, seed=0, most_tokens=20)
+    assert [len(body["prompt"]) for body in asked] == list(range(1, 21))
+    # None begins as another one does, so that no prefix is cached.
+    assert len({body["prompt"][0] for body in asked}) > 15
 
 
 async def test_some_clients_leave() -> None:
