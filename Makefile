@@ -6,7 +6,7 @@ ACCELERATOR ?= auto
 PYTHON ?= python3
 export VENV ACCELERATOR PYTHON
 
-.PHONY: help serve monitoring install check test test-fast test-rest test-all drawings
+.PHONY: help serve monitoring install check test test-fast test-rest test-all docs drawings
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
@@ -41,6 +41,10 @@ test-rest:  ## the slow tests
 test-all:  ## all tests
 	@scripts/install loadtest,dev
 	@scripts/test all $(PYTEST_ARGS)
+
+docs:  ## the documents as a site, in build/site
+	@scripts/install loadtest,docs
+	@$(VENV)/bin/python scripts/site
 
 drawings:  ## draw the SVG files of docs/drawings
 	@python3 scripts/drawings

@@ -36,7 +36,7 @@ def test_links_lead_somewhere(path: Path) -> None:
     for target, anchor in _LINK.findall(path.read_text()):
         linked = (path.parent / target) if target else path
         assert linked.exists(), target
-        assert not anchor or anchor in _anchors(linked), f"{target}#{anchor}"
+        assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
 
 
 @each_document
@@ -67,9 +67,10 @@ def _entry_points() -> Iterator[str]:
         yield from group.values()
 
 
-def _anchors(path: Path) -> set[str]:
+def anchors(path: Path) -> set[str]:
     """Return the anchors that a forge makes of a document's headings."""
-    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", text.lower()).strip().replace(" ", "-") for text in headings}
 
 
