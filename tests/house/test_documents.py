@@ -1,4 +1,4 @@
-"""What the documents name exists: files, links, commands."""
+"""What the documents name exists: files and links."""
 
 import ast
 import re
@@ -18,7 +18,6 @@ _FOLDERS = (
 )
 _PATH = re.compile(rf"`((?:{_FOLDERS})/[\w./-]*)`")
 _LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]*))?\)")
-_COMMAND = re.compile(r"python3? -m ((?:adakv_worker|evals|kernels|loadtest|router|serving)[\w.]*)")
 
 _ROW = re.compile(r"^\| `(\w+\.py)` \|", re.MULTILINE)
 
@@ -37,12 +36,6 @@ def test_links_lead_somewhere(path: Path) -> None:
         linked = (path.parent / target) if target else path
         assert linked.exists(), target
         assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
-
-
-@each_document
-def test_commands_in_a_document_exist(path: Path) -> None:
-    for name in _COMMAND.findall(path.read_text()):
-        assert name in modules() or f"{name}.__main__" in modules(), name
 
 
 def test_the_structure_page_lists_the_files_of_each_folder() -> None:
