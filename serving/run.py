@@ -25,6 +25,7 @@ from serving.cluster_ports import ClusterPorts, PortTaken
 from serving.config_sections import ReplicaConfig
 from serving.drain import drain
 from serving.shipped import CONFIGS
+from serving.start_report import StartReport
 
 # Longest time from the last answer to the end of Serve, in which doors stay shut.
 _END_S = 60.0
@@ -34,6 +35,10 @@ _CONNECT_S = 5.0
 
 class ClusterGone(Exception):
     """There is no Ray cluster where there should be one."""
+
+
+class NoConfiguration(Exception):
+    """The file that is to be served has no configuration."""
 
 
 def grace_s(config: dict[str, Any]) -> float:
@@ -72,15 +77,36 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("-a", "--address", help="of a running Ray cluster; without it one starts")
     args = parser.parse_args()
-    config = yaml.safe_load(args.config.read_text())
     try:
+        config = _read(args.config)
         address = _living_cluster(args.address) or "local"
         with _own_ports(config, address):
-            _run(args.config, grace_s(config), address)
-    except (PortTaken, ClusterGone) as error:
+            _run(args.config, config, address)
+    except (PortTaken, ClusterGone, NoConfiguration) as error:
         print(f"{args.config}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a configuration of `serve run`.
+
+    Raises:
+        NoConfiguration: the file cannot be read, or has something else.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise NoConfiguration(error.strerror) from error
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise NoConfiguration(f"no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise NoConfiguration("no configuration of `serve run`; configs/cluster.yaml is one")
+    return config
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _living_cluster(address: str | None) -> str | None:
@@ -98,7 +124,7 @@ def _living_cluster(address: str | None) -> str | None:
         return found
     if address is not None or os.environ.get("RAY_ADDRESS"):
         raise ClusterGone(f"no Ray cluster answers at {found}")
-    print(f"the Ray cluster that ran here last, at {found}, is gone: starting another", flush=True)
+    _say(f"the Ray cluster that ran here last, at {found}, is gone: starting another")
     return None
 
 
@@ -125,18 +151,23 @@ def _own_ports(config: dict[str, Any], address: str) -> Iterator[None]:
         os.environ.update(ports.variables)
         if ports.unusual:
             listed = " ".join(map("=".join, ports.unusual.items()))
-            print(f"Serve's usual ports are in use: {listed}", flush=True)
+            _say(f"Serve's usual ports are in use: {listed}")
         yield
 
 
-def _run(config: Path, limit_s: float, address: str) -> None:
+def _run(path: Path, config: dict[str, Any], address: str) -> None:
     """Serve until the first signal to stop, and let running requests finish."""
-    command = ["--address", address, "--non-blocking", str(config)]
+    limit_s = grace_s(config)
+    command = ["--address", address, "--non-blocking", str(path)]
+    _say("starting Ray" if address == "local" else f"joining the Ray cluster at {address}")
     serve_run.main(command, standalone_mode=False)
+    report = StartReport(config, lambda: serve.status().applications, _say)
+    report.follow()
     _wait_for_signal()
-    print(f"stopping: running requests have {limit_s:g} s; once more to stop at once", flush=True)
+    report.stop()
+    _say(f"stopping: running requests have {limit_s:g} s; once more to stop at once")
     with contextlib.suppress(KeyboardInterrupt):
-        drain(limit_s, _END_S, cut=True, tell=lambda line: print(line, flush=True))
+        drain(limit_s, _END_S, cut=True, tell=_say)
     serve.shutdown()  # type: ignore[no-untyped-call]
 
 
