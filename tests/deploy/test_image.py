@@ -73,7 +73,7 @@ def test_the_image_gets_the_packages_that_serve_and_no_others() -> None:
     assert kept & set(PACKAGES) == set(PACKAGES) - {"evals", "loadtest"}
     assert all((ROOT / path).exists() for path in kept)
     needed = {"configs", "constraints.txt", "pyproject.toml", "README.md", "LICENSE"}
-    assert kept - set(PACKAGES) == needed | {"scripts/install"}
+    assert kept - set(PACKAGES) == needed | {"scripts/install", "scripts/step"}
 
 
 def test_what_the_image_gets_imports_nothing_that_it_lacks() -> None:
@@ -81,19 +81,6 @@ def test_what_the_image_gets_imports_nothing_that_it_lacks() -> None:
     for module in modules():
         if module.split(".")[0] not in lacking:
             assert not {name.split(".")[0] for name in our_imports(module)} & lacking, module
-
-
-def test_an_empty_list_of_extras_serves_alone() -> None:
-    (line,) = [
-        line for line in (ROOT / "scripts" / "install").read_text().splitlines() if " -e " in line
-    ]
-    shown = line.replace("pip install", "printf '%s '", 1)
-    for extras, wanted in (("", ".[cpu]"), ("loadtest,dev", ".[cpu,loadtest,dev]")):
-        done = subprocess.run(
-            ["bash", "-c", f"accelerator=cpu extras={extras}\n{shown}"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        assert done.stdout.split()[-1] == wanted
 
 
 def test_hadolint_finds_nothing() -> None:

@@ -156,6 +156,12 @@ def test_torch_comes_from_its_own_index_where_the_usual_one_has_no_build(machine
     assert second == f"{first} --extra-index-url https://download.pytorch.org/whl/cpu"
 
 
+@pytest.mark.parametrize(("extras", "asked"), [("", ".[cpu]"), ("dev,docs", ".[cpu,dev,docs]")])
+def test_extras_are_added_to_what_serves(machine: Machine, extras: str, asked: str) -> None:
+    assert machine.install(extras).status == 0
+    assert [call for call in machine.pip_calls() if call.endswith(f"-e {asked}")]
+
+
 def test_a_gpu_gets_the_build_for_it(machine: Machine) -> None:
     machine.add("nvidia-smi", "#!/bin/bash\necho 'GPU 0: NVIDIA H100'\n")
     assert machine.install().last_line == "==> .venv is ready (gpu, loadtest)"
@@ -254,6 +260,19 @@ def test_packages_that_were_half_installed_are_installed_again(machine: Machine)
     (packages / "whole-1.dist-info" / "RECORD").touch()
     works(machine.install("loadtest,dev"))
     assert [path.name for path in packages.iterdir()] == ["whole-1.dist-info"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "ready"),
+    [("dev", True), ("", True), ("browser,loadtest", True), ("loadtest,load", False)],
+)
+def test_what_has_more_than_is_asked_for_is_ready(
+    machine: Machine, asked: str, ready: bool
+) -> None:
+    works(machine.install("loadtest,dev,browser"))
+    machine.pip_calls()
+    assert machine.install(asked).status == 0
+    assert machine.has_called_pip() is not ready
 
 
 def test_what_an_interrupted_change_leaves_does_not_count_as_ready(machine: Machine) -> None:
