@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import torch
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner as CPUModelRunnerV2
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -17,6 +18,7 @@ from adakv_worker.stored_dtypes import page_cache_dtype, stored_dtype
 from adakv_worker.worker.base import AdaKVRunner, AdaKVWorkerMixin, KVMemory
 from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
 from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
+from adakv_worker.worker.unused_memory import UnusedMemory
 from kernels.paging.host_tables import HostTables
 from kernels.paging.layout import PageLayout
 from kernels.paging.paged_cache import clear_pages
@@ -83,7 +85,15 @@ class AdaKVCPUModelRunnerV2(LayersOutermost, AdaKVRunnerV2, CPUModelRunnerV2):
 class AdaKVCPUWorker(AdaKVWorkerMixin, CPUWorker):
     """vLLM's CPU worker with compression."""
 
+    _unused_memory: UnusedMemory
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        output = super().execute_model(scheduler_output)
+        self._unused_memory.give_back()
+        return output
+
     def init_device(self) -> None:
+        self._unused_memory = UnusedMemory()
         compresses = compression_config(self.vllm_config.additional_config) is not None
         if compresses:
             refuse_unsupported(self.vllm_config)
