@@ -57,7 +57,7 @@ UPSTREAM_NAMES = {
             "_warmup_and_capture sample_tokens"
         ),
         "vllm.v1.worker.gpu_worker.Worker": (
-            "_make_model_runner compile_or_warm_up_model init_device"
+            "_make_model_runner compile_or_warm_up_model execute_model init_device"
         ),
         "vllm.v1.worker.worker_base.WorkerBase": (
             "execute_model get_supported_kv_cache_layouts sample_tokens"
