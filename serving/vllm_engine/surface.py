@@ -15,6 +15,8 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.responses import Response
+from vllm.entrypoints.serve.exception_handling.handlers.vllm_error import vllm_error_handler
+from vllm.exceptions import VLLMValidationError
 
 from serving.http.held_start import HeldStart
 from serving.http.openai_error import error_body
@@ -44,6 +46,7 @@ def mend_surface(app: FastAPI, on_answer: Callable[[Info], None]) -> None:
     exceptions.add_exception_handler(NotImplementedError, _unsupported)
     for kind in _OF_WRONG_TYPES:
         exceptions.add_exception_handler(kind, _wrong_type)
+    exceptions.add_exception_handler(VLLMValidationError, _invalid)
     exceptions.app = HeldStart(exceptions.app)
     metrics = _in_stack(app, PrometheusInstrumentatorMiddleware)
     metrics.instrumentations = [*metrics.instrumentations, on_answer]
@@ -82,6 +85,17 @@ async def _wrong_type(_: Any, error: Exception) -> Response:
     problem = f"a field of the request has a value of a wrong type: {error}"
     body = error_body(400, problem, type_="BadRequestError")
     return Response(body, 400, media_type="application/json")
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, VLLMValidationError)
+    if (error.parameter, error.value) == ("max_tokens", 0):
+        # A prompt as long as the context leaves no token for the answer, whatever was asked for.
+        limit = request.app.state.openai_serving_models.model_config.max_model_len
+        problem = f"{error.args[0]} Prompt and answer together have at most {limit} tokens."
+        error = VLLMValidationError(problem, parameter=error.parameter, value=error.value)
+    answer: Response = await vllm_error_handler(request, error)
+    return answer
 
 
 async def _unsupported(_: Any, error: Exception) -> Response:

@@ -166,6 +166,16 @@ def test_a_bad_request_is_an_openai_error(deployment: Deployment, name: str, str
     assert_error(deployment.post("/v1/chat/completions", {**body, "stream": stream}), status)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_as_long_as_the_context_is_refused_with_the_limit(
+    deployment: Deployment, stream: bool
+) -> None:
+    body = {"model": MODEL, "prompt": [17] * 8192, "max_tokens": 1, "stream": stream}
+    refused = deployment.post("/v1/completions", body)
+    assert_error(refused, 400)
+    assert "8192" in refused.json()["error"]["message"]
+
+
 def test_other_refusals_are_openai_errors_too(deployment: Deployment) -> None:
     path = "/v1/chat/completions"
     headers = {"authorization": f"Bearer {API_KEY}", "content-type": "application/json"}
