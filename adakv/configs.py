@@ -18,8 +18,8 @@ def main() -> int:
         return 0
     try:
         shutil.copytree(CONFIGS, folder)
-    except FileExistsError:
-        print(f"{folder} is there already: name a new folder", file=sys.stderr)
+    except OSError as error:
+        print(f"{folder}: {error.strerror or error}: name a new folder", file=sys.stderr)
         return 1
     print(f"adakv serve {folder / 'cluster.yaml'}")
     return 0

@@ -85,7 +85,7 @@ def _limits(limits: KeyLimitsConfig) -> Limits:
 
 
 def _of_engines(config: AppConfig) -> AppConfig:
-    """Return what engines read, without what is secret of the ingress."""
+    """Return the configuration without the sections that only ingresses read."""
     return config.model_copy(update={"ingress": IngressConfig(), "auth": AuthConfig()})
 
 

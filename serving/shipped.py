@@ -15,6 +15,9 @@ def ray_variables(path: str) -> dict[str, str]:
 
     Args:
         path: `PATH` of the cluster; this environment's programs come before it.
+
+    Raises:
+        subprocess.CalledProcessError: the shell cannot run `ray.env`.
     """
     path = f"{Path(sys.executable).parent}:{path}"
     shell = ["env", "-i", f"PATH={path}", "sh", "-c", 'set -a; . "$0"; env -0', "configs/ray.env"]

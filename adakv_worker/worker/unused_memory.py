@@ -12,9 +12,9 @@ class UnusedMemory:
 
     An engine on a CPU allocates tensors of changing sizes between small things that stay, such as
     oneDNN's compiled products. The holes are too small for the next tensors, so that the heap, and
-    with it the process, grows for hours: of 1,120 MiB after 100 minutes 318 were holes.
+    with it the process, grows for hours. After 100 minutes 318 of 1,120 MiB were holes.
 
-    Giving 600 MiB back took 60 ms here, and each page that is used again costs a fault.
+    Giving 600 MiB back took 60 ms on a small machine. Each page that is used again costs a fault.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

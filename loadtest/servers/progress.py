@@ -24,7 +24,7 @@ def waiting(what: str, total: float | None = None) -> Iterator[Tell]:
     """Say for the duration of the block that a program waits.
 
     Args:
-        total: what is done at the end, in any unit; None where nobody knows.
+        total: how much is done at the end, in any unit; None if that is not known.
     """
     began = time.monotonic()
     shown = _on_terminal if sys.stderr.isatty() else _in_lines

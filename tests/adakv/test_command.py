@@ -47,6 +47,14 @@ def test_a_command_gets_its_arguments_and_shows_its_own_help() -> None:
     assert "--watch" in done.stdout
 
 
+def test_copies_of_configurations_overwrite_nothing(tmp_path: Path) -> None:
+    mine = tmp_path / "cluster.yaml"
+    mine.write_text("mine")
+    done = adakv("configs", str(tmp_path))
+    assert (done.returncode, mine.read_text()) == (1, "mine")
+    assert done.stderr.splitlines() == [f"{tmp_path}: File exists: name a new folder"]
+
+
 def test_the_doctor_finds_a_busy_port_and_a_wrong_setting(tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
     with socket.socket() as busy, socket.socket() as other:

@@ -26,7 +26,7 @@ from tests.deploy.charts import (
 )
 from tests.house.sources import ROOT
 
-# Of the table in docs/multinode.md, besides those that the kernel chooses.
+# The table in docs/multinode.md lists these ports. The kernel chooses the others.
 PORTS_BETWEEN_NODES = {(6379, 6381), (8000, 8000), (8500, 8500), (10002, 10999), (30000, 31000)}
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
