@@ -1,19 +1,16 @@
 """`python -m serving.run CONFIG`: `serve run`, which at its end lets running requests finish.
 
 SIGTERM and Ctrl-C shut the doors and wait for `replica.graceful_shutdown_timeout_s` at most; what
-is left then ends with an error. A second signal ends everything at once.
+is left then ends with an error. A signal a second later, or more, ends everything at once.
 """
 
 import argparse
 import contextlib
 import os
-import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
@@ -26,6 +23,7 @@ from serving.config_sections import ReplicaConfig
 from serving.drain import drain
 from serving.shipped import CONFIGS
 from serving.start_report import StartReport
+from serving.stop_signals import StopSignals
 
 # Longest time from the last answer to the end of Serve, in which doors stay shut.
 _END_S = 60.0
@@ -50,21 +48,6 @@ def grace_s(config: dict[str, Any]) -> float:
     name = "graceful_shutdown_timeout_s"
     default = ReplicaConfig().graceful_shutdown_timeout_s
     return max((float(replica.get(name, default)) for replica in replicas), default=default)
-
-
-def _wait_for_signal() -> None:
-    """Return at the first signal to stop. The next ones raise KeyboardInterrupt."""
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, on_signal)
-    while not stop.wait(1.0):
-        pass
 
 
 def main() -> int:
@@ -163,7 +146,7 @@ def _run(path: Path, config: dict[str, Any], address: str) -> None:
     serve_run.main(command, standalone_mode=False)
     report = StartReport(config, lambda: serve.status().applications, _say)
     report.follow()
-    _wait_for_signal()
+    StopSignals().wait()
     report.stop()
     _say(f"stopping: running requests have {limit_s:g} s; once more to stop at once")
     with contextlib.suppress(KeyboardInterrupt):

@@ -71,7 +71,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def _end_while_it_answers(url: str, process: psutil.Popen) -> None:
-    """Send SIGTERM, as supervisors do to a service's processes; the answer is whole."""
+    """Send SIGTERM, as supervisors do to a service's processes; the answer is whole.
+
+    `make` passes it on, so that its child gets it twice.
+    """
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
     stream = client.completions.create(
         model="mine", prompt="Once", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
