@@ -31,6 +31,7 @@ from serving.http.key_limits import Limits
 from serving.http.tracing import carried, span, start_tracing
 from serving.ingress.cluster_doors import refuse_tls_options, warn_of_open_cluster
 from serving.ingress.cors import with_cors
+from serving.ingress.departure import Departure
 from serving.ingress.fleet_page import with_fleet_page
 from serving.ingress.footprints import (
     FootprintPredictor,
@@ -200,7 +201,9 @@ class Ingress:
             doors=lambda: serve.get_replica_context().world_size,
         )  # fmt: skip
         app = with_fleet_page(self._door, self._door, self._config, self._routing, self._tasks)
-        return with_cors(app, self._config.server)
+        departure = Departure(self._config.replica.graceful_shutdown_timeout_s, logger)
+        self._tasks.keep("departure", lambda: departure.end_at_limit(self._door.draining))
+        return departure.noting_address(with_cors(app, self._config.server))
 
     async def drain(self, refuse_s: float) -> list[Running]:
         """Refuse new requests for so long from now on; return those that run."""

@@ -1,4 +1,7 @@
-"""A replica that is removed: its requests and its sessions go on at the one that stays."""
+"""A replica that is removed: its requests and its sessions go on at the one that stays.
+
+What an ingress cannot finish in time ends with an error.
+"""
 
 import re
 import threading
@@ -16,9 +19,20 @@ from tests.waiting import eventually
 pytestmark = pytest.mark.slow
 
 
+# Less than an answer of 4,000 tokens takes, and enough for four requests to move.
+LIMIT_S = 40
+
+
+def _config(http_port: int, store_port: int) -> dict[str, Any]:
+    config = twins_config(http_port, store_port)
+    replica = config["applications"][0]["args"]["replica"]
+    replica["graceful_shutdown_timeout_s"] = LIMIT_S
+    return config
+
+
 @pytest.fixture(scope="module")
 def twins() -> Iterator[Deployment]:
-    with deployed(config=twins_config) as deployment:
+    with deployed(config=_config) as deployment:
         yield deployment
 
 
@@ -106,3 +120,32 @@ def test_requests_leave_a_replica_that_is_removed_and_no_client_notices(
     eventually(lambda: names <= twins.metric_names(), 30, f"what tells of sessions, {names}")
     assert any(replica not in twins.occupancy() for replica, _ in before)
     assert answers == [{answer} for answer in ask_many(twins, numbers, tokens=tokens)]
+
+
+def _retry_later(config: dict[str, Any]) -> None:
+    config["applications"][0]["args"]["ingress"]["retry_after_s"] = 2
+
+
+def test_a_stream_longer_than_a_redeployment_allows_ends_with_an_error_event(
+    twins: Deployment,
+) -> None:
+    begun = threading.Event()
+
+    def read() -> str | None:
+        """Return the finish reason."""
+        stream: Any = twins.client(timeout=300).completions.create(
+            model=MODEL, prompt="Once", max_tokens=4000, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        reason = None
+        for chunk in stream:
+            begun.set()
+            reason = chunk.choices[0].finish_reason
+        return reason
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(read)
+        assert begun.wait(120)
+        twins.reconfigure(_retry_later)
+        with pytest.raises(openai.APIError, match="the server takes no more requests"):
+            pytest.fail(f"it ended with {answer.result(timeout=300)}")

@@ -1,0 +1,63 @@
+"""The end of an ingress replica that Serve removes: streams left at its limit get an error event.
+
+Serve tells a replica's code nothing of its removal, and kills it at the limit. Whoever asks the
+replica's own HTTP port for its health, as HAProxy does, is told "DRAINING" for some seconds.
+"""
+
+import asyncio
+import logging
+
+import httpx
+
+from serving.http.asgi import ASGIApp, Receive, Scope, Send
+from serving.http.draining import Draining
+
+# Shorter than RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S: after that the port is shut.
+_LOOK_S = 2.0
+
+
+class Departure:
+    """Watches whether Serve removes this replica, and then ends at a limit what still runs."""
+
+    def __init__(self, limit_s: float, logger: logging.Logger, look_s: float = _LOOK_S) -> None:
+        """
+        Args:
+            limit_s: time from a replica's removal to the end of its requests.
+            look_s: between two questions for its health.
+        """
+        self._limit_s = limit_s
+        self._logger = logger
+        self._look_s = look_s
+        # That of this replica, once a request has come.
+        self._url: str | None = None
+
+    def noting_address(self, app: ASGIApp) -> ASGIApp:
+        """Return an app that does the same, and whose requests tell the replica's address."""
+
+        async def call(scope: Scope, receive: Receive, send: Send) -> None:
+            if self._url is None and (server := scope.get("server")) and server[1]:
+                host = f"[{server[0]}]" if ":" in server[0] else server[0]
+                self._url = f"{scope.get('scheme', 'http')}://{host}:{server[1]}"
+            await app(scope, receive, send)
+
+        return call
+
+    async def end_at_limit(self, draining: Draining) -> None:
+        """Wait for this replica's removal, and end its requests at the limit."""
+        async with httpx.AsyncClient(timeout=self._look_s, trust_env=False) as client:
+            while not await self._is_removed(client):
+                await asyncio.sleep(self._look_s)
+        await asyncio.sleep(self._limit_s)
+        if left := draining.running():
+            self._logger.warning("removed with %d requests left, which end now", len(left))
+        draining.cut_all()
+
+    async def _is_removed(self, client: httpx.AsyncClient) -> bool:
+        if self._url is None:
+            return False
+        try:
+            answer = await client.get(f"{self._url}/-/healthz")
+        except httpx.HTTPError:
+            return False
+        # Serve's own proxy has other words for the removal of its node.
+        return answer.status_code == 503 and answer.text == "DRAINING"

@@ -1,0 +1,92 @@
+"""An ingress that Serve removes ends at a limit what still runs."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from serving.http.asgi import Receive, Scope, Send
+from serving.http.draining import Draining
+from serving.ingress.departure import Departure
+
+
+class Replica:
+    """The HTTP port of a replica, which tells its health as Serve's do."""
+
+    def __init__(self) -> None:
+        self.answers = [(200, "success")]
+        # One for each question.
+        self.asked = asyncio.Semaphore(0)
+
+    @contextlib.asynccontextmanager
+    async def listening(self) -> AsyncIterator[int]:
+        server = await asyncio.start_server(self.answer, "127.0.0.1", 0)
+        async with server:
+            yield server.sockets[0].getsockname()[1]
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                assert head.startswith(b"GET /-/healthz ")
+                status, text = self.answers[0]
+                head = f"HTTP/1.1 {status} X\r\ncontent-length: {len(text)}\r\n\r\n".encode()
+                writer.write(head + text.encode())
+                self.asked.release()
+        writer.close()
+
+
+async def _app(scope: Scope, receive: Receive, send: Send) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def _departing(port: int, draining: Draining) -> Iterator[None]:
+    departure = Departure(limit_s=0.01, logger=logging.getLogger(), look_s=0.01)
+    app = departure.noting_address(_app)
+
+    async def run() -> None:
+        await app({"type": "http", "scheme": "http", "server": ("127.0.0.1", port)}, None, None)  # type: ignore[arg-type]
+        await departure.end_at_limit(draining)
+
+    task = asyncio.create_task(run())
+    yield
+    task.cancel()
+
+
+async def test_a_removed_ingress_ends_what_runs() -> None:
+    replica, draining = Replica(), Draining(lambda: 0.0)
+    async with replica.listening() as port:
+        with draining.note("long"), _departing(port, draining):
+            await replica.asked.acquire()
+            replica.answers = [(503, "DRAINING")]
+            await asyncio.wait_for(draining.cut.wait(), 30)
+
+
+@pytest.mark.parametrize(
+    "answer", [(200, "success"), (503, "UNHEALTHY"), (503, "This node is being drained.")]
+)
+async def test_an_ingress_that_stays_ends_nothing(answer: tuple[int, str]) -> None:
+    replica, draining = Replica(), Draining(lambda: 0.0)
+    replica.answers = [answer]
+    async with replica.listening() as port:
+        with draining.note("long"), _departing(port, draining):
+            cut = draining.cut
+            for _ in range(20):
+                await replica.asked.acquire()
+            assert not cut.is_set()
+
+
+async def test_a_port_that_does_not_answer_ends_nothing() -> None:
+    replica, draining = Replica(), Draining(lambda: 0.0)
+    async with replica.listening() as port:
+        pass
+    with draining.note("long"), _departing(port, draining):
+        cut = draining.cut
+        replica.answers = [(200, "success")]
+        server = await asyncio.start_server(replica.answer, "127.0.0.1", port)
+        async with server:
+            for _ in range(3):
+                await replica.asked.acquire()
+        assert not cut.is_set()
