@@ -7,7 +7,7 @@ replica's own HTTP port for its health, as HAProxy does, is told "DRAINING" for 
 import asyncio
 import logging
 
-import httpx
+import aiohttp
 
 from serving.http.asgi import ASGIApp, Receive, Scope, Send
 from serving.http.draining import Draining
@@ -44,7 +44,7 @@ class Departure:
 
     async def end_at_limit(self, draining: Draining) -> None:
         """Wait for this replica's removal, and end its requests at the limit."""
-        async with httpx.AsyncClient(timeout=self._look_s, trust_env=False) as client:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(self._look_s)) as client:
             while not await self._is_removed(client):
                 await asyncio.sleep(self._look_s)
         await asyncio.sleep(self._limit_s)
@@ -52,12 +52,12 @@ class Departure:
             self._logger.warning("removed with %d requests left, which end now", len(left))
         draining.cut_all()
 
-    async def _is_removed(self, client: httpx.AsyncClient) -> bool:
+    async def _is_removed(self, client: aiohttp.ClientSession) -> bool:
         if self._url is None:
             return False
         try:
-            answer = await client.get(f"{self._url}/-/healthz")
-        except httpx.HTTPError:
+            async with client.get(f"{self._url}/-/healthz") as answer:
+                # Serve's own proxy has other words for the removal of its node.
+                return answer.status == 503 and await answer.text() == "DRAINING"
+        except (aiohttp.ClientError, TimeoutError):
             return False
-        # Serve's own proxy has other words for the removal of its node.
-        return answer.status_code == 503 and answer.text == "DRAINING"

