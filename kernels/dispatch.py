@@ -30,7 +30,11 @@ class Operation(Generic[P, R]):
 
         return register
 
+    def path(self, device_type: str) -> Callable[P, R]:
+        """Return what runs for tensors on a kind of device."""
+        return self._paths.get(device_type, self.reference)
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
         assert isinstance(first, Tensor)
-        return self._paths.get(first.device.type, self.reference)(*args, **kwargs)
+        return self.path(first.device.type)(*args, **kwargs)

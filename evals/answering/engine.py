@@ -1,5 +1,6 @@
 """An engine whose answers are forced and whose own choice of each token is recorded."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from adakv_worker.frontend.validator import bound_by
 from adakv_worker.plugin import engine_args
+from evals.answering.rounding import ROUNDINGS, rounded_pages
 from evals.choice import FULL, Choice, Outcome
 from evals.samples import Sample, Tokens
 
@@ -110,6 +112,7 @@ class ForcedEngine:
         kv_bytes: int | None = None,
         sessions: dict[str, Any] | None = None,
         page_dtype: str = "auto",
+        page_rounding: str | None = None,
         **options: Any,
     ) -> None:
         """Start the engine.
@@ -119,11 +122,16 @@ class ForcedEngine:
             sessions: settings of sessions. The prefix cache is then off: the full cache's requests
                 leave exact prefixes there, which would win.
             page_dtype: how pages of compressed prompts store numbers.
+            page_rounding: a name in `ROUNDINGS`, simulated for all engines of this process until
+                `close`; None for none.
         """
         from vllm import LLM
 
         # Bounds belong to the process; an `LLM` without statistics leaves the last engine's.
         bound_by(None)
+        self._until_close = contextlib.ExitStack()
+        if page_rounding is not None:
+            self._until_close.enter_context(rounded_pages(ROUNDINGS[page_rounding]))
         config = AutoConfig.from_pretrained(model)
         self._llm = LLM(
             model=str(model),
@@ -145,6 +153,7 @@ class ForcedEngine:
         self._count = 0
 
     def close(self) -> None:
+        self._until_close.close()
         self._llm.llm_engine.engine_core.shutdown()
 
     @property

@@ -1,6 +1,7 @@
 """The commands of `python -m evals`, one a file."""
 
 from evals.commands import (
+    bits,
     crosscheck,
     fetch,
     gate,
@@ -18,6 +19,7 @@ COMMANDS: tuple[Command, ...] = (
     published.COMMAND,
     generation.COMMAND,
     report.COMMAND,
+    bits.COMMAND,
     fetch.COMMAND,
     theory.COMMAND,
     turns.COMMAND,

@@ -25,18 +25,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--page-dtype", choices=("auto", "fp8", "fp8_e5m2"), default="auto",
         help="how compressed prompts are stored, in an engine in this process",
     )  # fmt: skip
+    parser.add_argument(
+        "--page-rounding", choices=("int8", "int4"),
+        help="simulate pages of these bits, with a scale for each entry: what stays of a prompt is "
+        "rounded, in pages of full precision",
+    )  # fmt: skip
     add_kv_bytes_option(parser)
 
 
-def check(server: str | None, modes: Iterable[str], page_dtype: str = "auto") -> None:
+def check(
+    server: str | None,
+    modes: Iterable[str],
+    page_dtype: str = "auto",
+    page_rounding: str | None = None,
+) -> None:
     """
     Raises:
         ValueError: the server cannot do a mode, or a package that scores answers is missing.
     """
     if server and "agnostic" in modes:
         raise ValueError("a server compresses a question with its document: only mode aware")
-    if server and page_dtype != "auto":
+    if server and (page_dtype != "auto" or page_rounding is not None):
         raise ValueError("a server has its own page_dtype")
+    if page_dtype != "auto" and page_rounding is not None:
+        raise ValueError("--page-rounding simulates a page_dtype: give one of the two")
     if missing := [name for name in ("rapidfuzz", "rouge") if find_spec(name) is None]:
         raise ValueError(f"no {' and no '.join(missing)}: pip install -e '.[evals]'")
 
@@ -65,4 +77,7 @@ def answering(
     if or_the_models:
         longest = AutoConfig.from_pretrained(model).max_position_embeddings
         context_tokens = min(context_tokens, longest)
-    return ForcedEngine(model, context_tokens, args.kv_bytes, page_dtype=args.page_dtype)
+    return ForcedEngine(
+        model, context_tokens, args.kv_bytes,
+        page_dtype=args.page_dtype, page_rounding=args.page_rounding,
+    )  # fmt: skip

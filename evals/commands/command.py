@@ -41,7 +41,10 @@ def model_name(args: argparse.Namespace) -> str:
     """Return the name under which results of `--model` are written."""
     name = Path(args.model).name if args.model else EMBEDDED_MODEL_NAME
     page_dtype = getattr(args, "page_dtype", "auto")
-    return name if page_dtype == "auto" else f"{name}, {page_dtype} pages"
+    if page_dtype != "auto":
+        return f"{name}, {page_dtype} pages"
+    rounding = getattr(args, "page_rounding", None)
+    return name if rounding is None else f"{name}, simulated {rounding} pages"
 
 
 def run_engine_in_process() -> None:

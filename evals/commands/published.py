@@ -25,7 +25,7 @@ def _run(args: argparse.Namespace) -> int:
     from evals.published.run import run_published
     from evals.run import choices
 
-    asking.check(args.server, [args.mode], args.page_dtype)
+    asking.check(args.server, [args.mode], args.page_dtype, args.page_rounding)
     # All of them: a malformed file is refused before anything is measured.
     if args.longbench:
         questions = list(read_longbench(args.longbench, args.tasks))

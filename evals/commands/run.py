@@ -29,7 +29,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"unknown tasks {', '.join(sorted(unknown))}: known are {', '.join(TASKS)}"
         )
-    asking.check(args.server, args.modes or (), args.page_dtype)
+    asking.check(args.server, args.modes or (), args.page_dtype, args.page_rounding)
     plan = Plan(
         args.tasks or list(TASKS), args.modes or (MODES[:1] if args.server else MODES),
         args.policies, args.budgets, args.ratios, args.document_tokens, args.samples, args.seed,
