@@ -1,11 +1,17 @@
-"""The arms of `loadtest.published`: stock vLLM, stock with an fp8 KV cache, and ours."""
+"""The arms of `loadtest.published`: stock vLLM, stock with an fp8 KV cache, and ours.
+
+Ours may store what they keep in eight bits, where the platform has attention for it.
+"""
 
 from typing import IO, Any, NamedTuple
 
 from loadtest.engines.process import EngineProcess
 
 _SHARES = {"half": 2, "quarter": 4, "eighth": 8, "sixteenth": 16, "64th": 64}
+_EIGHT_BITS = "-fp8"
 ARMS = ("stock", "stock-fp8", "off", *_SHARES)
+# As many entries, in a half or a quarter of the bytes.
+EIGHT_BIT_ARMS = tuple(f"{share}{_EIGHT_BITS}" for share in _SHARES)
 _LEAST_BUDGET = 32
 
 
@@ -32,6 +38,10 @@ def compression_of(arm: str, setup: Setup) -> dict[str, Any] | None:
         return None
     if arm == "off":
         return {"policy": "full"}
+    if arm in EIGHT_BIT_ARMS:
+        as_wide = compression_of(arm.removesuffix(_EIGHT_BITS), setup)
+        assert as_wide is not None
+        return {**as_wide, "page_dtype": "fp8"}
     share = _SHARES[arm]
     if share < 64:
         return {"policy": setup.policy, "budget_tokens": _LEAST_BUDGET, "keep_ratio": 1 / share}
@@ -44,7 +54,7 @@ def compression_of(arm: str, setup: Setup) -> dict[str, Any] | None:
 
 
 def start(arm: str, kv_bytes: int, setup: Setup, log: IO[str]) -> EngineProcess:
-    beside = setup.beside_bytes if arm in _SHARES else 0
+    beside = setup.beside_bytes if arm in (*_SHARES, *EIGHT_BIT_ARMS) else 0
     engine = {**setup.engine, "kv_cache_memory_bytes": kv_bytes - beside}
     if arm == "stock-fp8":
         engine["kv_cache_dtype"] = "fp8"

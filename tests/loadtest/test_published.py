@@ -17,6 +17,14 @@ def test_a_64th_is_bounded_while_decoding() -> None:
     assert compression_of("stock-fp8", setup) is None
 
 
+@pytest.mark.parametrize("arm", ["half", "quarter", "64th"])
+def test_an_arm_of_eight_bits_keeps_as_many_entries(arm: str) -> None:
+    setup = Setup("model", {}, "kv_compress", Load(256, 6000, 500), 0, 1)
+    as_wide = compression_of(arm, setup)
+    assert as_wide is not None
+    assert compression_of(f"{arm}-fp8", setup) == {**as_wide, "page_dtype": "fp8"}
+
+
 def test_the_bound_is_of_stocks_prefills_and_of_both_ways_of_decoding() -> None:
     stock = {
         "elapsed_s": 10.0, "prefill_s": 4.0, "tokens_per_s": 100.0, "decode_tokens_per_s": 200.0,
