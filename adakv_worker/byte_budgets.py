@@ -37,8 +37,9 @@ def in_entries(
     Raises:
         ValueError: `budget_bytes` is less than one entry of each head takes.
     """
-    ratio = page_ratio(model, cache_dtype, config.page_dtype)
-    changes: dict[str, object] = {}
+    ratio = page_ratio(model, cache_dtype, config.chosen_page_dtype)
+    # What it stands for depends on the budgets that go.
+    changes: dict[str, object] = {"page_dtype": config.chosen_page_dtype}
     if config.budget_bytes is not None:
         number = kv_cache_dtype_str_to_dtype(cache_dtype, model).itemsize // ratio
         heads = model.get_num_layers(parallel or ParallelConfig()) * model.get_total_num_kv_heads()
@@ -52,4 +53,4 @@ def in_entries(
     if config.keep_bytes_ratio is not None:
         share = min(1.0, config.keep_bytes_ratio * ratio)
         changes |= {"keep_bytes_ratio": None, "keep_ratio": share}
-    return config.model_copy(update=changes) if changes else config
+    return config.model_copy(update=changes)

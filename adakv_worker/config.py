@@ -13,6 +13,8 @@ CONFIG_KEY = "adakv"
 FULL = "full"
 # Most characters of a request's own text in a message.
 SHOWN_CHARACTERS = 64
+# Of a prompt's entries, as full precision would keep them. Above it exact ones answer better.
+MOST_SHARE_OF_EIGHT_BITS = 0.6
 
 
 def meant_keys(key: str, known: Iterable[str]) -> list[str]:
@@ -112,10 +114,10 @@ class CompressionConfig(Section):
     )
     alpha: float | None = Field(default=None, ge=0.0, le=1.0)
     window_tokens: int | None = Field(default=None, ge=1)
-    page_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8", "int4"] = Field(
+    page_dtype: Literal["auto", "by_bytes", "fp8", "fp8_e4m3", "fp8_e5m2", "int8", "int4"] = Field(
         default="auto",
         description="How pages of compressed prompts store numbers; auto: as the blocks of whole "
-        "prompts",
+        "prompts; by_bytes: as the prompt is answered best from a budget in bytes",
     )
     decode_budget_tokens: int | None = Field(
         default=None,
@@ -172,6 +174,15 @@ class CompressionConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _bytes_for_a_choice_by_bytes(self) -> "CompressionConfig":
+        if self.page_dtype == "by_bytes" and (self.budget_bytes, self.keep_bytes_ratio) == (
+            None,
+            None,
+        ):
+            raise ValueError("page_dtype by_bytes needs budget_bytes or keep_bytes_ratio")
+        return self
+
+    @model_validator(mode="after")
     def _policy_exists(self) -> "CompressionConfig":
         check_policy_name(self.policy)
         if self.policy != FULL:
@@ -181,6 +192,19 @@ class CompressionConfig(Section):
                     self.default_choice, self.decode_budget_tokens, self.decode_interval_tokens
                 )
         return self
+
+    @property
+    def chosen_page_dtype(self) -> str:
+        """Return `page_dtype`, or what it stands for where it is `by_bytes`.
+
+        A budget in bytes is either fewer exact entries or more entries of fewer bits. The more
+        entries answered better where full precision would keep three fifths of them or less
+        (docs/quality.md). A budget without a share is small beside long prompts.
+        """
+        if self.page_dtype != "by_bytes":
+            return self.page_dtype
+        share = self.keep_bytes_ratio or 0.0
+        return "fp8" if share <= MOST_SHARE_OF_EIGHT_BITS else "auto"
 
     @property
     def most_held(self) -> int:

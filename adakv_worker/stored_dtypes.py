@@ -28,9 +28,9 @@ def page_cache_dtype(config: VllmConfig) -> str:
     """Return how pages store numbers, by vLLM's `kv_cache_dtype`."""
     compression = compression_config(config.additional_config)
     cache_dtype = config.cache_config.cache_dtype
-    if compression is None or compression.page_dtype == "auto":
+    if compression is None or compression.chosen_page_dtype == "auto":
         return cache_dtype
-    return compression.page_dtype
+    return compression.chosen_page_dtype
 
 
 def page_ratio(model: ModelConfig, cache_dtype: str, page_dtype: str) -> int:

@@ -258,7 +258,7 @@ def footprint_predictor(config: AppConfig) -> FootprintPredictor:
     renderer = VllmRenderer.of_model(path, name, engine, config.server)
     cache_dtype, ratio = str(engine.get("kv_cache_dtype", "auto")), 1
     if compression is not None:
-        ratio = renderer.page_ratio(cache_dtype, compression.page_dtype)
+        ratio = renderer.page_ratio(cache_dtype, compression.chosen_page_dtype)
         compression = renderer.in_entries(compression, cache_dtype)
     return FootprintPredictor(
         renderer,

@@ -13,6 +13,7 @@ from adakv_worker.config import CompressionConfig
 from adakv_worker.core.plan import make_plan
 from adakv_worker.options import RequestOptions
 from adakv_worker.plugin import engine_args
+from adakv_worker.stored_dtypes import page_cache_dtype
 from tests.adakv_worker.engines import make_tiny_model
 
 # Two layers of two KV heads of 32 numbers, keys and values, of four bytes.
@@ -51,6 +52,30 @@ def test_a_share_of_all_bytes_is_no_more_than_all_entries(model: Path) -> None:
     settings = settings_of(_engine(model, page_dtype="fp8", keep_bytes_ratio=0.5))
     assert settings is not None
     assert settings.keep_ratio == 1.0
+
+
+@pytest.mark.parametrize(
+    ("budget", "stands_for"),
+    [
+        ({"keep_bytes_ratio": 0.25}, "fp8"),
+        ({"keep_bytes_ratio": 0.5, "budget_bytes": 100 * ENTRY_BYTES}, "fp8"),
+        ({"keep_bytes_ratio": 0.75}, "auto"),
+        ({"budget_bytes": 100 * ENTRY_BYTES}, "fp8"),
+    ],
+)
+def test_bits_by_bytes_are_those_that_answered_best(
+    model: Path, budget: dict[str, Any], stands_for: str
+) -> None:
+    chosen, given = (
+        _engine(model, page_dtype=dtype, **budget) for dtype in ("by_bytes", stands_for)
+    )
+    assert settings_of(chosen) == settings_of(given)
+    assert page_cache_dtype(chosen) == page_cache_dtype(given)
+
+
+def test_bits_by_bytes_need_a_budget_in_bytes() -> None:
+    with pytest.raises(ValidationError, match="needs budget_bytes or keep_bytes_ratio"):
+        CompressionConfig(page_dtype="by_bytes")
 
 
 def test_a_budget_below_one_entry_is_refused(model: Path) -> None:
