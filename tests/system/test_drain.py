@@ -147,5 +147,7 @@ def test_a_stream_longer_than_a_redeployment_allows_ends_with_an_error_event(
         answer = pool.submit(read)
         assert begun.wait(120)
         twins.reconfigure(_retry_later)
-        with pytest.raises(openai.APIError, match="the server takes no more requests"):
+        with pytest.raises(openai.APIError) as ended:
             pytest.fail(f"it ended with {answer.result(timeout=300)}")
+    # One that breaks off is an APIConnectionError.
+    assert ended.type is openai.APIError
