@@ -139,6 +139,17 @@ def _at_work(one: Running, pool: ThreadPoolExecutor, tokens: int) -> "Future[str
     return answer
 
 
+@pytest.fixture(scope="module")
+def killed() -> "Iterator[tuple[Running, Future[str]]]":
+    """A deployment whose driver has been killed, and the stream that it was at."""
+    with running() as one, ThreadPoolExecutor(1) as pool:
+        answer = _at_work(one, pool, 4000)
+        one.process.kill()
+        yield one, answer
+
+
+# The processes of the killed one end meanwhile, which takes them a minute.
+@pytest.mark.usefixtures("killed")
 def test_ctrl_c_lets_a_stream_of_an_installed_wheel_finish_and_refuses_others(
     tmp_path: Path,
 ) -> None:
@@ -156,11 +167,9 @@ def test_ctrl_c_lets_a_stream_of_an_installed_wheel_finish_and_refuses_others(
         eventually(lambda: not one.proxy_folder.exists(), 60, "the end of HAProxy's folder")
 
 
-def test_nothing_outlives_a_killed_driver() -> None:
-    with running() as one, ThreadPoolExecutor(1) as pool:
-        answer = _at_work(one, pool, 4000)
-        one.process.kill()
-        # Ray's own agents look for their raylet now and then.
-        assert one.left(180) == []
-        assert answer.result() != "length"
-        eventually(lambda: not one.proxy_folder.exists(), 60, "the end of HAProxy's folder")
+def test_nothing_outlives_a_killed_driver(killed: "tuple[Running, Future[str]]") -> None:
+    one, answer = killed
+    # Ray's own agents look for their raylet now and then.
+    assert one.left(180) == []
+    assert answer.result() != "length"
+    eventually(lambda: not one.proxy_folder.exists(), 60, "the end of HAProxy's folder")
