@@ -57,7 +57,8 @@ class Departure:
             return False
         try:
             async with client.get(f"{self._url}/-/healthz") as answer:
-                # Serve's own proxy has other words for the removal of its node.
-                return answer.status == 503 and await answer.text() == "DRAINING"
+                # In plain text or in an error object. Serve's own proxy has other words for the
+                # removal of its node.
+                return answer.status == 503 and "DRAINING" in await answer.text()
         except (aiohttp.ClientError, TimeoutError):
             return False

@@ -9,7 +9,11 @@ import pytest
 
 from serving.http.asgi import Receive, Scope, Send
 from serving.http.draining import Draining
+from serving.http.openai_error import error_messages
 from serving.ingress.departure import Departure
+
+# As `serving.http.edge` makes it of Serve's text, and as a deployment has it.
+OPENAI_ERROR = error_messages(503, "DRAINING", type_="ServiceUnavailable")[1]["body"].decode()
 
 
 class Replica:
@@ -55,12 +59,13 @@ def _departing(port: int, draining: Draining) -> Iterator[None]:
     task.cancel()
 
 
-async def test_a_removed_ingress_ends_what_runs() -> None:
+@pytest.mark.parametrize("text", ["DRAINING", OPENAI_ERROR])
+async def test_a_removed_ingress_ends_what_runs(text: str) -> None:
     replica, draining = Replica(), Draining(lambda: 0.0)
     async with replica.listening() as port:
         with draining.note("long"), _departing(port, draining):
             await replica.asked.acquire()
-            replica.answers = [(503, "DRAINING")]
+            replica.answers = [(503, text)]
             await asyncio.wait_for(draining.cut.wait(), 30)
 
 
