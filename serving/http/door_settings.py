@@ -27,5 +27,9 @@ class FrontDoorSettings(NamedTuple):
     health_timeout_s: float = 2.0
 
     @property
+    def has_limits(self) -> bool:
+        return self.limits != Limits() or bool(self.limits_by_key)
+
+    @property
     def has_keys(self) -> bool:
         return bool(self.api_keys or self.key_digests) or self.keys_file is not None

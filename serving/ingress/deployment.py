@@ -27,24 +27,20 @@ from serving.http.continued_streams import ContinuedStreams
 from serving.http.door_settings import FrontDoorSettings
 from serving.http.draining import Running
 from serving.http.front_door import FrontDoor
-from serving.http.key_limits import Limits
 from serving.http.tracing import carried, span, start_tracing
 from serving.ingress.cluster_doors import refuse_tls_options, warn_of_open_cluster
 from serving.ingress.cors import with_cors
 from serving.ingress.departure import Departure
 from serving.ingress.fleet_page import with_fleet_page
-from serving.ingress.footprints import (
-    FootprintPredictor,
-    OutputCounter,
-    Prediction,
-    footprint_predictor,
-)
+from serving.ingress.footprints import FootprintPredictor, Prediction, footprint_predictor
 from serving.ingress.losses import named_failures
 from serving.ingress.occupancy_router import OccupancyRouter
+from serving.ingress.output_counter import OutputCounter
 from serving.ingress.prediction_metrics import PredictionMetrics
 from serving.ingress.routing import Routing, configured_routing
 from serving.ingress.sender import Sender
 from serving.ingress.shedding import Shedding
+from serving.ingress.watched import Watched
 from serving.metrics import TaskMetrics
 from serving.store import store_url
 from serving.supervision import Supervisor
@@ -100,13 +96,14 @@ class HandleBackend:
             scope = _sized(scope, predicted.body)
         counter = OutputCounter()
         footprint = predicted.footprint
-        pay(len(body) // _BYTES_PER_TOKEN if footprint is None else footprint.prompt_tokens)
+        prompt = len(body) // _BYTES_PER_TOKEN if footprint is None else footprint.prompt_tokens
         if footprint is not None:
             traceparent = carried().get("traceparent")
             footprint = footprint._replace(traceparent=traceparent, booking=uuid.uuid4().hex)
         call = functools.partial(self._stream.remote, scope, predicted.body, footprint)
         with named_failures(), self._booked(footprint):
-            response, item = await self._shedding.begin(call, predicted.priority)
+            with _paid_unless_refused(pay, prompt):
+                response, item = await self._shedding.begin(call, predicted.priority)
             if self._routing is not None and footprint is not None:
                 self._routing.answered(footprint)
             try:
@@ -146,6 +143,17 @@ class HandleBackend:
             if await self._asked_whether_it_rests():
                 return
             await self._ping.remote()
+
+
+@contextlib.contextmanager
+def _paid_unless_refused(pay: Callable[[int], None], tokens: int) -> Iterator[None]:
+    """Pay at once, so that no others begin meanwhile, and take it back if nothing begins."""
+    pay(tokens)
+    try:
+        yield
+    except Exception:
+        pay(-tokens)
+        raise
 
 
 def fleet_rests() -> bool:
@@ -197,13 +205,22 @@ class Ingress:
             keys = LedgerKeys(self._config.store.key_prefix, serve.get_replica_context().app_name)
             self._routing.listen(store_url(self._config.store), keys, self._tasks)
         self._door = FrontDoor(
-            ContinuedStreams(self._backend, logger), self._settings, logger,
-            doors=lambda: serve.get_replica_context().world_size,
-        )  # fmt: skip
+            ContinuedStreams(self._backend, logger), self._settings, logger, doors=self._doors()
+        )
         app = with_fleet_page(self._door, self._door, self._config, self._routing, self._tasks)
         departure = Departure(self._config.replica.graceful_shutdown_timeout_s, logger)
         self._tasks.keep("departure", lambda: departure.end_at_limit(self._door.draining))
         return departure.noting_address(with_cors(app, self._config.server))
+
+    def _doors(self) -> Callable[[], int]:
+        """Return what returns the number of front doors, which divide the limits of keys."""
+        context, ingress = serve.get_replica_context(), self._config.ingress
+        if ingress.max_count is None or not self._settings.has_limits:
+            return lambda: context.world_size
+        # Serve tells replicas of an autoscaled deployment that they are one.
+        watch = Watched("the number of front doors", lambda: running_doors(context.app_name))
+        self._tasks.keep("front doors", watch.run)
+        return lambda: watch.latest or ingress.count
 
     async def drain(self, refuse_s: float) -> list[Running]:
         """Refuse new requests for so long from now on; return those that run."""
@@ -218,13 +235,20 @@ class Ingress:
         self._tasks.check()
 
 
+def running_doors(application: str) -> int | None:
+    """Return the number of an application's front doors that run; None if it is unknown."""
+    found = serve.status().applications.get(application)
+    ingress = found.deployments.get("Ingress") if found is not None else None
+    return ingress.replica_states.get(ReplicaState.RUNNING) if ingress is not None else None
+
+
 def refuse_limits_without_keys(settings: FrontDoorSettings) -> None:
     """Refuse limits that could be evaded by another made-up key.
 
     Raises:
         ValueError: there are limits.
     """
-    if settings.limits != Limits() or settings.limits_by_key:
+    if settings.has_limits:
         raise ValueError("auth.limits and auth.limits_by_key need API keys, and there are none")
 
 

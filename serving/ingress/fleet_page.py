@@ -1,8 +1,5 @@
 """The fleet page of an ingress: what it shows, and the size that Serve wants the fleet to have."""
 
-import asyncio
-import logging
-from collections.abc import Callable
 from typing import Any
 
 from ray import serve
@@ -15,43 +12,8 @@ from serving.http.door import Door
 from serving.http.page.app import FleetPage
 from serving.http.page.feed import Feed, FeedSource, Scale
 from serving.ingress.routing import Routing
+from serving.ingress.watched import Watched
 from serving.supervision import Supervisor
-
-logger = logging.getLogger("ray.serve")
-
-_ASK_S = 5.0
-
-
-class ScaleWatch:
-    """Asks for the fleet's wanted size now and then, while somebody wants to know.
-
-    latest: None before the first answer, and after a question without one.
-    """
-
-    def __init__(self, ask: Callable[[], Scale | None], pause_s: float = _ASK_S) -> None:
-        """
-        Args:
-            ask: waits for Serve's controller.
-            pause_s: between two questions.
-        """
-        self._ask = ask
-        self._pause_s = pause_s
-        self.latest: Scale | None = None
-
-    async def run(self, is_wanted: Callable[[], bool]) -> None:
-        """Ask until cancelled."""
-        while True:
-            if is_wanted():
-                self.latest = await asyncio.to_thread(self._answer)
-            await asyncio.sleep(self._pause_s)
-
-    def _answer(self) -> Scale | None:
-        try:
-            return self._ask()
-        except Exception as error:
-            # The controller may be about to start again.
-            logger.info("the fleet's wanted size is unknown: %s", error)
-            return None
 
 
 def with_fleet_page(
@@ -62,7 +24,7 @@ def with_fleet_page(
     if not page.enabled:
         return app
     application = serve.get_replica_context().app_name
-    watch = ScaleWatch(lambda: wanted_scale(application))
+    watch = Watched("the fleet's wanted size", lambda: wanted_scale(application))
     source = FeedSource(list, None, lambda: watch.latest)
     if routing is not None:
         source = source._replace(reports=routing.reports, decisions=routing.decisions)

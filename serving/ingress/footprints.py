@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import logging
-import re
 import threading
 from collections import OrderedDict
 from typing import NamedTuple
@@ -13,7 +12,6 @@ from adakv_worker.options import RequestOptions
 from adakv_worker.salts import seed_hash, tenant_salt
 from router.footprint import Budget, Footprint, OutputQuantiles, predict, prefix_hashes
 from serving.config import AppConfig
-from serving.http.asgi import Message
 from serving.http.rendered import NotRendered, Rendered, Renderer
 from serving.ingress.sender import Sender
 from serving.models.embedded import model_path_and_name
@@ -25,14 +23,14 @@ _LONGEST_BODY_BYTES = 1 << 20
 # Bodies that are rendered at once; others that come meanwhile are estimated.
 _MOST_BYTES_AT_ONCE = 4 << 20
 _BYTES_PER_TOKEN = 4
+# Tokens of all requests that are not rendered again, of 40 bytes each in Python's lists.
+_MOST_REMEMBERED_TOKENS = 1 << 20
 # Threads that tokenize, so that short prompts need not wait for a long one.
 _WORKERS = 4
 # Answers of a class from which on they say more than those of all requests.
 _ENOUGH_OUTPUTS = 8
 # vLLM's own limit of `n`, unless the operator raises it.
 _MOST_ANSWERS = 16384
-# The first event of a chat has the role, the last is [DONE].
-_EVENTS_WITHOUT_TOKEN = 2
 
 
 class Prediction(NamedTuple):
@@ -52,30 +50,6 @@ class Prediction(NamedTuple):
     answers: int = 1
     unknown: str | None = None
     priority: int = 0
-
-
-class OutputCounter:
-    """Counts the tokens of a passing answer: by its usage, else by its stream's events."""
-
-    # Responses and messages call them otherwise than completions.
-    _USAGE = re.compile(rb'"(?:completion|output)_tokens": ?(\d+)')
-
-    def __init__(self) -> None:
-        self._events = 0
-        self._usage = 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens counted so far."""
-        return self._usage or max(0, self._events - _EVENTS_WITHOUT_TOKEN)
-
-    def see(self, batch: list[Message]) -> None:
-        """Count the tokens of the next response messages."""
-        for message in batch:
-            if body := message.get("body", b""):
-                self._events += body.count(b"data: ")
-                if found := self._USAGE.search(body):
-                    self._usage = int(found[1])
 
 
 _NOBODY = Sender()
@@ -110,6 +84,7 @@ class FootprintPredictor:
         self._served_name = served_name
         self._remembered_prompts = remembered_prompts
         self._rendered: OrderedDict[bytes, Rendered] = OrderedDict()
+        self._remembered_tokens = 0
         self._outputs: dict[str, OutputQuantiles] = {}
         self._bytes_at_once = 0
         # A loop of its own: vLLM's rendering is not all in its threads.
@@ -213,11 +188,25 @@ class FootprintPredictor:
         key = hashlib.sha256(path.encode() + b" " + body).digest()
         known = self._rendered.get(key)
         if known is None:
-            known = self._rendered[key] = await self._renderer.render(path, body)
-            if len(self._rendered) > self._remembered_prompts:
-                self._rendered.popitem(last=False)
-        self._rendered.move_to_end(key)
+            known = await self._renderer.render(path, body)
+            self._remember(key, known)
+        else:
+            self._rendered.move_to_end(key)
         return known
+
+    def _remember(self, key: bytes, rendered: Rendered) -> None:
+        """Keep a rendered request in place of the oldest ones."""
+        # Another task may have rendered the same one.
+        if (before := self._rendered.pop(key, None)) is not None:
+            self._remembered_tokens -= _tokens(before)
+        self._rendered[key] = rendered
+        self._remembered_tokens += _tokens(rendered)
+        while (
+            len(self._rendered) > self._remembered_prompts
+            or self._remembered_tokens > _MOST_REMEMBERED_TOKENS
+        ):
+            _, oldest = self._rendered.popitem(last=False)
+            self._remembered_tokens -= _tokens(oldest)
 
     def _adapter(self, model: str | None) -> str | None:
         return None if model == self._served_name else model
@@ -229,6 +218,10 @@ class FootprintPredictor:
         if budget.choice.preset == FULL:
             return None
         return Budget(budget.budget_tokens, budget.keep_ratio, budget.decode, budget.limit)
+
+
+def _tokens(rendered: Rendered) -> int:
+    return sum(map(len, rendered.prompts))
 
 
 def _kind(path: str, most_output_tokens: int | None, model: str | None) -> str:

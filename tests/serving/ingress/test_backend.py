@@ -169,6 +169,18 @@ async def test_a_request_pays_for_its_prompt_and_its_answers() -> None:
     assert sum(paid) == 100
 
 
+@pytest.mark.parametrize(
+    "error", [BackPressureError(num_queued_requests=1, max_queued_requests=1), NOT_THERE]
+)
+async def test_a_request_that_no_replica_takes_pays_nothing(error: Exception) -> None:
+    paid: list[int] = []
+    scope: Scope = {"path": "/", "headers": []}
+    with pytest.raises((Overloaded, ReplicaDown, ReplicaLost, NoReplica)):
+        async for _ in backend_of(Handle(error=error), Predictor()).stream(scope, b"", paid.append):
+            pass
+    assert paid == [Predictor.FOOTPRINT.prompt_tokens, -Predictor.FOOTPRINT.prompt_tokens]
+
+
 async def test_a_body_with_the_prompts_ids_goes_along_with_its_length() -> None:
     handle = Handle([START])
     scope = {"path": "/", "headers": [(b"content-length", b"3"), (b"a", b"b")]}

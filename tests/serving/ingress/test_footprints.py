@@ -16,12 +16,7 @@ from router.footprint import Budget, Footprint, predict, prefix_hashes
 from router.session_hints import session_key
 from serving.config import AppConfig
 from serving.http.rendered import Handling, NotRendered, Rendered
-from serving.ingress.footprints import (
-    FootprintPredictor,
-    OutputCounter,
-    Prediction,
-    footprint_predictor,
-)
+from serving.ingress.footprints import FootprintPredictor, Prediction, footprint_predictor
 from serving.ingress.sender import Sender
 from serving.models.embedded import embedded_model_path
 
@@ -323,17 +318,21 @@ async def test_what_the_engine_refuses_has_no_footprint(
     assert prediction == Prediction(None, body, unknown="malformed")
 
 
-def body(*chunks: bytes) -> list[dict[str, Any]]:
-    return [{"type": "http.response.body", "body": chunk} for chunk in chunks]
-
-
-def test_outputs_are_counted_by_usage_or_events() -> None:
-    counter = OutputCounter()
-    counter.see([{"type": "http.response.start", "status": 200}])
-    counter.see(body(b'data: {"role"}\n\ndata: {"a"}\n\n', b'data: {"b"}\n\n', b"data: [DONE]\n\n"))
-    assert counter.tokens == 2
-    for name in ("completion_tokens", "output_tokens"):
-        counter = OutputCounter()
-        usage = {"prompt_tokens": 5, name: 17, "output_tokens_details": {"reasoning_tokens": 3}}
-        counter.see(body(json.dumps({"choices": [], "usage": usage}).encode()))
-        assert counter.tokens == 17
+async def test_long_prompts_are_remembered_up_to_a_number_of_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serving.ingress.footprints._MOST_REMEMBERED_TOKENS", 1000)
+    renderer, predictor = letters()
+    for _ in range(2):
+        for letter in "abc":
+            await footprint(predictor, letter * 300)
+    assert renderer.calls == 3
+    await footprint(predictor, "d" * 300)
+    await footprint(predictor, "b" * 300)
+    assert renderer.calls == 4
+    await footprint(predictor, "a" * 300)
+    assert renderer.calls == 5
+    # One that is longer than all that is kept is rendered each time, and forgets the others.
+    for _ in range(2):
+        await footprint(predictor, "e" * 1001)
+    assert renderer.calls == 7

@@ -1,0 +1,54 @@
+"""Counts the tokens of a passing answer: by its usage, else by its stream's events."""
+
+import json
+import re
+
+from serving.http.asgi import Message, body_of
+
+# The first event of a chat has the role, the last is [DONE].
+_EVENTS_WITHOUT_TOKEN = 2
+# JSON escapes quotes and line ends in texts: neither pattern is found in what a model wrote.
+_EVENT = re.compile(rb"^data: ", re.MULTILINE)
+_USAGE = re.compile(rb'"usage": ?')
+_LONGEST_USAGE_BYTES = 4096
+# Responses and messages call them otherwise than completions.
+_NAMES = ("completion_tokens", "output_tokens")
+
+
+class OutputCounter:
+    """Counts the tokens of one answer."""
+
+    def __init__(self) -> None:
+        self._events = 0
+        self._usage = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens counted so far."""
+        return self._usage or max(0, self._events - _EVENTS_WITHOUT_TOKEN)
+
+    def see(self, batch: list[Message]) -> None:
+        """Count the tokens of the next response messages."""
+        for message in batch:
+            if body := body_of(message):
+                self._events += len(_EVENT.findall(body))
+                self._usage = _usage(body) or self._usage
+
+
+def _usage(body: bytes) -> int:
+    """Return the generated tokens by the last usage in a body, 0 if it tells none.
+
+    The last one is the server's. Responses also repeat the client's tools, before their usage.
+    """
+    begins = [found.end() for found in _USAGE.finditer(body)]
+    if not begins:
+        return 0
+    text = body[begins[-1] : begins[-1] + _LONGEST_USAGE_BYTES].decode("latin-1")
+    try:
+        usage, _ = json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        return 0
+    if not isinstance(usage, dict):
+        return 0
+    counts = (usage.get(name) for name in _NAMES)
+    return max((count for count in counts if type(count) is int and count > 0), default=0)
