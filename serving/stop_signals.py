@@ -19,7 +19,9 @@ class StopSignals:
         self._first_s: float | None = None
         self._stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._hear)
+            # `nohup` asks for it.
+            if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):
+                signal.signal(number, self._hear)
 
     def wait(self) -> None:
         """Return after the first signal.

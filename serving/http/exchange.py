@@ -72,6 +72,8 @@ class Exchange:
         self._status = 0
         self._is_event_stream = False
         self._complete = False
+        # Set where it has begun and ends with an error.
+        self._broken_by: str | None = None
 
     async def run(self) -> None:
         """Answer the request and log the outcome."""
@@ -92,6 +94,8 @@ class Exchange:
             self._body.release()
             if self._admission is not None:
                 self._admission.end()
+            if self._broken_by is not None:
+                outcome = f"broken off, {self._broken_by}"
             self._door.logger.info(
                 "request_id=%s key=%s method=%s path=%s status=%d duration_ms=%.0f outcome=%s",
                 self._request_id, loggable(self._name), loggable(self._scope["method"]),
@@ -272,7 +276,9 @@ class Exchange:
         """End a request that failed: with an error, inside the stream if that has begun."""
         if self._status == 0:
             await self._fail(status, text, type_, headers)
-        elif self._is_event_stream:
+            return
+        self._broken_by = type_
+        if self._is_event_stream:
             event = error_event(status, text, type_=type_)
             await self._send({"type": "http.response.body", "body": event, "more_body": False})
         else:

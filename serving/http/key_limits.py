@@ -1,5 +1,6 @@
 """How much the holder of one API key may ask for."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -111,7 +112,14 @@ class KeyLimits:
         if use.requests is not None:
             use.requests.take(doors, now_s)
         use.at_once += 1
-        return Admission(use, doors, self._clock)
+        return Admission(use, doors, self._clock, functools.partial(self._ended, name))
+
+    def _ended(self, name: str) -> None:
+        use = self._used[name]
+        use.at_once -= 1
+        # Keys that nobody has configured may have any name.
+        if not use.at_once and use.requests is None and use.tokens is None:
+            del self._used[name]
 
     def _most_at_once(self, limits: Limits) -> int | None:
         most = [] if limits.requests_at_once is None else [limits.requests_at_once]
@@ -123,14 +131,16 @@ class KeyLimits:
 class Admission:
     """A request that its key may send."""
 
-    def __init__(self, use: _Use, doors: int, clock: Callable[[], float]) -> None:
-        self._use, self._doors, self._clock = use, doors, clock
+    def __init__(
+        self, use: _Use, doors: int, clock: Callable[[], float], on_end: Callable[[], None]
+    ) -> None:
+        self._use, self._doors, self._clock, self._on_end = use, doors, clock, on_end
 
     def pay(self, tokens: int) -> None:
-        """Take tokens that the request has had computed."""
+        """Take tokens that the request has had computed, or give some back, if negative."""
         if self._use.tokens is not None:
             self._use.tokens.take(self._doors * tokens, self._clock())
 
     def end(self) -> None:
         """Note that the request is over."""
-        self._use.at_once -= 1
+        self._on_end()

@@ -1,16 +1,20 @@
 """The request router: by occupancy if known, else power of two choices."""
 
+import logging
 import random
 from typing import ClassVar, TypeVar
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from router.chooser import Decision
 from router.footprint import Footprint
 from router.lending.leases import Lease
 from serving.ingress.routing import Routing
 from serving.spill.membership import Membership
 from serving.spill.parcels import LenderName
 from serving.spill.peers import Addressee
+
+logger = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
 
@@ -45,20 +49,39 @@ class OccupancyRouter(RequestRouter):
             by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
             footprint = _last_argument(pending_request, Footprint)
             request_id = _booking(pending_request, footprint)
-            decision = routing.choose(request_id, list(by_id), footprint)
+            decision = self._decided(routing, request_id, list(by_id), footprint)
             if decision is not None and footprint is not None:
                 # Where it goes elsewhere all the same, its held cache may follow.
                 pending_request.args[-1] = footprint._replace(holder=decision.holder)
                 return [[by_id[replica_id]] for replica_id in decision.replica_ids]
         return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
 
+    def _decided(
+        self,
+        routing: Routing,
+        request_id: str,
+        replica_ids: list[str],
+        footprint: Footprint | None,
+    ) -> Decision | None:
+        try:
+            return routing.choose(request_id, replica_ids, footprint)
+        except Exception:
+            # Serve has taken the request off its queue: it would never be answered.
+            logger.exception("no replica could be chosen by its occupancy")
+            return None
+
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: object
     ) -> None:
         footprint = _last_argument(pending_request, Footprint)
-        if footprint is not None and self.routing is not None:
-            request_id = _booking(pending_request, footprint)
+        if self.routing is None or _addressee(pending_request) is not None:
+            return
+        request_id = _booking(pending_request, footprint)
+        try:
             self.routing.sent(request_id, replica_id.unique_id, footprint)
+        except Exception:
+            # A replica has the request: its client would get an error all the same.
+            logger.exception("request %s could not be booked", request_id)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         before = {replica_id.unique_id for replica_id in self.curr_replicas}

@@ -4,7 +4,9 @@ import json
 import logging
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from ray.serve import metrics
 
@@ -24,6 +26,19 @@ from serving.supervision import KeptTask, Supervisor
 
 logger = logging.getLogger("ray.serve")
 
+_MOST_CHOSEN = 4096
+
+
+class _Chosen(NamedTuple):
+    """The last decision for a request.
+
+    began_s, took_s: by the clock of `time.monotonic`.
+    """
+
+    decision: Decision
+    began_s: float
+    took_s: float
+
 
 class Routing:
     """A chooser of replicas with metrics, a log, and a subscription to the ledger.
@@ -38,6 +53,8 @@ class Routing:
     def __init__(self, chooser: Chooser, *, log_decisions: bool) -> None:
         self._chooser = chooser
         self.decisions = DecisionLog()
+        # Of requests that no replica has taken yet; clients may have left.
+        self._chosen: OrderedDict[str, _Chosen] = OrderedDict()
         self.ingress_id = uuid.uuid4().hex
         self._teller: Teller | None = None
         self._log_decisions = log_decisions
@@ -96,37 +113,34 @@ class Routing:
     def choose(
         self, request_id: str, replica_ids: Sequence[str], footprint: Footprint | None
     ) -> Decision | None:
-        """Rank the replicas for a request; None without a footprint or a report. Counts each."""
+        """Rank the replicas for a request; None without a footprint or a report.
+
+        Serve asks again for a request that no replica has taken.
+        """
         if footprint is None:
-            self._count("no_footprint")
             return None
         began_s = time.monotonic()
         decision = self._chooser.choose(request_id, replica_ids, footprint, began_s)
         self._silent.set(self._chooser.view.silent(replica_ids, began_s))
-        if decision is None:
-            self._count("no_reports")
-        else:
-            self._count(decision.reason)
-            self.decisions.note(decision, footprint, began_s)
         unread = self._subscription.dropped if self._subscription is not None else 0
         self._dropped.set(self._chooser.view.dropped + unread)
-        if decision and self._log_decisions:
-            logger.info("routing %s", json.dumps(decision.log_line(footprint)))
-        if decision and footprint.traceparent is not None:
-            best = decision.scores[0]
-            attributes = {
-                "adakv.reason": decision.reason, "adakv.replica": best.replica_id,
-                "adakv.predicted_first_token_s": best.memory_s + best.prefill_s,
-                "adakv.cached_tokens": best.cached_tokens,
-                "adakv.prompt_tokens": footprint.prompt_tokens,
-                "adakv.peak_blocks": footprint.peak_blocks,
-            }  # fmt: skip
-            trace = {"traceparent": footprint.traceparent}
-            note_span("route", trace, time.monotonic() - began_s, attributes)
+        if decision is not None:
+            self._chosen[request_id] = _Chosen(decision, began_s, time.monotonic() - began_s)
+            self._chosen.move_to_end(request_id)
+            if len(self._chosen) > _MOST_CHOSEN:
+                self._chosen.popitem(last=False)
         return decision
 
-    def sent(self, request_id: str, replica_id: str, footprint: Footprint) -> None:
-        """Book a request on the replica that got it, and tell the other ingresses."""
+    def sent(self, request_id: str, replica_id: str, footprint: Footprint | None) -> None:
+        """Count a request that a replica got, book it there, and tell the other ingresses."""
+        chosen = self._chosen.pop(request_id, None)
+        if footprint is None:
+            self._count("no_footprint")
+            return
+        if chosen is None:
+            self._count("no_reports")
+        else:
+            self._note(chosen, footprint)
         self._chooser.sent(request_id, replica_id, footprint, time.monotonic())
         if self._teller is None:
             return
@@ -137,6 +151,25 @@ class Routing:
             session=footprint.session,
         )  # fmt: skip
         self._teller.tell(sending)
+
+    def _note(self, chosen: "_Chosen", footprint: Footprint) -> None:
+        """Count a decision, and show it on the page, in the log and in the request's trace."""
+        decision, began_s, took_s = chosen
+        self._count(decision.reason)
+        self.decisions.note(decision, footprint, began_s)
+        if self._log_decisions:
+            logger.info("routing %s", json.dumps(decision.log_line(footprint)))
+        if footprint.traceparent is None:
+            return
+        best = decision.scores[0]
+        attributes = {
+            "adakv.reason": decision.reason, "adakv.replica": best.replica_id,
+            "adakv.predicted_first_token_s": best.memory_s + best.prefill_s,
+            "adakv.cached_tokens": best.cached_tokens,
+            "adakv.prompt_tokens": footprint.prompt_tokens,
+            "adakv.peak_blocks": footprint.peak_blocks,
+        }  # fmt: skip
+        note_span("route", {"traceparent": footprint.traceparent}, took_s, attributes)
 
     def answered(self, footprint: Footprint) -> None:
         """Note that a booked request has its first output: its prefill is over."""

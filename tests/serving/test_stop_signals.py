@@ -29,3 +29,10 @@ def test_a_signal_passed_on_by_a_parent_is_no_second_stop(number: signal.Signals
     now_s += 1
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(number)
+
+
+def test_the_end_of_a_terminal_stops_nothing_under_nohup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    StopSignals()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL

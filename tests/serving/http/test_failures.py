@@ -16,6 +16,7 @@ from tests.serving.http.scripted_backend import (
     chunk,
     client,
     error_of,
+    messages_of_the_door,
 )
 
 QUEUE_FULL = "too many requests are waiting for a replica"
@@ -156,6 +157,15 @@ async def test_each_request_is_logged_with_its_outcome(caplog: pytest.LogCapture
         "status=200"
     )
     assert line.endswith("outcome=ok")
+
+
+async def test_a_stream_that_breaks_off_is_logged_as_broken(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    backend = ScriptedBackend([[SSE_START, chunk(b"data: {}\n\n")], ReplicaLost()])
+    await client(backend).post("/v1/completions")
+    assert messages_of_the_door(caplog)[-1].endswith("outcome=broken off, ReplicaLost")
 
 
 async def test_fields_that_asgi_leaves_optional_may_be_missing() -> None:

@@ -118,3 +118,21 @@ def test_after_the_told_time_a_key_may_send_again(tokens: int, cost: int) -> Non
         keys.admit("a")
     else:
         assert cost < tokens
+
+
+def test_keys_without_limits_leave_nothing_behind() -> None:
+    keys = limits()
+    admissions = [keys.admit(f"token-{number}") for number in range(50)]
+    again = keys.admit("token-0")
+    for admission in admissions:
+        admission.end()
+    assert set(keys._used) == {"token-0"}
+    again.end()
+    assert not keys._used
+
+
+def test_a_key_at_rest_keeps_what_it_has_used_up() -> None:
+    keys = limits(requests_per_minute=1)
+    keys.admit("a").end()
+    with pytest.raises(LimitReached):
+        keys.admit("a")

@@ -85,7 +85,9 @@ async def test_a_request_with_a_footprint_tries_replicas_from_the_best_to_the_wo
     router: OccupancyRouter, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    assert await ranks(router, pending({}, b"", FOOTPRINT)) == [["two"], ["three"], ["one"]]
+    request = pending({}, b"", FOOTPRINT)
+    assert await ranks(router, request) == [["two"], ["three"], ["one"]]
+    router.on_request_routed(request, TWO.replica_id, None)
     (line,) = [one.message for one in caplog.records if one.message.startswith("routing ")]
     assert json.loads(line.removeprefix("routing "))["replica"] == "two"
 
@@ -176,3 +178,35 @@ def test_routing_is_configured_or_left_to_serve() -> None:
     assert configured_routing(AppConfig()) is not None
     stock = AppConfig.model_validate({"routing": {"policy": "power_of_two"}})
     assert configured_routing(stock) is None
+
+
+async def test_a_request_counts_once_however_often_it_looks_for_a_place(
+    router: OccupancyRouter, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert Router.routing is not None
+    known, unknown = pending({}, b"", FOOTPRINT), pending({}, b"", None)
+    for request in (known, unknown):
+        for _ in range(20):
+            await ranks(router, request)
+    assert Router.routing.decisions.counts == {}
+    for request in (known, unknown):
+        router.on_request_routed(request, TWO.replica_id, None)
+    assert Router.routing.decisions.counts == {"least_cost": 1, "no_footprint": 1}
+    assert len([one for one in caplog.records if one.message.startswith("routing ")]) == 1
+
+
+async def test_calls_between_replicas_are_no_routed_requests(router: OccupancyRouter) -> None:
+    assert Router.routing is not None
+    router.on_request_routed(pending("ask", "node", Addressee("three")), THREE.replica_id, None)
+    assert Router.routing.decisions.counts == {}
+
+
+async def test_a_footprint_out_of_all_range_hangs_no_request(
+    router: OccupancyRouter, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = pending({}, b"", FOOTPRINT._replace(output_tokens=10**400))
+    (two,) = await ranks(router, request)
+    assert len(set(two)) == 2
+    assert "no replica could be chosen" in caplog.text
+    router.on_request_routed(request, ONE.replica_id, None)
