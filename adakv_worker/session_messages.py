@@ -88,13 +88,13 @@ class Resume(NamedTuple):
 
 
 class SessionCommands(NamedTuple):
-    """What becomes of held caches: in this order, and all but `drop` before anything is computed.
+    """What becomes of held caches, in this order and before anything is computed.
 
     hold: requests that end or pause in this step, and how their caches stay.
     park: held caches to copy to the host's memory: their blocks are taken.
+    drop: held caches that are gone. Those that `resume` copies go after their last copy.
     resume: requests that begin with a held cache. One that copies it may be followed by another
         whose slabs are the cache's blocks.
-    drop: held caches that are gone, of which this step may still have made copies.
     """
 
     hold: dict[str, Hold]

@@ -223,6 +223,11 @@ class HeldCaches:
             self._drop(held, "forgotten")
         self._free_lost()
 
+    @property
+    def has_gone(self) -> bool:
+        """Whether caches were dropped of which the workers do not know yet."""
+        return bool(self._gone)
+
     def take_gone(self) -> list[str]:
         """Return the caches that were dropped since the last call, by name."""
         gone, self._gone = self._gone, []

@@ -303,10 +303,21 @@ class AdaKVSchedulerMixin(Scheduler):
         return super()._free_request(request, *args, **kwargs)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        # Even if requests run, for which vLLM keeps its prefixes.
+        self._forget_held()
+        done: bool = super().reset_prefix_cache(*args, **kwargs)
+        # Requests that vLLM preempts for it leave theirs.
+        self._forget_held()
+        return done
+
+    def _forget_held(self) -> None:
         if self._manager is not None and self._manager.held is not None:
-            # Even if requests run, for which vLLM keeps its prefixes.
             self._manager.held.forget()
-        return super().reset_prefix_cache(*args, **kwargs)
+
+    def has_requests(self) -> bool:
+        """Return whether there is to be a step: also one that only frees workers' memory."""
+        held = self._manager.held if self._manager is not None else None
+        return super().has_requests() or (held is not None and held.has_gone)
 
     def _leave(self, request: Request) -> None:
         """Hold the cache of a request that is about to lose its blocks."""

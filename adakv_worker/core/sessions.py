@@ -26,6 +26,10 @@ from adakv_worker.session_messages import (
 from kernels.blocks import compressed_blocks_bound
 from kernels.policies.presets import PolicyChoice
 
+# Entries that stay of a new turn where earlier ones have used up the budget: as many as those of
+# the usual window.
+_LEAST_OF_NEWEST = 32
+
 
 class Sessions:
     """The sessions of one engine core."""
@@ -106,8 +110,10 @@ class Sessions:
         if match is not None:
             if match.tokens - hit_tokens >= self._config.min_saved_tokens:
                 newest_only = self._config.compress == "newest"
-                # One that was preempted goes on with what it had.
-                keeps_all = request.num_output_tokens > 0
+                # One that was preempted goes on with what it had, if it finds its own cache.
+                keeps_all = (
+                    request.num_output_tokens > 0 and match.tokens >= request.num_prompt_tokens
+                )
                 resuming = with_held(
                     plan, match.held, match.tokens, newest_only=newest_only, keeps_all=keeps_all
                 )
@@ -225,8 +231,8 @@ def with_held(
     if plan.keep >= whole or (keeps_all and plan.bound is None):
         among, keep = new, new
     elif newest_only and plan.bound is None:
-        window = choice.build().scorer.window_tokens
-        among, keep = new, min(new, max(plan.keep - (whole - new), window))
+        least = max(choice.build().scorer.window_tokens, _LEAST_OF_NEWEST)
+        among, keep = new, min(new, max(plan.keep - (whole - new), least))
     else:
         among, keep = None, plan.keep
     resumed = Resumed(held.name, held.turn + 1, base, held.floor, compressed_at, among, keep)

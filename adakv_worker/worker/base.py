@@ -14,7 +14,8 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from adakv_worker.attention.folded import Pages
 from adakv_worker.attention.folding import FoldingBuilder
-from adakv_worker.config import CompressionConfig, compression_config
+from adakv_worker.byte_budgets import settings_of
+from adakv_worker.config import CompressionConfig
 from adakv_worker.spec import AdaKVSpec
 from adakv_worker.worker.fingerprint import fingerprint
 from adakv_worker.worker.held_moves import HeldMoves
@@ -66,6 +67,12 @@ class AdaKVRunner:
         """Return the memory of attention layers, which are in the order of their caches."""
         raise NotImplementedError
 
+    def _most_rows(self, config: CompressionConfig) -> int:
+        """Return the most compressed caches at once, of requests and held ones."""
+        # One more: a request may copy a held cache that goes in the same step.
+        copy = 1 if config.most_held else 0
+        return int(self.vllm_config.scheduler_config.max_num_seqs) + config.most_held + copy
+
     def _make_batch(self) -> Batch:
         """Return this runner's requests."""
         raise NotImplementedError
@@ -89,7 +96,7 @@ class AdaKVRunner:
         vars(self).pop("adakv", None)
         with set_current_vllm_config(self.vllm_config):
             stock.initialize_kv_cache(kv_cache_config, *args, **kw)
-        config = compression_config(self.vllm_config.additional_config)
+        config = settings_of(self.vllm_config)
         if config is not None and self.kv_caches:
             self.adakv = self._make_step_work(config)
 
@@ -157,7 +164,7 @@ class AdaKVRunner:
 
     def warm_up_compression(self) -> None:
         """Compile the kernels of compression; call before the first request takes a block."""
-        config = compression_config(self.vllm_config.additional_config)
+        config = settings_of(self.vllm_config)
         assert config is not None
         blocks = self.kv_cache_config.num_blocks
         warm_up(self.adakv.state, config, blocks, self._unsupported())

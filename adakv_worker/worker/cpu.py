@@ -33,7 +33,7 @@ class LayersOutermost(AdaKVRunner):
         pages = _stored_as(blocks, page_cache_dtype(self.vllm_config))
         number, heads, _, _ = first.kv_cache.shape
         layout = PageLayout.layers_outermost(len(layers), heads, number)
-        rows = self.vllm_config.scheduler_config.max_num_seqs + config.most_held
+        rows = self._most_rows(config)
         slabs, whole, clear = paged_cache(pages, first.isa, dtype), None, None
         if pages is not blocks:
             whole = paged_cache(blocks, first.isa, dtype)

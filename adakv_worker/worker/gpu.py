@@ -32,7 +32,7 @@ class BlocksOutermost(AdaKVRunner):
         most = self.vllm_config.scheduler_config.max_num_seqs
         in_graph = min(most, self.vllm_config.compilation_config.max_cudagraph_capture_size or most)
         columns = self._graph_columns(config, in_graph * len(layers) * heads, page_tokens)
-        rows = most + config.most_held
+        rows = self._most_rows(config)
         tables = DeviceTables(layout, page_tokens, rows, columns, in_graph)
         cache = PagedCache(pages.keys[:, :, 0], pages.values[:, :, 0])
         queries = None

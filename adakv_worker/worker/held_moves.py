@@ -107,6 +107,8 @@ class HeldMoves:
             state = read_state(rank_file(path, self._kind.rank), header, self._files).cache
         except StateRefused as error:
             return str(error)
+        if state.keys.nbytes + state.values.nbytes > self._config.sessions.arrival_bytes:
+            return "the cache is larger than sessions.arrival_bytes"
         # The file's memory is used again.
         copy = state._replace(
             lens=state.lens.clone(), keys=state.keys.clone(), values=state.values.clone()

@@ -87,13 +87,13 @@ class Moves:
         """Write a compressed request's cache to this rank's file, between two steps.
 
         Returns all its tokens so far, of which the last is not in the cache; None if the request
-        is not here or not compressed.
+        is not here or not compressed, or its prompt not complete.
 
         Raises:
             OSError: there is no room for the file.
         """
         tokens = self._batch.tokens(request_id)
-        if tokens is None or request_id not in self._state:
+        if tokens is None or not self._state.is_compressed(request_id):
             return None
         random, window = self._batch.random_state(request_id), self._state.window(request_id)
         # The last token is not computed yet.

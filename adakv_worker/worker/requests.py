@@ -62,7 +62,9 @@ class CompressionState:
         self._windows: dict[str, Window] = {}
         self._compressing: dict[str, Compression] = {}
         self._evicting: dict[str, Eviction] = {}
-        # Resumed requests whose prompts this step completes.
+        # Resumed requests whose prompts are not complete.
+        self._resuming: set[str] = set()
+        # Those of them whose prompts this step completes.
         self._recompressing: dict[str, Recompress] = {}
         # Kept positions [L, H, n] bool by request, recorded for debugging: those of its prompt, or
         # of all tokens cached at its last eviction.
@@ -83,9 +85,14 @@ class CompressionState:
         running = sum(watcher.nbytes for watcher in watching)
         return self.tables.nbytes + held + running
 
+    def is_compressed(self, request_id: str) -> bool:
+        """Return whether a request's prompt is complete, and its cache compressed."""
+        return request_id in self._rows and request_id not in self._resuming
+
     def forget(self, request_id: str) -> None:
         """Forget a request that ended or was preempted, if it is here."""
         self._windows.pop(request_id, None)
+        self._resuming.discard(request_id)
         if self.selections is not None:
             self.selections.pop(request_id, None)
         if request_id in self._rows:
@@ -94,6 +101,7 @@ class CompressionState:
     def hold(self, request_id: str, hold: Hold) -> None:
         """Keep a request's cache, after the request."""
         self._windows.pop(request_id, None)
+        self._resuming.discard(request_id)
         self.held.hold(hold, self._rows.pop(request_id))
         if self.selections is not None and request_id in self.selections:
             self.selections[hold.name] = self.selections.pop(request_id)
@@ -108,6 +116,7 @@ class CompressionState:
         """Give a request that begins a held cache, cut back by some tokens, and its other slabs."""
         held, _, cut_tokens, slabs, copies = command
         self._rows[request_id] = self.held.begin(held, cut_tokens, slabs, copies=copies)
+        self._resuming.add(request_id)
         if self.selections is not None and held in self.selections:
             positions = self.selections[held]
             self.selections[request_id] = positions[..., : command.tokens]
@@ -310,6 +319,7 @@ class CompressionState:
                 lens = self.tables.lens(row)
                 move_pages(self._cache, *self.tables.shrink(row, lens, command.slabs))
             answer.kept[request_id] = self._kept(row)
+        self._resuming -= self._recompressing.keys()
         self._evicting.clear()
         self._recompressing.clear()
         return answer

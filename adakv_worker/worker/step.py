@@ -1,5 +1,6 @@
 """What a worker does about compressed requests in each step, whichever vLLM runner computes it."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -102,6 +103,8 @@ class StepWork:
         self._late_watchers: list[Watcher] = []
         self._check_invariants = check_invariants
         self.step: SchedulerOutput | None = None
+        # Held caches that are gone, and that requests of this step still copy.
+        self._to_drop: set[str] = set()
         self._answer = NO_ANSWER
         for builder in builders:
             builder.pages, builder.tables = pages, state.tables
@@ -126,15 +129,18 @@ class StepWork:
             self.state.hold(request_id, hold)
         for name in sessions.park:
             self.state.held.park(name)
+        # The others go once they are copied. Each row that goes may be wanted in this step.
+        copied = {resume.held for resume in sessions.resume.values() if resume.copies}
+        self._to_drop = copied.intersection(sessions.drop)
+        for name in sessions.drop:
+            if name not in self._to_drop:
+                self.state.drop(name)
         try:
             result = execute()
             self._see_graph()
             commands = self._commands
         finally:
             self.step, self._late_watchers = None, []
-        # Requests that began in this step may have copied them.
-        for name in sessions.drop:
-            self.state.drop(name)
         self._answer = self._finish(commands)
         self.state.drop_windows(scheduler_output.num_scheduled_tokens.keys() - commands.capture)
         if self._check_invariants:
@@ -151,8 +157,13 @@ class StepWork:
     def place_caches(self, scheduler_output: SchedulerOutput) -> None:
         """Give requests that begin in this step their held caches, or their staged ones."""
         resume = commands_of(scheduler_output).sessions.resume
+        copies = Counter(resumed.held for resumed in resume.values() if resumed.copies)
         for request_id, resumed in resume.items():
             self.state.resume(request_id, resumed)
+            copies[resumed.held] -= 1
+            if not copies[resumed.held] and resumed.held in self._to_drop:
+                self._to_drop.remove(resumed.held)
+                self.state.drop(resumed.held)
         self._share_lengths(resume)
         take_up = commands_of(scheduler_output).take_up
         for new in scheduler_output.scheduled_new_reqs:
