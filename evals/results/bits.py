@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ def _format(model: str) -> tuple[str, str]:
 
 
 def points(rows: Iterable[Row], head_size: int) -> dict[tuple[str, str, int], list[Point]]:
-    """Return all points by model, mode and length of documents.
+    """Return all points by model, mode and length of documents, over the tasks of all formats.
 
     Args:
         head_size: numbers of a key, and of a value.
@@ -60,10 +60,16 @@ def points(rows: Iterable[Row], head_size: int) -> dict[tuple[str, str, int], li
         if row.policy != FULL and row.kl is not None:
             group = cells.setdefault((name, row.mode, row.document_tokens), {})
             group.setdefault((pages, row.policy, row.kept), []).append(row)
-    return {
-        key: [_point(*cell, some, head_size) for cell, some in group.items()]
-        for key, group in cells.items()
-    }
+    return {key: _points(group, head_size) for key, group in cells.items()}
+
+
+def _points(group: Mapping[tuple[str, str, str], list[Row]], head_size: int) -> list[Point]:
+    tasks: dict[str, set[str]] = {}
+    for (pages, _, _), rows in group.items():
+        tasks.setdefault(pages, set()).update(row.task for row in rows)
+    common = set.intersection(*tasks.values())
+    cells = {cell: [row for row in rows if row.task in common] for cell, rows in group.items()}
+    return [_point(*cell, rows, head_size) for cell, rows in cells.items() if rows]
 
 
 def _point(pages: str, policy: str, kept: str, rows: Sequence[Row], head_size: int) -> Point:

@@ -26,9 +26,15 @@ ROWS = [
     _row("", "a", 256, 0.5),
     _row("", "a", 256, 0.3, task="recall"),
     _row("", "b", 256, 0.6),
-    _row(", fp8 pages", "a", 512, 0.2),
-    _row(", simulated int8 pages", "a", 512, 0.25),
-    _row(", simulated int4 pages", "a", 896, 0.3),
+    *(
+        _row(pages, "a", kept, kl, task)
+        for task in ("needles", "recall")
+        for pages, kept, kl in (
+            (", fp8 pages", 512, 0.2),
+            (", simulated int8 pages", 512, 0.25),
+            (", simulated int4 pages", 896, 0.3),
+        )
+    ),
 ]
 
 
@@ -51,6 +57,11 @@ def test_the_front_has_each_formats_best_policy_over_all_tasks() -> None:
         "16 bits": ("a", 0.4), "fp8": ("a", 0.2), "int8": ("a", 0.25), "int4": ("a", 0.3),
     }  # fmt: skip
     assert bits.front(mine, 1 / 16) == {}
+
+
+def test_formats_are_compared_by_the_tasks_of_all() -> None:
+    (mine,) = bits.points([*ROWS, _row(", fp8 pages", "a", 512, 9.0, task="code")], 64).values()
+    assert {point.kl for point in mine if point.format == "fp8"} == {0.2}
 
 
 def test_pages_of_an_unknown_format_are_refused() -> None:
