@@ -67,6 +67,7 @@ class FootprintPredictor:
         served_name: str | None = None,
         remembered_prompts: int = 512,
         page_ratio: int = 1,
+        remembered_tokens: int = _MOST_REMEMBERED_TOKENS,
     ) -> None:
         """
         Args:
@@ -75,6 +76,7 @@ class FootprintPredictor:
             served_name: the model's name; requests for another name are for an adapter.
             remembered_prompts: number of recent requests that are not rendered again.
             page_ratio: entries of a compressed page for each token of a block.
+            remembered_tokens: most tokens of those requests.
         """
         self._page_ratio = page_ratio
         self._renderer = renderer
@@ -84,6 +86,7 @@ class FootprintPredictor:
         self._served_name = served_name
         self._remembered_prompts = remembered_prompts
         self._rendered: OrderedDict[bytes, Rendered] = OrderedDict()
+        self._most_remembered_tokens = remembered_tokens
         self._remembered_tokens = 0
         self._outputs: dict[str, OutputQuantiles] = {}
         self._bytes_at_once = 0
@@ -203,7 +206,7 @@ class FootprintPredictor:
         self._remembered_tokens += _tokens(rendered)
         while (
             len(self._rendered) > self._remembered_prompts
-            or self._remembered_tokens > _MOST_REMEMBERED_TOKENS
+            or self._remembered_tokens > self._most_remembered_tokens
         ):
             _, oldest = self._rendered.popitem(last=False)
             self._remembered_tokens -= _tokens(oldest)

@@ -27,7 +27,7 @@ UPSTREAM_NAMES = {
     "adakv_worker.core": {
         "vllm.v1.core.sched.scheduler.Scheduler": (
             "_free_request _get_local_prefix_cache_hit _inflight_prefills _preempt_request "
-            "add_request finish_requests make_stats reset_prefix_cache schedule "
+            "add_request finish_requests has_requests make_stats reset_prefix_cache schedule "
             "update_from_output"
         ),
         "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager": "cache_blocks",

@@ -318,11 +318,9 @@ async def test_what_the_engine_refuses_has_no_footprint(
     assert prediction == Prediction(None, body, unknown="malformed")
 
 
-async def test_long_prompts_are_remembered_up_to_a_number_of_tokens(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("serving.ingress.footprints._MOST_REMEMBERED_TOKENS", 1000)
-    renderer, predictor = letters()
+async def test_long_prompts_are_remembered_up_to_a_number_of_tokens() -> None:
+    renderer = Letters()
+    predictor = FootprintPredictor(renderer, COMPRESSION, 32, remembered_tokens=1000)
     for _ in range(2):
         for letter in "abc":
             await footprint(predictor, letter * 300)
