@@ -28,3 +28,7 @@ class Answering(Protocol):
             begin: tokens forced before the answer.
         """
         ...
+
+    def close(self) -> None:
+        """End what answers."""
+        ...

@@ -1,6 +1,7 @@
 """`python -m evals published`: measure LongBench or RULER."""
 
 import argparse
+from contextlib import closing
 from pathlib import Path
 
 from evals.commands import asking
@@ -31,12 +32,13 @@ def _run(args: argparse.Namespace) -> int:
         questions = list(read_longbench(args.longbench, args.tasks))
     else:
         questions = list(read_ruler(args.ruler, args.tasks))
-    answering = asking.answering(args, args.context_tokens)
     tried = choices(args.policies, args.budgets, args.ratios)
-    rows = run_published(
-        answering, model_name(args), questions, tried, args.mode, args.context_tokens, args.limit
-    )
-    return write(rows, args.out)
+    with closing(asking.answering(args, args.context_tokens)) as answering:
+        rows = run_published(
+            answering, model_name(args), questions, tried, args.mode, args.context_tokens,
+            args.limit,
+        )  # fmt: skip
+        return write(rows, args.out)
 
 
 COMMAND = Command("published", "LongBench or RULER from a folder", _add_options, _run)

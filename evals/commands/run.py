@@ -1,6 +1,7 @@
 """`python -m evals run`: measure tasks under policies and budgets."""
 
 import argparse
+from contextlib import closing
 
 from evals.commands import asking
 from evals.commands.command import Command, model_name, run_engine_in_process, write
@@ -36,8 +37,9 @@ def _run(args: argparse.Namespace) -> int:
         args.questions,
     )  # fmt: skip
     earlier = read_rows(args.out) if args.resume and args.out.exists() else []
-    answering = asking.answering(args, 2 * args.document_tokens + 1024, or_the_models=True)
-    return write(run(answering, model_name(args), plan, earlier), args.out, earlier)
+    context = 2 * args.document_tokens + 1024
+    with closing(asking.answering(args, context, or_the_models=True)) as answering:
+        return write(run(answering, model_name(args), plan, earlier), args.out, earlier)
 
 
 COMMAND = Command("run", "measure, and write a results file", _add_options, _run)
