@@ -19,20 +19,9 @@ from tests.waiting import eventually
 pytestmark = pytest.mark.slow
 
 
-# Less than an answer of 4,000 tokens takes, and enough for four requests to move.
-LIMIT_S = 40
-
-
-def _config(http_port: int, store_port: int) -> dict[str, Any]:
-    config = twins_config(http_port, store_port)
-    replica = config["applications"][0]["args"]["replica"]
-    replica["graceful_shutdown_timeout_s"] = LIMIT_S
-    return config
-
-
 @pytest.fixture(scope="module")
 def twins() -> Iterator[Deployment]:
-    with deployed(config=_config) as deployment:
+    with deployed(config=twins_config) as deployment:
         yield deployment
 
 
@@ -122,6 +111,12 @@ def test_requests_leave_a_replica_that_is_removed_and_no_client_notices(
     assert answers == [{answer} for answer in ask_many(twins, numbers, tokens=tokens)]
 
 
+def _allow_little_time(config: dict[str, Any]) -> None:
+    args = config["applications"][0]["args"]
+    args["replica"]["graceful_shutdown_timeout_s"] = 10
+    args["ingress"]["count"] = 1
+
+
 def _retry_later(config: dict[str, Any]) -> None:
     config["applications"][0]["args"]["ingress"]["retry_after_s"] = 2
 
@@ -129,7 +124,13 @@ def _retry_later(config: dict[str, Any]) -> None:
 def test_a_stream_longer_than_a_redeployment_allows_ends_with_an_error_event(
     twins: Deployment,
 ) -> None:
-    begun = threading.Event()
+    before, begun = set(twins.pids("ServeReplica:llm")), threading.Event()
+    twins.reconfigure(_allow_little_time)
+    eventually(
+        lambda: before.isdisjoint(twins.pids("ServeReplica:llm")) and twins.occupancy(),
+        300, "an ingress and an engine with another limit",
+    )  # fmt: skip
+    eventually(twins.who_answer, 120, "answers")
 
     def read() -> str | None:
         """Return the finish reason."""
