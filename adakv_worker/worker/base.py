@@ -193,7 +193,8 @@ def _name(dtype: torch.dtype) -> str:
 class AdaKVWorkerMixin(WorkerBase):
     """Mixin placed before a platform's worker; its `adakv_` methods are for `collective_rpc`.
 
-    Those run between two steps. Timings work on a stock model runner as well, so that an engine
+    Those run between two steps, in inference mode as steps do: page tables are brought up to date
+    when they are read. Timings work on a stock model runner as well, so that an engine
     without compression can be measured by the same worker class.
     """
 
@@ -213,30 +214,38 @@ class AdaKVWorkerMixin(WorkerBase):
         with self._timed(lambda timings: timings.sampling()):
             return super().sample_tokens(grammar_output)  # type: ignore[arg-type]
 
+    @torch.inference_mode()
     def adakv_export(self, request_id: str, path: str, policy: str) -> list[int] | None:
         return self._work.moves.export(request_id, path, policy)
 
+    @torch.inference_mode()
     def adakv_stage(self, name: str, path: str, policy: str, token_ids: list[int]) -> str | None:
         return self._work.moves.stage(name, path, policy, token_ids)
 
     def adakv_unstage(self, name: str) -> None:
         self._work.moves.unstage(name)
 
+    @torch.inference_mode()
     def adakv_find_held(self, *request: Any) -> list[Any] | None:
         return self._work.held_moves.find(*request)
 
+    @torch.inference_mode()
     def adakv_export_held_for(self, *request: Any) -> list[Any] | None:
         return self._work.held_moves.export_for(*request)
 
+    @torch.inference_mode()
     def adakv_list_held(self) -> list[list[Any]]:
         return self._work.held_moves.list()
 
+    @torch.inference_mode()
     def adakv_export_held(self, name: str, path: str) -> dict[str, Any] | None:
         return self._work.held_moves.export(name, path)
 
+    @torch.inference_mode()
     def adakv_arrive(self, name: str, path: str, card: dict[str, Any]) -> str | None:
         return self._work.held_moves.arrive(name, path, card)
 
+    @torch.inference_mode()
     def adakv_forget_held(self, name: str) -> None:
         self._work.held_moves.forget(name)
 

@@ -12,19 +12,28 @@ import aiohttp
 from serving.http.asgi import ASGIApp, Receive, Scope, Send
 from serving.http.draining import Draining
 
-# Shorter than RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S: after that the port is shut.
 _LOOK_S = 2.0
 
 
 class Departure:
     """Watches whether Serve removes this replica, and then ends at a limit what still runs."""
 
-    def __init__(self, limit_s: float, logger: logging.Logger, look_s: float = _LOOK_S) -> None:
+    def __init__(
+        self,
+        limit_s: float,
+        logger: logging.Logger,
+        *,
+        has_own_port: bool,
+        look_s: float = _LOOK_S,
+    ) -> None:
         """
         Args:
             limit_s: time from a replica's removal to the end of its requests.
+            has_own_port: whether requests come to a port of this replica, as they do from HAProxy,
+                and not to one of Serve's own proxy.
             look_s: between two questions for its health.
         """
+        self._has_own_port = has_own_port
         self._limit_s = limit_s
         self._logger = logger
         self._look_s = look_s
@@ -60,5 +69,9 @@ class Departure:
                 # In plain text or in an error object. Serve's own proxy has other words for the
                 # removal of its node.
                 return answer.status == 503 and "DRAINING" in await answer.text()
+        except aiohttp.ClientConnectorError:
+            # The port is shut some seconds after the removal. On a busy machine that may be the
+            # first thing to be seen.
+            return self._has_own_port
         except (aiohttp.ClientError, TimeoutError):
             return False

@@ -208,7 +208,8 @@ class Ingress:
             ContinuedStreams(self._backend, logger), self._settings, logger, doors=self._doors()
         )
         app = with_fleet_page(self._door, self._door, self._config, self._routing, self._tasks)
-        departure = Departure(self._config.replica.graceful_shutdown_timeout_s, logger)
+        limit_s = self._config.replica.graceful_shutdown_timeout_s
+        departure = Departure(limit_s, logger, has_own_port=RAY_SERVE_ENABLE_HA_PROXY)
         self._tasks.keep("departure", lambda: departure.end_at_limit(self._door.draining))
         return departure.noting_address(with_cors(app, self._config.server))
 

@@ -131,6 +131,26 @@ def test_workers_find_caches_of_budgets_in_bytes(in_process: None, gqa_model: Pa
     engine.close()
 
 
+def test_held_caches_are_listed_and_found_while_others_decode(
+    in_process: None, gqa_model: Path
+) -> None:
+    engine = _engine(gqa_model)
+    (result,) = engine.run([prompt(200, seed=1)], engine.params(max_tokens=4))
+    core = engine.llm.llm_engine
+    core.add_request("b", {"prompt_token_ids": prompt(200, seed=2)}, engine.params(max_tokens=40))
+    for _ in range(5):
+        core.step()
+    ((listed,),) = engine.llm.collective_rpc("adakv_list_held")
+    core.step()
+    asked = np.array([*result.prompt, *result.tokens, 7, 8], dtype=np.int32).tobytes()
+    (found,) = engine.llm.collective_rpc("adakv_find_held", args=(None, None, asked))
+    assert found == listed
+    assert found[1] == 203
+    _ended(engine)
+    engine.flush()
+    engine.close()
+
+
 @pytest.mark.parametrize("policy", ["expected_attention", "streaming_llm", "auto"])
 def test_of_a_new_turn_something_stays_whatever_the_turns_before_keep(
     in_process: None, gqa_model: Path, policy: str

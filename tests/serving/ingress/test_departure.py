@@ -46,8 +46,8 @@ async def _app(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @contextlib.contextmanager
-def _departing(port: int, draining: Draining) -> Iterator[None]:
-    departure = Departure(limit_s=0.01, logger=logging.getLogger(), look_s=0.01)
+def _departing(port: int, draining: Draining, *, has_own_port: bool = True) -> Iterator[None]:
+    departure = Departure(0.01, logging.getLogger(), has_own_port=has_own_port, look_s=0.01)
     app = departure.noting_address(_app)
 
     async def run() -> None:
@@ -83,15 +83,22 @@ async def test_an_ingress_that_stays_ends_nothing(answer: tuple[int, str]) -> No
             assert not cut.is_set()
 
 
-async def test_a_port_that_does_not_answer_ends_nothing() -> None:
+async def test_a_port_that_is_shut_belongs_to_a_removed_replica() -> None:
     replica, draining = Replica(), Draining(lambda: 0.0)
     async with replica.listening() as port:
         pass
     with draining.note("long"), _departing(port, draining):
+        await asyncio.wait_for(draining.cut.wait(), 30)
+
+
+async def test_a_proxys_port_that_is_shut_ends_nothing() -> None:
+    replica, draining = Replica(), Draining(lambda: 0.0)
+    async with replica.listening() as port:
+        pass
+    with draining.note("long"), _departing(port, draining, has_own_port=False):
         cut = draining.cut
-        replica.answers = [(200, "success")]
-        server = await asyncio.start_server(replica.answer, "127.0.0.1", port)
-        async with server:
+        # The proxy comes back.
+        async with await asyncio.start_server(replica.answer, "127.0.0.1", port):
             for _ in range(3):
                 await replica.asked.acquire()
         assert not cut.is_set()
