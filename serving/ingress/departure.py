@@ -69,9 +69,9 @@ class Departure:
                 # In plain text or in an error object. Serve's own proxy has other words for the
                 # removal of its node.
                 return answer.status == 503 and "DRAINING" in await answer.text()
-        except aiohttp.ClientConnectorError:
+        except aiohttp.ClientConnectorError as error:
             # The port is shut some seconds after the removal. On a busy machine that may be the
             # first thing to be seen.
-            return self._has_own_port
+            return self._has_own_port and isinstance(error.os_error, ConnectionRefusedError)
         except (aiohttp.ClientError, TimeoutError):
             return False

@@ -215,11 +215,11 @@ class Ingress:
 
     def _doors(self) -> Callable[[], int]:
         """Return what returns the number of front doors, which divide the limits of keys."""
-        context, ingress = serve.get_replica_context(), self._config.ingress
+        ingress, application = self._config.ingress, serve.get_replica_context().app_name
         if ingress.max_count is None or not self._settings.has_limits:
-            return lambda: context.world_size
+            return lambda: serve.get_replica_context().world_size
         # Serve tells replicas of an autoscaled deployment that they are one.
-        watch = Watched("the number of front doors", lambda: running_doors(context.app_name))
+        watch = Watched("the number of front doors", lambda: running_doors(application))
         self._tasks.keep("front doors", watch.run)
         return lambda: watch.latest or ingress.count
 
