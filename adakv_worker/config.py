@@ -13,7 +13,7 @@ CONFIG_KEY = "adakv"
 FULL = "full"
 # Most characters of a request's own text in a message.
 SHOWN_CHARACTERS = 64
-# Of a prompt's entries, as full precision would keep them. Above it exact ones answer better.
+# Largest share of a prompt's bytes at which entries of eight bits answer better than exact ones.
 MOST_SHARE_OF_EIGHT_BITS = 0.6
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.paging.paged_cache import (
     PagedCache,
     compact,
-    placed_slots,
+    kept_slots,
     read_slots,
     write_slots,
 )
@@ -80,10 +80,7 @@ def rounded_pages(rounding: Rounding) -> Iterator[None]:
     def rounded(
         kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, lens: Tensor
     ) -> None:
-        page_tokens = cache.keys.shape[1]
-        k, head, position = kept.nonzero(as_tuple=True)
-        slots = source[k, position // page_tokens, head] * page_tokens + position % page_tokens
-        targets = placed_slots(tables.flatten(0, 1), lens.flatten(), page_tokens)
+        slots, targets = kept_slots(kept, cache, source, tables, lens)
         write_slots(cache, targets, *map(rounding.apply, read_slots(cache, slots)))
 
     before = compact.path("cpu")

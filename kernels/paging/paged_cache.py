@@ -167,11 +167,18 @@ def _compact_in_parts(
 def _compact_at_once(
     kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, lens: Tensor
 ) -> None:
+    slots, targets = kept_slots(kept, cache, source, tables, lens)
+    write_slots(cache, targets, *read_slots(cache, slots))
+
+
+def kept_slots(
+    kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, lens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the slots [e] int64 of the kept entries, and those to which `compact` copies them."""
     page_tokens = cache.keys.shape[1]
     k, head, position = kept.nonzero(as_tuple=True)
     slots = source[k, position // page_tokens, head] * page_tokens + position % page_tokens
-    targets = placed_slots(tables.flatten(0, 1), lens.flatten(), page_tokens)
-    write_slots(cache, targets, *read_slots(cache, slots))
+    return slots, placed_slots(tables.flatten(0, 1), lens.flatten(), page_tokens)
 
 
 def compact_into(

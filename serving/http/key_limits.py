@@ -117,7 +117,7 @@ class KeyLimits:
     def _ended(self, name: str) -> None:
         use = self._used[name]
         use.at_once -= 1
-        # Keys that nobody has configured may have any name.
+        # Without configured keys, clients choose the names: each would stay for ever.
         if not use.at_once and use.requests is None and use.tokens is None:
             del self._used[name]
 

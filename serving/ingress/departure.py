@@ -1,7 +1,7 @@
 """The end of an ingress replica that Serve removes: streams left at its limit get an error event.
 
-Serve tells a replica's code nothing of its removal, and kills it at the limit. Whoever asks the
-replica's own HTTP port for its health, as HAProxy does, is told "DRAINING" for some seconds.
+Serve removes a replica without a call to its code, and kills it at the limit. For some seconds the
+replica's own HTTP port answers health checks, such as HAProxy's, with "DRAINING".
 """
 
 import asyncio

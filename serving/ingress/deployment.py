@@ -218,7 +218,7 @@ class Ingress:
         ingress, application = self._config.ingress, serve.get_replica_context().app_name
         if ingress.max_count is None or not self._settings.has_limits:
             return lambda: serve.get_replica_context().world_size
-        # Serve tells replicas of an autoscaled deployment that they are one.
+        # In an autoscaled deployment Serve's `world_size` is always 1.
         watch = Watched("the number of front doors", lambda: running_doors(application))
         self._tasks.keep("front doors", watch.run)
         return lambda: watch.latest or ingress.count

@@ -36,9 +36,9 @@ class OutputCounter:
 
 
 def _usage(body: bytes) -> int:
-    """Return the generated tokens by the last usage in a body, 0 if it tells none.
+    """Return the generated tokens that the last usage in a body counts, 0 without one.
 
-    The last one is the server's. Responses also repeat the client's tools, before their usage.
+    The server writes the last one. Responses repeat the client's tools before it.
     """
     begins = [found.end() for found in _USAGE.finditer(body)]
     if not begins:

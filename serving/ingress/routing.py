@@ -53,7 +53,8 @@ class Routing:
     def __init__(self, chooser: Chooser, *, log_decisions: bool) -> None:
         self._chooser = chooser
         self.decisions = DecisionLog()
-        # Of requests that no replica has taken yet; clients may have left.
+        # The last decision for each request that no replica has taken, by request id. Clients leave
+        # without a word, so the oldest decisions go.
         self._chosen: OrderedDict[str, _Chosen] = OrderedDict()
         self.ingress_id = uuid.uuid4().hex
         self._teller: Teller | None = None

@@ -182,7 +182,8 @@ def test_caches_that_come_to_an_idle_engine_keep_to_their_memory(
         carrier = EngineCoreRequest(
             arrived, tokens, None, params, None, time.time(), None, None, None
         )
-        inner = core.engine_core.engine_core  # type: ignore[attr-defined]
+        client: Any = core.engine_core
+        inner = client.engine_core
         inner.add_request(*inner.preprocess_add_request(carrier))
         while inner.scheduler.has_requests():
             inner.step_fn()

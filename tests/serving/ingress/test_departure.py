@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from serving.http.asgi import Receive, Scope, Send
+from serving.http.asgi import Message, Receive, Scope, Send
 from serving.http.draining import Draining
 from serving.http.openai_error import error_messages
 from serving.ingress.departure import Departure
@@ -17,7 +17,7 @@ OPENAI_ERROR = error_messages(503, "DRAINING", type_="ServiceUnavailable")[1]["b
 
 
 class Replica:
-    """The HTTP port of a replica, which tells its health as Serve's do."""
+    """An HTTP port that answers health checks as a replica of Serve does."""
 
     def __init__(self) -> None:
         self.answers = [(200, "success")]
@@ -45,13 +45,22 @@ async def _app(scope: Scope, receive: Receive, send: Send) -> None:
     pass
 
 
+async def _nothing_comes() -> Message:
+    return {"type": "http.disconnect"}
+
+
+async def _nobody_reads(message: Message) -> None:
+    pass
+
+
 @contextlib.contextmanager
 def _departing(port: int, draining: Draining, *, has_own_port: bool = True) -> Iterator[None]:
     departure = Departure(0.01, logging.getLogger(), has_own_port=has_own_port, look_s=0.01)
     app = departure.noting_address(_app)
 
     async def run() -> None:
-        await app({"type": "http", "scheme": "http", "server": ("127.0.0.1", port)}, None, None)  # type: ignore[arg-type]
+        scope = {"type": "http", "scheme": "http", "server": ("127.0.0.1", port)}
+        await app(scope, _nothing_comes, _nobody_reads)
         await departure.end_at_limit(draining)
 
     task = asyncio.create_task(run())
