@@ -22,8 +22,8 @@ monitoring:  ## run Prometheus and, where it is installed, Grafana beside `make 
 install:  ## set up .venv for serving and load tests
 	@scripts/install loadtest
 
-check:  ## format, lint and type checks
-	@scripts/install loadtest,dev
+check:  ## format, lint, types, and files that a program writes
+	@scripts/install loadtest,dev,deploy
 	@scripts/check
 
 test:  ## the tests, without the slow ones
