@@ -28,10 +28,7 @@ if __name__ == "__main__":
         **(engine_args(compression) if compression is not None else {}),
     )
     answers = []
-    ways = [{}, {"adakv_budget_tokens": 2000}]
-    if compression is not None:
-        ways.append({"adakv_decode_budget_tokens": 64, "adakv_decode_interval_tokens": 32})
-    for way in ways:
+    for way in settings["ways"]:
         params = SamplingParams(
             temperature=0, max_tokens=80 if "adakv_decode_budget_tokens" in way else 40,
             ignore_eos=True, detokenize=False, logprobs=5, extra_args=way or None,
@@ -51,12 +48,19 @@ if __name__ == "__main__":
 """
 
 
-class Answers(NamedTuple):
-    """Answers to two prompts: at the engine's budget, at one above their lengths, and evicting."""
+# The engine's budget, one above the prompts' lengths, and evictions while answers are written.
+COMPRESSED: dict[str, int] = {}
+WHOLE = {"adakv_budget_tokens": 2000}
+EVICTING = {"adakv_decode_budget_tokens": 64, "adakv_decode_interval_tokens": 32}
+ALL = (COMPRESSED, WHOLE, EVICTING)
+# The answers to two prompts.
+Pair = list[dict[str, Any]]
 
-    compressed: list[dict[str, Any]]
-    whole: list[dict[str, Any]]
-    evicting: list[dict[str, Any]]
+
+class Answers(NamedTuple):
+    compressed: Pair
+    whole: Pair
+    evicting: Pair
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +71,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _answers(
     model: Path, ranks: int, compression: dict[str, Any] | None, *, compiled: bool = False
 ) -> Answers:
+    return Answers(*_asked(model, ranks, compression, *ALL, compiled=compiled))
+
+
+def _asked(
+    model: Path,
+    ranks: int,
+    compression: dict[str, Any] | None,
+    *ways: dict[str, int],
+    compiled: bool = False,
+) -> list[Pair]:
+    """Return the answers to both prompts in each of these ways."""
     settings = {
         "model": str(model), "ranks": ranks, "compression": compression, "compiled": compiled,
-        "prompts": [prompt(300, seed=1), prompt(620, seed=2)],
+        "prompts": [prompt(300, seed=1), prompt(620, seed=2)], "ways": ways,
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(settings)],
@@ -81,7 +96,7 @@ def _answers(
     for line in done.stdout.splitlines():
         if line.startswith("ANSWERS "):
             answers = json.loads(line.removeprefix("ANSWERS "))
-            return Answers(answers[:2], answers[2:4], answers[4:])
+            return [answers[first : first + 2] for first in range(0, len(answers), 2)]
     raise AssertionError(f"no answers:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
@@ -95,7 +110,7 @@ def _tokens(answers: list[dict[str, Any]]) -> list[list[int]]:
 
 def _assert_as_stock(model: Path, whole: list[dict[str, Any]], ranks: int, compiled: bool) -> None:
     assert [proof["skipped"] for proof in _proofs(whole)] == ["within_budget"] * 2
-    stock = _answers(model, ranks, None, compiled=compiled).whole
+    (stock,) = _asked(model, ranks, None, WHOLE, compiled=compiled)
     assert _tokens(whole) == _tokens(stock)
     for ours, theirs in zip(whole, stock, strict=True):
         for step, expected in zip(ours["logprobs"], theirs["logprobs"], strict=True):
@@ -120,7 +135,8 @@ def test_two_ranks_answer_as_one(model: Path) -> None:
 @pytest.mark.slow
 def test_the_proof_spans_all_ranks(model: Path) -> None:
     compression = {"policy": "ada_snapkv", "budget_tokens": 64, "keep_ratio": 0.0}
-    for proof in _proofs(_answers(model, 2, compression).compressed):
+    (answers,) = _asked(model, 2, compression, COMPRESSED)
+    for proof in _proofs(answers):
         assert proof["kept_mean"] == 64
         assert proof["kept_min"] < 64 < proof["kept_max"]
 
@@ -128,7 +144,8 @@ def test_the_proof_spans_all_ranks(model: Path) -> None:
 @pytest.mark.slow
 def test_three_ranks_of_the_embedded_model() -> None:
     compression = {"policy": "ada_snapkv", "budget_tokens": 96, "keep_ratio": 0.0}
-    for answer in _answers(embedded_model_path(), 3, compression).compressed:
+    (answers,) = _asked(embedded_model_path(), 3, compression, COMPRESSED)
+    for answer in answers:
         # One KV head for each rank: its layers have nothing to share.
         proof = answer["proof"]
         assert proof["kept_mean"] == proof["kept_min"] == proof["kept_max"] == 96

@@ -184,7 +184,7 @@ def test_evictions_while_answers_are_written(engine: Engine, reference: Referenc
     "kind",
     [
         pytest.param(kind, marks=() if kind in _QUICK else pytest.mark.slow, id=str(kind))
-        for kind in (_TRITON, *_FAST)
+        for kind in _FAST
         if kind.graphs
     ],
 )
