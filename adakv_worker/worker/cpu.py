@@ -16,6 +16,7 @@ from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.refusals import refuse_unsupported
 from adakv_worker.stored_dtypes import page_cache_dtype, stored_dtype
 from adakv_worker.worker.base import AdaKVRunner, AdaKVWorkerMixin, KVMemory
+from adakv_worker.worker.compiled_products import bound_compiled_products
 from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
 from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
 from adakv_worker.worker.unused_memory import UnusedMemory
@@ -93,6 +94,7 @@ class AdaKVCPUWorker(AdaKVWorkerMixin, CPUWorker):
         return output
 
     def init_device(self) -> None:
+        bound_compiled_products()
         self._unused_memory = UnusedMemory()
         compresses = compression_config(self.vllm_config.additional_config) is not None
         if compresses:

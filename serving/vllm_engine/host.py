@@ -224,10 +224,6 @@ def set_up_cpu(threads: int, tensor_parallel_size: int) -> None:
     if not computes_on_cpus():
         return
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    # oneDNN compiles a matrix product for each number of tokens of each layer's shape, and keeps
-    # 1,024 of them by itself. An engine would grow by hundreds of MiB until it has so many; with
-    # 128 it was no slower.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if tensor_parallel_size == 1:
         # Run a single worker inside the engine's process. vLLM would give it a process of its own

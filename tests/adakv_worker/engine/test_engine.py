@@ -1,5 +1,6 @@
 """vLLM's features around compressed requests, on a real engine."""
 
+import os
 from typing import Any
 
 import pytest
@@ -239,3 +240,9 @@ def test_timings_cover_the_steps_in_which_they_were_recorded(engine: Engine) -> 
     assert 0 < timings["compress_s"] < timings["steps"][0][0]
     assert timings["plan_s"] > 0
     assert timings["extra_bytes"] > 0
+
+
+def test_a_cpu_keeps_few_compiled_products(engine: Engine) -> None:
+    # test_compiled_products.py shows what that does to the memory. By themselves both keep 1,024.
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        assert int(os.environ[name]) < 1024
