@@ -14,7 +14,7 @@ from evals.tasks.source import Source
 def test_long_answers_are_compared_with_the_full_caches(embedded_engine: ForcedEngine) -> None:
     choices = [Choice("ada_snapkv", tokens=64, decode_tokens=tokens) for tokens in (64, 1500)]
     source = Source(embedded_engine.tokenizer, 2048, random.Random(1))
-    one, both = run_generation(embedded_engine, "model", source, choices, 2, 300)
+    one, both = run_generation(embedded_engine, "model", source, choices, 2, 160)
     assert one[0].n == 1
     full, little, ample = both
     assert (full.n, full.agreement, full.kl) == (2, 1.0, 0.0)
