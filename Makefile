@@ -6,7 +6,7 @@ ACCELERATOR ?= auto
 PYTHON ?= python3
 export VENV ACCELERATOR PYTHON
 
-.PHONY: help serve monitoring install check test test-fast test-rest test-all docs drawings
+.PHONY: help serve monitoring install check test test-fast test-rest test-ci test-all docs drawings
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | \
@@ -37,6 +37,10 @@ test-fast:  ## the tests that start no engine and no cluster
 test-rest:  ## the slow tests
 	@scripts/install loadtest,dev
 	@scripts/test rest $(PYTEST_ARGS)
+
+test-ci:  ## all tests but the longest
+	@scripts/install loadtest,dev
+	@scripts/test ci $(PYTEST_ARGS)
 
 test-all:  ## all tests
 	@scripts/install loadtest,dev

@@ -35,11 +35,13 @@ def test_engines_answer_right_on_the_gpus_path() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_engines_answer_right_on_the_gpus_path() -> None:
     run(str(HERE / "gpu"), "-m", "slow")
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_request_moves_between_engines_on_model_runner_v2() -> None:
     run(
         f"{HERE / 'frontend' / 'test_moving.py'}::test_its_client_notices_nothing[seeded]",

@@ -121,6 +121,7 @@ def _retry_later(config: dict[str, Any]) -> None:
     config["applications"][0]["args"]["ingress"]["retry_after_s"] = 2
 
 
+@pytest.mark.long
 def test_a_stream_longer_than_a_redeployment_allows_ends_with_an_error_event(
     twins: Deployment,
 ) -> None:

@@ -130,6 +130,7 @@ async def _load(served: Served, phases: Phases) -> dict[str, Any]:
         return await drive(client, watch, phases)
 
 
+@pytest.mark.long
 def test_the_fleet_grows_under_load_and_shrinks_without(served: Served) -> None:
     result = asyncio.run(_load(served, Phases(clients=10, high_s=90, limit_s=400)))
     assert result["failed"] == []
@@ -137,6 +138,7 @@ def test_the_fleet_grows_under_load_and_shrinks_without(served: Served) -> None:
     assert result["last_replicas"] == 1
 
 
+@pytest.mark.long
 def test_probes_leave_a_fleet_at_zero_and_a_request_brings_it_back(served: Served) -> None:
     ledger = LedgerReader(full_url(served.store_url), LedgerKeys("adakv", "llm"))
 

@@ -24,7 +24,7 @@ from tests.installed import build_wheel, install, outside
 from tests.system.deployment import MODEL, ROOT
 from tests.waiting import eventually
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 class Running:

@@ -11,7 +11,7 @@ from loadtest.servers.two_nodes import sent_bytes
 from serving.spill.parcels import LenderName
 from tests.system.deployment import Deployment, TwoNodes, deployed, spill_config
 from tests.system.firewalled import Firewalled, can_part, firewalled_config
-from tests.system.spilling import ask_many, lending, moves, read_as_if_alone
+from tests.system.spilling import ask_many, lending, lent, moves, read_as_if_alone
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
@@ -42,6 +42,8 @@ def test_caches_cross_between_nodes_and_no_client_notices(two_nodes: Deployment)
     )
     assert read_as_if_alone(two_nodes, crowded)
     eventually(lambda: not lending(two_nodes).leases, 30, "everything given back")
+    # Replicas tell of themselves once in a while.
+    eventually(lambda: lent(two_nodes) == 0 == two_nodes.running(), 30, "an idle deployment")
     if isinstance(two_nodes, Firewalled):
         before = two_nodes.dropped()[two_nodes.head]
         assert not two_nodes.lets_in(12345)

@@ -142,6 +142,7 @@ def test_the_proof_spans_all_ranks(model: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_three_ranks_of_the_embedded_model() -> None:
     compression = {"policy": "ada_snapkv", "budget_tokens": 96, "keep_ratio": 0.0}
     (answers,) = _asked(embedded_model_path(), 3, compression, COMPRESSED)
@@ -153,6 +154,7 @@ def test_three_ranks_of_the_embedded_model() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_model_answers_as_an_eager_one(model: Path) -> None:
     compression = {"policy": "ada_snapkv", "budget_tokens": 64, "keep_ratio": 0.0}
     eager = _answers(model, 1, compression)

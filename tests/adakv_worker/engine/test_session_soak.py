@@ -156,6 +156,7 @@ def test_no_turn_leaks_anything(engine: Engine) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["priority"], indirect=True)
 def test_two_thousand_turns_leak_nothing(engine: Engine) -> None:
     print(soak(engine, conversations=200, turns=2000, answer_tokens=12))

@@ -54,7 +54,7 @@ _FAST = [
 
 
 _TRITON = Kind("Triton", use_v2=True, graphs=True)
-# What `make test` starts; the others are left to `make test-all`.
+# What `make test` starts; the others are slow.
 _QUICK = {_TRITON, _FAST[-1]}
 
 
