@@ -12,11 +12,11 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from adakv_worker.attention.cpu import paged_cache
 from adakv_worker.attention.folded import Pages
+from adakv_worker.compiled_products import bound_compiled_products
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.refusals import refuse_unsupported
 from adakv_worker.stored_dtypes import page_cache_dtype, stored_dtype
 from adakv_worker.worker.base import AdaKVRunner, AdaKVWorkerMixin, KVMemory
-from adakv_worker.worker.compiled_products import bound_compiled_products
 from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
 from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
 from adakv_worker.worker.unused_memory import UnusedMemory

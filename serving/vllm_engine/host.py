@@ -13,6 +13,7 @@ from vllm.utils.system_utils import kill_process_tree
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
+from adakv_worker.compiled_products import bound_compiled_products
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.frontend.kv_events import CacheChange, EventSockets, cache_changes
 from adakv_worker.frontend.moving import MovableLLM, MovingCore
@@ -224,6 +225,8 @@ def set_up_cpu(threads: int, tensor_parallel_size: int) -> None:
     if not computes_on_cpus():
         return
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    # An engine that compresses does so itself.
+    bound_compiled_products()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if tensor_parallel_size == 1:
         # Run a single worker inside the engine's process. vLLM would give it a process of its own

@@ -1,4 +1,4 @@
-"""A replica with little memory or one that lends is killed, and the other's clients go on.
+"""A replica with little memory is killed, or the one that lends to it.
 
 test_two_nodes.py has the requests that move undisturbed.
 """

@@ -8,7 +8,7 @@ import sys
 PROGRAM = """
 import ctypes
 import psutil, torch
-from adakv_worker.worker.compiled_products import bound_compiled_products
+from adakv_worker.compiled_products import bound_compiled_products
 from kernels.policies.attention import row_products
 
 bound_compiled_products()
