@@ -13,8 +13,8 @@ help:  ## show this list
 		awk -F '\t' '{ printf "make %-10s %s\n", $$1, $$2 }'
 
 serve: install  ## set up .venv and serve CONFIG (configs/cluster.yaml)
-	@echo "==> python -m serving.run $(CONFIG)"
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; set -a; . configs/ray.env; exec python -m serving.run $(CONFIG)
+	@echo "==> python -m adakv_serve.serving.run $(CONFIG)"
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; set -a; . configs/ray.env; exec python -m adakv_serve.serving.run $(CONFIG)
 
 monitoring:  ## run Prometheus and, where it is installed, Grafana beside `make serve`
 	@scripts/monitoring

@@ -14,28 +14,32 @@ class Command(NamedTuple):
 
 
 _COMMANDS = {
-    "serve": Command("serving.start", "serve a configuration, as `make serve` does"),
-    "drain": Command("serving.drain", "shut the doors of a running deployment, or open them again"),
+    "serve": Command("adakv_serve.serving.start", "serve a configuration, as `make serve` does"),
+    "drain": Command(
+        "adakv_serve.serving.drain", "shut the doors of a running deployment, or open them again"
+    ),
     "configs": Command("adakv.configs", "list the shipped configurations, or copy them to edit"),
-    "inspect": Command("router.inspect", "show the memory of every replica"),
-    "simulate": Command("router.simulate.__main__", "compare routers in virtual time"),
-    "eval": Command("evals.__main__", "measure what compression does to answers"),
+    "inspect": Command("adakv_serve.router.inspect", "show the memory of every replica"),
+    "simulate": Command("adakv_serve.router.simulate.__main__", "compare routers in virtual time"),
+    "eval": Command("adakv_serve.evals.__main__", "measure what compression does to answers"),
     "doctor": Command("adakv.doctor", "check this machine, and say what to do"),
 }
 _BENCHES = {
-    "compare": Command("loadtest.compare", "deployments at equal KV memory, with a report"),
-    "offline": Command("loadtest.offline", "engines at equal KV memory, without HTTP"),
-    "published": Command("loadtest.published", "KV-Compress' set-up on one GPU"),
-    "spill": Command("loadtest.spill", "moving a cache against computing it again"),
-    "routing": Command("loadtest.routing", "prompts that are repeated, and at once"),
-    "ingresses": Command("loadtest.ingresses", "one, two and four front doors"),
-    "front-door": Command("loadtest.front_door", "the front door against plain `vllm serve`"),
-    "autoscaling": Command("loadtest.autoscaling", "a fleet that grows and shrinks"),
-    "long-answer": Command("loadtest.long_answer", "an answer at its bound"),
-    "service-times": Command("loadtest.service_times", "a replica's speeds, for the simulation"),
-    "fuzz": Command("loadtest.fuzz", "odd requests against a deployment"),
-    "chaos": Command("loadtest.chaos", "faults of all kinds under load"),
-    "soak": Command("loadtest.soak", "hours of load, and what grows"),
+    "compare": Command("adakv_serve.loadtest.compare", "deployments at equal KV memory"),
+    "offline": Command("adakv_serve.loadtest.offline", "engines at equal KV memory, without HTTP"),
+    "published": Command("adakv_serve.loadtest.published", "KV-Compress' set-up on one GPU"),
+    "spill": Command("adakv_serve.loadtest.spill", "moving a cache against computing it again"),
+    "routing": Command("adakv_serve.loadtest.routing", "prompts that are repeated, and at once"),
+    "ingresses": Command("adakv_serve.loadtest.ingresses", "one, two and four front doors"),
+    "front-door": Command("adakv_serve.loadtest.front_door", "ours against plain `vllm serve`"),
+    "autoscaling": Command("adakv_serve.loadtest.autoscaling", "a fleet that grows and shrinks"),
+    "long-answer": Command("adakv_serve.loadtest.long_answer", "an answer at its bound"),
+    "service-times": Command(
+        "adakv_serve.loadtest.service_times", "a replica's speeds, to simulate"
+    ),
+    "fuzz": Command("adakv_serve.loadtest.fuzz", "odd requests against a deployment"),
+    "chaos": Command("adakv_serve.loadtest.chaos", "faults of all kinds under load"),
+    "soak": Command("adakv_serve.loadtest.soak", "hours of load, and what grows"),
 }
 
 

@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from serving.shipped import CONFIGS
+from adakv_serve.serving.shipped import CONFIGS
 
 
 def main() -> int:

@@ -15,10 +15,10 @@ from pydantic import ValidationError
 
 from adakv.findings import PACKAGES, PROGRAMS, Finding, of_machine, of_ports
 from adakv.machine import look
-from router import DEFAULT_APPLICATION
-from router.ledger.redis_ledger import LedgerKeys, LedgerReader
-from serving.config import AppConfig
-from serving.store import store_url
+from adakv_serve.router import DEFAULT_APPLICATION
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys, LedgerReader
+from adakv_serve.serving.config import AppConfig
+from adakv_serve.serving.store import store_url
 
 _DEFAULT_HTTP_PORT = 8000
 

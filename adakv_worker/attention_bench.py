@@ -19,8 +19,8 @@ from torch import Tensor
 from vllm.config import AttentionConfig
 from vllm.v1.attention.backends import flash_attn, triton_attn
 
+from adakv_serve.kernels.bench import DIM, DTYPE, GROUP, HEADS, PAGE, Ceilings, ceilings, seconds
 from adakv_worker.attention.gpu import folded_splits
-from kernels.bench import DIM, DTYPE, GROUP, HEADS, PAGE, Ceilings, ceilings, seconds
 
 # Deviation of the logarithm of a head's length: a tenth of the heads keep more than twice the mean,
 # as with adaptive heads.

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kernels.blocks import SINK_TOKENS
-from kernels.policies.presets import AUTO, DEFAULT_POLICY, PRESETS, PolicyChoice
+from adakv_serve.kernels.blocks import SINK_TOKENS
+from adakv_serve.kernels.policies.presets import AUTO, DEFAULT_POLICY, PRESETS, PolicyChoice
 
 CONFIG_KEY = "adakv"
 FULL = "full"

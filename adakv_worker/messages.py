@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from adakv_serve.kernels.blocks import (
+    DecodeBound,
+    compressed_blocks_bound,
+    entries_after,
+    most_entries,
+)
+from adakv_serve.kernels.policies.presets import PolicyChoice
 from adakv_worker.session_messages import SessionCommands, SessionProof
-from kernels.blocks import DecodeBound, compressed_blocks_bound, entries_after, most_entries
-from kernels.policies.presets import PolicyChoice
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams

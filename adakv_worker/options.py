@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from adakv_serve.kernels.blocks import SINK_TOKENS, DecodeBound, KeepLimit, kept_tokens
+from adakv_serve.kernels.policies.presets import PolicyChoice
 from adakv_worker.config import (
     CONFIG_KEY,
     FULL,
@@ -15,8 +17,6 @@ from adakv_worker.config import (
     meant_keys,
     shown,
 )
-from kernels.blocks import SINK_TOKENS, DecodeBound, KeepLimit, kept_tokens
-from kernels.policies.presets import PolicyChoice
 
 
 class RequestBudget(BaseModel):

@@ -11,9 +11,9 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+from adakv_serve.kernels.policies.presets import PRESETS
 from adakv_worker.config import CompressionConfig
 from adakv_worker.stored_dtypes import is_unreadable, page_cache_dtype, stored_dtype
-from kernels.policies.presets import PRESETS
 
 
 def _graphs_hold_cache_writes(config: VllmConfig) -> bool:

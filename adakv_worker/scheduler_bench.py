@@ -36,11 +36,11 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from adakv_serve.kernels.blocks import blocks_for_tokens
 from adakv_worker import plugin
 from adakv_worker.core.scheduler import AdaKVScheduler
 from adakv_worker.messages import Answer, Kept, attach_answer, commands_of
 from adakv_worker.spec import AdaKVSpec
-from kernels.blocks import blocks_for_tokens
 
 _BLOCK = 32
 _PROMPT_TOKENS = 1500

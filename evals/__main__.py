@@ -5,7 +5,7 @@ import sys
 
 import httpx
 
-from evals.commands import COMMANDS
+from adakv_serve.evals.commands import COMMANDS
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from serving.models.gguf import dequantize
-from serving.models.made_once import cache_root, made_once
+from adakv_serve.serving.models.gguf import dequantize
+from adakv_serve.serving.models.made_once import cache_root, made_once
 
 _NAME = "qwen2.5-coder-1.5b-instruct-bf16"
 _PARTS = 22

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from evals.policies import POLICIES
-from evals.results.scores import Row
-from evals.run import Plan
+from adakv_serve.evals.policies import POLICIES
+from adakv_serve.evals.results.scores import Row
+from adakv_serve.evals.run import Plan
 
 PLAN = Plan(
     tasks=("needles", "factbook", "continuation"),

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from evals.answering import Answering
-from evals.choice import FULL, Choice
-from evals.results.scores import Row, Score, row, score
-from evals.samples import Sample, Tokens, Turn, messages
-from evals.tasks.source import Source
-from loadtest.traffic import corpus
+from adakv_serve.evals.answering import Answering
+from adakv_serve.evals.choice import FULL, Choice
+from adakv_serve.evals.results.scores import Row, Score, row, score
+from adakv_serve.evals.samples import Sample, Tokens, Turn, messages
+from adakv_serve.evals.tasks.source import Source
+from adakv_serve.loadtest.traffic import corpus
 
 TASK = "generation"
 _WISHES = (

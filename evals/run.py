@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from evals.answering import Answering
-from evals.choice import FULL, Choice
-from evals.published import metrics
-from evals.results.scores import Row, Score, row, score
-from evals.samples import Mode, Sample, Tokens, tokenize
-from evals.tasks import samples
+from adakv_serve.evals.answering import Answering
+from adakv_serve.evals.choice import FULL, Choice
+from adakv_serve.evals.published import metrics
+from adakv_serve.evals.results.scores import Row, Score, row, score
+from adakv_serve.evals.samples import Mode, Sample, Tokens, tokenize
+from adakv_serve.evals.tasks import samples
 
 
 class Plan(NamedTuple):

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.paging.entries import read
-from kernels.policies.head_allocations.adaptive import AdaptiveHeads
-from kernels.policies.head_allocations.uniform import UniformHeads
-from kernels.policies.observation import Observation
-from kernels.policies.presets import preset
-from kernels.policies.rotary import Rotary
+from adakv_serve.kernels.paging.entries import read
+from adakv_serve.kernels.policies.head_allocations.adaptive import AdaptiveHeads
+from adakv_serve.kernels.policies.head_allocations.uniform import UniformHeads
+from adakv_serve.kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.presets import preset
+from adakv_serve.kernels.policies.rotary import Rotary
 
 _ROUNDING = 1e-4
 SELECTIONS = ("true attention", "window")

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from itertools import cycle, groupby, islice
 from typing import Any
 
-from evals.answering import Answering
-from evals.choice import FULL, Choice
-from evals.results.scores import Row, Score, row, score
-from evals.samples import Sample, Tokens, Turn, chat_text
-from evals.tasks import samples
+from adakv_serve.evals.answering import Answering
+from adakv_serve.evals.choice import FULL, Choice
+from adakv_serve.evals.results.scores import Row, Score, row, score
+from adakv_serve.evals.samples import Sample, Tokens, Turn, chat_text
+from adakv_serve.evals.tasks import samples
 
 # Tasks with several questions about each document.
 TASKS = ("needles", "factbook", "recall")

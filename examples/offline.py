@@ -8,8 +8,8 @@ import sys
 
 from vllm import LLM, SamplingParams
 
+from adakv_serve.serving.models.embedded import embedded_model_path
 from adakv_worker.plugin import engine_args
-from serving.models.embedded import embedded_model_path
 
 TEXT = "The lighthouse keeper wrote down the name of every ship that passed the cape. " * 100
 QUESTION = "What did the lighthouse keeper write down?"

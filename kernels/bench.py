@@ -18,11 +18,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kernels.blocks import blocks_for_tokens, compressed_blocks_bound
-from kernels.paging.layout import PageLayout
-from kernels.paging.paged_cache import PagedCache
-from kernels.policies.attention import pool
-from kernels.policies.head_allocations.adaptive import AdaptiveHeads
+from adakv_serve.kernels.blocks import blocks_for_tokens, compressed_blocks_bound
+from adakv_serve.kernels.paging.layout import PageLayout
+from adakv_serve.kernels.paging.paged_cache import PagedCache
+from adakv_serve.kernels.policies.attention import pool
+from adakv_serve.kernels.policies.head_allocations.adaptive import AdaptiveHeads
 
 LAYERS, HEADS, GROUP, DIM, PAGE, WINDOW = 32, 8, 4, 128, 16, 32
 PARAMETERS = 8_030_000_000
@@ -123,7 +123,7 @@ class Prompt:
 
     def score(self, layer: int) -> Tensor:
         """Return the window scores [H, n - w] of a layer."""
-        from kernels.gpu.window_scores import window_scores
+        from adakv_serve.kernels.gpu.window_scores import window_scores
 
         return window_scores(
             self.queries, self.cache.keys, self.source[layer], DIM**-0.5, self.tokens
@@ -162,7 +162,7 @@ class Bench(NamedTuple):
         )
 
     def _selection(self, tokens: int) -> Measured:
-        from kernels.gpu.top import radix_top_mask
+        from adakv_serve.kernels.gpu.top import radix_top_mask
 
         scores = torch.rand((1, self.heads * tokens), device=self.device)
         count = torch.tensor([self.heads * tokens // 4], device=self.device)
@@ -175,7 +175,7 @@ class Bench(NamedTuple):
         )
 
     def _compactions(self, prompt: Prompt) -> Iterator[Measured]:
-        from kernels.gpu.compaction import compact_paged, compact_pages_in_place
+        from adakv_serve.kernels.gpu.compaction import compact_paged, compact_pages_in_place
 
         shape = (prompt.layers, self.heads, prompt.tokens)
         kept = torch.rand(shape, device=self.device) < 0.25
@@ -190,7 +190,7 @@ class Bench(NamedTuple):
 
     def _growth(self, requests: int) -> Measured:
         """Measure one step's page tables of a batch."""
-        from kernels.gpu.tables import grow_by_one
+        from adakv_serve.kernels.gpu.tables import grow_by_one
 
         layers, heads, device = self.layers, self.heads, self.device
         shape = (layers, requests, heads)
@@ -210,8 +210,8 @@ class Bench(NamedTuple):
 
     def prompt_cost(self, tokens: int, keep: int, limits: Ceilings) -> PromptCost:
         """Measure the compression of a prompt, all layers alike, against its prefill."""
-        from kernels.gpu.compaction import compact_paged
-        from kernels.gpu.tables import place_pages
+        from adakv_serve.kernels.gpu.compaction import compact_paged
+        from adakv_serve.kernels.gpu.tables import place_pages
 
         heads, device = self.heads, self.device
         prompt, layout = Prompt(tokens, 1, heads, device), self._layout(1)

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import httpx
 import yaml
 
-from loadtest.client.sse_client import timed_completion
-from loadtest.servers.occupancy import OccupancyWatch, ReplicaLoad, occupancy_watch
-from loadtest.servers.ports import free_port
-from loadtest.servers.processes import serve_run
-from loadtest.traffic.corpus import SENTENCE
+from adakv_serve.loadtest.client.sse_client import timed_completion
+from adakv_serve.loadtest.servers.occupancy import OccupancyWatch, ReplicaLoad, occupancy_watch
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.processes import serve_run
+from adakv_serve.loadtest.traffic.corpus import SENTENCE
 
 _SAMPLE_S = 0.5
 

@@ -23,18 +23,18 @@ from typing import Any, NamedTuple
 import httpx
 import yaml
 
-from loadtest.faults.asking import ANSWERED, Questions, Users
-from loadtest.faults.kinds import KINDS, Scene, kinds_for, plan
-from loadtest.faults.recovery import Recovery
-from loadtest.faults.windows import Struck, Window, summary, sums, table, windows
-from loadtest.servers.fleet import changed, lives, wait_until_idle
-from loadtest.servers.occupancy import occupancy_watch
-from loadtest.servers.orphans import adopt_orphans
-from loadtest.servers.ports import free_port
-from loadtest.servers.processes import serve_run
-from loadtest.servers.store import ProxiedStore, proxied_store
-from loadtest.servers.twins import on_the_head, twins_config
-from loadtest.servers.two_nodes import two_nodes
+from adakv_serve.loadtest.faults.asking import ANSWERED, Questions, Users
+from adakv_serve.loadtest.faults.kinds import KINDS, Scene, kinds_for, plan
+from adakv_serve.loadtest.faults.recovery import Recovery
+from adakv_serve.loadtest.faults.windows import Struck, Window, summary, sums, table, windows
+from adakv_serve.loadtest.servers.fleet import changed, lives, wait_until_idle
+from adakv_serve.loadtest.servers.occupancy import occupancy_watch
+from adakv_serve.loadtest.servers.orphans import adopt_orphans
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.processes import serve_run
+from adakv_serve.loadtest.servers.store import ProxiedStore, proxied_store
+from adakv_serve.loadtest.servers.twins import on_the_head, twins_config
+from adakv_serve.loadtest.servers.two_nodes import two_nodes
 
 _LOOK_EVERY_S, _IDLE_S, _WHOLE_S = 0.5, 60.0, 400.0
 # Time in which the users show how long answers take, before the first fault.

@@ -16,10 +16,10 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from loadtest.comparison.config import CompareConfig
-from loadtest.comparison.order import Unit
-from loadtest.comparison.report import write_report
-from loadtest.comparison.runs import Runs, units
+from adakv_serve.loadtest.comparison.config import CompareConfig
+from adakv_serve.loadtest.comparison.order import Unit
+from adakv_serve.loadtest.comparison.report import write_report
+from adakv_serve.loadtest.comparison.runs import Runs, units
 
 _FROZEN = "config.yaml"
 
@@ -83,7 +83,7 @@ def main(
     parser.add_argument("configs", type=Path, nargs="+", help="comparisons, such as those shipped")
     parser.add_argument("--out", type=Path, default=Path("results"), help="a folder for each in it")
     args = parser.parse_args(argv)
-    command = ["python", "-m", "loadtest.compare", *map(shlex.quote, argv or sys.argv[1:])]
+    command = ["adakv", "bench", "compare", *map(shlex.quote, argv or sys.argv[1:])]
     crashes = 0
     for path in args.configs:
         try:

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import httpx
 import yaml
 
-from loadtest.client.sse_client import timed_completion
-from loadtest.comparison.order import interleaved
-from loadtest.servers.processes import serve_run, vllm_serve, with_args
+from adakv_serve.loadtest.client.sse_client import timed_completion
+from adakv_serve.loadtest.comparison.order import interleaved
+from adakv_serve.loadtest.servers.processes import serve_run, vllm_serve, with_args
 
 OURS, PLAIN = "ours", "plain"
 THREADS = 1

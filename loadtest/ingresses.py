@@ -21,9 +21,9 @@ import httpx
 import psutil
 import yaml
 
-from loadtest.client.records import percentile
-from loadtest.servers.processes import serve_run, with_args
-from loadtest.traffic.corpus import SENTENCE
+from adakv_serve.loadtest.client.records import percentile
+from adakv_serve.loadtest.servers.processes import serve_run, with_args
+from adakv_serve.loadtest.traffic.corpus import SENTENCE
 
 _PROCESS = "ray::ServeReplica:"
 _DEPLOYMENT = ":Ingress"

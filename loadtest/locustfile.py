@@ -14,19 +14,15 @@ and output tokens as the response's size. A key comes from $OPENAI_API_KEY.
 import json
 import logging
 import sys
-from pathlib import Path
 from typing import Any
 
 from locust import events
 from locust.env import Environment
 from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
-# Locust loads this file by its path, from any folder. Its own entry is the first and goes again.
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-
-from loadtest.users.load_test import LoadTest, end_with_workers
-from loadtest.users.openai_user import OpenAIUser
-from loadtest.users.options import add_options
+from adakv_serve.loadtest.users.load_test import LoadTest, end_with_workers
+from adakv_serve.loadtest.users.openai_user import OpenAIUser
+from adakv_serve.loadtest.users.options import add_options
 
 __all__ = ["OpenAIUser"]
 

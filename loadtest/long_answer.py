@@ -84,8 +84,8 @@ def _embedded_llm(max_model_len: int) -> Any:
     }
     from vllm import LLM
 
+    from adakv_serve.serving.models.embedded import embedded_model_path
     from adakv_worker.plugin import engine_args
-    from serving.models.embedded import embedded_model_path
 
     return LLM(
         model=str(embedded_model_path()), dtype="float32", max_model_len=max_model_len,

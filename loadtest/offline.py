@@ -15,15 +15,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from adakv_serve.loadtest.comparison.bound import bound
+from adakv_serve.loadtest.comparison.order import interleaved
+from adakv_serve.loadtest.comparison.page import Page, Section, write_page
+from adakv_serve.loadtest.comparison.plots import throughput
+from adakv_serve.loadtest.comparison.provenance import environment
+from adakv_serve.loadtest.engines.folded_attention import folded_over_dense
+from adakv_serve.loadtest.engines.process import EngineProcess
+from adakv_serve.serving.models.embedded import embedded_model_path
 from adakv_worker.config import check_policy_name
-from loadtest.comparison.bound import bound
-from loadtest.comparison.order import interleaved
-from loadtest.comparison.page import Page, Section, write_page
-from loadtest.comparison.plots import throughput
-from loadtest.comparison.provenance import environment
-from loadtest.engines.folded_attention import folded_over_dense
-from loadtest.engines.process import EngineProcess
-from serving.models.embedded import embedded_model_path
 
 KV_BYTES = 190 << 20
 # Page tables and scores of the arms that compress: three blocks of the default model. The report
@@ -329,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     if args.out:
-        command = ["python", "-m", "loadtest.offline", *map(shlex.quote, argv or sys.argv[1:])]
+        command = ["adakv", "bench", "offline", *map(shlex.quote, argv or sys.argv[1:])]
         write_report(result, args.repeat, args.out, command)
         print(f"report: {args.out / 'report.html'}")
     return 0

@@ -22,10 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from loadtest.comparison.bound import bound
-from loadtest.engines.dummy_models import SHAPES, write_shape
-from loadtest.engines.process import EngineProcess
-from loadtest.engines.published_arms import ARMS, EIGHT_BIT_ARMS, Load, Setup, start
+from adakv_serve.loadtest.comparison.bound import bound
+from adakv_serve.loadtest.engines.dummy_models import SHAPES, write_shape
+from adakv_serve.loadtest.engines.process import EngineProcess
+from adakv_serve.loadtest.engines.published_arms import ARMS, EIGHT_BIT_ARMS, Load, Setup, start
 
 PUBLISHED = 5.18
 # Requests whose steps are profiled: short, so that all of them fit into any arm's KV memory.
@@ -195,7 +195,7 @@ def _print(arm: str, row: dict[str, Any]) -> None:
 
 def _model(args: argparse.Namespace, folder: Path) -> str:
     if args.model == "embedded":
-        from serving.models.embedded import embedded_model_path
+        from adakv_serve.serving.models.embedded import embedded_model_path
 
         return str(embedded_model_path())
     return args.model or str(write_shape(args.shape, folder))

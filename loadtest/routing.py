@@ -20,13 +20,18 @@ from typing import Any, NamedTuple
 import httpx
 import yaml
 
-from loadtest.client.records import percentile
-from loadtest.client.sse_client import timed_completion
-from loadtest.comparison.order import interleaved
-from loadtest.servers.occupancy import Look, OccupancyWatch, ReplicaLoad, occupancy_watch
-from loadtest.servers.ports import free_port
-from loadtest.servers.processes import serve_run, with_args
-from loadtest.traffic.corpus import SENTENCE
+from adakv_serve.loadtest.client.records import percentile
+from adakv_serve.loadtest.client.sse_client import timed_completion
+from adakv_serve.loadtest.comparison.order import interleaved
+from adakv_serve.loadtest.servers.occupancy import (
+    Look,
+    OccupancyWatch,
+    ReplicaLoad,
+    occupancy_watch,
+)
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.processes import serve_run, with_args
+from adakv_serve.loadtest.traffic.corpus import SENTENCE
 
 OURS, THEIRS = "ours", "power_of_two"
 ARMS = {OURS: "occupancy", THEIRS: "power_of_two"}

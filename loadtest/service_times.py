@@ -17,9 +17,9 @@ from typing import Any
 import httpx
 import yaml
 
-from loadtest.client.sse_client import timed_completion
-from loadtest.servers.processes import serve_run, with_args
-from loadtest.traffic.corpus import SENTENCE
+from adakv_serve.loadtest.client.sse_client import timed_completion
+from adakv_serve.loadtest.servers.processes import serve_run, with_args
+from adakv_serve.loadtest.traffic.corpus import SENTENCE
 
 _COMPANY = (1, 2, 4, 8, 16)
 _PROMPT_SENTENCES = 95

@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from loadtest.servers.fleet import changed, lives, wait_until_idle
-from loadtest.servers.occupancy import OccupancyWatch, occupancy_watch
-from loadtest.servers.ports import free_port
-from loadtest.servers.processes import serve_run
-from loadtest.servers.progress import waiting
-from loadtest.servers.twins import twins_config
-from loadtest.soaking.load import MixedLoad, fill_by_size, mixed_sessions
-from loadtest.soaking.samples import Name, Samples, table
-from loadtest.soaking.slopes import Trend
-from loadtest.traffic.workloads import Sizes
+from adakv_serve.loadtest.servers.fleet import changed, lives, wait_until_idle
+from adakv_serve.loadtest.servers.occupancy import OccupancyWatch, occupancy_watch
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.processes import serve_run
+from adakv_serve.loadtest.servers.progress import waiting
+from adakv_serve.loadtest.servers.twins import twins_config
+from adakv_serve.loadtest.soaking.load import MixedLoad, fill_by_size, mixed_sessions
+from adakv_serve.loadtest.soaking.samples import Name, Samples, table
+from adakv_serve.loadtest.soaking.slopes import Trend
+from adakv_serve.loadtest.traffic.workloads import Sizes
 
 _LOOK_EVERY_S, _IDLE_S, _TIMEOUT_S = 2.0, 120.0, 600.0
 
@@ -124,7 +124,7 @@ async def _sample(
 def _tokenizer() -> Any:
     from transformers import AutoTokenizer
 
-    from serving.models.embedded import embedded_model_path
+    from adakv_serve.serving.models.embedded import embedded_model_path
 
     return AutoTokenizer.from_pretrained(embedded_model_path())
 

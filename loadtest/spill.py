@@ -25,16 +25,16 @@ import httpx
 import ray
 import yaml
 
-from loadtest.client.records import percentile
-from loadtest.client.token_answers import Answer, ask, likeness
-from loadtest.engines.state_transfer import measure
-from loadtest.servers.occupancy import Look, OccupancyWatch, occupancy_watch
-from loadtest.servers.ports import free_port
-from loadtest.servers.processes import serve_run
-from loadtest.servers.two_nodes import sent_bytes, two_nodes
-from loadtest.traffic.workloads import Session, Sizes, sessions
+from adakv_serve.loadtest.client.records import percentile
+from adakv_serve.loadtest.client.token_answers import Answer, ask, likeness
+from adakv_serve.loadtest.engines.state_transfer import measure
+from adakv_serve.loadtest.servers.occupancy import Look, OccupancyWatch, occupancy_watch
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.processes import serve_run
+from adakv_serve.loadtest.servers.two_nodes import sent_bytes, two_nodes
+from adakv_serve.loadtest.traffic.workloads import Session, Sizes, sessions
 
-_CONFIG = Path(__file__).parents[1] / "configs" / "spill.yaml"
+_CONFIG = Path(__file__).parents[1] / "serving" / "configs" / "spill.yaml"
 _AMPLE_BYTES = 3 << 30
 ARMS = ("on", "two_nodes", "off", "undisturbed", "stock")
 _LENDING = ("on", "two_nodes")
@@ -223,7 +223,7 @@ def figures(runs: Mapping[str, Run]) -> dict[str, Any]:
 def _sessions(requests: int, sizes: Sizes) -> list[Session]:
     from transformers import AutoTokenizer
 
-    from serving.models.embedded import embedded_model_path
+    from adakv_serve.serving.models.embedded import embedded_model_path
 
     tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model_path())
     endless = sessions("synthetic", tokenizer, 4096, sizes)

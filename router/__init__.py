@@ -1,6 +1,6 @@
 """Routing by live KV-memory occupancy: the ledger of reports, the score and the choice."""
 
-from router.ledger.occupancy import Occupancy, SchemaMismatch
+from adakv_serve.router.ledger.occupancy import Occupancy, SchemaMismatch
 
 DEFAULT_STORE_PORT = 6390
 DEFAULT_STORE_URL = f"redis://127.0.0.1:{DEFAULT_STORE_PORT}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from router.score import Speeds
+from adakv_serve.router.score import Speeds
 
 # Seconds over which demand is averaged.
 _AVERAGE_S = 20.0

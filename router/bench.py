@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from router.chooser import Chooser
-from router.footprint import Budget, predict
-from router.ledger.occupancy import Occupancy
-from router.local_view import LocalView
+from adakv_serve.router.chooser import Chooser
+from adakv_serve.router.footprint import Budget, predict
+from adakv_serve.router.ledger.occupancy import Occupancy
+from adakv_serve.router.local_view import LocalView
 
 SIZES = (8, 64, 1000)
 _PROMPT_TOKENS = 2000

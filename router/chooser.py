@@ -4,12 +4,12 @@ import random
 from collections.abc import Collection, Hashable, Sequence
 from typing import NamedTuple
 
-from router.affinity import PrefixAffinity
-from router.footprint import Footprint
-from router.ledger.prefixes import PrefixChange
-from router.local_view import LocalView
-from router.score import Score, Speeds, ranked, reason, score
-from router.session_hints import LastTurn, SessionHints
+from adakv_serve.router.affinity import PrefixAffinity
+from adakv_serve.router.footprint import Footprint
+from adakv_serve.router.ledger.prefixes import PrefixChange
+from adakv_serve.router.local_view import LocalView
+from adakv_serve.router.score import Score, Speeds, ranked, reason, score
+from adakv_serve.router.session_hints import LastTurn, SessionHints
 
 # Blocks of a prompt for which a replica with sessions has one block: it may hold them compressed.
 _BLOCKS_OF_A_HELD_BLOCK = 16

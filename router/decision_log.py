@@ -4,8 +4,8 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from router.chooser import Decision
-from router.footprint import Footprint
+from adakv_serve.router.chooser import Decision
+from adakv_serve.router.footprint import Footprint
 
 _MOST_DECISIONS = 20
 

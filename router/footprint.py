@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kernels.blocks import (
+from adakv_serve.kernels.blocks import (
     DecodeBound,
     KeepLimit,
     blocks_for_tokens,

@@ -9,10 +9,15 @@ import time
 
 import redis
 
-from router import DEFAULT_APPLICATION, DEFAULT_KEY_PREFIX, DEFAULT_STORE_PORT, DEFAULT_STORE_URL
-from router.ledger.occupancy import Occupancy, Report
-from router.ledger.redis_ledger import LedgerKeys, LedgerReader, LedgerView
-from router.stores import checked_url, full_url
+from adakv_serve.router import (
+    DEFAULT_APPLICATION,
+    DEFAULT_KEY_PREFIX,
+    DEFAULT_STORE_PORT,
+    DEFAULT_STORE_URL,
+)
+from adakv_serve.router.ledger.occupancy import Occupancy, Report
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys, LedgerReader, LedgerView
+from adakv_serve.router.stores import checked_url, full_url
 
 COLUMNS = (
     "replica", "blocks", "free", "used", "compr", "growth", "held", "lent", "borrowed", "running",

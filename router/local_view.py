@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from router.footprint import Footprint
-from router.ledger.occupancy import REPORT_TTL_S, Occupancy, Report, SchemaMismatch
-from router.score import ReplicaView, Speeds
-from router.slowness import Slowness, relative, usual_ratio
+from adakv_serve.router.footprint import Footprint
+from adakv_serve.router.ledger.occupancy import REPORT_TTL_S, Occupancy, Report, SchemaMismatch
+from adakv_serve.router.score import ReplicaView, Speeds
+from adakv_serve.router.slowness import Slowness, relative, usual_ratio
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ token, and those by which company slows its decoding.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from router.footprint import Footprint
+from adakv_serve.router.footprint import Footprint
 
 
 class Speeds(NamedTuple):

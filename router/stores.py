@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-from router.ledger.store_client import StoreAddress
+from adakv_serve.router.ledger.store_client import StoreAddress
 
 _REDIS_PORT = 6379
 _LOOPBACK = ("127.0.0.1", "localhost")

@@ -1,4 +1,4 @@
-"""The application builder that `configs/*.yaml` name: `serving.app:build`."""
+"""The application builder that `configs/*.yaml` name: `adakv_serve.serving.app:build`."""
 
 import os
 from typing import Any
@@ -7,15 +7,15 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
-from router.ledger.store_client import refuse_unfit_store
-from serving.config import AppConfig
-from serving.config_sections import AuthConfig, IngressConfig, KeyLimitsConfig
-from serving.engine import Engine
-from serving.http.api_keys import digests_of
-from serving.http.door_settings import FrontDoorSettings
-from serving.http.edge import MOST_BODY_BYTES_VARIABLE
-from serving.http.key_limits import Limits
-from serving.ingress.deployment import Ingress
+from adakv_serve.router.ledger.store_client import refuse_unfit_store
+from adakv_serve.serving.config import AppConfig
+from adakv_serve.serving.config_sections import AuthConfig, IngressConfig, KeyLimitsConfig
+from adakv_serve.serving.engine import Engine
+from adakv_serve.serving.http.api_keys import digests_of
+from adakv_serve.serving.http.door_settings import FrontDoorSettings
+from adakv_serve.serving.http.edge import MOST_BODY_BYTES_VARIABLE
+from adakv_serve.serving.http.key_limits import Limits
+from adakv_serve.serving.ingress.deployment import Ingress
 
 # The ingress forwards chunks and never blocks. Passing each chunk between Serve's three event loops
 # would cost more than the work itself.
@@ -30,8 +30,8 @@ _MESSAGES = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str((1 << 31) - 1)}
 
 # Request routers by `routing.policy`, without Serve's default.
 _ROUTERS = {
-    "occupancy": "serving.ingress.served_router:ServedRouter",
-    "prefix_aware": "serving.ingress.prefix_aware:PrefixAwareRouter",
+    "occupancy": "adakv_serve.serving.ingress.served_router:ServedRouter",
+    "prefix_aware": "adakv_serve.serving.ingress.prefix_aware:PrefixAwareRouter",
 }
 
 # Time that an ingress outlives the engines, to tell clients of streams that were cut.
@@ -156,7 +156,7 @@ def _gpus(config: AppConfig, on_cpus: bool | None) -> float:
     if config.replica.gpus is not None:
         return config.replica.gpus
     if on_cpus is None:
-        from serving.vllm_engine.options import computes_on_cpus
+        from adakv_serve.serving.vllm_engine.options import computes_on_cpus
 
         # The build of vLLM decides: the node that builds the application may have no GPU.
         on_cpus = computes_on_cpus()

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from router.autoscaling import FleetSize, ReplicaDemand, ScalingTargets
+from adakv_serve.router.autoscaling import FleetSize, ReplicaDemand, ScalingTargets
 
 
 class OccupancyPolicy:

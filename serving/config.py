@@ -4,8 +4,7 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from adakv_worker.config import CompressionConfig, Section, unknown_key_message
-from serving.config_sections import (
+from adakv_serve.serving.config_sections import (
     SHOWN,
     AuthConfig,
     IngressConfig,
@@ -15,6 +14,7 @@ from serving.config_sections import (
     SpillConfig,
     StoreConfig,
 )
+from adakv_worker.config import CompressionConfig, Section, unknown_key_message
 
 # vLLM's defaults; for the second the larger one, which vLLM takes on large GPUs.
 _DEFAULT_BLOCK_SIZE_TOKENS = 16
@@ -23,7 +23,7 @@ _LEAST_INGRESS_REQUESTS = 1000
 
 
 class AppConfig(Section):
-    """Arguments of `serving.app:build`."""
+    """Arguments of `adakv_serve.serving.app:build`."""
 
     model: ModelConfig = ModelConfig()
     engine: dict[str, Any] = Field(
@@ -57,7 +57,7 @@ class AppConfig(Section):
     @field_validator("engine")
     @classmethod
     def _check_engine_keys(cls, engine: dict[str, Any]) -> dict[str, Any]:
-        from serving.vllm_engine.options import check_engine_types, engine_arg_names
+        from adakv_serve.serving.vllm_engine.options import check_engine_types, engine_arg_names
 
         known = engine_arg_names()
         for key in engine:
@@ -74,7 +74,7 @@ class AppConfig(Section):
     @classmethod
     def _check_server_keys(cls, server: dict[str, Any]) -> dict[str, Any]:
         if server:
-            from serving.vllm_engine.options import check_server_types, server_arg_names
+            from adakv_serve.serving.vllm_engine.options import check_server_types, server_arg_names
 
             known = server_arg_names()
             for key in server:

@@ -5,10 +5,10 @@ from typing import Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
+from adakv_serve.router import DEFAULT_KEY_PREFIX, DEFAULT_STORE_PORT
+from adakv_serve.router.score import Speeds
+from adakv_serve.router.stores import checked_url, has_password
 from adakv_worker.config import Section
-from router import DEFAULT_KEY_PREFIX, DEFAULT_STORE_PORT
-from router.score import Speeds
-from router.stores import checked_url, has_password
 
 # Why a secret is refused.
 SHOWN = "would be in Serve's log and in `serve config`"

@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serving.http.draining import Running
+from adakv_serve.serving.http.draining import Running
 
 logger = logging.getLogger("ray.serve")
 

@@ -12,27 +12,27 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from router.autoscaling import ReplicaDemand
-from router.footprint import Footprint
-from router.ledger.redis_ledger import LedgerKeys, LedgerWriter
-from router.lending.leases import Lease
-from serving.config import AppConfig
-from serving.http.asgi import Message, Scope
-from serving.http.failures import ReplicaDown
-from serving.http.replica_answers import ReplicaAnswers
-from serving.http.tenants import HOLDER
-from serving.ingress.occupancy_router import OccupancyRouter
-from serving.janitor import Estate, Janitor
-from serving.kept_logs import kept_logs
-from serving.metrics import CompressionMetrics, OccupancyMetrics, TaskMetrics
-from serving.models.embedded import model_path_and_name
-from serving.reporter import OccupancyReporter, report_prefixes
-from serving.spill.parcels import Guest, LenderName
-from serving.spill.peers import Addressee
-from serving.spill.replica import ReplicaSpill
-from serving.spill.sessions import Parcel, SessionTraffic
-from serving.store import store_url
-from serving.supervision import Supervisor
+from adakv_serve.router.autoscaling import ReplicaDemand
+from adakv_serve.router.footprint import Footprint
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys, LedgerWriter
+from adakv_serve.router.lending.leases import Lease
+from adakv_serve.serving.config import AppConfig
+from adakv_serve.serving.http.asgi import Message, Scope
+from adakv_serve.serving.http.failures import ReplicaDown
+from adakv_serve.serving.http.replica_answers import ReplicaAnswers
+from adakv_serve.serving.http.tenants import HOLDER
+from adakv_serve.serving.ingress.occupancy_router import OccupancyRouter
+from adakv_serve.serving.janitor import Estate, Janitor
+from adakv_serve.serving.kept_logs import kept_logs
+from adakv_serve.serving.metrics import CompressionMetrics, OccupancyMetrics, TaskMetrics
+from adakv_serve.serving.models.embedded import model_path_and_name
+from adakv_serve.serving.reporter import OccupancyReporter, report_prefixes
+from adakv_serve.serving.spill.parcels import Guest, LenderName
+from adakv_serve.serving.spill.peers import Addressee
+from adakv_serve.serving.spill.replica import ReplicaSpill
+from adakv_serve.serving.spill.sessions import Parcel, SessionTraffic
+from adakv_serve.serving.store import store_url
+from adakv_serve.serving.supervision import Supervisor
 
 if TYPE_CHECKING:
     from adakv_worker.frontend.moving import Decoded
@@ -53,7 +53,7 @@ class Engine:
         """
         # A slow import, needed only in a replica. vLLM configures logging meanwhile.
         with kept_logs():
-            from serving.vllm_engine import host as vllm_host
+            from adakv_serve.serving.vllm_engine import host as vllm_host
 
         vllm_host.set_up_cpu(config.replica.threads, config.tensor_parallel_size)
         self._replica_id = serve.get_replica_context().replica_id.unique_id

@@ -4,6 +4,7 @@ from typing import Any
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
+from adakv_serve.router.ledger.occupancy import Occupancy
 from adakv_worker.frontend.metric_names import (
     DECODE_EVICTIONS,
     HELD_BLOCKS,
@@ -18,7 +19,6 @@ from adakv_worker.frontend.metric_names import (
     session_labels,
 )
 from adakv_worker.messages import Proof
-from router.ledger.occupancy import Occupancy
 
 
 class CompressionMetrics:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Protocol
 
 import redis
 
-from router.ledger.occupancy import Occupancy
-from router.ledger.prefixes import PrefixChange
-from router.ledger.redis_ledger import LedgerKeys, LedgerWriter, report_gap_s
-from serving.supervision import KeptTask, Supervisor
+from adakv_serve.router.ledger.occupancy import Occupancy
+from adakv_serve.router.ledger.prefixes import PrefixChange
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys, LedgerWriter, report_gap_s
+from adakv_serve.serving.supervision import KeptTask, Supervisor
 
 if TYPE_CHECKING:
     # The ingress imports this module through the application and does not need vLLM.
+    from adakv_serve.serving.vllm_engine.load import EngineLoad
     from adakv_worker.frontend.kv_events import CacheChange
-    from serving.vllm_engine.load import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 

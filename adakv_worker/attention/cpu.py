@@ -17,11 +17,11 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
+from adakv_serve.kernels.paging.growth import ExtendedStep, GrownStep
+from adakv_serve.kernels.paging.paged_cache import PagedCache
 from adakv_worker.attention.folded import Folded, Pages
 from adakv_worker.attention.folding import FoldingBackend, FoldingBuilder, FoldingImpl, WithStep
 from adakv_worker.stored_dtypes import stored_dtype
-from kernels.paging.growth import ExtendedStep, GrownStep
-from kernels.paging.paged_cache import PagedCache
 
 # Steps of an unchanged batch that share a schedule.
 _PLAN_STEPS = 32

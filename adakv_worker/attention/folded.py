@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from adakv_serve.kernels.paging.growth import ExtendedStep, GrownStep
 from adakv_worker.attention.watcher import Watcher
-from kernels.paging.growth import ExtendedStep, GrownStep
 
 
 class Pages(NamedTuple):

@@ -22,14 +22,14 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
+from adakv_serve.kernels.paging.growth import ExtendedStep, GrownStep
+from adakv_serve.kernels.paging.pages import PageTables
+from adakv_serve.kernels.transfer import sent
 from adakv_worker.attention.folded import Folded, Pages, Step
 from adakv_worker.config import compression_config
 from adakv_worker.refusals import require_classes
 from adakv_worker.spec import AdaKVSpec
 from adakv_worker.stored_dtypes import page_cache_dtype, page_ratio
-from kernels.paging.growth import ExtendedStep, GrownStep
-from kernels.paging.pages import PageTables
-from kernels.transfer import sent
 
 
 @dataclass

@@ -15,6 +15,7 @@ from vllm.v1.attention.backends import flash_attn, triton_attn
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from adakv_serve.kernels.paging.growth import ExtendedStep, GrownStep
 from adakv_worker.attention.folded import Folded, Pages, Step
 from adakv_worker.attention.folding import (
     FoldingBackend,
@@ -24,7 +25,6 @@ from adakv_worker.attention.folding import (
     is_on,
 )
 from adakv_worker.config import compression_config
-from kernels.paging.growth import ExtendedStep, GrownStep
 
 
 class GPUFoldingBuilder(FoldingBuilder):

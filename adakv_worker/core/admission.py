@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
+from adakv_serve.kernels.blocks import blocks_for_tokens
 from adakv_worker.core.answer_lengths import AnswerLengths
 from adakv_worker.core.lives import LifeTable
 from adakv_worker.core.request import CompressedRequest
-from kernels.blocks import blocks_for_tokens
 
 # Steps for which a decision that a request waits holds, if nothing begins or ends.
 _DECIDED_STEPS = 8

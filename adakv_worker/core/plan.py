@@ -3,12 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from adakv_worker.config import FULL
-from adakv_worker.core.floor import Resumed
-from adakv_worker.messages import Kept, Proof
-from adakv_worker.options import RequestBudget
-from adakv_worker.session_messages import SessionProof
-from kernels.blocks import (
+from adakv_serve.kernels.blocks import (
     SINK_TOKENS,
     DecodeBound,
     blocks_for_tokens,
@@ -16,7 +11,12 @@ from kernels.blocks import (
     entries_after,
     most_entries,
 )
-from kernels.policies.presets import PolicyChoice
+from adakv_serve.kernels.policies.presets import PolicyChoice
+from adakv_worker.config import FULL
+from adakv_worker.core.floor import Resumed
+from adakv_worker.messages import Kept, Proof
+from adakv_worker.options import RequestBudget
+from adakv_worker.session_messages import SessionProof
 
 # Most queries that an eviction looks at beyond the policy's window: collecting them takes memory.
 _EVICTION_SPAN = 64

@@ -8,6 +8,8 @@ from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue, RequestQueue
 from vllm.v1.request import Request
 
+from adakv_serve.kernels.blocks import compressed_blocks_bound
+from adakv_serve.kernels.policies.presets import PolicyChoice
 from adakv_worker.config import FULL, SessionsConfig
 from adakv_worker.core.floor import Floor, Resumed
 from adakv_worker.core.held import Held, ToHold
@@ -23,8 +25,6 @@ from adakv_worker.session_messages import (
     TokenIds,
     scope_of,
 )
-from kernels.blocks import compressed_blocks_bound
-from kernels.policies.presets import PolicyChoice
 
 # Entries that stay of a new turn where earlier ones have used up the budget: as many as those of
 # the usual window.

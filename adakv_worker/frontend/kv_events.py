@@ -21,9 +21,9 @@ from vllm.distributed.kv_events import (
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import ExternalBlockHash
 
+from adakv_serve.kernels.blocks import prefix_hash
 from adakv_worker.salts import seed_hash
 from adakv_worker.session_messages import HELD_MEDIUM
-from kernels.blocks import prefix_hash
 
 # A child of vLLM's logger, so that vLLM's settings apply.
 logger = init_logger("vllm.adakv")

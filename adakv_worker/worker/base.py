@@ -12,6 +12,8 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.worker_base import WorkerBase
 
+from adakv_serve.kernels.paging.paged_cache import PagedCache
+from adakv_serve.kernels.paging.pages import PageTables
 from adakv_worker.attention.folded import Pages
 from adakv_worker.attention.folding import FoldingBuilder
 from adakv_worker.byte_budgets import settings_of
@@ -27,8 +29,6 @@ from adakv_worker.worker.step import Batch, StepWork
 from adakv_worker.worker.supported_policies import unsupported_presets
 from adakv_worker.worker.timings import Timings, wall_clock
 from adakv_worker.worker.warm_up import warm_up
-from kernels.paging.paged_cache import PagedCache
-from kernels.paging.pages import PageTables
 
 
 class KVMemory(NamedTuple):

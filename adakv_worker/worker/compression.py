@@ -6,17 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adakv_serve.kernels.blocks import SINK_TOKENS
+from adakv_serve.kernels.paging.entries import PagedEntries
+from adakv_serve.kernels.paging.paged_cache import PagedCache, compact, compact_into
+from adakv_serve.kernels.paging.pages import PageTables
+from adakv_serve.kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.policy import Policy, Scored, stacked
+from adakv_serve.kernels.policies.reselection import fitted, with_sinks
+from adakv_serve.kernels.transfer import sent
 from adakv_worker.messages import Compress
 from adakv_worker.worker.contained import Contained
 from adakv_worker.worker.model_parts import LayerParts
-from kernels.blocks import SINK_TOKENS
-from kernels.paging.entries import PagedEntries
-from kernels.paging.paged_cache import PagedCache, compact, compact_into
-from kernels.paging.pages import PageTables
-from kernels.policies.observation import Observation
-from kernels.policies.policy import Policy, Scored, stacked
-from kernels.policies.reselection import fitted, with_sinks
-from kernels.transfer import sent
 
 # Bytes of scores held before their layers are copied: a few layers of a long prompt, all of a short
 # one.

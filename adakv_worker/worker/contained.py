@@ -4,7 +4,7 @@ from types import TracebackType
 
 from vllm.logger import init_logger
 
-from kernels.policies.presets import PolicyChoice
+from adakv_serve.kernels.policies.presets import PolicyChoice
 
 # Below vLLM's own logger, so that its settings show it.
 logger = init_logger("vllm.adakv")

@@ -10,6 +10,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from adakv_serve.kernels.paging.host_tables import HostTables
+from adakv_serve.kernels.paging.layout import PageLayout
+from adakv_serve.kernels.paging.paged_cache import clear_pages
 from adakv_worker.attention.cpu import paged_cache
 from adakv_worker.attention.folded import Pages
 from adakv_worker.compiled_products import bound_compiled_products
@@ -20,9 +23,6 @@ from adakv_worker.worker.base import AdaKVRunner, AdaKVWorkerMixin, KVMemory
 from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
 from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
 from adakv_worker.worker.unused_memory import UnusedMemory
-from kernels.paging.host_tables import HostTables
-from kernels.paging.layout import PageLayout
-from kernels.paging.paged_cache import clear_pages
 
 
 class LayersOutermost(AdaKVRunner):

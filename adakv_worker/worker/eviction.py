@@ -7,22 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adakv_worker.messages import Evict, Recompress
-from adakv_worker.worker.compression import fresh_queries, window_queries
-from adakv_worker.worker.contained import Contained
-from adakv_worker.worker.model_parts import LayerParts
-from kernels.paging.entries import PagedEntries, of_all_layers
-from kernels.paging.paged_cache import PagedCache, compact_in_place, move_pages
-from kernels.paging.pages import PageTables
-from kernels.policies.observation import Observation
-from kernels.policies.policy import Policy, Scored, stacked
-from kernels.policies.reselection import (
+from adakv_serve.kernels.paging.entries import PagedEntries, of_all_layers
+from adakv_serve.kernels.paging.paged_cache import PagedCache, compact_in_place, move_pages
+from adakv_serve.kernels.paging.pages import PageTables
+from adakv_serve.kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.policy import Policy, Scored, stacked
+from adakv_serve.kernels.policies.reselection import (
     keep_recent,
     reallocate,
     score_heads,
     score_ragged,
     stacked_layers,
 )
+from adakv_worker.messages import Evict, Recompress
+from adakv_worker.worker.compression import fresh_queries, window_queries
+from adakv_worker.worker.contained import Contained
+from adakv_worker.worker.model_parts import LayerParts
 
 
 class Eviction:

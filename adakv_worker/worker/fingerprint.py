@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_ROOMS = ("adakv_worker", "kernels")
+_ROOMS = ("adakv_worker", "adakv_serve/kernels")
 # Parts of a weight file that count: other training changes nearly every byte.
 _PARTS = 64
 _PART_BYTES = 4096

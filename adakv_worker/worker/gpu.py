@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu_worker import Worker
 
-import kernels.gpu.compaction
-import kernels.gpu.top
-import kernels.gpu.window_scores  # noqa: F401
+import adakv_serve.kernels.gpu.compaction
+import adakv_serve.kernels.gpu.top
+import adakv_serve.kernels.gpu.window_scores  # noqa: F401
+from adakv_serve.kernels.gpu.device_tables import DeviceTables
+from adakv_serve.kernels.paging.layout import PageLayout
+from adakv_serve.kernels.paging.paged_cache import PagedCache
 from adakv_worker.attention.folded import Pages
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.refusals import refuse_unsupported
 from adakv_worker.worker.base import AdaKVRunner, AdaKVWorkerMixin, KVMemory
 from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
 from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
-from kernels.gpu.device_tables import DeviceTables
-from kernels.paging.layout import PageLayout
-from kernels.paging.paged_cache import PagedCache
 
 
 class BlocksOutermost(AdaKVRunner):

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from adakv_serve.kernels.paging.paged_cache import PagedCache, move_pages, read_pages, write_pages
+from adakv_serve.kernels.paging.pages import PageTables
 from adakv_worker.session_messages import HeldCard, Hold
 from adakv_worker.worker.packed_state import CompressedState
-from kernels.paging.paged_cache import PagedCache, move_pages, read_pages, write_pages
-from kernels.paging.pages import PageTables
 
 # Returns memory for the keys and values of a number of pages.
 Room = Callable[[int], tuple[Tensor, Tensor]]

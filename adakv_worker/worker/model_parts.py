@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
+from adakv_serve.kernels.paging.entries import Quantization
+from adakv_serve.kernels.policies.rotary import Rotary
 from adakv_worker.stored_dtypes import stored_dtype
-from kernels.paging.entries import Quantization
-from kernels.policies.rotary import Rotary
 
 # Radians. Rounding to eight bits is off by less, another table by more.
 _MOST_OFF = 0.1

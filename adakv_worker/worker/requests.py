@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
+from adakv_serve.kernels.paging.growth import ExtendedStep, GrownStep
+from adakv_serve.kernels.paging.paged_cache import PagedCache, move_pages
+from adakv_serve.kernels.paging.pages import PageTables, check_page_tables
 from adakv_worker import messages
 from adakv_worker.messages import (
     WITHOUT_QUERIES,
@@ -23,9 +26,6 @@ from adakv_worker.worker.head_detail import head_detail, lists_tokens
 from adakv_worker.worker.held_rows import HeldRows, Room, copied, memory_on, placed
 from adakv_worker.worker.model_parts import LayerParts
 from adakv_worker.worker.packed_state import CompressedState
-from kernels.paging.growth import ExtendedStep, GrownStep
-from kernels.paging.paged_cache import PagedCache, move_pages
-from kernels.paging.pages import PageTables, check_page_tables
 
 # Below vLLM's own logger, so that its settings show it.
 logger = init_logger("vllm.adakv")

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from adakv_serve.kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.presets import PRESETS
+from adakv_serve.kernels.policies.rotary import Rotary
 from adakv_worker.worker.model_parts import LayerParts
-from kernels.policies.observation import Observation
-from kernels.policies.presets import PRESETS
-from kernels.policies.rotary import Rotary
 
 # Tokens of a trial, more than any preset's window.
 _TOKENS = 96

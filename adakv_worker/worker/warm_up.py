@@ -5,12 +5,12 @@ from collections.abc import Container
 
 import torch
 
+from adakv_serve.kernels.blocks import blocks_for_tokens, compressed_blocks_bound
+from adakv_serve.kernels.policies.presets import PolicyChoice
 from adakv_worker.config import FULL, CompressionConfig
 from adakv_worker.core.plan import query_span
 from adakv_worker.messages import Compress
 from adakv_worker.worker.requests import CompressionState
-from kernels.blocks import blocks_for_tokens, compressed_blocks_bound
-from kernels.policies.presets import PolicyChoice
 
 _TOKENS = 1024
 _REQUEST = "adakv-warm-up"

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from evals.choice import Choice, Outcome
-from evals.samples import Sample, Tokens
+from adakv_serve.evals.choice import Choice, Outcome
+from adakv_serve.evals.samples import Sample, Tokens
 
 
 class Answering(Protocol):

@@ -11,11 +11,11 @@ from transformers import AutoConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
+from adakv_serve.evals.answering.rounding import ROUNDINGS, rounded_pages
+from adakv_serve.evals.choice import FULL, Choice, Outcome
+from adakv_serve.evals.samples import Sample, Tokens
 from adakv_worker.frontend.validator import bound_by
 from adakv_worker.plugin import engine_args
-from evals.answering.rounding import ROUNDINGS, rounded_pages
-from evals.choice import FULL, Choice, Outcome
-from evals.samples import Sample, Tokens
 
 _NAME = "evals_name"
 

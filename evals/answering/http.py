@@ -5,8 +5,8 @@ from typing import Any
 
 import httpx
 
-from evals.choice import FULL, Choice, Outcome
-from evals.samples import Sample, Tokens, messages
+from adakv_serve.evals.choice import FULL, Choice, Outcome
+from adakv_serve.evals.samples import Sample, Tokens, messages
 
 _TIMEOUT_S = 600
 

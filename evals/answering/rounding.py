@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.paging.paged_cache import (
+from adakv_serve.kernels.paging.paged_cache import (
     PagedCache,
     compact,
     kept_slots,

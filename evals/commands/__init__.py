@@ -1,6 +1,6 @@
 """The commands of `python -m evals`, one a file."""
 
-from evals.commands import (
+from adakv_serve.evals.commands import (
     bits,
     crosscheck,
     fetch,
@@ -12,7 +12,7 @@ from evals.commands import (
     theory,
     turns,
 )
-from evals.commands.command import Command
+from adakv_serve.evals.commands.command import Command
 
 COMMANDS: tuple[Command, ...] = (
     run.COMMAND,

@@ -5,9 +5,9 @@ import os
 from collections.abc import Iterable
 from importlib.util import find_spec
 
-from evals.answering import Answering
-from evals.commands.command import add_kv_bytes_option, add_model_option, add_out_option
-from evals.policies import POLICIES
+from adakv_serve.evals.answering import Answering
+from adakv_serve.evals.commands.command import add_kv_bytes_option, add_model_option, add_out_option
+from adakv_serve.evals.policies import POLICIES
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -61,18 +61,18 @@ def answering(
     Args:
         or_the_models: cut `context_tokens` to the model's context.
     """
-    from serving.models.embedded import embedded_model_path
+    from adakv_serve.serving.models.embedded import embedded_model_path
 
     model = args.model or embedded_model_path()
     if args.server:
         from transformers import AutoTokenizer
 
-        from evals.answering.http import HttpServer
+        from adakv_serve.evals.answering.http import HttpServer
 
         return HttpServer(args.server, AutoTokenizer.from_pretrained(model), args.api_key)
     from transformers import AutoConfig
 
-    from evals.answering.engine import ForcedEngine
+    from adakv_serve.evals.answering.engine import ForcedEngine
 
     if or_the_models:
         longest = AutoConfig.from_pretrained(model).max_position_embeddings

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from evals.commands.command import Command
-from evals.results.files import read_rows
+from adakv_serve.evals.commands.command import Command
+from adakv_serve.evals.results.files import read_rows
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from evals.results import bits
+    from adakv_serve.evals.results import bits
 
     rows = [row for path in args.results for row in read_rows(path)]
     print(bits.table(rows, args.head_size))

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from evals.results.files import read_rows, write_rows
-from evals.results.report import report
-from evals.results.scores import Row
-from serving.models.embedded import EMBEDDED_MODEL_NAME
+from adakv_serve.evals.results.files import read_rows, write_rows
+from adakv_serve.evals.results.report import report
+from adakv_serve.evals.results.scores import Row
+from adakv_serve.serving.models.embedded import EMBEDDED_MODEL_NAME
 
 
 class Command(NamedTuple):

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from evals.commands.command import Command, run_engine_in_process
+from adakv_serve.evals.commands.command import Command, run_engine_in_process
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -16,10 +16,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     run_engine_in_process()
-    from evals.answering.engine import ForcedEngine
-    from evals.crosscheck.compare import compare
-    from evals.tasks import samples
-    from serving.models.embedded import embedded_model_path
+    from adakv_serve.evals.answering.engine import ForcedEngine
+    from adakv_serve.evals.crosscheck.compare import compare
+    from adakv_serve.evals.tasks import samples
+    from adakv_serve.serving.models.embedded import embedded_model_path
 
     model = args.model or embedded_model_path()
     engine = ForcedEngine(model, 2 * args.document_tokens + 1024)

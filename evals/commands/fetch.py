@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from evals.commands.command import Command
+from adakv_serve.evals.commands.command import Command
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -11,7 +11,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from evals.coder_model import fetch_coder_model
+    from adakv_serve.evals.coder_model import fetch_coder_model
 
     print(fetch_coder_model(lambda text: print(text, file=sys.stderr, flush=True)))
     return 0

@@ -2,8 +2,8 @@
 
 import argparse
 
-from evals.commands.command import Command, run_engine_in_process
-from serving.models.embedded import EMBEDDED_MODEL_NAME
+from adakv_serve.evals.commands.command import Command, run_engine_in_process
+from adakv_serve.serving.models.embedded import EMBEDDED_MODEL_NAME
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -12,11 +12,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     run_engine_in_process()
-    from evals.answering.engine import ForcedEngine
-    from evals.gate import PLAN, RECORDED, moved, recordable
-    from evals.results.files import finished, read_rows, write_rows
-    from evals.run import run
-    from serving.models.embedded import embedded_model_path
+    from adakv_serve.evals.answering.engine import ForcedEngine
+    from adakv_serve.evals.gate import PLAN, RECORDED, moved, recordable
+    from adakv_serve.evals.results.files import finished, read_rows, write_rows
+    from adakv_serve.evals.run import run
+    from adakv_serve.serving.models.embedded import embedded_model_path
 
     engine = ForcedEngine(embedded_model_path(), 2 * PLAN.document_tokens + 1024)
     rows = finished(run(engine, EMBEDDED_MODEL_NAME, PLAN))

@@ -2,7 +2,7 @@
 
 import argparse
 
-from evals.commands.command import (
+from adakv_serve.evals.commands.command import (
     Command,
     add_kv_bytes_option,
     add_model_option,
@@ -11,7 +11,7 @@ from evals.commands.command import (
     run_engine_in_process,
     write,
 )
-from evals.policies import EVICTING_POLICIES
+from adakv_serve.evals.policies import EVICTING_POLICIES
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +29,11 @@ def _run(args: argparse.Namespace) -> int:
     run_engine_in_process()
     import random
 
-    from evals.answering.engine import ForcedEngine
-    from evals.choice import Choice
-    from evals.generation import run_generation
-    from evals.tasks.source import Source
-    from serving.models.embedded import embedded_model_path
+    from adakv_serve.evals.answering.engine import ForcedEngine
+    from adakv_serve.evals.choice import Choice
+    from adakv_serve.evals.generation import run_generation
+    from adakv_serve.evals.tasks.source import Source
+    from adakv_serve.serving.models.embedded import embedded_model_path
 
     context_tokens = args.answer_tokens + 1024
     engine = ForcedEngine(args.model or embedded_model_path(), context_tokens, args.kv_bytes)

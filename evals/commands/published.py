@@ -4,9 +4,9 @@ import argparse
 from contextlib import closing
 from pathlib import Path
 
-from evals.commands import asking
-from evals.commands.command import Command, model_name, run_engine_in_process, write
-from evals.samples import MODES
+from adakv_serve.evals.commands import asking
+from adakv_serve.evals.commands.command import Command, model_name, run_engine_in_process, write
+from adakv_serve.evals.samples import MODES
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +21,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     run_engine_in_process()
-    from evals.published.longbench import read_longbench
-    from evals.published.ruler import read_ruler
-    from evals.published.run import run_published
-    from evals.run import choices
+    from adakv_serve.evals.published.longbench import read_longbench
+    from adakv_serve.evals.published.ruler import read_ruler
+    from adakv_serve.evals.published.run import run_published
+    from adakv_serve.evals.run import choices
 
     asking.check(args.server, [args.mode], args.page_dtype, args.page_rounding)
     # All of them: a malformed file is refused before anything is measured.

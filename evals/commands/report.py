@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from evals.commands.command import Command
-from evals.results.files import read_rows
-from evals.results.report import report
+from adakv_serve.evals.commands.command import Command
+from adakv_serve.evals.results.files import read_rows
+from adakv_serve.evals.results.report import report
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def _run(args: argparse.Namespace) -> int:
     rows = [row for path in args.results for row in read_rows(path)]
     print(report(rows, args.baseline))
     if args.plot:
-        from evals.results.plots import draw
+        from adakv_serve.evals.results.plots import draw
 
         draw(rows, args.plot)
     return 0

@@ -3,9 +3,9 @@
 import argparse
 from contextlib import closing
 
-from evals.commands import asking
-from evals.commands.command import Command, model_name, run_engine_in_process, write
-from evals.samples import MODES
+from adakv_serve.evals.commands import asking
+from adakv_serve.evals.commands.command import Command, model_name, run_engine_in_process, write
+from adakv_serve.evals.samples import MODES
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -22,9 +22,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     run_engine_in_process()
-    from evals.results.files import read_rows
-    from evals.run import Plan, run
-    from evals.tasks import TASKS
+    from adakv_serve.evals.results.files import read_rows
+    from adakv_serve.evals.run import Plan, run
+    from adakv_serve.evals.tasks import TASKS
 
     if unknown := set(args.tasks or ()) - TASKS.keys():
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import argparse
 
-from evals.commands.command import Command, add_model_option
+from adakv_serve.evals.commands.command import Command, add_model_option
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -15,10 +15,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     from transformers import AutoTokenizer
 
-    from evals.samples import tokenize
-    from evals.tasks import samples
-    from evals.theory import SELECTIONS, ObservingModel, Summary, cases
-    from serving.models.embedded import embedded_model_path
+    from adakv_serve.evals.samples import tokenize
+    from adakv_serve.evals.tasks import samples
+    from adakv_serve.evals.theory import SELECTIONS, ObservingModel, Summary, cases
+    from adakv_serve.serving.models.embedded import embedded_model_path
 
     path = args.model or embedded_model_path()
     model, tokenizer = ObservingModel(path), AutoTokenizer.from_pretrained(path)

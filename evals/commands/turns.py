@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from evals.commands.command import (
+from adakv_serve.evals.commands.command import (
     Command,
     add_kv_bytes_option,
     add_model_option,
@@ -15,7 +15,7 @@ from evals.commands.command import (
 )
 
 if TYPE_CHECKING:
-    from evals.results.scores import Row
+    from adakv_serve.evals.results.scores import Row
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     run_engine_in_process()
-    from evals.turns import TASKS
+    from adakv_serve.evals.turns import TASKS
 
     if unknown := set(args.tasks or ()) - set(TASKS):
         raise ValueError(f"no conversations of {', '.join(sorted(unknown))}: of {', '.join(TASKS)}")
@@ -42,10 +42,10 @@ def _run(args: argparse.Namespace) -> int:
 
 def _both(args: argparse.Namespace, tasks: Sequence[str]) -> Iterator[list["Row"]]:
     """Yield the rows of an engine that compresses the newest turn, then of one that takes all."""
-    from evals.answering.engine import ForcedEngine
-    from evals.choice import FULL, Choice, Session
-    from evals.turns import run_turns
-    from serving.models.embedded import embedded_model_path
+    from adakv_serve.evals.answering.engine import ForcedEngine
+    from adakv_serve.evals.choice import FULL, Choice, Session
+    from adakv_serve.evals.turns import run_turns
+    from adakv_serve.serving.models.embedded import embedded_model_path
 
     done: list[Row] = []
     engines: list[tuple[str, tuple[Session, ...]]] = [

@@ -11,19 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from evals.answering.engine import ForcedEngine
-from evals.choice import Choice, Outcome
-from evals.samples import Sample, Tokens, tokenize
-from evals.theory import ObservingModel
-from kernels.policies.head_allocations.adaptive import AdaptiveHeads
-from kernels.policies.head_allocations.uniform import UniformHeads
-from kernels.policies.layer_budgets.uniform import UniformLayers
-from kernels.policies.observation import Observation
-from kernels.policies.policy import Policy
-from kernels.policies.presets import preset
-from kernels.policies.projected_values import ProjectedValues
-from kernels.policies.scorers.expected_attention import ExpectedAttentionScorer
-from kernels.policies.scorers.window import WindowScorer
+from adakv_serve.evals.answering.engine import ForcedEngine
+from adakv_serve.evals.choice import Choice, Outcome
+from adakv_serve.evals.samples import Sample, Tokens, tokenize
+from adakv_serve.evals.theory import ObservingModel
+from adakv_serve.kernels.policies.head_allocations.adaptive import AdaptiveHeads
+from adakv_serve.kernels.policies.head_allocations.uniform import UniformHeads
+from adakv_serve.kernels.policies.layer_budgets.uniform import UniformLayers
+from adakv_serve.kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.policy import Policy
+from adakv_serve.kernels.policies.presets import preset
+from adakv_serve.kernels.policies.projected_values import ProjectedValues
+from adakv_serve.kernels.policies.scorers.expected_attention import ExpectedAttentionScorer
+from adakv_serve.kernels.policies.scorers.window import WindowScorer
 
 _WINDOW = WindowScorer(window_tokens=32, kernel_size=5, pooling="avg")
 _EXPECTED = ExpectedAttentionScorer(query_span_tokens=1 << 20)

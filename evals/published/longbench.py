@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evals.published import metrics
-from evals.published.questions import Question, read_lines
+from adakv_serve.evals.published import metrics
+from adakv_serve.evals.published.questions import Question, read_lines
 
 
 class _Set(NamedTuple):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals.samples import Mode
+from adakv_serve.evals.samples import Mode
 
 
 @dataclass(frozen=True)

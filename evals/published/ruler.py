@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.published import metrics
-from evals.published.questions import Question, read_lines
+from adakv_serve.evals.published import metrics
+from adakv_serve.evals.published.questions import Question, read_lines
 
 # By prefix of the task's name.
 _MAX_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}

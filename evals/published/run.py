@@ -3,11 +3,11 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
-from evals.answering import Answering
-from evals.choice import FULL, Choice, Outcome
-from evals.published.questions import Question
-from evals.results.scores import Row, Score, row
-from evals.samples import Mode
+from adakv_serve.evals.answering import Answering
+from adakv_serve.evals.choice import FULL, Choice, Outcome
+from adakv_serve.evals.published.questions import Question
+from adakv_serve.evals.results.scores import Row, Score, row
+from adakv_serve.evals.samples import Mode
 
 
 def run_published(

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from evals.choice import FULL
-from evals.results.scores import Row
+from adakv_serve.evals.choice import FULL
+from adakv_serve.evals.results.scores import Row
 
 # Shares of the bytes that a whole prompt takes at 16 bits.
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)

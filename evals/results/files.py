@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from evals.results.scores import Row
+from adakv_serve.evals.results.scores import Row
 
 
 def finished(parts: Iterable[Sequence[Row]]) -> list[Row]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evals.choice import FULL
-from evals.results.scores import Row
+from adakv_serve.evals.choice import FULL
+from adakv_serve.evals.results.scores import Row
 
 _MEASURES = {"agreement": "top-1 agreement with the whole cache", "exact": "exact answers"}
 

@@ -3,9 +3,9 @@
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from evals.choice import FULL
-from evals.policies import TWINS
-from evals.results.scores import Row, difference
+from adakv_serve.evals.choice import FULL
+from adakv_serve.evals.policies import TWINS
+from adakv_serve.evals.results.scores import Row, difference
 
 _MEASURES = ("exact", "agreement", "kl")
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evals.choice import Choice, Outcome
-from evals.samples import Sample, Tokens
+from adakv_serve.evals.choice import Choice, Outcome
+from adakv_serve.evals.samples import Sample, Tokens
 
 _RESAMPLES = 2000
 # An interval over fewer documents is too uncertain to call a difference clear.

@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from evals.samples import Sample
-from evals.tasks.continuing import code_next_lines, continuation, summaries
-from evals.tasks.documents import factbook
-from evals.tasks.examples import kinds
-from evals.tasks.retrieval import (
+from adakv_serve.evals.samples import Sample
+from adakv_serve.evals.tasks.continuing import code_next_lines, continuation, summaries
+from adakv_serve.evals.tasks.documents import factbook
+from adakv_serve.evals.tasks.examples import kinds
+from adakv_serve.evals.tasks.retrieval import (
     key_values,
     multi_turn_needles,
     multi_value_needles,
     needles,
     recall,
 )
-from evals.tasks.source import Source
+from adakv_serve.evals.tasks.source import Source
 
 TASKS: dict[str, Callable[[Source], Iterator[Sample]]] = {
     "needles": needles,

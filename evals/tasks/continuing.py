@@ -3,9 +3,9 @@
 import itertools
 from collections.abc import Iterator
 
-from evals.samples import Sample, Turn
-from evals.tasks.source import Source
-from loadtest.traffic import corpus
+from adakv_serve.evals.samples import Sample, Turn
+from adakv_serve.evals.tasks.source import Source
+from adakv_serve.loadtest.traffic import corpus
 
 _CONTINUED_TOKENS = 32
 _SUMMARY_TOKENS = 64

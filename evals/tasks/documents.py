@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from evals.samples import Sample, Turn
-from evals.tasks.source import Source
+from adakv_serve.evals.samples import Sample, Turn
+from adakv_serve.evals.tasks.source import Source
 
 _TEXT = Path(__file__).parents[1] / "texts" / "factbook.txt.xz"
 _ASKED = 5

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from evals.samples import Sample, Turn
-from evals.tasks.source import Source
+from adakv_serve.evals.samples import Sample, Turn
+from adakv_serve.evals.tasks.source import Source
 
 _TEXT = Path(__file__).parents[1] / "texts" / "glosses.txt.xz"
 _ASKED = 4

@@ -3,7 +3,7 @@
 import random
 from typing import Any, NamedTuple
 
-from loadtest.traffic.workloads import Passages
+from adakv_serve.loadtest.traffic.workloads import Passages
 
 
 class Source(NamedTuple):

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.paging.paged_cache import PagedCache, compact, compact_in_place
+from adakv_serve.kernels.paging.paged_cache import PagedCache, compact, compact_in_place
 
 _TILE = 64
 _COUNTED = 1024

@@ -6,12 +6,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kernels.gpu.tables import grow_by_one, place_pages
-from kernels.paging.growth import ExtendedStep, GrownStep, RowTables, extend_row, extended
-from kernels.paging.layout import PageLayout
-from kernels.paging.pages import EntryTables, PageMoves, PageTables, take_first_pages, with_rows
-from kernels.paging.slabs import Slabs
-from kernels.transfer import sent
+from adakv_serve.kernels.gpu.tables import grow_by_one, place_pages
+from adakv_serve.kernels.paging.growth import (
+    ExtendedStep,
+    GrownStep,
+    RowTables,
+    extend_row,
+    extended,
+)
+from adakv_serve.kernels.paging.layout import PageLayout
+from adakv_serve.kernels.paging.pages import (
+    EntryTables,
+    PageMoves,
+    PageTables,
+    take_first_pages,
+    with_rows,
+)
+from adakv_serve.kernels.paging.slabs import Slabs
+from adakv_serve.kernels.transfer import sent
 
 
 class _Batch(NamedTuple):

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.paging.layout import PageLayout
+from adakv_serve.kernels.paging.layout import PageLayout
 
 _COLUMNS = 64
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.policies.top import top_mask
+from adakv_serve.kernels.policies.top import top_mask
 
 _TILE = 1024
 _PROGRAMS = 1024

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.paging.entries import Entries, PagedEntries
-from kernels.policies.attention import Reduction, reduced_window_attention
+from adakv_serve.kernels.paging.entries import Entries, PagedEntries
+from adakv_serve.kernels.policies.attention import Reduction, reduced_window_attention
 
 # Keys and rows of a tile; fewer of wide float32 ones, since tiles lie in shared memory.
 _TILE, _TILE_OF_WIDE, _WIDE_BYTES = 64, 32, 1024

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.paging.paged_cache import read_heads
+from adakv_serve.kernels.paging.paged_cache import read_heads
 
 # Bytes of one working tensor of a scorer; a scorer holds a handful of them at a time.
 PART_BYTES = 16 << 20

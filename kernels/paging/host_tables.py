@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kernels.paging.growth import (
+from adakv_serve.kernels.paging.growth import (
     DecodeBatch,
     ExtendedStep,
     GrownStep,
@@ -13,9 +13,15 @@ from kernels.paging.growth import (
     extend_row,
     extended,
 )
-from kernels.paging.layout import PageLayout
-from kernels.paging.pages import EntryTables, PageMoves, PageTables, columns, take_first_pages
-from kernels.paging.slabs import Slabs
+from adakv_serve.kernels.paging.layout import PageLayout
+from adakv_serve.kernels.paging.pages import (
+    EntryTables,
+    PageMoves,
+    PageTables,
+    columns,
+    take_first_pages,
+)
+from adakv_serve.kernels.paging.slabs import Slabs
 
 
 class HostTables(PageTables):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Operation
+from adakv_serve.kernels.dispatch import Operation
 
 _MOVED_PAGES = 64
 # Bytes of keys and values that a compaction on a CPU holds at a time.

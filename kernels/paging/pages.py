@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from kernels.paging.growth import ExtendedStep, GrownStep
-from kernels.paging.layout import PageLayout
+from adakv_serve.kernels.paging.growth import ExtendedStep, GrownStep
+from adakv_serve.kernels.paging.layout import PageLayout
 
 
 class PageMoves(NamedTuple):

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from kernels.paging.layout import PageLayout
-from kernels.transfer import sent
+from adakv_serve.kernels.paging.layout import PageLayout
+from adakv_serve.kernels.transfer import sent
 
 # Rows at the start; they double from there.
 _FIRST_ROWS = 2

@@ -7,9 +7,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Operation
-from kernels.paging.entries import PART_BYTES, Entries, PagedEntries, one_head, parts, read
-from kernels.policies.observation import Observation
+from adakv_serve.kernels.dispatch import Operation
+from adakv_serve.kernels.paging.entries import (
+    PART_BYTES,
+    Entries,
+    PagedEntries,
+    one_head,
+    parts,
+    read,
+)
+from adakv_serve.kernels.policies.observation import Observation
 
 # Over the queries of a group: the mean, the largest mean of a query head, the sum of squares.
 Reduction = Literal["mean", "max", "squares"]

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kernels.paging.entries import Entries
-from kernels.policies.rotary import Rotary
+from adakv_serve.kernels.paging.entries import Entries
+from adakv_serve.kernels.policies.rotary import Rotary
 
 
 class Observation(NamedTuple):

@@ -7,9 +7,9 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kernels.policies.observation import Observation
-from kernels.policies.projected_values import ProjectedValues
-from kernels.policies.scorers.base import RaggedScorer, Scorer
+from adakv_serve.kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.projected_values import ProjectedValues
+from adakv_serve.kernels.policies.scorers.base import RaggedScorer, Scorer
 
 # Largest magnitude of a score: sinks get higher ones, and products of scores stay finite.
 LARGEST_SCORE = 1e18

@@ -5,23 +5,23 @@ import functools
 from collections.abc import Callable, Container
 from typing import NamedTuple
 
-from kernels.policies.head_allocations.adaptive import AdaptiveHeads
-from kernels.policies.head_allocations.uniform import UniformHeads
-from kernels.policies.layer_budgets.joint import JointLayers
-from kernels.policies.layer_budgets.pyramid import PyramidLayers
-from kernels.policies.layer_budgets.uniform import UniformLayers
-from kernels.policies.policy import Policy
-from kernels.policies.projected_values import ProjectedValues
-from kernels.policies.scorers.base import Scorer
-from kernels.policies.scorers.defensive import DefensiveScorer
-from kernels.policies.scorers.expected_attention import ExpectedAttentionScorer
-from kernels.policies.scorers.key_diff import KeyDiffScorer
-from kernels.policies.scorers.key_norm import KeyNormScorer
-from kernels.policies.scorers.random import RandomScorer
-from kernels.policies.scorers.redundancy import RedundancyScorer
-from kernels.policies.scorers.sink_recency import SinkRecencyScorer
-from kernels.policies.scorers.window import WindowScorer
-from kernels.policies.scorers.window_l2 import WindowL2Scorer
+from adakv_serve.kernels.policies.head_allocations.adaptive import AdaptiveHeads
+from adakv_serve.kernels.policies.head_allocations.uniform import UniformHeads
+from adakv_serve.kernels.policies.layer_budgets.joint import JointLayers
+from adakv_serve.kernels.policies.layer_budgets.pyramid import PyramidLayers
+from adakv_serve.kernels.policies.layer_budgets.uniform import UniformLayers
+from adakv_serve.kernels.policies.policy import Policy
+from adakv_serve.kernels.policies.projected_values import ProjectedValues
+from adakv_serve.kernels.policies.scorers.base import Scorer
+from adakv_serve.kernels.policies.scorers.defensive import DefensiveScorer
+from adakv_serve.kernels.policies.scorers.expected_attention import ExpectedAttentionScorer
+from adakv_serve.kernels.policies.scorers.key_diff import KeyDiffScorer
+from adakv_serve.kernels.policies.scorers.key_norm import KeyNormScorer
+from adakv_serve.kernels.policies.scorers.random import RandomScorer
+from adakv_serve.kernels.policies.scorers.redundancy import RedundancyScorer
+from adakv_serve.kernels.policies.scorers.sink_recency import SinkRecencyScorer
+from adakv_serve.kernels.policies.scorers.window import WindowScorer
+from adakv_serve.kernels.policies.scorers.window_l2 import WindowL2Scorer
 
 PRESETS: dict[str, Callable[[], Policy]] = {
     "snapkv": lambda: Policy(WindowScorer(), UniformLayers(), UniformHeads()),

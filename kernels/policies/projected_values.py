@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.paging.entries import one_head, parts
-from kernels.policies.attention import row_products
-from kernels.policies.observation import Observation
-from kernels.policies.top import top_mask
+from adakv_serve.kernels.paging.entries import one_head, parts
+from adakv_serve.kernels.policies.attention import row_products
+from adakv_serve.kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.top import top_mask
 
 
 def projected_value_norms(observation: Observation) -> Tensor:

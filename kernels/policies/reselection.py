@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.blocks import SINK_TOKENS
-from kernels.policies.head_allocations.uniform import UniformHeads
-from kernels.policies.layer_budgets.uniform import UniformLayers
-from kernels.policies.observation import Observation
-from kernels.policies.policy import LARGEST_SCORE, Policy, Scored
-from kernels.policies.scorers.sink_recency import SinkRecencyScorer
-from kernels.policies.top import top_mask
-from kernels.transfer import sent
+from adakv_serve.kernels.blocks import SINK_TOKENS
+from adakv_serve.kernels.policies.head_allocations.uniform import UniformHeads
+from adakv_serve.kernels.policies.layer_budgets.uniform import UniformLayers
+from adakv_serve.kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.policy import LARGEST_SCORE, Policy, Scored
+from adakv_serve.kernels.policies.scorers.sink_recency import SinkRecencyScorer
+from adakv_serve.kernels.policies.top import top_mask
+from adakv_serve.kernels.transfer import sent
 
 # Above every score, and still finite when multiplied by a weight.
 _ALWAYS = 2 * LARGEST_SCORE

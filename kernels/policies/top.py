@@ -7,7 +7,7 @@ A prefix hit and a miss must still select the same entries.
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Operation
+from adakv_serve.kernels.dispatch import Operation
 
 # Larger rows are searched in parts: `torch.topk` and `torch.kthvalue` make copies several times
 # the size of a row.

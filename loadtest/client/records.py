@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loadtest.client.stream import StreamedAnswer
+from adakv_serve.loadtest.client.stream import StreamedAnswer
 
 
 @dataclass

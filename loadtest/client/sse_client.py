@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from loadtest.client.stream import StreamedAnswer
+from adakv_serve.loadtest.client.stream import StreamedAnswer
 
 
 class StreamTiming(NamedTuple):

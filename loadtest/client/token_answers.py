@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from loadtest.client.sse_client import streamed
+from adakv_serve.loadtest.client.sse_client import streamed
 
 # Two logits that are closer may change places with the order of additions.
 _TIE = 1e-4

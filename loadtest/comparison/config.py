@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from loadtest.traffic.workloads import WORKLOADS
+from adakv_serve.loadtest.traffic.workloads import WORKLOADS
 
 # Arms and loads name files.
 _NAME = r"^[\w.-]+$"

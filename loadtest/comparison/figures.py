@@ -4,12 +4,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from loadtest.client.records import Limits, summary
-from loadtest.comparison.bound import bound
-from loadtest.comparison.config import CompareConfig, LoadConfig
-from loadtest.comparison.order import Unit
-from loadtest.comparison.runs import LoadRun, UnitRun, prefill_only
-from loadtest.servers.occupancy import Look
+from adakv_serve.loadtest.client.records import Limits, summary
+from adakv_serve.loadtest.comparison.bound import bound
+from adakv_serve.loadtest.comparison.config import CompareConfig, LoadConfig
+from adakv_serve.loadtest.comparison.order import Unit
+from adakv_serve.loadtest.comparison.runs import LoadRun, UnitRun, prefill_only
+from adakv_serve.loadtest.servers.occupancy import Look
 
 # Figures that an arm reports as the median over its repetitions.
 _MEDIANS = (

@@ -7,10 +7,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from loadtest.comparison.config import CompareConfig, LoadConfig
-from loadtest.comparison.figures import over_time
-from loadtest.comparison.order import Unit
-from loadtest.comparison.runs import LoadRun, UnitRun
+from adakv_serve.loadtest.comparison.config import CompareConfig, LoadConfig
+from adakv_serve.loadtest.comparison.figures import over_time
+from adakv_serve.loadtest.comparison.order import Unit
+from adakv_serve.loadtest.comparison.runs import LoadRun, UnitRun
 
 _DPI = 110
 

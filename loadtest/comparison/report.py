@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loadtest.comparison.config import CompareConfig
-from loadtest.comparison.figures import arm_figures, output_tokens_equal
-from loadtest.comparison.page import Page, Section, write_page
-from loadtest.comparison.plots import draw
-from loadtest.comparison.runs import Runs, units
+from adakv_serve.loadtest.comparison.config import CompareConfig
+from adakv_serve.loadtest.comparison.figures import arm_figures, output_tokens_equal
+from adakv_serve.loadtest.comparison.page import Page, Section, write_page
+from adakv_serve.loadtest.comparison.plots import draw
+from adakv_serve.loadtest.comparison.runs import Runs, units
 
 _COLUMNS = {
     "name": "arm", "tokens_per_s": "tokens/s", "ratio_to_stock": "ratio", "bound": "bound",

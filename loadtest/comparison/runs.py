@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loadtest.client.records import Record, read_records, summary
-from loadtest.comparison.config import CompareConfig, LoadConfig
-from loadtest.comparison.order import Unit, interleaved
-from loadtest.comparison.provenance import environment
-from loadtest.servers.occupancy import Look, occupancy_watch
-from loadtest.servers.ports import free_port
-from loadtest.servers.processes import serve_run
+from adakv_serve.loadtest.client.records import Record, read_records, summary
+from adakv_serve.loadtest.comparison.config import CompareConfig, LoadConfig
+from adakv_serve.loadtest.comparison.order import Unit, interleaved
+from adakv_serve.loadtest.comparison.provenance import environment
+from adakv_serve.loadtest.servers.occupancy import Look, occupancy_watch
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.processes import serve_run
 
 _LOOK_EVERY_S = 0.5
 # Far from the seeds of the loads themselves, whose prompts are cached already.

@@ -16,8 +16,8 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import SchedulerIterationDetails
 
-from loadtest.engines.rounds import Compression, Step, step_figures
-from loadtest.engines.step_profile import profile_steps
+from adakv_serve.loadtest.engines.rounds import Compression, Step, step_figures
+from adakv_serve.loadtest.engines.step_profile import profile_steps
 
 
 class StepCounts(StatLoggerBase):

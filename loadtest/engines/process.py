@@ -26,7 +26,7 @@ class EngineProcess:
         if settings["compression"] is None:
             variables["VLLM_PLUGINS"] = ""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "loadtest.engines.arm", json.dumps(settings)],
+            [sys.executable, "-m", "adakv_serve.loadtest.engines.arm", json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -5,7 +5,7 @@ Ours may store what they keep in eight bits, where the platform has attention fo
 
 from typing import IO, Any, NamedTuple
 
-from loadtest.engines.process import EngineProcess
+from adakv_serve.loadtest.engines.process import EngineProcess
 
 _SHARES = {"half": 2, "quarter": 4, "eighth": 8, "sixteenth": 16, "64th": 64}
 _EIGHT_BITS = "-fp8"

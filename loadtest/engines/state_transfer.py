@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import ray
 import torch
 
+from adakv_serve.kernels.paging.host_tables import HostTables
+from adakv_serve.kernels.paging.layout import PageLayout
+from adakv_serve.kernels.paging.paged_cache import PagedCache
+from adakv_serve.serving.spill.parcels import open_parcels, place_parcels
 from adakv_worker.worker.mapped_files import MappedFiles
 from adakv_worker.worker.moves import CacheKind, rank_file, read_state, write_state
 from adakv_worker.worker.packed_state import CompressedState, StateHeader
 from adakv_worker.worker.requests import CompressionState
-from kernels.paging.host_tables import HostTables
-from kernels.paging.layout import PageLayout
-from kernels.paging.paged_cache import PagedCache
-from serving.spill.parcels import open_parcels, place_parcels
 
 # SmolLM2-135M in 32-bit floats.
 _LAYERS, _HEADS, _PAGE_TOKENS, _DIM = 30, 3, 32, 64

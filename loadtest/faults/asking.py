@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from loadtest.client.sse_client import streamed
-from loadtest.client.stream import StreamBroken
-from loadtest.client.token_answers import Answer, ask_with_proof, likeness
-from loadtest.traffic.corpus import SENTENCE
+from adakv_serve.loadtest.client.sse_client import streamed
+from adakv_serve.loadtest.client.stream import StreamBroken
+from adakv_serve.loadtest.client.token_answers import Answer, ask_with_proof, likeness
+from adakv_serve.loadtest.traffic.corpus import SENTENCE
 
 # Sentences of about 16 tokens: the longer prompts are compressed.
 _LENGTHS = (2, 8, 20, 40, 60)

@@ -3,11 +3,11 @@
 import random
 from typing import NamedTuple
 
-from loadtest.faults.of_clients import leave, read_slowly, stall
-from loadtest.faults.of_memory import fill_shared_memory
-from loadtest.faults.of_processes import kill_node, kill_raylet, killing, stopping
-from loadtest.faults.of_stores import flush, part, refuse_writes
-from loadtest.faults.scene import Scene, Strike
+from adakv_serve.loadtest.faults.of_clients import leave, read_slowly, stall
+from adakv_serve.loadtest.faults.of_memory import fill_shared_memory
+from adakv_serve.loadtest.faults.of_processes import kill_node, kill_raylet, killing, stopping
+from adakv_serve.loadtest.faults.of_stores import flush, part, refuse_writes
+from adakv_serve.loadtest.faults.scene import Scene, Strike
 
 __all__ = ["KINDS", "Kind", "Scene", "kinds_for", "plan"]
 

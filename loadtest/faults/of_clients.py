@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from http.client import HTTPException, HTTPResponse
 from urllib.parse import urlsplit
 
-from loadtest.faults.scene import Scene
-from loadtest.fuzzing.exchange import exchange
-from loadtest.fuzzing.sending import Sending
-from loadtest.traffic.corpus import SENTENCE
+from adakv_serve.loadtest.faults.scene import Scene
+from adakv_serve.loadtest.fuzzing.exchange import exchange
+from adakv_serve.loadtest.fuzzing.sending import Sending
+from adakv_serve.loadtest.traffic.corpus import SENTENCE
 
 _CLIENTS = 12
 _LONG_TOKENS = 400

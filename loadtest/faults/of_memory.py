@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from loadtest.faults.scene import Scene
+from adakv_serve.loadtest.faults.scene import Scene
 
 _FULL_S = 8.0
 # Less than one moving cache.

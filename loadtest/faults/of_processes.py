@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import psutil
 
-from loadtest.faults.scene import Scene, Strike
+from adakv_serve.loadtest.faults.scene import Scene, Strike
 
 # An argument of the head's raylet alone.
 _HEAD = "--head"

@@ -4,9 +4,9 @@ import asyncio
 
 import redis.asyncio
 
-from loadtest.faults.scene import Scene
-from loadtest.servers.ports import free_port
-from router.stores import full_url
+from adakv_serve.loadtest.faults.scene import Scene
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.router.stores import full_url
 
 _READ_ONLY_S = 5.0
 _STALLED_S, _CUT_S = 6.0, 4.0

@@ -8,10 +8,10 @@ from typing import NamedTuple, Protocol
 
 import httpx
 
-from loadtest.faults.asking import ANSWERED, Asked
-from loadtest.servers.family import family
-from loadtest.servers.fleet import Life, lives
-from loadtest.servers.occupancy import OccupancyWatch
+from adakv_serve.loadtest.faults.asking import ANSWERED, Asked
+from adakv_serve.loadtest.servers.family import family
+from adakv_serve.loadtest.servers.fleet import Life, lives
+from adakv_serve.loadtest.servers.occupancy import OccupancyWatch
 
 _PROBE_EVERY_S, _HEALTH_TIMEOUT_S = 0.25, 5.0
 # A report of a dead replica counts for two seconds.

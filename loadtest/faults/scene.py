@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from loadtest.servers.family import family
-from loadtest.servers.store import ProxiedStore
+from adakv_serve.loadtest.servers.family import family
+from adakv_serve.loadtest.servers.store import ProxiedStore
 
 
 class Scene(NamedTuple):

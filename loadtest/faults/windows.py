@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from loadtest.faults.asking import ANSWERED, Asked, Outcome
-from loadtest.faults.kinds import Kind
+from adakv_serve.loadtest.faults.asking import ANSWERED, Asked, Outcome
+from adakv_serve.loadtest.faults.kinds import Kind
 
 _FAILED = (Outcome.REFUSED, Outcome.FAILED, Outcome.CUT)
 _COLUMNS = (*_FAILED, Outcome.HUNG, Outcome.WRONG)

@@ -4,11 +4,11 @@ import copy
 import random
 from typing import NamedTuple
 
-from loadtest.fuzzing.bodies import OF_BYTES, OF_TREE, is_bounded, written
-from loadtest.fuzzing.forms import FORMS, Form
-from loadtest.fuzzing.odd import Raws
-from loadtest.fuzzing.sending import Draft, Sending, content_length
-from loadtest.fuzzing.wire import OF_DRAFT, OF_MANNER, whole
+from adakv_serve.loadtest.fuzzing.bodies import OF_BYTES, OF_TREE, is_bounded, written
+from adakv_serve.loadtest.fuzzing.forms import FORMS, Form
+from adakv_serve.loadtest.fuzzing.odd import Raws
+from adakv_serve.loadtest.fuzzing.sending import Draft, Sending, content_length
+from adakv_serve.loadtest.fuzzing.wire import OF_DRAFT, OF_MANNER, whole
 
 UNCHANGED = "unchanged"
 KINDS = (UNCHANGED, *OF_TREE, *OF_BYTES, *OF_DRAFT, *OF_MANNER)

@@ -8,9 +8,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from loadtest.fuzzing import odd
-from loadtest.fuzzing.forms import COMPRESSION, COSTS, Body, Form
-from loadtest.fuzzing.odd import Raws
+from adakv_serve.loadtest.fuzzing import odd
+from adakv_serve.loadtest.fuzzing.forms import COMPRESSION, COSTS, Body, Form
+from adakv_serve.loadtest.fuzzing.odd import Raws
 
 Rng = random.Random
 Headers = list[tuple[bytes, bytes]]

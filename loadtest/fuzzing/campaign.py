@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from loadtest.fuzzing.attempts import Attempt, Target, attempt
-from loadtest.fuzzing.exchange import End, Exchange, exchange
-from loadtest.fuzzing.verdicts import is_fixed_text, problem
+from adakv_serve.loadtest.fuzzing.attempts import Attempt, Target, attempt
+from adakv_serve.loadtest.fuzzing.exchange import End, Exchange, exchange
+from adakv_serve.loadtest.fuzzing.verdicts import is_fixed_text, problem
 
 _SHOWN_BYTES = 1500
 # Bodies may have megabytes: later faults are counted only.

@@ -9,7 +9,7 @@ from http.client import HTTPException, HTTPResponse
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from loadtest.fuzzing.sending import Sending
+from adakv_serve.loadtest.fuzzing.sending import Sending
 
 
 class End(StrEnum):

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from loadtest.fuzzing.attempts import Attempt
-from loadtest.fuzzing.exchange import Answer, End, Exchange
+from adakv_serve.loadtest.fuzzing.attempts import Attempt
+from adakv_serve.loadtest.fuzzing.exchange import Answer, End, Exchange
 
 _FIXED_TEXT = re.compile(rb"<html><body><h1>4\d\d ")
 # Streams end with one of these events, or with an error.

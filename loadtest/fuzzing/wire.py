@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 
-from loadtest.fuzzing.sending import Draft, Headers, Sending, content_length
+from adakv_serve.loadtest.fuzzing.sending import Draft, Headers, Sending, content_length
 
 Rng = random.Random
 OfDraft = Callable[[Rng, Draft], Draft]

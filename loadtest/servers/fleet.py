@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from loadtest.servers.occupancy import Look, OccupancyWatch, ReplicaLoad
+from adakv_serve.loadtest.servers.occupancy import Look, OccupancyWatch, ReplicaLoad
 
 # Counts that are zero while no request is there.
 _ZERO = (

@@ -39,8 +39,9 @@ async def occupancy_watch(
     """Watch a store for the duration of the block."""
     watch = OccupancyWatch()
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "router.inspect", "--url", store_url, "--app", application,
-        "--json", "--watch", "--interval", str(interval_s),
+        sys.executable, "-m", "adakv_serve.router.inspect",
+        "--url", store_url, "--app", application, "--json",
+        "--watch", "--interval", str(interval_s),
         stdout=asyncio.subprocess.PIPE, limit=1 << 24,
     )  # fmt: skip
     assert process.stdout is not None

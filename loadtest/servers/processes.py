@@ -17,9 +17,9 @@ import httpx
 import psutil
 import yaml
 
-from loadtest.servers.ports import free_port
-from loadtest.servers.progress import waiting
-from serving.shipped import ray_variables
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.progress import waiting
+from adakv_serve.serving.shipped import ray_variables
 
 BIN = Path(sys.executable).parent
 STOP_TIMEOUT_S = 90

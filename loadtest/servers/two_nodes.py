@@ -16,8 +16,8 @@ from typing import NamedTuple
 import httpx
 from ray.cluster_utils import Cluster
 
-from loadtest.servers.ports import free_port
-from loadtest.servers.processes import (
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.processes import (
     in_own_shared_memory,
     ray_environment,
     started,
@@ -45,7 +45,7 @@ def two_nodes(log_path: Path, shm_bytes: int | None = None) -> Iterator[Nodes]:
         command = [
             sys.executable,
             "-m",
-            "loadtest.servers.two_nodes",
+            "adakv_serve.loadtest.servers.two_nodes",
             str(port),
             str(metrics_port),
             folder,

@@ -5,7 +5,7 @@ from typing import Any
 
 from locust import LoadTestShape, events
 
-from loadtest.traffic import user_counts
+from adakv_serve.loadtest.traffic import user_counts
 
 
 @events.init_command_line_parser.add_listener

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import httpx
 
-from loadtest.client.sse_client import streamed
-from loadtest.client.stream import StreamBroken
-from loadtest.traffic.workloads import Session, Sizes, Tokenizer, request_body, sessions
+from adakv_serve.loadtest.client.sse_client import streamed
+from adakv_serve.loadtest.client.stream import StreamBroken
+from adakv_serve.loadtest.traffic.workloads import Session, Sizes, Tokenizer, request_body, sessions
 
 WORKLOADS = ("mixed", "chat", "regenerate", "agent", "code", "long-document-qa")
 _LEAVING_SHARE = 0.1

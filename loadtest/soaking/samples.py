@@ -5,9 +5,9 @@ from contextlib import suppress
 
 import psutil
 
-from loadtest.servers.family import family
-from loadtest.servers.occupancy import Look
-from loadtest.soaking.slopes import Limit, Sample, Trend, trend
+from adakv_serve.loadtest.servers.family import family
+from adakv_serve.loadtest.servers.occupancy import Look
+from adakv_serve.loadtest.soaking.slopes import Limit, Sample, Trend, trend
 
 # By measure. 24 MiB an hour are 4 GB a week.
 LIMITS = {

@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple, Self
 
-from loadtest.client.records import Record
-from loadtest.traffic.workloads import Session
+from adakv_serve.loadtest.client.records import Record
+from adakv_serve.loadtest.traffic.workloads import Session
 
 
 class Due(NamedTuple):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from loadtest.traffic import corpus
-from loadtest.traffic.workloads import Passages, Session, Tokenizer, Turn
+from adakv_serve.loadtest.traffic import corpus
+from adakv_serve.loadtest.traffic.workloads import Passages, Session, Tokenizer, Turn
 
 # Tokens for each hash of the Mooncake traces.
 _MOONCAKE_BLOCK_TOKENS = 512

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from loadtest.traffic import corpus
+from adakv_serve.loadtest.traffic import corpus
 
 # Questions that any passage can be asked.
 _QUESTIONS = (

@@ -14,12 +14,12 @@ from locust.runners import MasterRunner, WorkerRunner
 # Takes seconds: a worker that imported it only when a test starts would miss its heartbeats.
 from transformers import AutoTokenizer
 
-from loadtest.client.records import Limits, Record, summary
-from loadtest.traffic.load import Load, Schedule
-from loadtest.traffic.traces import read_trace
-from loadtest.traffic.workloads import Sizes, Tokenizer, sessions
-from loadtest.users.server import model_card
-from serving.models.embedded import embedded_model_path
+from adakv_serve.loadtest.client.records import Limits, Record, summary
+from adakv_serve.loadtest.traffic.load import Load, Schedule
+from adakv_serve.loadtest.traffic.traces import read_trace
+from adakv_serve.loadtest.traffic.workloads import Sizes, Tokenizer, sessions
+from adakv_serve.loadtest.users.server import model_card
+from adakv_serve.serving.models.embedded import embedded_model_path
 
 logger = logging.getLogger("loadtest")
 

@@ -10,12 +10,12 @@ from geventhttpclient import HTTPClient
 from locust import User, task
 from locust.exception import StopUser
 
-from loadtest.client.records import Record
-from loadtest.client.stream import StreamedAnswer
-from loadtest.traffic.load import Load
-from loadtest.traffic.workloads import Session, request_body
-from loadtest.users.load_test import LoadTest
-from loadtest.users.server import error_message, headers, path_at
+from adakv_serve.loadtest.client.records import Record
+from adakv_serve.loadtest.client.stream import StreamedAnswer
+from adakv_serve.loadtest.traffic.load import Load
+from adakv_serve.loadtest.traffic.workloads import Session, request_body
+from adakv_serve.loadtest.users.load_test import LoadTest
+from adakv_serve.loadtest.users.server import error_message, headers, path_at
 
 _TIMEOUT_S = 1200.0
 

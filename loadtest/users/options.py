@@ -2,7 +2,7 @@
 
 from locust.argument_parser import LocustArgumentParser
 
-from loadtest.traffic.workloads import WORKLOADS
+from adakv_serve.loadtest.traffic.workloads import WORKLOADS
 
 
 def add_options(parser: LocustArgumentParser) -> None:

@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
-from router.ledger.occupancy import SCHEMA_MAJOR, check_schema
+from adakv_serve.router.ledger.occupancy import SCHEMA_MAJOR, check_schema
 
 
 class PrefixChange(BaseModel):

@@ -20,10 +20,10 @@ import redis.asyncio
 from pydantic import ValidationError
 from redis.commands.core import AsyncScript
 
-from router.ledger.occupancy import REPORT_TTL_S, Occupancy, Report, SchemaMismatch
-from router.ledger.prefixes import PrefixChange
-from router.ledger.sendings import Sendings
-from router.ledger.store_client import connect, connect_blocking
+from adakv_serve.router.ledger.occupancy import REPORT_TTL_S, Occupancy, Report, SchemaMismatch
+from adakv_serve.router.ledger.prefixes import PrefixChange
+from adakv_serve.router.ledger.sendings import Sendings
+from adakv_serve.router.ledger.store_client import connect, connect_blocking
 
 # Reports of all replicas together, which an ingress reads and the store takes.
 _REPORTS_PER_S = 1000

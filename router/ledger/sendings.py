@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
-from router.ledger.occupancy import SCHEMA_MAJOR, Count, check_schema
+from adakv_serve.router.ledger.occupancy import SCHEMA_MAJOR, Count, check_schema
 
 
 class Sending(BaseModel):

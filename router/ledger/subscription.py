@@ -12,12 +12,12 @@ import redis.asyncio
 from pydantic import ValidationError
 from redis.asyncio.client import PubSub
 
-from router.ledger.occupancy import REPORT_TTL_S, SchemaMismatch
-from router.ledger.prefixes import PrefixChange
-from router.ledger.redis_ledger import LedgerKeys, live_script, stored_reports
-from router.ledger.sendings import Sendings
-from router.ledger.store_client import connect
-from router.local_view import LocalView
+from adakv_serve.router.ledger.occupancy import REPORT_TTL_S, SchemaMismatch
+from adakv_serve.router.ledger.prefixes import PrefixChange
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys, live_script, stored_reports
+from adakv_serve.router.ledger.sendings import Sendings
+from adakv_serve.router.ledger.store_client import connect
+from adakv_serve.router.local_view import LocalView
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ import contextlib
 
 import redis
 
-from router.ledger.redis_ledger import LedgerKeys, LedgerWriter
-from router.ledger.sendings import Sending, Sendings
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys, LedgerWriter
+from adakv_serve.router.ledger.sendings import Sending, Sendings
 
 # Time in which sendings are collected for one message.
 _COLLECT_S = 0.03

@@ -20,9 +20,9 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
-from router.ledger.redis_ledger import LedgerKeys
-from router.ledger.store_client import SOCKET_TIMEOUT_S, connect
-from router.lending.leases import RESOURCES, Lease, Lending, Offer, Room
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys
+from adakv_serve.router.ledger.store_client import SOCKET_TIMEOUT_S, connect
+from adakv_serve.router.lending.leases import RESOURCES, Lease, Lending, Offer, Room
 
 OFFER_TTL_S = 5.0
 LEASE_TTL_S = 10.0

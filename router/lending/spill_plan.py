@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from router.lending.leases import Resource
+from adakv_serve.router.lending.leases import Resource
 
 
 class Candidate(NamedTuple):

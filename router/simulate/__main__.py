@@ -15,11 +15,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from router.simulate.fleet import capacity_per_s
-from router.simulate.jobs import BUDGET, PROFILES, Cell, Job, run_job
-from router.simulate.replica import ServiceTimes
-from router.simulate.routers import ROUTERS
-from router.simulate.traces import SCENARIOS, trace
+from adakv_serve.router.simulate.fleet import capacity_per_s
+from adakv_serve.router.simulate.jobs import BUDGET, PROFILES, Cell, Job, run_job
+from adakv_serve.router.simulate.replica import ServiceTimes
+from adakv_serve.router.simulate.routers import ROUTERS
+from adakv_serve.router.simulate.traces import SCENARIOS, trace
 
 # Two-sided 95 % points of Student's t for 1 to 9 degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -17,12 +17,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from router.autoscaling import ReplicaDemand, ScalingTargets
-from router.simulate.fleet import Fleet, capacity_per_s
-from router.simulate.jobs import BUDGET, PROFILES
-from router.simulate.replica import ServiceTimes, SimulatedReplica, check_replica
-from router.simulate.routers import Ours
-from router.simulate.scaling import (
+from adakv_serve.router.autoscaling import ReplicaDemand, ScalingTargets
+from adakv_serve.router.simulate.fleet import Fleet, capacity_per_s
+from adakv_serve.router.simulate.jobs import BUDGET, PROFILES
+from adakv_serve.router.simulate.replica import ServiceTimes, SimulatedReplica, check_replica
+from adakv_serve.router.simulate.routers import Ours
+from adakv_serve.router.simulate.scaling import (
     ByQueueLength,
     FleetState,
     Oracle,
@@ -30,7 +30,7 @@ from router.simulate.scaling import (
     by_occupancy,
     by_requests,
 )
-from router.simulate.traces import Request, trace
+from adakv_serve.router.simulate.traces import Request, trace
 
 # The load of each hour as a share of the busiest hour's. From 2 to 5 there is almost none.
 _HOURS = (

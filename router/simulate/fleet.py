@@ -5,10 +5,10 @@ import random
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from router.footprint import Budget
-from router.simulate.replica import ServiceTimes, SimulatedReplica, check_replica
-from router.simulate.routers import Router, make_router
-from router.simulate.traces import SCENARIOS, Request, Scenario
+from adakv_serve.router.footprint import Budget
+from adakv_serve.router.simulate.replica import ServiceTimes, SimulatedReplica, check_replica
+from adakv_serve.router.simulate.routers import Router, make_router
+from adakv_serve.router.simulate.traces import SCENARIOS, Request, Scenario
 
 # The least time between two reports of a replica, as in `serving.reporter`.
 _REPORT_GAP_S = 0.1

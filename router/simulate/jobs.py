@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from router.footprint import Budget
-from router.simulate.fleet import simulate
-from router.simulate.replica import ServiceTimes
-from router.simulate.traces import SCENARIOS, trace
+from adakv_serve.router.footprint import Budget
+from adakv_serve.router.simulate.fleet import simulate
+from adakv_serve.router.simulate.replica import ServiceTimes
+from adakv_serve.router.simulate.traces import SCENARIOS, trace
 
 PROFILES = Path(__file__).with_name("service_times.json")
 BUDGET = Budget(budget_tokens=256, keep_ratio=0.5)

@@ -3,9 +3,9 @@
 from collections import OrderedDict, deque
 from typing import NamedTuple
 
-from kernels.blocks import blocks_for_tokens
-from router.footprint import Budget, Footprint, predict
-from router.simulate.traces import BLOCK_SIZE_TOKENS, Request
+from adakv_serve.kernels.blocks import blocks_for_tokens
+from adakv_serve.router.footprint import Budget, Footprint, predict
+from adakv_serve.router.simulate.traces import BLOCK_SIZE_TOKENS, Request
 
 # The most decode steps simulated at once. Requests grow only between such groups of steps.
 _STEPS_AT_ONCE = 8

@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Protocol
 
-from router.chooser import Chooser
-from router.footprint import Budget, OutputQuantiles, predict
-from router.ledger.occupancy import SCHEMA_MAJOR, SCHEMA_MINOR, Occupancy
-from router.local_view import LocalView
-from router.score import Speeds
-from router.simulate.replica import ServiceTimes, SimulatedReplica
-from router.simulate.traces import BLOCK_SIZE_TOKENS, Request
-from router.simulate.yardsticks import Dynamo, LlmD
+from adakv_serve.router.chooser import Chooser
+from adakv_serve.router.footprint import Budget, OutputQuantiles, predict
+from adakv_serve.router.ledger.occupancy import SCHEMA_MAJOR, SCHEMA_MINOR, Occupancy
+from adakv_serve.router.local_view import LocalView
+from adakv_serve.router.score import Speeds
+from adakv_serve.router.simulate.replica import ServiceTimes, SimulatedReplica
+from adakv_serve.router.simulate.traces import BLOCK_SIZE_TOKENS, Request
+from adakv_serve.router.simulate.yardsticks import Dynamo, LlmD
 
 # Reports never expire: a simulated replica reports changes only.
 _FOREVER_S = 1e12

@@ -5,8 +5,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from router.autoscaling import FleetSize, ReplicaDemand, ScalingTargets
-from router.simulate.traces import Request
+from adakv_serve.router.autoscaling import FleetSize, ReplicaDemand, ScalingTargets
+from adakv_serve.router.simulate.traces import Request
 
 
 class FleetState(NamedTuple):

@@ -6,9 +6,9 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from router.affinity import PrefixAffinity
-from router.simulate.replica import SimulatedReplica
-from router.simulate.traces import BLOCK_SIZE_TOKENS, Request
+from adakv_serve.router.affinity import PrefixAffinity
+from adakv_serve.router.simulate.replica import SimulatedReplica
+from adakv_serve.router.simulate.traces import BLOCK_SIZE_TOKENS, Request
 
 # Tokens of an engine's step, vLLM's default for serving.
 _BATCHED_TOKENS = 2048

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from adakv_serve.serving.http.sse import JsonObject
 from adakv_worker.messages import Proof
-from serving.http.sse import JsonObject
 
 # Value in a summary if the choices differ and have no mean.
 MIXED = "mixed"

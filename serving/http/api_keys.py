@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from serving.http.key_file import KeyFile
+from adakv_serve.serving.http.key_file import KeyFile
 
 # They need no key, and get no body.
 OPEN_PATHS = ("/health", "/version")

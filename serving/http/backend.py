@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
-from serving.http.asgi import Message, Scope
+from adakv_serve.serving.http.asgi import Message, Scope
 
 
 class Backend(Protocol):

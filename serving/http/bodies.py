@@ -3,7 +3,7 @@
 import asyncio
 import re
 
-from serving.http.asgi import Receive, body_of, is_last
+from adakv_serve.serving.http.asgi import Receive, body_of, is_last
 
 _LENGTH = re.compile(r"[0-9]{1,18}")
 

@@ -8,11 +8,20 @@ chunk with the usage, `response.completed`, `message_delta`.
 import json
 from collections.abc import Iterable
 
+from adakv_serve.serving.http.answer_proofs import AnswerProofs, answering
+from adakv_serve.serving.http.asgi import (
+    ASGIApp,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    body_of,
+    header,
+    is_last,
+)
+from adakv_serve.serving.http.sse import JsonObject, compact_json, data_of, split_events, with_data
+from adakv_serve.serving.http.tracing import annotate
 from adakv_worker.messages import PROOF_KEY
-from serving.http.answer_proofs import AnswerProofs, answering
-from serving.http.asgi import ASGIApp, Message, Receive, Scope, Send, body_of, header, is_last
-from serving.http.sse import JsonObject, compact_json, data_of, split_events, with_data
-from serving.http.tracing import annotate
 
 # Events of OpenAI's Responses API that carry the whole answer.
 _WHOLE_RESPONSE = ("response.completed", "response.incomplete", "response.failed")

@@ -10,13 +10,13 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-from serving.http.asgi import Message, Scope, body_of, header, is_event_stream
-from serving.http.backend import Backend
-from serving.http.failures import BackendFailure, ReplicaLost
-from serving.http.followed import BEGUN_WITH, parted
-from serving.http.retries import Continuations
-from serving.http.sent_answer import Differs, Rest, SentAnswer
-from serving.http.sse import data_of, split_events, with_data
+from adakv_serve.serving.http.asgi import Message, Scope, body_of, header, is_event_stream
+from adakv_serve.serving.http.backend import Backend
+from adakv_serve.serving.http.failures import BackendFailure, ReplicaLost
+from adakv_serve.serving.http.followed import BEGUN_WITH, parted
+from adakv_serve.serving.http.retries import Continuations
+from adakv_serve.serving.http.sent_answer import Differs, Rest, SentAnswer
+from adakv_serve.serving.http.sse import data_of, split_events, with_data
 
 # Endpoints whose chunks `SentAnswer` understands.
 _PATHS = ("/v1/chat/completions", "/v1/completions")

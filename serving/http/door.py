@@ -6,16 +6,16 @@ import math
 import time
 from collections.abc import Callable
 
-from serving.http.api_keys import ApiKeys
-from serving.http.backend import Backend
-from serving.http.bodies import Bodies
-from serving.http.door_settings import FrontDoorSettings
-from serving.http.draining import Draining
-from serving.http.failures import BackendFailure
-from serving.http.key_file import KeyFile
-from serving.http.key_limits import KeyLimits
-from serving.http.paths import Paths
-from serving.http.retries import Retries
+from adakv_serve.serving.http.api_keys import ApiKeys
+from adakv_serve.serving.http.backend import Backend
+from adakv_serve.serving.http.bodies import Bodies
+from adakv_serve.serving.http.door_settings import FrontDoorSettings
+from adakv_serve.serving.http.draining import Draining
+from adakv_serve.serving.http.failures import BackendFailure
+from adakv_serve.serving.http.key_file import KeyFile
+from adakv_serve.serving.http.key_limits import KeyLimits
+from adakv_serve.serving.http.paths import Paths
+from adakv_serve.serving.http.retries import Retries
 
 # An answer this recent proves that a replica works, even if a ping would wait in a long queue.
 _RECENT_ANSWER_S = 5.0

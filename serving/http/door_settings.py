@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from serving.http.key_limits import Limits
+from adakv_serve.serving.http.key_limits import Limits
 
 
 class FrontDoorSettings(NamedTuple):

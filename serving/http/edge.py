@@ -11,9 +11,18 @@ import uuid
 
 from starlette.middleware import Middleware
 
-from serving.http.asgi import ASGIApp, Message, Receive, Scope, Send, body_of, header, is_last
-from serving.http.bodies import BodyRefused, refuse_length
-from serving.http.openai_error import error_messages
+from adakv_serve.serving.http.asgi import (
+    ASGIApp,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    body_of,
+    header,
+    is_last,
+)
+from adakv_serve.serving.http.bodies import BodyRefused, refuse_length
+from adakv_serve.serving.http.openai_error import error_messages
 
 REQUEST_ID_HEADER = b"x-request-id"
 # The variable that has `ingress.max_body_bytes` in the processes of an ingress.

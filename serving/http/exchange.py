@@ -6,8 +6,8 @@ import time
 import uuid
 from contextlib import aclosing
 
-from serving.http.api_keys import OPEN_PATHS
-from serving.http.asgi import (
+from adakv_serve.serving.http.api_keys import OPEN_PATHS
+from adakv_serve.serving.http.asgi import (
     Message,
     Receive,
     Scope,
@@ -17,15 +17,15 @@ from serving.http.asgi import (
     portable_scope,
     route_path,
 )
-from serving.http.bodies import Body, BodyRefused, ClientGone
-from serving.http.door import Door
-from serving.http.edge import REQUEST_ID_HEADER, is_request_id
-from serving.http.failures import BackendFailure
-from serving.http.key_limits import Admission, LimitReached
-from serving.http.loggable import loggable
-from serving.http.openai_error import error_event, error_messages
-from serving.http.tenants import TENANT_HEADER
-from serving.http.tracing import annotate, serving_span
+from adakv_serve.serving.http.bodies import Body, BodyRefused, ClientGone
+from adakv_serve.serving.http.door import Door
+from adakv_serve.serving.http.edge import REQUEST_ID_HEADER, is_request_id
+from adakv_serve.serving.http.failures import BackendFailure
+from adakv_serve.serving.http.key_limits import Admission, LimitReached
+from adakv_serve.serving.http.loggable import loggable
+from adakv_serve.serving.http.openai_error import error_event, error_messages
+from adakv_serve.serving.http.tenants import TENANT_HEADER
+from adakv_serve.serving.http.tracing import annotate, serving_span
 
 _BODY_HEADERS = (b"content-length", b"content-type", b"transfer-encoding", b"expect")
 _REPLACED_HEADERS = (REQUEST_ID_HEADER, b"authorization", TENANT_HEADER)

@@ -5,7 +5,7 @@ The names are of the scope and of messages between the two: no client can set or
 
 from collections.abc import Sequence
 
-from serving.http.asgi import Message
+from adakv_serve.serving.http.asgi import Message
 
 # In a request's scope: the tokens with which its answer begins. Without it nobody follows them.
 BEGUN_WITH = "adakv.begun_with"

@@ -4,9 +4,9 @@ It speaks ASGI and OpenAI's error form. Ray stays behind the `Backend` protocol,
 those of `serving.http.failures`.
 """
 
-from serving.http.asgi import Receive, Scope, Send, run_lifespan
-from serving.http.door import Door
-from serving.http.exchange import Exchange
+from adakv_serve.serving.http.asgi import Receive, Scope, Send, run_lifespan
+from adakv_serve.serving.http.door import Door
+from adakv_serve.serving.http.exchange import Exchange
 
 
 class FrontDoor(Door):

@@ -7,7 +7,7 @@ the front door retry a request whose replica dies before the first token.
 
 from http import HTTPStatus
 
-from serving.http.asgi import (
+from adakv_serve.serving.http.asgi import (
     ASGIApp,
     Message,
     Receive,
@@ -17,7 +17,7 @@ from serving.http.asgi import (
     is_event_stream,
     is_last,
 )
-from serving.http.sse import JsonObject, compact_json, data_of, split_events
+from adakv_serve.serving.http.sse import JsonObject, compact_json, data_of, split_events
 
 # Events of OpenAI's Responses API that vLLM sends before it calls the engine.
 _BEFORE_THE_ENGINE = ("response.created", "response.in_progress")

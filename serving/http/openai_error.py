@@ -2,7 +2,7 @@
 
 import json
 
-from serving.http.asgi import Message
+from adakv_serve.serving.http.asgi import Message
 
 
 def error_body(status: int, message: str, *, type_: str, param: str | None = None) -> bytes:

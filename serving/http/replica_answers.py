@@ -3,9 +3,7 @@
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-from adakv_worker.frontend.answer_tokens import AnswerTokens, current_answer_tokens
-from adakv_worker.frontend.encodable import PROBLEM
-from serving.http.asgi import (
+from adakv_serve.serving.http.asgi import (
     ASGIApp,
     Message,
     Receive,
@@ -15,10 +13,12 @@ from serving.http.asgi import (
     call_app,
     is_event_stream,
 )
-from serving.http.encodable import unencodable_field
-from serving.http.failures import BackendFailure, ReplicaDown, ReplicaFault, ReplicaLost
-from serving.http.followed import BEGUN_WITH, tokens_message
-from serving.http.openai_error import error_messages
+from adakv_serve.serving.http.encodable import unencodable_field
+from adakv_serve.serving.http.failures import BackendFailure, ReplicaDown, ReplicaFault, ReplicaLost
+from adakv_serve.serving.http.followed import BEGUN_WITH, tokens_message
+from adakv_serve.serving.http.openai_error import error_messages
+from adakv_worker.frontend.answer_tokens import AnswerTokens, current_answer_tokens
+from adakv_worker.frontend.encodable import PROBLEM
 
 REPLICA_HEADER = b"x-replica-id"
 # How an event begins that tells of an error. Generated text cannot imitate it.

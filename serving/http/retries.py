@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from serving.http.failures import BackendFailure, ReplicaDown, ReplicaLost
+from adakv_serve.serving.http.failures import BackendFailure, ReplicaDown, ReplicaLost
 
 # Retries are at most this share of the requests of the last time, but always a few: a request that
 # kills engines must not kill them all.

@@ -5,7 +5,7 @@ from array import array
 from collections import defaultdict
 from typing import Any
 
-from serving.http.sse import JsonObject
+from adakv_serve.serving.http.sse import JsonObject
 
 # What a delta has besides text.
 _NO_TEXT = ("role", "tool_calls")

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from serving.config import AppConfig
-from serving.ingress.footprints import FootprintPredictor, footprint_predictor
+from adakv_serve.serving.config import AppConfig
+from adakv_serve.serving.ingress.footprints import FootprintPredictor, footprint_predictor
 
 _PATH = "/v1/chat/completions"
 # About a token each.

@@ -4,7 +4,7 @@ from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
 
-from serving.http.asgi import ASGIApp, Message, Receive, Scope, Send
+from adakv_serve.serving.http.asgi import ASGIApp, Message, Receive, Scope, Send
 
 
 def with_cors(app: ASGIApp, server: dict[str, Any]) -> ASGIApp:

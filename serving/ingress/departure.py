@@ -9,8 +9,8 @@ import logging
 
 import aiohttp
 
-from serving.http.asgi import ASGIApp, Receive, Scope, Send
-from serving.http.draining import Draining
+from adakv_serve.serving.http.asgi import ASGIApp, Receive, Scope, Send
+from adakv_serve.serving.http.draining import Draining
 
 _LOOK_S = 2.0
 

@@ -18,32 +18,36 @@ from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentStatus, ReplicaState
 
-from router.footprint import Footprint
-from router.ledger.redis_ledger import LedgerKeys
-from serving.config import AppConfig
-from serving.http.api_keys import vllm_keys
-from serving.http.asgi import ASGIApp, Message, Scope, route_path
-from serving.http.continued_streams import ContinuedStreams
-from serving.http.door_settings import FrontDoorSettings
-from serving.http.draining import Running
-from serving.http.front_door import FrontDoor
-from serving.http.tracing import carried, span, start_tracing
-from serving.ingress.cluster_doors import refuse_tls_options, warn_of_open_cluster
-from serving.ingress.cors import with_cors
-from serving.ingress.departure import Departure
-from serving.ingress.fleet_page import with_fleet_page
-from serving.ingress.footprints import FootprintPredictor, Prediction, footprint_predictor
-from serving.ingress.losses import named_failures
-from serving.ingress.occupancy_router import OccupancyRouter
-from serving.ingress.output_counter import OutputCounter
-from serving.ingress.prediction_metrics import PredictionMetrics
-from serving.ingress.routing import Routing, configured_routing
-from serving.ingress.sender import Sender
-from serving.ingress.shedding import Shedding
-from serving.ingress.watched import Watched
-from serving.metrics import TaskMetrics
-from serving.store import store_url
-from serving.supervision import Supervisor
+from adakv_serve.router.footprint import Footprint
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys
+from adakv_serve.serving.config import AppConfig
+from adakv_serve.serving.http.api_keys import vllm_keys
+from adakv_serve.serving.http.asgi import ASGIApp, Message, Scope, route_path
+from adakv_serve.serving.http.continued_streams import ContinuedStreams
+from adakv_serve.serving.http.door_settings import FrontDoorSettings
+from adakv_serve.serving.http.draining import Running
+from adakv_serve.serving.http.front_door import FrontDoor
+from adakv_serve.serving.http.tracing import carried, span, start_tracing
+from adakv_serve.serving.ingress.cluster_doors import refuse_tls_options, warn_of_open_cluster
+from adakv_serve.serving.ingress.cors import with_cors
+from adakv_serve.serving.ingress.departure import Departure
+from adakv_serve.serving.ingress.fleet_page import with_fleet_page
+from adakv_serve.serving.ingress.footprints import (
+    FootprintPredictor,
+    Prediction,
+    footprint_predictor,
+)
+from adakv_serve.serving.ingress.losses import named_failures
+from adakv_serve.serving.ingress.occupancy_router import OccupancyRouter
+from adakv_serve.serving.ingress.output_counter import OutputCounter
+from adakv_serve.serving.ingress.prediction_metrics import PredictionMetrics
+from adakv_serve.serving.ingress.routing import Routing, configured_routing
+from adakv_serve.serving.ingress.sender import Sender
+from adakv_serve.serving.ingress.shedding import Shedding
+from adakv_serve.serving.ingress.watched import Watched
+from adakv_serve.serving.metrics import TaskMetrics
+from adakv_serve.serving.store import store_url
+from adakv_serve.serving.supervision import Supervisor
 
 logger = logging.getLogger("ray.serve")
 

@@ -5,15 +5,15 @@ from typing import Any
 from ray import serve
 from ray.serve.context import _get_global_client
 
+from adakv_serve.serving.config import AppConfig
+from adakv_serve.serving.http.asgi import ASGIApp
+from adakv_serve.serving.http.door import Door
+from adakv_serve.serving.http.page.app import FleetPage
+from adakv_serve.serving.http.page.feed import Feed, FeedSource, Scale
+from adakv_serve.serving.ingress.routing import Routing
+from adakv_serve.serving.ingress.watched import Watched
+from adakv_serve.serving.supervision import Supervisor
 from adakv_worker.config import policy_names
-from serving.config import AppConfig
-from serving.http.asgi import ASGIApp
-from serving.http.door import Door
-from serving.http.page.app import FleetPage
-from serving.http.page.feed import Feed, FeedSource, Scale
-from serving.ingress.routing import Routing
-from serving.ingress.watched import Watched
-from serving.supervision import Supervisor
 
 
 def with_fleet_page(

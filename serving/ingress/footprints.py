@@ -7,14 +7,14 @@ import threading
 from collections import OrderedDict
 from typing import NamedTuple
 
+from adakv_serve.router.footprint import Budget, Footprint, OutputQuantiles, predict, prefix_hashes
+from adakv_serve.serving.config import AppConfig
+from adakv_serve.serving.http.rendered import NotRendered, Rendered, Renderer
+from adakv_serve.serving.ingress.sender import Sender
+from adakv_serve.serving.models.embedded import model_path_and_name
 from adakv_worker.config import FULL, CompressionConfig
 from adakv_worker.options import RequestOptions
 from adakv_worker.salts import seed_hash, tenant_salt
-from router.footprint import Budget, Footprint, OutputQuantiles, predict, prefix_hashes
-from serving.config import AppConfig
-from serving.http.rendered import NotRendered, Rendered, Renderer
-from serving.ingress.sender import Sender
-from serving.models.embedded import model_path_and_name
 
 logger = logging.getLogger("ray.serve")
 
@@ -246,7 +246,7 @@ def _with_ids(body: bytes, rendered: Rendered) -> bytes:
 def footprint_predictor(config: AppConfig) -> FootprintPredictor:
     """Return a predictor with the configured model's renderer, made in some seconds."""
     # A slow import, needed only in an ingress that predicts.
-    from serving.vllm_engine.rendering import VllmRenderer
+    from adakv_serve.serving.vllm_engine.rendering import VllmRenderer
 
     path, name = model_path_and_name(config.model)
     compression = config.compression if config.compression and config.compression.enabled else None

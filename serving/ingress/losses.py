@@ -9,7 +9,7 @@ import grpc
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from serving.http.failures import NoReplica, Overloaded, ReplicaDown, ReplicaLost
+from adakv_serve.serving.http.failures import NoReplica, Overloaded, ReplicaDown, ReplicaLost
 
 # How a call ends whose replica's process has died, or whose server has been stopped.
 _LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}

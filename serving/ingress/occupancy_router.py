@@ -6,13 +6,13 @@ from typing import ClassVar, TypeVar
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from router.chooser import Decision
-from router.footprint import Footprint
-from router.lending.leases import Lease
-from serving.ingress.routing import Routing
-from serving.spill.membership import Membership
-from serving.spill.parcels import LenderName
-from serving.spill.peers import Addressee
+from adakv_serve.router.chooser import Decision
+from adakv_serve.router.footprint import Footprint
+from adakv_serve.router.lending.leases import Lease
+from adakv_serve.serving.ingress.routing import Routing
+from adakv_serve.serving.spill.membership import Membership
+from adakv_serve.serving.spill.parcels import LenderName
+from adakv_serve.serving.spill.peers import Addressee
 
 logger = logging.getLogger("ray.serve")
 

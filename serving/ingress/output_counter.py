@@ -3,7 +3,7 @@
 import json
 import re
 
-from serving.http.asgi import Message, body_of
+from adakv_serve.serving.http.asgi import Message, body_of
 
 # The first event of a chat has the role, the last is [DONE].
 _EVENTS_WITHOUT_TOKEN = 2

@@ -4,7 +4,7 @@ import logging
 
 from ray.serve import metrics
 
-from serving.ingress.footprints import Prediction
+from adakv_serve.serving.ingress.footprints import Prediction
 
 logger = logging.getLogger("ray.serve")
 

@@ -10,19 +10,19 @@ from typing import NamedTuple
 
 from ray.serve import metrics
 
-from router.chooser import Chooser, Decision
-from router.decision_log import DecisionLog
-from router.footprint import Footprint
-from router.ledger.occupancy import Report
-from router.ledger.redis_ledger import LedgerKeys
-from router.ledger.sendings import Sending, Sendings
-from router.ledger.subscription import LedgerSubscription
-from router.ledger.teller import Teller
-from router.local_view import LocalView
-from router.score import Speeds
-from serving.config import AppConfig
-from serving.http.tracing import note_span
-from serving.supervision import KeptTask, Supervisor
+from adakv_serve.router.chooser import Chooser, Decision
+from adakv_serve.router.decision_log import DecisionLog
+from adakv_serve.router.footprint import Footprint
+from adakv_serve.router.ledger.occupancy import Report
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys
+from adakv_serve.router.ledger.sendings import Sending, Sendings
+from adakv_serve.router.ledger.subscription import LedgerSubscription
+from adakv_serve.router.ledger.teller import Teller
+from adakv_serve.router.local_view import LocalView
+from adakv_serve.router.score import Speeds
+from adakv_serve.serving.config import AppConfig
+from adakv_serve.serving.http.tracing import note_span
+from adakv_serve.serving.supervision import KeptTask, Supervisor
 
 logger = logging.getLogger("ray.serve")
 

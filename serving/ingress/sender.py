@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
-from router.session_hints import session_key
-from serving.http.rendered import Handling
-from serving.http.tenants import TENANT_HEADER
+from adakv_serve.router.session_hints import session_key
+from adakv_serve.serving.http.rendered import Handling
+from adakv_serve.serving.http.tenants import TENANT_HEADER
 
 _SESSION_HEADER = b"x-session-id"
 _PRIORITY_HEADER = b"x-vllm-priority"

@@ -1,6 +1,6 @@
 """The class by whose name Ray Serve creates request routers."""
 
-from serving.ingress.occupancy_router import OccupancyRouter
+from adakv_serve.serving.ingress.occupancy_router import OccupancyRouter
 
 
 class ServedRouter(OccupancyRouter):

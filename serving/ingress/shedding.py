@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.serve.exceptions import BackPressureError
 
-from serving.http.failures import Overloaded
+from adakv_serve.serving.http.failures import Overloaded
 
 # How long a request tries again for which others give way. The pause between two calls grows.
 _ROOM_S = 2.0

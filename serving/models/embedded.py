@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serving.models.gguf import dequantize
-from serving.models.made_once import cache_root, made_once
+from adakv_serve.serving.models.gguf import dequantize
+from adakv_serve.serving.models.made_once import cache_root, made_once
 
 if TYPE_CHECKING:  # Load tests import this file, and the configuration imports torch.
-    from serving.config_sections import ModelConfig
+    from adakv_serve.serving.config_sections import ModelConfig
 
 EMBEDDED_MODEL_NAME = "smollm2-135m-instruct"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 
 import redis
 
-from router.lending.leases import Lease, Room
-from router.lending.redis_leases import LEASE_TTL_S, LendingLedger
-from router.lending.spill_plan import Candidate, Peer, plan_spill
-from serving.http.tracing import note_span
-from serving.spill.move import MoveReport, RequestMove, Send, SpillSettings, Stayed
-from serving.spill.parcels import StateFiles
-from serving.supervision import KeptTask, Supervisor
+from adakv_serve.router.lending.leases import Lease, Room
+from adakv_serve.router.lending.redis_leases import LEASE_TTL_S, LendingLedger
+from adakv_serve.router.lending.spill_plan import Candidate, Peer, plan_spill
+from adakv_serve.serving.http.tracing import note_span
+from adakv_serve.serving.spill.move import MoveReport, RequestMove, Send, SpillSettings, Stayed
+from adakv_serve.serving.spill.parcels import StateFiles
+from adakv_serve.serving.supervision import KeptTask, Supervisor
 
 if TYPE_CHECKING:
+    from adakv_serve.serving.vllm_engine.load import EngineLoad
     from adakv_worker.frontend.moving import Movable, MovingCore
-    from serving.vllm_engine.load import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 

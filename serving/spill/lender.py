@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 
+from adakv_serve.router.lending.leases import Lease, Offer
+from adakv_serve.router.lending.redis_leases import OFFER_TTL_S, LendingLedger
+from adakv_serve.serving.spill.parcels import Guest, StateFiles, place_parcels
+from adakv_serve.serving.supervision import KeptTask, Supervisor
 from adakv_worker.messages import Proof
-from router.lending.leases import Lease, Offer
-from router.lending.redis_leases import OFFER_TTL_S, LendingLedger
-from serving.spill.parcels import Guest, StateFiles, place_parcels
-from serving.supervision import KeptTask, Supervisor
 
 if TYPE_CHECKING:
+    from adakv_serve.serving.vllm_engine.load import EngineLoad
     from adakv_worker.frontend.moving import Decoded, MovingCore
-    from serving.vllm_engine.load import EngineLoad
 
 # Longest wait of a cache from another node for its request.
 _ARRIVED_S = 30.0

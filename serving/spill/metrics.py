@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ray.serve import metrics
 
 if TYPE_CHECKING:
-    from serving.spill.move import MoveReport
-    from serving.spill.sessions import SessionMove
+    from adakv_serve.serving.spill.move import MoveReport
+    from adakv_serve.serving.spill.sessions import SessionMove
 
 
 logger = logging.getLogger("ray.serve")

@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from router.lending.leases import Lease
-from router.lending.spill_plan import SpillLimits
-from serving.spill.parcels import Guest, StateFiles
+from adakv_serve.router.lending.leases import Lease
+from adakv_serve.router.lending.spill_plan import SpillLimits
+from adakv_serve.serving.spill.parcels import Guest, StateFiles
 
 if TYPE_CHECKING:
     from adakv_worker.frontend.moving import Decoded, MovingCore

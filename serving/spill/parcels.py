@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from adakv_serve.router.lending.leases import Lease
+from adakv_serve.serving.janitor import SPILL_PREFIX
 from adakv_worker.memory_files import check_room
-from router.lending.leases import Lease
-from serving.janitor import SPILL_PREFIX
 
 if TYPE_CHECKING:
     from adakv_worker.frontend.moving import Departure

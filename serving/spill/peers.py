@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ray
 from ray import serve
 
-from router.lending.redis_leases import LendingLedger
-from serving.spill.parcels import LenderName, open_parcels
-from serving.spill.sessions import Parcel
+from adakv_serve.router.lending.redis_leases import LendingLedger
+from adakv_serve.serving.spill.parcels import LenderName, open_parcels
+from adakv_serve.serving.spill.sessions import Parcel
 
 if TYPE_CHECKING:
     from adakv_worker.frontend.session_moves import SessionAsk

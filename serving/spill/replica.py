@@ -10,27 +10,27 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from router.ledger.redis_ledger import LedgerKeys
-from router.lending.redis_leases import LendingLedger
-from router.lending.spill_plan import SpillLimits
-from serving.config import AppConfig
-from serving.janitor import remove_orphans
-from serving.spill.borrower import Borrower
-from serving.spill.lender import Lender
-from serving.spill.membership import Membership
-from serving.spill.metrics import SessionMetrics, SpillMetrics
-from serving.spill.move import MoveReport, Send, SpillSettings
-from serving.spill.parcels import Guest, LenderName, open_parcels
-from serving.spill.peers import ReplicaPeers
-from serving.spill.sessions import SessionTraffic
-from serving.supervision import KeptTask, Supervisor
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys
+from adakv_serve.router.lending.redis_leases import LendingLedger
+from adakv_serve.router.lending.spill_plan import SpillLimits
+from adakv_serve.serving.config import AppConfig
+from adakv_serve.serving.janitor import remove_orphans
+from adakv_serve.serving.spill.borrower import Borrower
+from adakv_serve.serving.spill.lender import Lender
+from adakv_serve.serving.spill.membership import Membership
+from adakv_serve.serving.spill.metrics import SessionMetrics, SpillMetrics
+from adakv_serve.serving.spill.move import MoveReport, Send, SpillSettings
+from adakv_serve.serving.spill.parcels import Guest, LenderName, open_parcels
+from adakv_serve.serving.spill.peers import ReplicaPeers
+from adakv_serve.serving.spill.sessions import SessionTraffic
+from adakv_serve.serving.supervision import KeptTask, Supervisor
 
 logger = logging.getLogger("ray.serve")
 
 if TYPE_CHECKING:
+    from adakv_serve.serving.vllm_engine.host import VllmHost
+    from adakv_serve.serving.vllm_engine.load import EngineLoad
     from adakv_worker.frontend.moving import Decoded
-    from serving.vllm_engine.host import VllmHost
-    from serving.vllm_engine.load import EngineLoad
 
 
 class ReplicaSpill:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import redis
 
-from serving.http.tracing import span
-from serving.spill.parcels import StateFiles, place_parcels
-from serving.supervision import KeptTask, Supervisor
+from adakv_serve.serving.http.tracing import span
+from adakv_serve.serving.spill.parcels import StateFiles, place_parcels
+from adakv_serve.serving.supervision import KeptTask, Supervisor
 
 if TYPE_CHECKING:
     from adakv_worker.frontend.session_moves import SessionAsk, SessionCore

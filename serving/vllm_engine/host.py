@@ -13,6 +13,23 @@ from vllm.utils.system_utils import kill_process_tree
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
+from adakv_serve.serving.http.api_keys import VLLM_VARIABLE
+from adakv_serve.serving.http.asgi import ASGIApp
+from adakv_serve.serving.http.compression_proof import ProofMiddleware
+from adakv_serve.serving.vllm_engine.hang_watch import HangWatch
+from adakv_serve.serving.vllm_engine.http_metrics import HttpMetrics
+from adakv_serve.serving.vllm_engine.load import CacheSize, EngineLoad, LoadStats
+from adakv_serve.serving.vllm_engine.options import (
+    check_movable,
+    computes_on_cpus,
+    refusing_without_values,
+    server_options,
+    with_compression,
+    with_kv_events,
+)
+from adakv_serve.serving.vllm_engine.proofs import take_proofs
+from adakv_serve.serving.vllm_engine.sessions import SessionMiddleware
+from adakv_serve.serving.vllm_engine.surface import mend_surface
 from adakv_worker.compiled_products import bound_compiled_products
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.frontend.kv_events import CacheChange, EventSockets, cache_changes
@@ -21,23 +38,6 @@ from adakv_worker.frontend.sent_requests import BookedLLM
 from adakv_worker.frontend.session_moves import SessionCore
 from adakv_worker.messages import Proof
 from adakv_worker.refusals import refuse_unsupported
-from serving.http.api_keys import VLLM_VARIABLE
-from serving.http.asgi import ASGIApp
-from serving.http.compression_proof import ProofMiddleware
-from serving.vllm_engine.hang_watch import HangWatch
-from serving.vllm_engine.http_metrics import HttpMetrics
-from serving.vllm_engine.load import CacheSize, EngineLoad, LoadStats
-from serving.vllm_engine.options import (
-    check_movable,
-    computes_on_cpus,
-    refusing_without_values,
-    server_options,
-    with_compression,
-    with_kv_events,
-)
-from serving.vllm_engine.proofs import take_proofs
-from serving.vllm_engine.sessions import SessionMiddleware
-from serving.vllm_engine.surface import mend_surface
 
 # As long as vLLM itself waits for a step of several workers: a prefill on a slow CPU takes minutes.
 DEFAULT_HANG_S = 300.0

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
+from adakv_serve.kernels.blocks import blocks_for_tokens
 from adakv_worker.frontend.sent_requests import SentRequests
 from adakv_worker.messages import MemoryStats, Proof, StepFigures
 from adakv_worker.statistics_carrier import figures_of
-from kernels.blocks import blocks_for_tokens
 
 _RATE_WINDOW_S = 5.0
 

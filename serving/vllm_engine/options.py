@@ -19,10 +19,10 @@ from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from adakv_serve.serving.vllm_engine.setting_types import check_types
 from adakv_worker.config import CompressionConfig
 from adakv_worker.frontend.kv_events import EventSockets
 from adakv_worker.plugin import engine_args as compression_engine_args
-from serving.vllm_engine.setting_types import check_types
 
 logger = logging.getLogger("ray.serve")
 

@@ -12,8 +12,8 @@ from weakref import WeakValueDictionary
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from adakv_serve.serving.http.answer_proofs import AnswerProofs, current_answer
 from adakv_worker.messages import PROOF_KEY, Proof, proof_in
-from serving.http.answer_proofs import AnswerProofs, current_answer
 
 
 def take_proofs(engine: AsyncLLM) -> None:

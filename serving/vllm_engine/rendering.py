@@ -20,11 +20,11 @@ from vllm.renderers import renderer_from_config
 from vllm.renderers.chat_utils import has_non_text_content, load_chat_template
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from adakv_serve.serving.http.rendered import Handling, NotRendered, Rendered
+from adakv_serve.serving.vllm_engine.options import server_options
 from adakv_worker.byte_budgets import in_entries
 from adakv_worker.config import CompressionConfig
 from adakv_worker.stored_dtypes import page_ratio
-from serving.http.rendered import Handling, NotRendered, Rendered
-from serving.vllm_engine.options import server_options
 
 _Render = Callable[[dict[str, Any]], Awaitable[Rendered]]
 

@@ -1,10 +1,10 @@
 """ASGI middleware that has the engine know whose an HTTP request is, and who holds its cache."""
 
+from adakv_serve.serving.http.asgi import ASGIApp, Receive, Scope, Send
+from adakv_serve.serving.http.tenants import HOLDER, TENANT_HEADER
+from adakv_serve.serving.http.tracing import serving_span
 from adakv_worker.frontend.session_moves import probable_holder
 from adakv_worker.frontend.tenants import current_tenant
-from serving.http.asgi import ASGIApp, Receive, Scope, Send
-from serving.http.tenants import HOLDER, TENANT_HEADER
-from serving.http.tracing import serving_span
 
 
 class SessionMiddleware:

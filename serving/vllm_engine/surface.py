@@ -18,9 +18,9 @@ from starlette.responses import Response
 from vllm.entrypoints.serve.exception_handling.handlers.vllm_error import vllm_error_handler
 from vllm.exceptions import VLLMValidationError
 
-from serving.http.held_start import HeldStart
-from serving.http.openai_error import error_body
-from serving.http.sse import compact_json, data_of
+from adakv_serve.serving.http.held_start import HeldStart
+from adakv_serve.serving.http.openai_error import error_body
+from adakv_serve.serving.http.sse import compact_json, data_of
 
 # What code that expects another type raises.
 _OF_WRONG_TYPES = (AttributeError, TypeError, LookupError)

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from kernels.policies.head_allocations.adaptive import AdaptiveHeads
-from kernels.policies.layer_budgets.uniform import UniformLayers
-from kernels.policies.observation import Observation
-from kernels.policies.policy import Policy
-from kernels.policies.scorers.window import WindowScorer
+from adakv_serve.kernels.policies.head_allocations.adaptive import AdaptiveHeads
+from adakv_serve.kernels.policies.layer_budgets.uniform import UniformLayers
+from adakv_serve.kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.policy import Policy
+from adakv_serve.kernels.policies.scorers.window import WindowScorer
 
 
 @dataclass

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from vllm.exceptions import VLLMValidationError
 
+from adakv_serve.kernels.policies.presets import PRESETS
 from adakv_worker.messages import CONTINUATION_KEY
 from adakv_worker.options import RequestOptions
-from kernels.policies.presets import PRESETS
 from tests.adakv_worker.engines import Engine, prompt
 from tests.adakv_worker.tiny_models import MODELS, TinyModel, add_tokenizer
 

@@ -9,7 +9,7 @@ PROGRAM = """
 import ctypes
 import psutil, torch
 from adakv_worker.compiled_products import bound_compiled_products
-from kernels.policies.attention import row_products
+from adakv_serve.kernels.policies.attention import row_products
 
 bound_compiled_products()
 weight = torch.ones(576, 64)

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from adakv_serve.kernels.blocks import DecodeBound
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.core.plan import make_plan
 from adakv_worker.options import RequestOptions, budget_of
-from kernels.blocks import DecodeBound
 
 CONFIG = CompressionConfig(min_budget_tokens=64, max_budget_tokens=2048)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from router.autoscaling import ScalingTargets
-from serving.config import AppConfig
+from adakv_serve.router.autoscaling import ScalingTargets
+from adakv_serve.serving.config import AppConfig
 from tests.deploy.charts import (
     CHART,
     VARIANTS,

@@ -72,7 +72,7 @@ def test_the_image_gets_the_packages_that_serve_and_no_others() -> None:
     assert "*" in lines
     assert kept & set(PACKAGES) == set(PACKAGES) - {"evals", "loadtest"}
     assert all((ROOT / path).exists() for path in kept)
-    needed = {"configs", "constraints.txt", "pyproject.toml", "README.md", "LICENSE"}
+    needed = {"adakv_serve", "configs", "constraints.txt", "pyproject.toml", "README.md", "LICENSE"}
     assert kept - set(PACKAGES) == needed | {"scripts/install", "scripts/step"}
 
 

@@ -8,9 +8,9 @@ import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from serving.app import engine_options, ingress_options
-from serving.autoscaling import OccupancyPolicy
-from serving.config import AppConfig
+from adakv_serve.serving.app import engine_options, ingress_options
+from adakv_serve.serving.autoscaling import OccupancyPolicy
+from adakv_serve.serving.config import AppConfig
 from tests.deploy.charts import VARIANTS, each_variant, example, ray_service, serve_config
 from tests.house.sources import ROOT
 
@@ -26,7 +26,7 @@ def app_config(values: dict[str, Any]) -> AppConfig:
 def test_ray_serve_takes_it(values: dict[str, Any]) -> None:
     schema = ServeDeploySchema.model_validate(serve_config(values))
     (application,) = schema.applications
-    assert application.import_path == "serving.app:build"
+    assert application.import_path == "adakv_serve.serving.app:build"
     # Deployments that are named must be those that `build` makes.
     assert {one.name for one in application.deployments} <= {"Engine"}
 
@@ -75,7 +75,7 @@ def test_the_occupancy_policy_scales_where_max_is_above_min() -> None:
     assert (engine["num_replicas"], scaling["min_replicas"], scaling["max_replicas"]) == (
         "auto", 1, 3
     )  # fmt: skip
-    assert scaling["policy"]["policy_function"] == "serving.autoscaling:OccupancyPolicy"
+    assert scaling["policy"]["policy_function"] == "adakv_serve.serving.autoscaling:OccupancyPolicy"
     OccupancyPolicy(**scaling["policy"]["policy_kwargs"])
     assert "deployments" not in serve_config(example("cpu"))["applications"][0]
 

@@ -2,8 +2,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from evals.answering.engine import ForcedEngine
-from serving.models.embedded import embedded_model_path
+from adakv_serve.evals.answering.engine import ForcedEngine
+from adakv_serve.serving.models.embedded import embedded_model_path
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from evals.commands.bits import COMMAND
-from evals.results import bits
-from evals.results.files import write_rows
-from evals.results.scores import Row
+from adakv_serve.evals.commands.bits import COMMAND
+from adakv_serve.evals.results import bits
+from adakv_serve.evals.results.files import write_rows
+from adakv_serve.evals.results.scores import Row
 
 NAME = "small"
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from evals.__main__ import main
-from evals.commands import COMMANDS
-from evals.results.files import write_rows
+from adakv_serve.evals.__main__ import main
+from adakv_serve.evals.commands import COMMANDS
+from adakv_serve.evals.results.files import write_rows
 from tests.evals.test_scores import scored
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from evals.answering.engine import ForcedEngine
-from evals.choice import FULL, Choice
-from evals.samples import Sample, Tokens
+from adakv_serve.evals.answering.engine import ForcedEngine
+from adakv_serve.evals.choice import FULL, Choice
+from adakv_serve.evals.samples import Sample, Tokens
 from tests.adakv_worker.engines import prompt
 
 SAMPLE = Sample("task", "1", "1", "", (), "")

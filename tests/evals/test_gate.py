@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from evals.answering.engine import ForcedEngine
-from evals.gate import PLAN, RECORDED, moved
-from evals.results.files import finished, read_rows
-from evals.run import run
-from serving.models.embedded import EMBEDDED_MODEL_NAME
+from adakv_serve.evals.answering.engine import ForcedEngine
+from adakv_serve.evals.gate import PLAN, RECORDED, moved
+from adakv_serve.evals.results.files import finished, read_rows
+from adakv_serve.evals.run import run
+from adakv_serve.serving.models.embedded import EMBEDDED_MODEL_NAME
 
 
 def test_no_preset_answers_otherwise_than_was_recorded(embedded_engine: ForcedEngine) -> None:

@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from evals.answering.engine import ForcedEngine
-from evals.choice import Choice
-from evals.generation import run_generation
-from evals.tasks.source import Source
+from adakv_serve.evals.answering.engine import ForcedEngine
+from adakv_serve.evals.choice import Choice
+from adakv_serve.evals.generation import run_generation
+from adakv_serve.evals.tasks.source import Source
 
 
 @pytest.mark.slow

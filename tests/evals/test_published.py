@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from evals.choice import FULL, Choice, Outcome
-from evals.published import metrics
-from evals.published.longbench import SETS, read_longbench
-from evals.published.questions import Question
-from evals.published.ruler import read_ruler
-from evals.published.run import run_published
-from evals.results.report import report
-from serving.models.embedded import embedded_model_path
+from adakv_serve.evals.choice import FULL, Choice, Outcome
+from adakv_serve.evals.published import metrics
+from adakv_serve.evals.published.longbench import SETS, read_longbench
+from adakv_serve.evals.published.questions import Question
+from adakv_serve.evals.published.ruler import read_ruler
+from adakv_serve.evals.published.run import run_published
+from adakv_serve.evals.results.report import report
+from adakv_serve.serving.models.embedded import embedded_model_path
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from evals.choice import Choice, Outcome
-from evals.gate import RECORDED
-from evals.results.files import finished, read_rows, write_rows
-from evals.results.scores import Row
-from evals.run import Plan, run
-from evals.samples import Sample, Tokens
-from serving.models.embedded import embedded_model_path
+from adakv_serve.evals.choice import Choice, Outcome
+from adakv_serve.evals.gate import RECORDED
+from adakv_serve.evals.results.files import finished, read_rows, write_rows
+from adakv_serve.evals.results.scores import Row
+from adakv_serve.evals.run import Plan, run
+from adakv_serve.evals.samples import Sample, Tokens
+from adakv_serve.serving.models.embedded import embedded_model_path
 
 
 def parts() -> Iterator[list[Row]]:

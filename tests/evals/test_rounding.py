@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evals.answering.engine import ForcedEngine
-from evals.answering.rounding import ROUNDINGS, Rounding, int4, rounded_pages
-from evals.choice import Choice, Outcome
-from evals.samples import Sample, Tokens
-from kernels.paging.paged_cache import compact
+from adakv_serve.evals.answering.engine import ForcedEngine
+from adakv_serve.evals.answering.rounding import ROUNDINGS, Rounding, int4, rounded_pages
+from adakv_serve.evals.choice import Choice, Outcome
+from adakv_serve.evals.samples import Sample, Tokens
+from adakv_serve.kernels.paging.paged_cache import compact
 from tests.adakv_worker.engines import prompt
 
 SAMPLE = Sample("task", "1", "1", "", (), "")

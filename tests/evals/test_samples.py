@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from evals.samples import MODES, Sample, Turn, tokenize
-from evals.tasks import TASKS, samples
-from serving.models.embedded import embedded_model_path
+from adakv_serve.evals.samples import MODES, Sample, Turn, tokenize
+from adakv_serve.evals.tasks import TASKS, samples
+from adakv_serve.serving.models.embedded import embedded_model_path
 
 _NOTHING_TO_FIND = {"code", "continuation", "summaries", "recall", "kinds"}
 

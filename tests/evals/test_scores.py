@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals.choice import Choice, Outcome
-from evals.results.plots import draw
-from evals.results.report import report
-from evals.results.scores import Row, difference, interval, row, score
-from evals.samples import Sample, Tokens
+from adakv_serve.evals.choice import Choice, Outcome
+from adakv_serve.evals.results.plots import draw
+from adakv_serve.evals.results.report import report
+from adakv_serve.evals.results.scores import Row, difference, interval, row, score
+from adakv_serve.evals.samples import Sample, Tokens
 
 TOKENS = Tokens([1, 2, 3], [8, 9], 0)
 

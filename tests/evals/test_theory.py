@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals.theory import ObservingModel, Summary, cases
-from kernels.policies.observation import Observation
+from adakv_serve.evals.theory import ObservingModel, Summary, cases
+from adakv_serve.kernels.policies.observation import Observation
 from tests.adakv_worker.engines import prompt
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from evals.choice import FULL, Choice
-from evals.turns import TASKS, conversations, run_turns, tokenize_turn
-from serving.models.embedded import embedded_model_path
+from adakv_serve.evals.choice import FULL, Choice
+from adakv_serve.evals.turns import TASKS, conversations, run_turns, tokenize_turn
+from adakv_serve.serving.models.embedded import embedded_model_path
 
 TURNS = 6
 
@@ -42,7 +42,7 @@ def test_a_choice_says_what_becomes_of_the_history() -> None:
 
 
 def test_turns_resume_what_the_turns_before_have_left(in_process: None) -> None:
-    from evals.answering.engine import ForcedEngine
+    from adakv_serve.evals.answering.engine import ForcedEngine
 
     sessions = {"enabled": True, "min_saved_tokens": 1}
     engine = ForcedEngine(embedded_model_path(), 2048, 256 << 20, sessions=sessions)

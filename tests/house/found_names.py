@@ -5,7 +5,7 @@ import importlib
 import inspect
 from collections.abc import Iterator
 
-from tests.house.sources import libraries, modules, room, tree
+from tests.house.sources import installed_name, libraries, modules, room, tree
 
 UPSTREAM = ("vllm", "ray")
 _NAMED_TUPLE = {"_asdict", "_fields", "_make", "_replace"}
@@ -14,8 +14,9 @@ _NAMED_TUPLE = {"_asdict", "_fields", "_make", "_replace"}
 def overridden() -> Iterator[tuple[str, str, str]]:
     """Yield (room, upstream class, name) for each upstream method that our classes override."""
     for module in _facing_upstream():
-        for ours in vars(importlib.import_module(module)).values():
-            if inspect.isclass(ours) and ours.__module__ == module:
+        imported = installed_name(module)
+        for ours in vars(importlib.import_module(imported)).values():
+            if inspect.isclass(ours) and ours.__module__ == imported:
                 for name in vars(ours):
                     if owner := _upstream_owner(ours, name):
                         yield room(module), owner, name

@@ -7,7 +7,9 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("adakv", "adakv_worker", "evals", "kernels", "loadtest", "router", "serving")
+# Folders that are installed within `adakv_serve`, under which all code imports them.
+LINKED = ("evals", "kernels", "loadtest", "router", "serving")
+PACKAGES = ("adakv", "adakv_worker", *LINKED)
 
 
 @cache
@@ -37,6 +39,7 @@ def our_imports(module: str) -> frozenset[str]:
     """Return the modules of ours that a module imports, inside functions too."""
     ours = set()
     for name in _imported(modules()[module]):
+        name = folder_name(name)
         if name.split(".")[0] not in PACKAGES:
             continue
         while name not in modules():
@@ -48,8 +51,27 @@ def our_imports(module: str) -> frozenset[str]:
 @cache
 def libraries(module: str) -> frozenset[str]:
     """Return the top-level packages of others that a module imports."""
-    names = {name.split(".")[0] for name in _imported(modules()[module])}
-    return frozenset(names - set(PACKAGES) - sys.stdlib_module_names)
+    names = _first_names(module)
+    return frozenset(names - {*PACKAGES, "adakv_serve"} - sys.stdlib_module_names)
+
+
+def names_that_need_a_checkout(module: str) -> frozenset[str]:
+    """Return the folders that a module imports by names that they have in a checkout only."""
+    return frozenset(_first_names(module) & set(LINKED))
+
+
+def installed_name(module: str) -> str:
+    """Return the name under which a module is imported: `adakv_serve.router` for `router`."""
+    return f"adakv_serve.{module}" if module.split(".")[0] in LINKED else module
+
+
+def folder_name(module: str) -> str:
+    """Return the name of a module by the folders of the checkout."""
+    return module.removeprefix("adakv_serve.")
+
+
+def _first_names(module: str) -> set[str]:
+    return {name.split(".")[0] for name in _imported(modules()[module])}
 
 
 def _imported(path: Path) -> Iterator[str]:

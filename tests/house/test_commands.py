@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from adakv.__main__ import _BENCHES, _COMMANDS
-from serving.http.api_keys import ApiKeys
-from serving.http.key_file import KeyFile
+from adakv_serve.serving.http.api_keys import ApiKeys
+from adakv_serve.serving.http.key_file import KeyFile
 from tests.house.sources import PACKAGES, ROOT
 from tests.house.test_documents import DOCUMENTS
 
@@ -25,14 +25,14 @@ _SPAN = re.compile(r"`([^`\n]+)`")
 _ENDS = {"&&", "||", ";", "|", "&", "(", ")", ">", ">>", "<", "\n"}
 _ASSIGNMENT = re.compile(r"[A-Za-z_]+=")
 _INSTALLED = {
-    "adakv-compare": "loadtest.compare",
-    "adakv-drain": "serving.drain",
-    "adakv-evals": "evals.__main__",
-    "adakv-inspect": "router.inspect",
-    "adakv-serve": "serving.run",
-    "adakv-simulate": "router.simulate.__main__",
+    "adakv-compare": "adakv_serve.loadtest.compare",
+    "adakv-drain": "adakv_serve.serving.drain",
+    "adakv-evals": "adakv_serve.evals.__main__",
+    "adakv-inspect": "adakv_serve.router.inspect",
+    "adakv-serve": "adakv_serve.serving.run",
+    "adakv-simulate": "adakv_serve.router.simulate.__main__",
 }
-_OUR_MODULE = re.compile(rf"({'|'.join(PACKAGES)})(\.\w+)*")
+_OUR_MODULE = re.compile(rf"(adakv_serve|{'|'.join(PACKAGES)})(\.\w+)*")
 
 
 def commands(path: Path) -> Iterator[list[str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.sources import ROOT, modules, tree
+from tests.house.sources import ROOT, folder_name, modules, tree
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 _FOLDERS = (
@@ -49,7 +49,8 @@ def test_the_structure_page_lists_the_files_of_each_folder() -> None:
 def test_installed_commands_and_plug_ins_exist() -> None:
     for place in _entry_points():
         module, _, attribute = place.partition(":")
-        defined = {getattr(node, "name", None) for node in ast.walk(tree(modules()[module]))}
+        file = modules()[folder_name(module)]
+        defined = {getattr(node, "name", None) for node in ast.walk(tree(file))}
         assert attribute in defined, place
 
 

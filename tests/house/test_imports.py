@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.house.sources import libraries, modules, our_imports, room
+from tests.house.sources import (
+    libraries,
+    modules,
+    names_that_need_a_checkout,
+    our_imports,
+    room,
+)
 
 
 class May(NamedTuple):
@@ -169,6 +175,12 @@ def _is_in_subroom(module: str, parent: str) -> bool:
     return own.startswith(f"{parent}.") and own not in ROOMS
 
 
+def test_all_imports_are_those_of_an_installed_package() -> None:
+    assert not {
+        module: names for module in modules() if (names := names_that_need_a_checkout(module))
+    }
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = {module: our_imports(module) - {_package(module)} for module in modules()}
     list(graphlib.TopologicalSorter(graph).static_order())
@@ -181,12 +193,12 @@ def _package(module: str) -> str:
 @pytest.mark.parametrize(
     ("imported", "absent"),
     [
-        ("kernels.blocks", "torch numpy vllm ray"),
-        ("router", "torch vllm ray"),
-        ("router.inspect", "torch vllm ray"),
-        ("serving.config", "vllm"),
-        ("loadtest.compare", "torch vllm ray"),
-        ("serving.models.embedded", "torch vllm ray"),
+        ("adakv_serve.kernels.blocks", "torch numpy vllm ray"),
+        ("adakv_serve.router", "torch vllm ray"),
+        ("adakv_serve.router.inspect", "torch vllm ray"),
+        ("adakv_serve.serving.config", "vllm"),
+        ("adakv_serve.loadtest.compare", "torch vllm ray"),
+        ("adakv_serve.serving.models.embedded", "torch vllm ray"),
     ],
 )
 def test_light_modules_stay_light(imported: str, absent: str) -> None:

@@ -4,8 +4,8 @@ from functools import partial
 
 import torch
 
-from kernels.policies.observation import Observation
-from kernels.policies.rotary import Rotary
+from adakv_serve.kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.rotary import Rotary
 
 
 def _weight(hidden: int, width: int, layer: int, heads: int, head: int) -> torch.Tensor:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from kernels.blocks import compressed_blocks_bound
-from kernels.paging.layout import PageLayout
-from kernels.paging.paged_cache import PagedCache, move_pages, read_slots, write_slots
-from kernels.paging.pages import PageTables, check_page_tables
+from adakv_serve.kernels.blocks import compressed_blocks_bound
+from adakv_serve.kernels.paging.layout import PageLayout
+from adakv_serve.kernels.paging.paged_cache import PagedCache, move_pages, read_slots, write_slots
+from adakv_serve.kernels.paging.pages import PageTables, check_page_tables
 
 PAGE = 4
 LAYERS, HEADS, BLOCKS = 3, 2, 64

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.paging.entries import PagedEntries, Quantization
+from adakv_serve.kernels.paging.entries import PagedEntries, Quantization
 
 
 def in_pages(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.blocks import (
+from adakv_serve.kernels.blocks import (
     DecodeBound,
     KeepLimit,
     blocks_for_tokens,

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.blocks import SINK_TOKENS, DecodeBound, entries_after, most_entries
-from kernels.paging.entries import PagedEntries
-from kernels.policies.observation import Observation
-from kernels.policies.policy import Scored
-from kernels.policies.presets import PRESETS, preset
-from kernels.policies.reselection import (
+from adakv_serve.kernels.blocks import SINK_TOKENS, DecodeBound, entries_after, most_entries
+from adakv_serve.kernels.paging.entries import PagedEntries
+from adakv_serve.kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.policy import Scored
+from adakv_serve.kernels.policies.presets import PRESETS, preset
+from adakv_serve.kernels.policies.reselection import (
     fitted,
     keep_recent,
     reallocate,
@@ -21,7 +21,7 @@ from kernels.policies.reselection import (
     score_ragged,
     with_sinks,
 )
-from kernels.policies.scorers.window import WindowScorer
+from adakv_serve.kernels.policies.scorers.window import WindowScorer
 from tests.kernels.paging import in_pages
 
 

@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.gpu import compaction, tables, top, window_scores
+from adakv_serve.kernels.gpu import compaction, tables, top, window_scores
 
 pytestmark = [
     pytest.mark.heavy,

@@ -5,16 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.paging.host_tables import HostTables
-from kernels.paging.layout import PageLayout
-from kernels.paging.paged_cache import (
+from adakv_serve.kernels.paging.host_tables import HostTables
+from adakv_serve.kernels.paging.layout import PageLayout
+from adakv_serve.kernels.paging.paged_cache import (
     PagedCache,
     placed_slots,
     read_heads,
     read_slots,
     write_slots,
 )
-from kernels.paging.pages import check_page_tables
+from adakv_serve.kernels.paging.pages import check_page_tables
 from tests.kernels.page_tables import (
     BLOCKS,
     HEADS,

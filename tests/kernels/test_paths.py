@@ -5,11 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.paging.entries import PART_BYTES
-from kernels.paging.growth import DecodeBatch, grow_reference
-from kernels.paging.paged_cache import PagedCache, compact
-from kernels.policies.attention import Reduction, attention_rows, reduced_window_attention
-from kernels.policies.top import top_mask
+from adakv_serve.kernels.paging.entries import PART_BYTES
+from adakv_serve.kernels.paging.growth import DecodeBatch, grow_reference
+from adakv_serve.kernels.paging.paged_cache import PagedCache, compact
+from adakv_serve.kernels.policies.attention import (
+    Reduction,
+    attention_rows,
+    reduced_window_attention,
+)
+from adakv_serve.kernels.policies.top import top_mask
 from tests.kernels.paging import in_pages
 
 PAGE = 4

@@ -10,16 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.policies.attention import attention_rows, pool, window_attention
-from kernels.policies.head_allocations.adaptive import AdaptiveHeads
-from kernels.policies.head_allocations.uniform import UniformHeads
-from kernels.policies.layer_budgets.joint import JointLayers
-from kernels.policies.layer_budgets.pyramid import PyramidLayers
-from kernels.policies.observation import Observation
-from kernels.policies.policy import check_selection
-from kernels.policies.presets import PRESETS, preset
-from kernels.policies.scorers.window import WindowScorer
-from kernels.policies.top import top_mask
+from adakv_serve.kernels.policies.attention import attention_rows, pool, window_attention
+from adakv_serve.kernels.policies.head_allocations.adaptive import AdaptiveHeads
+from adakv_serve.kernels.policies.head_allocations.uniform import UniformHeads
+from adakv_serve.kernels.policies.layer_budgets.joint import JointLayers
+from adakv_serve.kernels.policies.layer_budgets.pyramid import PyramidLayers
+from adakv_serve.kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.policy import check_selection
+from adakv_serve.kernels.policies.presets import PRESETS, preset
+from adakv_serve.kernels.policies.scorers.window import WindowScorer
+from adakv_serve.kernels.policies.top import top_mask
 from tests.kernels.observations import observations
 
 CASES = json.loads((Path(__file__).parent / "data" / "selection_cases.json").read_text())

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.policies.head_allocations.uniform import UniformHeads
-from kernels.policies.layer_budgets.uniform import UniformLayers
-from kernels.policies.observation import Observation
-from kernels.policies.policy import Policy
-from kernels.policies.presets import PolicyChoice, preset
-from kernels.policies.scorers.key_norm import KeyNormScorer
+from adakv_serve.kernels.policies.head_allocations.uniform import UniformHeads
+from adakv_serve.kernels.policies.layer_budgets.uniform import UniformLayers
+from adakv_serve.kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.policy import Policy
+from adakv_serve.kernels.policies.presets import PolicyChoice, preset
+from adakv_serve.kernels.policies.scorers.key_norm import KeyNormScorer
 from tests.kernels.observations import observations
 
 # Presets whose heads keep equally many entries.

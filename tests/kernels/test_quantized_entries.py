@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.policies.presets import PRESETS, preset
-from kernels.policies.reselection import score_heads, score_ragged
+from adakv_serve.kernels.policies.presets import PRESETS, preset
+from adakv_serve.kernels.policies.reselection import score_heads, score_ragged
 from tests.kernels.observations import observations
 from tests.kernels.paging import in_bytes
 

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.policies.observation import Observation
-from kernels.policies.projected_values import ProjectedValues, projected_value_norms
-from kernels.policies.rotary import Rotary
-from kernels.policies.scorers.defensive import DefensiveScorer
-from kernels.policies.scorers.expected_attention import ExpectedAttentionScorer
-from kernels.policies.scorers.key_diff import KeyDiffScorer
-from kernels.policies.scorers.key_norm import KeyNormScorer
-from kernels.policies.scorers.random import RandomScorer
-from kernels.policies.scorers.redundancy import RedundancyScorer
-from kernels.policies.scorers.sink_recency import SinkRecencyScorer
-from kernels.policies.scorers.window_l2 import WindowL2Scorer
+from adakv_serve.kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.projected_values import ProjectedValues, projected_value_norms
+from adakv_serve.kernels.policies.rotary import Rotary
+from adakv_serve.kernels.policies.scorers.defensive import DefensiveScorer
+from adakv_serve.kernels.policies.scorers.expected_attention import ExpectedAttentionScorer
+from adakv_serve.kernels.policies.scorers.key_diff import KeyDiffScorer
+from adakv_serve.kernels.policies.scorers.key_norm import KeyNormScorer
+from adakv_serve.kernels.policies.scorers.random import RandomScorer
+from adakv_serve.kernels.policies.scorers.redundancy import RedundancyScorer
+from adakv_serve.kernels.policies.scorers.sink_recency import SinkRecencyScorer
+from adakv_serve.kernels.policies.scorers.window_l2 import WindowL2Scorer
 
 HEADS, GROUP, N, DIM, HIDDEN = 2, 3, 24, 8, 10
 WINDOW = 6

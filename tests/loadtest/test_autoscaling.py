@@ -1,7 +1,7 @@
 from typing import Any
 
-from loadtest.autoscaling import Phases, Sample, drive
-from loadtest.servers.occupancy import Look, OccupancyWatch
+from adakv_serve.loadtest.autoscaling import Phases, Sample, drive
+from adakv_serve.loadtest.servers.occupancy import Look, OccupancyWatch
 from tests.loadtest.fake_client import fake_client
 
 REPLICA: dict[str, Any] = {

@@ -3,7 +3,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.comparison.bound import bound
+from adakv_serve.loadtest.comparison.bound import bound
 
 SECONDS = st.floats(0.1, 1e4)
 GAINS = st.floats(1.0, 1e3)

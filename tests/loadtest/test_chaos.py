@@ -13,13 +13,13 @@ import httpx
 import psutil
 import pytest
 
-from loadtest.chaos import Disturbed
-from loadtest.client.token_answers import Answer
-from loadtest.faults.asking import Asked, Known, Outcome, Questions, Reply, Users
-from loadtest.faults.kinds import KINDS, Kind, kinds_for, plan
-from loadtest.faults.recovery import Living, Recovery
-from loadtest.faults.windows import Struck, Window, summary, sums, table, windows
-from loadtest.servers.occupancy import Look, OccupancyWatch
+from adakv_serve.loadtest.chaos import Disturbed
+from adakv_serve.loadtest.client.token_answers import Answer
+from adakv_serve.loadtest.faults.asking import Asked, Known, Outcome, Questions, Reply, Users
+from adakv_serve.loadtest.faults.kinds import KINDS, Kind, kinds_for, plan
+from adakv_serve.loadtest.faults.recovery import Living, Recovery
+from adakv_serve.loadtest.faults.windows import Struck, Window, summary, sums, table, windows
+from adakv_serve.loadtest.servers.occupancy import Look, OccupancyWatch
 
 
 def test_a_plan_is_the_same_for_a_seed_and_does_all_before_it_repeats() -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import yaml
 
-from loadtest import compare, offline
-from loadtest.client.records import Record
-from loadtest.comparison.config import CompareConfig
-from loadtest.comparison.order import Unit
-from loadtest.comparison.runs import Runs, units
-from serving.config import AppConfig
+from adakv_serve.loadtest import compare, offline
+from adakv_serve.loadtest.client.records import Record
+from adakv_serve.loadtest.comparison.config import CompareConfig
+from adakv_serve.loadtest.comparison.order import Unit
+from adakv_serve.loadtest.comparison.runs import Runs, units
+from adakv_serve.serving.config import AppConfig
 
 ROOT = Path(__file__).parents[2]
 LOAD = {

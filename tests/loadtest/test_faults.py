@@ -15,13 +15,13 @@ import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from loadtest.faults.of_clients import read_slowly
-from loadtest.faults.of_stores import refuse_writes
-from loadtest.faults.scene import Scene
-from loadtest.servers.ports import free_port
-from loadtest.servers.processes import in_own_shared_memory
-from loadtest.servers.store import ProxiedStore, proxied_store
-from loadtest.servers.tcp_proxy import TcpProxy
+from adakv_serve.loadtest.faults.of_clients import read_slowly
+from adakv_serve.loadtest.faults.of_stores import refuse_writes
+from adakv_serve.loadtest.faults.scene import Scene
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.processes import in_own_shared_memory
+from adakv_serve.loadtest.servers.store import ProxiedStore, proxied_store
+from adakv_serve.loadtest.servers.tcp_proxy import TcpProxy
 
 
 def run_with_shared_memory(size: int, code: str) -> str:
@@ -37,7 +37,7 @@ def test_a_full_shared_memory_has_room_again_afterwards() -> None:
     code = """if True:
         import os
         from pathlib import Path
-        from loadtest.faults.of_memory import filled
+        from adakv_serve.loadtest.faults.of_memory import filled
         with filled(Path("/dev/shm"), left_bytes=1 << 16):
             try:
                 Path("/dev/shm/a").write_bytes(bytes(1 << 17))
@@ -53,7 +53,7 @@ def test_a_killed_run_leaves_shared_memory_as_it_was() -> None:
     code = """if True:
         import os, subprocess, sys
         own = "import time; from pathlib import Path\\n"
-        own += "from loadtest.faults.of_memory import filled\\n"
+        own += "from adakv_serve.loadtest.faults.of_memory import filled\\n"
         own += "with filled(Path('/dev/shm')): print('full', flush=True); time.sleep(600)"
         before = os.statvfs("/dev/shm").f_bavail
         child = subprocess.Popen([sys.executable, "-c", own], stdout=subprocess.PIPE)
@@ -70,7 +70,7 @@ def test_shared_memory_that_the_machine_does_not_have_is_not_filled() -> None:
     code = """if True:
         import os
         from pathlib import Path
-        from loadtest.faults.of_memory import filled
+        from adakv_serve.loadtest.faults.of_memory import filled
         before = os.statvfs("/dev/shm").f_bavail
         try:
             with filled(Path("/dev/shm")):
@@ -229,7 +229,7 @@ async def test_slow_readers_must_get_whole_answers(way: str) -> None:
 def test_orphans_stay_in_sight() -> None:
     code = """if True:
         import subprocess, sys, psutil
-        from loadtest.servers.orphans import adopt_orphans
+        from adakv_serve.loadtest.servers.orphans import adopt_orphans
         adopt_orphans()
         parent = "import subprocess as s; "
         parent += "print(s.Popen(['sleep', '600'], stdout=s.DEVNULL, stderr=s.DEVNULL).pid)"

@@ -3,8 +3,8 @@ from typing import Any
 
 import yaml
 
-from loadtest.front_door import Round, Streams, compare, one_replica, summary
-from serving.config import AppConfig
+from adakv_serve.loadtest.front_door import Round, Streams, compare, one_replica, summary
+from adakv_serve.serving.config import AppConfig
 from tests.loadtest.fake_client import fake_client
 
 CONFIG = Path(__file__).parents[2] / "configs" / "cluster.yaml"

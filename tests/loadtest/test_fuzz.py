@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 
-from loadtest.fuzzing.attempts import KINDS, UNCHANGED, Attempt, Target, attempt
-from loadtest.fuzzing.bodies import is_bounded
-from loadtest.fuzzing.campaign import Campaign, Judged, table
-from loadtest.fuzzing.exchange import Answer, End, Exchange, exchange
-from loadtest.fuzzing.forms import FORMS
-from loadtest.fuzzing.sending import Sending
-from loadtest.fuzzing.verdicts import problem
-from loadtest.servers.fleet import Life, changed, held, wait_until_idle
-from loadtest.servers.occupancy import Look, OccupancyWatch
-from loadtest.servers.ports import free_port
-from serving.http.paths import Paths
+from adakv_serve.loadtest.fuzzing.attempts import KINDS, UNCHANGED, Attempt, Target, attempt
+from adakv_serve.loadtest.fuzzing.bodies import is_bounded
+from adakv_serve.loadtest.fuzzing.campaign import Campaign, Judged, table
+from adakv_serve.loadtest.fuzzing.exchange import Answer, End, Exchange, exchange
+from adakv_serve.loadtest.fuzzing.forms import FORMS
+from adakv_serve.loadtest.fuzzing.sending import Sending
+from adakv_serve.loadtest.fuzzing.verdicts import problem
+from adakv_serve.loadtest.servers.fleet import Life, changed, held, wait_until_idle
+from adakv_serve.loadtest.servers.occupancy import Look, OccupancyWatch
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.serving.http.paths import Paths
 
 TARGET = Target("fake", "key")
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
@@ -37,7 +37,7 @@ def attempts(count: int, seed: int = 0) -> list[Attempt]:
 
 def test_a_number_of_a_seed_is_the_same_request_in_every_process() -> None:
     code = (
-        "import hashlib; from loadtest.fuzzing.attempts import *\n"
+        "import hashlib; from adakv_serve.loadtest.fuzzing.attempts import *\n"
         "made = [attempt(5, n, Target('fake', 'key')) for n in range(400)]\n"
         "print(hashlib.sha256(repr(made).encode()).hexdigest())"
     )

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from loadtest.ingresses import Load, measured
+from adakv_serve.loadtest.ingresses import Load, measured
 
 LOAD = Load(requests=6, at_once=2, prompts=2, repeats=3, simultaneous=4)
 

@@ -2,9 +2,9 @@
 
 import random
 
-from loadtest.client.records import Record
-from loadtest.traffic.load import Load, Schedule
-from loadtest.traffic.workloads import Session, Turn
+from adakv_serve.loadtest.client.records import Record
+from adakv_serve.loadtest.traffic.load import Load, Schedule
+from adakv_serve.loadtest.traffic.workloads import Session, Turn
 
 
 def session(number: int, turns: int = 1, at_s: float | None = None) -> Session:

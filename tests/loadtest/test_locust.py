@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from loadtest.client.records import Record, read_records
+from adakv_serve.loadtest.client.records import Record, read_records
 from tests.loadtest.fake_openai import FakeOpenAI, serving
 
 FOLDER = Path(__file__).parents[2] / "loadtest"

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.long_answer import Written, arms, at_equal_distances, write
+from adakv_serve.loadtest.long_answer import Written, arms, at_equal_distances, write
 
 
 def test_the_arms_differ_in_the_bound() -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.ports import free_port
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_port_in_use_is_not_given_out(three_ports: range) -> None:
 
 def test_another_process_gets_another_port_until_this_one_ends(three_ports: range) -> None:
     program = (
-        "from loadtest.servers.ports import free_port\n"
+        "from adakv_serve.loadtest.servers.ports import free_port\n"
         f"print(*(free_port({three_ports!r}) for _ in range(2)), flush=True)\n"
         "input()"
     )

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.engines.published_arms import Load, Setup, compression_of
-from loadtest.published import compare, main
+from adakv_serve.loadtest.engines.published_arms import Load, Setup, compression_of
+from adakv_serve.loadtest.published import compare, main
 
 
 def test_a_64th_is_bounded_while_decoding() -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.client.records import Limits, Record, percentile, read_records, summary
-from loadtest.client.stream import StreamBroken, StreamedAnswer
+from adakv_serve.loadtest.client.records import Limits, Record, percentile, read_records, summary
+from adakv_serve.loadtest.client.stream import StreamBroken, StreamedAnswer
 
 
 def data(**event: object) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from loadtest.engines.rounds import Compression, Step, step_figures
+from adakv_serve.loadtest.engines.rounds import Compression, Step, step_figures
 
 
 def test_decodes_in_a_step_with_prefills_cost_what_they_cost_alone() -> None:

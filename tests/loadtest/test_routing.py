@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import yaml
 
-from loadtest.routing import (
+from adakv_serve.loadtest.routing import (
     ARMS,
     Mix,
     Planned,
@@ -17,8 +17,8 @@ from loadtest.routing import (
     run_round,
     summary,
 )
-from loadtest.servers.occupancy import Look, OccupancyWatch
-from serving.config import AppConfig
+from adakv_serve.loadtest.servers.occupancy import Look, OccupancyWatch
+from adakv_serve.serving.config import AppConfig
 from tests.loadtest.fake_client import fake_client
 
 CONFIG = Path(__file__).parents[2] / "configs" / "cluster.yaml"

@@ -5,8 +5,8 @@ from typing import Any
 import httpx
 import pytest
 
-from loadtest.servers.processes import vllm_serve
-from loadtest.service_times import fitted, measure, one_replica
+from adakv_serve.loadtest.servers.processes import vllm_serve
+from adakv_serve.loadtest.service_times import fitted, measure, one_replica
 from tests.loadtest.fake_client import fake_client
 
 

@@ -12,15 +12,15 @@ from typing import Any
 import httpx
 import pytest
 
-from loadtest.servers.family import role_of
-from loadtest.servers.occupancy import Look
-from loadtest.servers.twins import twins_config
-from loadtest.soak import Soaked
-from loadtest.soaking.load import WORKLOADS, MixedLoad, fill_by_size, mixed_sessions
-from loadtest.soaking.samples import LIMITS, Samples, table
-from loadtest.soaking.slopes import Limit, Sample, Trend, theil_sen, trend
-from loadtest.traffic.workloads import Session, Sizes, Turn
-from serving.config import AppConfig
+from adakv_serve.loadtest.servers.family import role_of
+from adakv_serve.loadtest.servers.occupancy import Look
+from adakv_serve.loadtest.servers.twins import twins_config
+from adakv_serve.loadtest.soak import Soaked
+from adakv_serve.loadtest.soaking.load import WORKLOADS, MixedLoad, fill_by_size, mixed_sessions
+from adakv_serve.loadtest.soaking.samples import LIMITS, Samples, table
+from adakv_serve.loadtest.soaking.slopes import Limit, Sample, Trend, theil_sen, trend
+from adakv_serve.loadtest.traffic.workloads import Session, Sizes, Turn
+from adakv_serve.serving.config import AppConfig
 from tests.loadtest.fake_openai import completion_lines
 
 HOUR_S = 3600.0

@@ -4,11 +4,11 @@ from typing import Any
 import httpx
 import pytest
 
-from loadtest.client.token_answers import Answer, Likeness, likeness
-from loadtest.servers.occupancy import Look, OccupancyWatch
-from loadtest.spill import ARMS, Run, ask_all, deployment, figures, logged_moves
-from loadtest.traffic.workloads import Session, Turn
-from serving.config import AppConfig
+from adakv_serve.loadtest.client.token_answers import Answer, Likeness, likeness
+from adakv_serve.loadtest.servers.occupancy import Look, OccupancyWatch
+from adakv_serve.loadtest.spill import ARMS, Run, ask_all, deployment, figures, logged_moves
+from adakv_serve.loadtest.traffic.workloads import Session, Turn
+from adakv_serve.serving.config import AppConfig
 
 LOAD: dict[str, Any] = {"preemptions": 1, "recomputed_tokens": 100}
 

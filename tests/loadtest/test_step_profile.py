@@ -1,6 +1,6 @@
 """What a profile says of the GPU's time."""
 
-from loadtest.engines.step_profile import Span, busy_us
+from adakv_serve.loadtest.engines.step_profile import Span, busy_us
 
 
 def test_spans_that_overlap_count_once() -> None:

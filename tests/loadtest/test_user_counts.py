@@ -2,7 +2,7 @@
 
 import pytest
 
-from loadtest.traffic.user_counts import Ramp, Steps
+from adakv_serve.loadtest.traffic.user_counts import Ramp, Steps
 
 
 def test_a_ramp_is_a_straight_line_up_or_down_to_its_end() -> None:

@@ -10,9 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from loadtest.traffic.traces import read_trace
-from loadtest.traffic.workloads import WORKLOADS, Session, Sizes, Turn, request_body, sessions
-from serving.models.embedded import embedded_model_path
+from adakv_serve.loadtest.traffic.traces import read_trace
+from adakv_serve.loadtest.traffic.workloads import (
+    WORKLOADS,
+    Session,
+    Sizes,
+    Turn,
+    request_body,
+    sessions,
+)
+from adakv_serve.serving.models.embedded import embedded_model_path
 
 CONTEXT = 2048
 

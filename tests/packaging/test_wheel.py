@@ -12,7 +12,9 @@ import yaml
 
 from tests.installed import ROOT, build_wheel, install, outside
 
-PACKAGES = ("adakv", "adakv_worker", "evals", "kernels", "loadtest", "router", "serving")
+OWN_NAMES = ("adakv", "adakv_serve", "adakv_worker")
+# Folders of the checkout that are installed within `adakv_serve`.
+COMMON_NAMES = ("evals", "kernels", "loadtest", "router", "serving")
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +48,26 @@ def test_it_has_no_files_that_do_not_belong(wheel: Path, tmp_path: Path) -> None
 
 
 def test_it_has_every_file_of_the_checkouts_packages(wheel: Path) -> None:
-    listed = subprocess.run(
-        ["git", "ls-files", *PACKAGES],
+    lines = subprocess.run(
+        ["git", "ls-files", "-s", *OWN_NAMES, *COMMON_NAMES],
         cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split()  # fmt: skip
+    ).stdout.splitlines()  # fmt: skip
+    # Links have a mode of their own.
+    names = [line.split("\t")[1] for line in lines if not line.startswith("120000")]
+    listed = {f"adakv_serve/{n}" if n.startswith(COMMON_NAMES) else n for n in names}
+    assert listed <= _files(wheel)
+
+
+def test_it_takes_no_name_that_others_may_have(wheel: Path, programs: Path, tmp_path: Path) -> None:
+    folders = {name.split("/")[0] for name in _files(wheel)}
+    assert {name for name in folders if not name.endswith(".dist-info")} == set(OWN_NAMES)
+    code = f"import importlib.util as u; print(*filter(u.find_spec, {COMMON_NAMES}))"
+    assert _run(programs / "python", "-c", code, folder=tmp_path).split() == []
+
+
+def _files(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
-        assert {name for name in listed if name != "serving/configs"} <= set(archive.namelist())
+        return set(archive.namelist())
 
 
 def test_configurations_can_be_copied_and_ray_finds_its_proxy(
@@ -62,7 +78,7 @@ def test_configurations_can_be_copied_and_ray_finds_its_proxy(
     assert printed.strip() == f"adakv serve {copies / 'cluster.yaml'}"
     assert yaml.safe_load((copies / "cluster.yaml").read_text())["applications"]
     code = (
-        "import os; from serving.shipped import ray_variables; "
+        "import os; from adakv_serve.serving.shipped import ray_variables; "
         "print(ray_variables(os.environ['PATH'])['RAY_SERVE_HAPROXY_BINARY_PATH'])"
     )
     proxy = Path(_run(programs / "python", "-c", code, folder=tmp_path).strip())

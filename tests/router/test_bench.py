@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from router.bench import main
+from adakv_serve.router.bench import main
 
 
 def test_the_benchmark_writes_its_figures(

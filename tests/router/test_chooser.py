@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.chooser import Chooser, Decision
-from router.footprint import Footprint
-from router.ledger.occupancy import Occupancy
-from router.ledger.prefixes import PrefixChange
-from router.local_view import LocalView
-from router.score import Speeds
+from adakv_serve.router.chooser import Chooser, Decision
+from adakv_serve.router.footprint import Footprint
+from adakv_serve.router.ledger.occupancy import Occupancy
+from adakv_serve.router.ledger.prefixes import PrefixChange
+from adakv_serve.router.local_view import LocalView
+from adakv_serve.router.score import Speeds
 from tests.router.occupancies import idle
 
 SMALL = Footprint(5, 5, 100, 50)

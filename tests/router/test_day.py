@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from router.simulate.day import POLICIES, Day, load, main, run_day
-from router.simulate.replica import ServiceTimes
-from router.simulate.scaling import ByQueueLength, Delayed, FleetState, by_requests
+from adakv_serve.router.simulate.day import POLICIES, Day, load, main, run_day
+from adakv_serve.router.simulate.replica import ServiceTimes
+from adakv_serve.router.simulate.scaling import ByQueueLength, Delayed, FleetState, by_requests
 
 TIMES = ServiceTimes(545, 491.0, 0.03389, 0.00242)
 DAY = Day(TIMES, 4, start_s=5.0, goal_s=5.0, seed=0, hour_s=60.0)

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.blocks import (
+from adakv_serve.kernels.blocks import (
     DecodeBound,
     blocks_for_tokens,
     compressed_blocks_bound,
     kept_tokens,
 )
-from router.footprint import Budget, Footprint, OutputQuantiles, predict, prefix_hashes
+from adakv_serve.router.footprint import Budget, Footprint, OutputQuantiles, predict, prefix_hashes
 
 BLOCK = 32
 

@@ -3,8 +3,8 @@ import json
 import pytest
 import redis
 
-from router import DEFAULT_APPLICATION, DEFAULT_KEY_PREFIX, inspect
-from router.ledger.redis_ledger import LedgerKeys, LedgerWriter
+from adakv_serve.router import DEFAULT_APPLICATION, DEFAULT_KEY_PREFIX, inspect
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys, LedgerWriter
 from tests.router.occupancies import occupancy
 
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from router.footprint import Footprint
-from router.local_view import LocalView, check_local_view
-from router.score import ReplicaView, Speeds
+from adakv_serve.router.footprint import Footprint
+from adakv_serve.router.local_view import LocalView, check_local_view
+from adakv_serve.router.score import ReplicaView, Speeds
 from tests.router.occupancies import idle, occupancy
 
 BIG = Footprint(peak_blocks=30, steady_blocks=10, prompt_tokens=900, output_tokens=50)

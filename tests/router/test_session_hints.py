@@ -1,6 +1,6 @@
 """The sessions that a router remembers."""
 
-from router.session_hints import LastTurn, SessionHints, session_key
+from adakv_serve.router.session_hints import LastTurn, SessionHints, session_key
 
 
 def test_the_sessions_that_were_active_last_are_remembered() -> None:

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.footprint import Budget
-from router.simulate.__main__ import main
-from router.simulate.fleet import capacity_per_s, simulate
-from router.simulate.replica import ServiceTimes, SimulatedReplica
-from router.simulate.routers import ROUTERS, make_router
-from router.simulate.traces import SCENARIOS, trace
+from adakv_serve.router.footprint import Budget
+from adakv_serve.router.simulate.__main__ import main
+from adakv_serve.router.simulate.fleet import capacity_per_s, simulate
+from adakv_serve.router.simulate.replica import ServiceTimes, SimulatedReplica
+from adakv_serve.router.simulate.routers import ROUTERS, make_router
+from adakv_serve.router.simulate.traces import SCENARIOS, trace
 
 TIMES = ServiceTimes(545, 600.0, 0.03, 0.004)
 BUDGET = Budget(256, 0.5)
@@ -113,7 +113,7 @@ def test_the_command_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFi
 def test_it_runs_as_a_command() -> None:
     arguments = ["--traces", "poisson", "--loads", "60", "--replicas", "2", "--seeds", "1"]
     done = subprocess.run(
-        [sys.executable, "-m", "router.simulate", *arguments],
+        [sys.executable, "-m", "adakv_serve.router.simulate", *arguments],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

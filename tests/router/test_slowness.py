@@ -2,11 +2,11 @@
 
 import pytest
 
-from router.footprint import Footprint
-from router.ledger.occupancy import Occupancy
-from router.local_view import LocalView
-from router.score import ReplicaView, Speeds, score
-from router.slowness import Slowness, relative, usual_ratio
+from adakv_serve.router.footprint import Footprint
+from adakv_serve.router.ledger.occupancy import Occupancy
+from adakv_serve.router.local_view import LocalView
+from adakv_serve.router.score import ReplicaView, Speeds, score
+from adakv_serve.router.slowness import Slowness, relative, usual_ratio
 from tests.router.occupancies import occupancy
 
 SPEEDS = Speeds(prefill_tokens_per_s=500, decode_step_s=0.03, decode_step_s_per_request=0.002)

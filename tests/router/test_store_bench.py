@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from router.store_bench import main
+from adakv_serve.router.store_bench import main
 
 
 def test_a_small_fleet_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.servers.ports import free_port
-from router import inspect
-from router.stores import checked_url, full_url, has_password, keep_url, private_folder
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.router import inspect
+from adakv_serve.router.stores import checked_url, full_url, has_password, keep_url, private_folder
 
 
 @pytest.mark.parametrize(

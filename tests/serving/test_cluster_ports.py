@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from loadtest.servers.ports import free_port
-from serving.cluster_ports import DOOR_PORTS, USUAL_PORTS, ClusterPorts, PortTaken
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.serving.cluster_ports import DOOR_PORTS, USUAL_PORTS, ClusterPorts, PortTaken
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,7 +105,7 @@ def test_a_run_at_a_port_in_use_ends_with_one_line(busy: int, tmp_path: Path) ->
     path.write_text(yaml.safe_dump({**config(port=busy)}))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     ended = subprocess.run(
-        [sys.executable, "-m", "serving.run", str(path)],
+        [sys.executable, "-m", "adakv_serve.serving.run", str(path)],
         env=environment | {"RAY_TMPDIR": str(tmp_path)}, capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert ended.returncode == 1

@@ -11,11 +11,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from serving.app import api_keys, engine_options, ingress_options
-from serving.config import AppConfig
-from serving.config_sections import ModelConfig
-from serving.http.api_keys import ApiKeys, digests_of, vllm_keys
-from serving.models.embedded import (
+from adakv_serve.serving.app import api_keys, engine_options, ingress_options
+from adakv_serve.serving.config import AppConfig
+from adakv_serve.serving.config_sections import ModelConfig
+from adakv_serve.serving.http.api_keys import ApiKeys, digests_of, vllm_keys
+from adakv_serve.serving.models.embedded import (
     EMBEDDED_MODEL_NAME,
     embedded_model_path,
     model_path_and_name,

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from serving.engine import Engine
-from serving.ingress.deployment import Ingress
-from serving.supervision import Patience, Supervisor, TaskFailing
+from adakv_serve.serving.engine import Engine
+from adakv_serve.serving.ingress.deployment import Ingress
+from adakv_serve.serving.supervision import Patience, Supervisor, TaskFailing
 
 
 class LivingHost:
@@ -59,7 +59,7 @@ class DeadEngine:
 
 
 async def test_a_dead_engine_fails_the_health_check_and_nobody_needs_vllm_to_read_why() -> None:
-    from serving.vllm_engine.host import VllmHost
+    from adakv_serve.serving.vllm_engine.host import VllmHost
 
     engine: Any = DeadEngine()
     app: Any = None

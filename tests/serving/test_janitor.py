@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serving.janitor import Estate, clear
-from serving.spill.parcels import StateFiles
+from adakv_serve.serving.janitor import Estate, clear
+from adakv_serve.serving.spill.parcels import StateFiles
 from tests.waiting import eventually
 
 # Has a stopped child, a mapped file and spill files, as a replica has an engine that hangs.
@@ -20,8 +20,8 @@ REPLICA = """
 import mmap, subprocess, sys
 from pathlib import Path
 import psutil
-from serving.janitor import Estate, Janitor
-from serving.spill.parcels import StateFiles
+from adakv_serve.serving.janitor import Estate, Janitor
+from adakv_serve.serving.spill.parcels import StateFiles
 
 shared, folder = sys.argv[1:]
 with open(shared, "w+b") as file:

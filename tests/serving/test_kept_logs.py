@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.kept_logs import kept_logs
+from adakv_serve.serving.kept_logs import kept_logs
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import pytest
 
+from adakv_serve.serving.metrics import CompressionMetrics
 from adakv_worker.messages import Proof
 from adakv_worker.session_messages import SessionProof
-from serving.metrics import CompressionMetrics
 from tests.adakv_worker.proofs import make_proof
 
 

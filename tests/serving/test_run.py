@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.ports import free_port
 
 
 def run(*words: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "serving.run", *words]
+    command = [sys.executable, "-m", "adakv_serve.serving.run", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

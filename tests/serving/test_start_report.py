@@ -11,7 +11,7 @@ from ray.serve.schema import (
     ReplicaState,
 )
 
-from serving.start_report import StartReport
+from adakv_serve.serving.start_report import StartReport
 from tests.waiting import eventually
 
 CONFIG: dict[str, Any] = {

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from serving.stop_signals import StopSignals
+from adakv_serve.serving.stop_signals import StopSignals
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from loadtest.servers.ports import free_port
-from router.stores import full_url, keep_url, private_folder
-from serving.config_sections import StoreConfig
-from serving.store import EmbeddedStore, start_valkey, store_url
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.router.stores import full_url, keep_url, private_folder
+from adakv_serve.serving.config_sections import StoreConfig
+from adakv_serve.serving.store import EmbeddedStore, start_valkey, store_url
 
 PASSWORD = "s3cret-of-the-store"
 
@@ -81,7 +81,7 @@ def test_a_failure_at_first_is_an_error_with_the_way_out(starts: Starts, failing
 # A store as Ray's actor has it.
 ACTOR = """
 import sys
-from serving.store import EmbeddedStore
+from adakv_serve.serving.store import EmbeddedStore
 store = EmbeddedStore(int(sys.argv[1]), "password")
 print(store.url(), flush=True)
 sys.stdin.read()

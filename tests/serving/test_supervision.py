@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from serving.supervision import Patience, Supervisor, TaskFailing
+from adakv_serve.serving.supervision import Patience, Supervisor, TaskFailing
 
 # Failed tasks start again at once, and no run is long enough to count as working.
 AT_ONCE = Patience(first_pause_s=0.0, most_failures=3, steady_s=1e9)

@@ -20,10 +20,10 @@ import openai
 import psutil
 import yaml
 
-from loadtest.servers.ports import free_port
-from loadtest.servers.processes import ray_environment
-from router.ledger.redis_ledger import LedgerKeys, LedgerReader
-from router.stores import full_url
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.processes import ray_environment
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys, LedgerReader
+from adakv_serve.router.stores import full_url
 from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +102,7 @@ class Deployment:
         """Runs the drain command; who calls it reads and ends it."""
         address = f"127.0.0.1:{self._ray_port}"
         return subprocess.Popen(
-            [sys.executable, "-m", "serving.drain", "--address", address, *args],
+            [sys.executable, "-m", "adakv_serve.serving.drain", "--address", address, *args],
             cwd=ROOT, env=self._environment(), stdout=subprocess.PIPE, stderr=self._log, text=True,
         )  # fmt: skip
 
@@ -201,7 +201,7 @@ class Deployment:
 
     def inspect(self) -> list[dict[str, Any]]:
         url = f"redis://127.0.0.1:{self._store_port}"
-        command = [sys.executable, "-m", "router.inspect", "--url", url, "--json"]
+        command = [sys.executable, "-m", "adakv_serve.router.inspect", "--url", url, "--json"]
         done = subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
         return json.loads(done.stdout)["replicas"]
 
@@ -267,7 +267,7 @@ class TwoNodes(Deployment):
 
     def _start_ray(self) -> None:
         self._spawn(
-            "python", "-m", "loadtest.servers.two_nodes", str(self._ray_port),
+            "python", "-m", "adakv_serve.loadtest.servers.two_nodes", str(self._ray_port),
             str(self.metrics_port), f"{self._folder.name}/ray",
         )  # fmt: skip
 

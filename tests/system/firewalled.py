@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from router.stores import full_url
+from adakv_serve.router.stores import full_url
 from tests.system.deployment import Deployment, spill_config
 
 _HEAD, _WORKER = f"akv{os.getpid()}h", f"akv{os.getpid()}w"

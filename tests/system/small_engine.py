@@ -15,13 +15,13 @@ from ray import serve
 from ray.exceptions import ActorUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from serving.http.asgi import Message, Receive, Scope, Send
-from serving.http.continued_streams import ContinuedStreams
-from serving.http.door_settings import FrontDoorSettings
-from serving.http.front_door import FrontDoor
-from serving.http.openai_error import error_messages
-from serving.http.replica_answers import ReplicaAnswers
-from serving.ingress.deployment import HandleBackend
+from adakv_serve.serving.http.asgi import Message, Receive, Scope, Send
+from adakv_serve.serving.http.continued_streams import ContinuedStreams
+from adakv_serve.serving.http.door_settings import FrontDoorSettings
+from adakv_serve.serving.http.front_door import FrontDoor
+from adakv_serve.serving.http.openai_error import error_messages
+from adakv_serve.serving.http.replica_answers import ReplicaAnswers
+from adakv_serve.serving.ingress.deployment import HandleBackend
 
 SECRET = "xyzzy"
 START: Message = {

@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import openai
 
-from router.ledger.redis_ledger import LedgerKeys
-from router.lending.leases import Lending
-from router.lending.redis_leases import LendingLedger
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys
+from adakv_serve.router.lending.leases import Lending
+from adakv_serve.router.lending.redis_leases import LendingLedger
 from tests.system.deployment import MODEL, Deployment
 
 SENTENCE = "The harbour master wrote down the weather of the hour and every ship that passed. "

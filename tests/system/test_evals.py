@@ -6,11 +6,11 @@ import httpx
 import pytest
 from transformers import AutoTokenizer
 
-from evals.answering.http import HttpServer
-from evals.choice import FULL, Choice
-from evals.samples import tokenize
-from evals.tasks import samples
-from serving.models.embedded import embedded_model_path
+from adakv_serve.evals.answering.http import HttpServer
+from adakv_serve.evals.choice import FULL, Choice
+from adakv_serve.evals.samples import tokenize
+from adakv_serve.evals.tasks import samples
+from adakv_serve.serving.models.embedded import embedded_model_path
 from tests.system.deployment import API_KEY, Deployment
 
 

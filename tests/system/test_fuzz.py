@@ -1,6 +1,6 @@
 """Odd requests at the running application; `python -m loadtest.fuzz` sends more of them."""
 
-from loadtest.fuzz import Deployed, fuzz
+from adakv_serve.loadtest.fuzz import Deployed, fuzz
 from tests.system.deployment import API_KEY, Deployment
 
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from loadtest.client.records import read_records
-from loadtest.servers.ports import free_port
+from adakv_serve.loadtest.client.records import read_records
+from adakv_serve.loadtest.servers.ports import free_port
 from tests.system.deployment import API_KEY, ROOT, Deployment
 
 LOCUST = [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py"]

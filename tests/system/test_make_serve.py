@@ -18,12 +18,12 @@ import psutil
 import pytest
 import yaml
 
-from loadtest.autoscaling import Phases, drive
-from loadtest.servers.occupancy import occupancy_watch
-from loadtest.servers.ports import free_port
-from router.ledger.redis_ledger import LedgerKeys, LedgerReader
-from router.stores import full_url
-from serving.models.embedded import embedded_model_path
+from adakv_serve.loadtest.autoscaling import Phases, drive
+from adakv_serve.loadtest.servers.occupancy import occupancy_watch
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys, LedgerReader
+from adakv_serve.router.stores import full_url
+from adakv_serve.serving.models.embedded import embedded_model_path
 from tests.system.deployment import ROOT
 from tests.waiting import eventually
 

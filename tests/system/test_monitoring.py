@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.ports import free_port
 from tests.system.deployment import MODEL, ROOT, Deployment
 from tests.waiting import eventually
 

@@ -10,8 +10,8 @@ import ray
 from ray import serve
 from ray.serve.schema import ReplicaState
 
-from serving.app import ingress_options
-from serving.config import AppConfig
+from adakv_serve.serving.app import ingress_options
+from adakv_serve.serving.config import AppConfig
 from tests.system.deployment import ROOT
 from tests.system.small_engine import FAULTS, SECRET, Answered, application
 from tests.waiting import eventually

@@ -10,10 +10,10 @@ import openai
 import redis
 from transformers import AutoTokenizer
 
+from adakv_serve.router.footprint import prefix_hashes
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys
+from adakv_serve.serving.models.embedded import embedded_model_path
 from adakv_worker.salts import seed_hash, tenant_salt
-from router.footprint import prefix_hashes
-from router.ledger.redis_ledger import LedgerKeys
-from serving.models.embedded import embedded_model_path
 from tests.system.deployment import API_KEY, MODEL, Deployment
 from tests.waiting import eventually
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import redis
 
-from router.stores import private_folder
+from adakv_serve.router.stores import private_folder
 from tests.system.deployment import API_KEY, ROOT, Deployment
 
 # Where Serve has the front doors' own HTTP.

@@ -18,8 +18,8 @@ import psutil
 import pytest
 import yaml
 
-from loadtest.servers.ports import free_port
-from loadtest.servers.processes import ray_environment
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.processes import ray_environment
 from tests.installed import build_wheel, install, outside
 from tests.system.deployment import MODEL, ROOT
 from tests.waiting import eventually
@@ -49,7 +49,7 @@ class Running:
         path.write_text(yaml.safe_dump(config))
         # Other clusters of this machine are of no concern.
         environment = {**outside(), **ray_environment(), "RAY_TMPDIR": str(folder)}
-        command = [sys.executable, "-m", "serving.run", str(path)]
+        command = [sys.executable, "-m", "adakv_serve.serving.run", str(path)]
         if adakv is not None:
             # It sets the rest itself.
             ports = {name: one for name, one in ray_environment().items() if name.endswith("_PORT")}

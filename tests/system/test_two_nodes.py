@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from loadtest.servers.two_nodes import sent_bytes
-from serving.spill.parcels import LenderName
+from adakv_serve.loadtest.servers.two_nodes import sent_bytes
+from adakv_serve.serving.spill.parcels import LenderName
 from tests.system.deployment import Deployment, TwoNodes, deployed, spill_config
 from tests.system.firewalled import Firewalled, can_part, firewalled_config
 from tests.system.spilling import ask_many, lending, lent, moves, read_as_if_alone

@@ -2,8 +2,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kernels.policies.top import top_mask
-from kernels.transfer import sent
+from adakv_serve.kernels.policies.top import top_mask
+from adakv_serve.kernels.transfer import sent
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kernels.policies.top import top_mask
-from kernels.transfer import sent
+from adakv_serve.kernels.policies.top import top_mask
+from adakv_serve.kernels.transfer import sent
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.observation import Observation
 
 
 @runtime_checkable

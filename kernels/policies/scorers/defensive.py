@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from kernels.policies.attention import attention_rows
-from kernels.policies.observation import Observation
-from kernels.policies.projected_values import projected_value_norms
+from adakv_serve.kernels.policies.attention import attention_rows
+from adakv_serve.kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.projected_values import projected_value_norms
 
 
 @dataclass(frozen=True)

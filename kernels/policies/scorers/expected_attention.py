@@ -3,9 +3,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.paging.entries import lengths, one_head, parts, per_entry
-from kernels.policies.observation import Observation
-from kernels.policies.rotary import Rotary
+from adakv_serve.kernels.paging.entries import lengths, one_head, parts, per_entry
+from adakv_serve.kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.rotary import Rotary
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.paging.entries import lengths, parts, per_entry
-from kernels.policies.observation import Observation
+from adakv_serve.kernels.paging.entries import lengths, parts, per_entry
+from adakv_serve.kernels.policies.observation import Observation
 
 
 @dataclass(frozen=True)

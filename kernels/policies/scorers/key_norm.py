@@ -2,8 +2,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kernels.paging.entries import lengths, per_entry
-from kernels.policies.observation import Observation
+from adakv_serve.kernels.paging.entries import lengths, per_entry
+from adakv_serve.kernels.policies.observation import Observation
 
 
 @dataclass(frozen=True)

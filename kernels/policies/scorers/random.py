@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.observation import Observation
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.paging.entries import Entries, one_head, parts
-from kernels.policies.attention import observed_attention, pool
-from kernels.policies.observation import Observation
+from adakv_serve.kernels.paging.entries import Entries, one_head, parts
+from adakv_serve.kernels.policies.attention import observed_attention, pool
+from adakv_serve.kernels.policies.observation import Observation
 
 # Elements of a part of the similarity matrix; several tensors have its size.
 _ELEMENTS = 1 << 21

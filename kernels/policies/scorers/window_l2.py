@@ -3,8 +3,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from kernels.policies.attention import observed_attention, pool
-from kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.attention import observed_attention, pool
+from adakv_serve.kernels.policies.observation import Observation
 
 
 @dataclass(frozen=True)

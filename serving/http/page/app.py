@@ -5,13 +5,13 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-from serving.http.api_keys import Caller
-from serving.http.asgi import ASGIApp, Message, Receive, Scope, Send, header, route_path
-from serving.http.door import Door
-from serving.http.loggable import loggable
-from serving.http.openai_error import error_messages
-from serving.http.page.feed import Feed, FeedFull
-from serving.http.page.files import page_files
+from adakv_serve.serving.http.api_keys import Caller
+from adakv_serve.serving.http.asgi import ASGIApp, Message, Receive, Scope, Send, header, route_path
+from adakv_serve.serving.http.door import Door
+from adakv_serve.serving.http.loggable import loggable
+from adakv_serve.serving.http.openai_error import error_messages
+from adakv_serve.serving.http.page.feed import Feed, FeedFull
+from adakv_serve.serving.http.page.files import page_files
 
 _FEED = "/page/feed"
 _SEEN = ("GET", "HEAD")

@@ -8,10 +8,10 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from router.decision_log import Decided, DecisionLog
-from router.ledger.occupancy import Report
-from serving.http.page.figures import FleetFigures, ReplicaFigures, summed
-from serving.http.page.fleet import Fleet
+from adakv_serve.router.decision_log import Decided, DecisionLog
+from adakv_serve.router.ledger.occupancy import Report
+from adakv_serve.serving.http.page.figures import FleetFigures, ReplicaFigures, summed
+from adakv_serve.serving.http.page.fleet import Fleet
 
 _GAP_S = 1.0
 # Viewers of a larger fleet get its state less often, so that the bytes a second stay the same.

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from router.ledger.occupancy import Occupancy
+from adakv_serve.router.ledger.occupancy import Occupancy
 
 FRESH, SILENT, GONE = 0, 1, 2
 

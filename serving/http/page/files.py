@@ -5,7 +5,7 @@ import importlib.metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from serving.http.asgi import Message
+from adakv_serve.serving.http.asgi import Message
 
 _OWN = Path(__file__).parent / "static"
 # A Python package that brings uPlot. It is not imported, since that imports an interactive shell.

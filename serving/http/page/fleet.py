@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from router.ledger.occupancy import REPORT_TTL_S, Occupancy, Report
-from serving.http.page.figures import FRESH, GONE, SILENT, ReplicaFigures
+from adakv_serve.router.ledger.occupancy import REPORT_TTL_S, Occupancy, Report
+from adakv_serve.serving.http.page.figures import FRESH, GONE, SILENT, ReplicaFigures
 
 # A router may forget a replica for a moment, until its next report.
 _ABSENT_S = 3.0

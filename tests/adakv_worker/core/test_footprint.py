@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from adakv_serve.router.footprint import Budget, Footprint, predict
 from adakv_worker.config import CompressionConfig
 from adakv_worker.core.plan import make_plan
 from adakv_worker.options import RequestBudget, RequestOptions
-from router.footprint import Budget, Footprint, predict
 from tests.adakv_worker.core.conftest import BLOCK_TOKENS
 from tests.adakv_worker.fake_worker import CoreConfig, Fake
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from adakv_serve.kernels.policies.presets import PRESETS
 from adakv_worker.statistics_carrier import figures_of
-from kernels.policies.presets import PRESETS
 from tests.adakv_worker.engine.test_eviction import BOUND, Traced, run
 from tests.adakv_worker.engines import (
     Engine,

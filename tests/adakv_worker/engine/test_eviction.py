@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.policies.presets import PRESETS
+from adakv_serve.kernels.policies.presets import PRESETS
 from tests.adakv_worker.engines import Engine, Reference, Result, assert_equals_reference, prompt
 
 BOUND = {"adakv_decode_budget_tokens": 48, "adakv_decode_interval_tokens": 32}

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kernels.policies.presets import PRESETS
-from serving.models.embedded import embedded_model_path
+from adakv_serve.kernels.policies.presets import PRESETS
+from adakv_serve.serving.models.embedded import embedded_model_path
 from tests.adakv_worker.engines import (
     Engine,
     Reference,

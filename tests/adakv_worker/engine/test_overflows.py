@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from kernels.policies.presets import PRESETS
+from adakv_serve.kernels.policies.presets import PRESETS
 from tests.adakv_worker.engine.test_eviction import BOUND
 from tests.adakv_worker.engines import Engine, prompt
 from tests.adakv_worker.tiny_models import gqa

@@ -11,8 +11,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from kernels.blocks import compressed_blocks_bound
-from kernels.policies.presets import PRESETS
+from adakv_serve.kernels.blocks import compressed_blocks_bound
+from adakv_serve.kernels.policies.presets import PRESETS
 from tests.adakv_worker.eight_bits import FORMATS, assert_near_reference, towards_zero
 from tests.adakv_worker.engine.test_eviction import BOUND, Traced
 from tests.adakv_worker.engine.test_eviction import run as run_traced

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from serving.models.embedded import embedded_model_path
+from adakv_serve.serving.models.embedded import embedded_model_path
 from tests.adakv_worker.engines import make_tiny_model, prompt
 
 RUN = """

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.policies.presets import PRESETS
+from adakv_serve.kernels.policies.presets import PRESETS
 from tests.adakv_worker.eight_bits import (
     FORMATS,
     assert_near_reference,

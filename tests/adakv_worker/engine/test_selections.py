@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from evals.theory import ObservingModel
-from kernels.policies.observation import Observation
-from kernels.policies.policy import Policy
-from kernels.policies.presets import PRESETS, preset
+from adakv_serve.evals.theory import ObservingModel
+from adakv_serve.kernels.policies.observation import Observation
+from adakv_serve.kernels.policies.policy import Policy
+from adakv_serve.kernels.policies.presets import PRESETS, preset
 from tests.adakv_worker.engines import Engine, Result, prompt
 
 KEEP = 96

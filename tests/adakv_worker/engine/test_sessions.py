@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.policies.presets import PRESETS
+from adakv_serve.kernels.policies.presets import PRESETS
 from tests.adakv_worker.conversation import SESSIONS, Conversation
 from tests.adakv_worker.engine.test_eviction import Traced, run
 from tests.adakv_worker.engines import Engine, Reference, assert_equals_reference, prompt

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from adakv_serve.kernels.policies.presets import PRESETS
 from adakv_worker.worker.model_parts import layer_parts
-from kernels.policies.presets import PRESETS
 from tests.adakv_worker.engines import (
     Engine,
     Reference,

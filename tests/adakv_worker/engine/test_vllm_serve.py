@@ -9,9 +9,9 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from adakv_serve.loadtest.servers.processes import vllm_serve
+from adakv_serve.serving.models.embedded import EMBEDDED_MODEL_NAME, embedded_model_path
 from adakv_worker.plugin import engine_args
-from loadtest.servers.processes import vllm_serve
-from serving.models.embedded import EMBEDDED_MODEL_NAME, embedded_model_path
 
 PROMPT = "The keeper of the lighthouse wrote down every ship that passed. " * 40
 ENGINE = {

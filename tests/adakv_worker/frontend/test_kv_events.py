@@ -18,6 +18,7 @@ from vllm.distributed.kv_events import (
     ZmqEventPublisher,
 )
 
+from adakv_serve.router.footprint import prefix_hashes
 from adakv_worker.frontend.kv_events import (
     Batch,
     CacheFollower,
@@ -28,7 +29,6 @@ from adakv_worker.frontend.kv_events import (
 )
 from adakv_worker.salts import seed_hash
 from adakv_worker.session_messages import HELD_MEDIUM
-from router.footprint import prefix_hashes
 
 BLOCK = 4
 

@@ -53,9 +53,9 @@ def take_the_gpus_path() -> None:
 
 def _take_the_gpus_kernels() -> None:
     import adakv_worker.worker.gpu  # noqa: F401
-    from kernels.paging.paged_cache import compact, compact_in_place
-    from kernels.policies.attention import reduced_window_attention
-    from kernels.policies.top import top_mask
+    from adakv_serve.kernels.paging.paged_cache import compact, compact_in_place
+    from adakv_serve.kernels.policies.attention import reduced_window_attention
+    from adakv_serve.kernels.policies.top import top_mask
 
     for operation in (reduced_window_attention, compact, compact_in_place, top_mask):
         paths: dict[str, Any] = operation._paths

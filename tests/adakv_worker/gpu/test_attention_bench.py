@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
+from adakv_serve.kernels import bench
 from adakv_worker import attention_bench
-from kernels import bench
 from tests.adakv_worker.gpu.interpreted import flash_attention
 
 

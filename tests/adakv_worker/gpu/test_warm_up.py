@@ -1,8 +1,8 @@
 """The warm-up with the GPU's page tables and kernels."""
 
+from adakv_serve.kernels.gpu.device_tables import DeviceTables
 from adakv_worker.config import CompressionConfig
 from adakv_worker.worker.warm_up import warm_up
-from kernels.gpu.device_tables import DeviceTables
 from tests.adakv_worker.worker.test_warm_up import make_state
 
 

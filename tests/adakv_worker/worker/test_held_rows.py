@@ -3,11 +3,11 @@
 import psutil
 import torch
 
+from adakv_serve.kernels.paging.host_tables import HostTables
+from adakv_serve.kernels.paging.layout import PageLayout
+from adakv_serve.kernels.paging.paged_cache import PagedCache
 from adakv_worker.session_messages import HeldCard, Hold
 from adakv_worker.worker.held_rows import HeldRows
-from kernels.paging.host_tables import HostTables
-from kernels.paging.layout import PageLayout
-from kernels.paging.paged_cache import PagedCache
 
 LAYERS, HEADS, PAGE, DIM = 2, 2, 32, 64
 # Of one cache, 4 MiB: a page of a head has 8 KiB of keys, and as much of values.

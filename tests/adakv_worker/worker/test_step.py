@@ -7,6 +7,9 @@ import torch
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
+from adakv_serve.kernels.paging.growth import GrownStep
+from adakv_serve.kernels.paging.host_tables import HostTables
+from adakv_serve.kernels.policies.presets import PolicyChoice
 from adakv_worker.attention.folded import Folded, Pages, Step
 from adakv_worker.attention.folding import FoldingBuilder
 from adakv_worker.config import CompressionConfig
@@ -25,9 +28,6 @@ from adakv_worker.worker.moves import CacheKind, Moves
 from adakv_worker.worker.ranks import Ranks
 from adakv_worker.worker.step import Row, StepWork
 from adakv_worker.worker.timings import Timings
-from kernels.paging.growth import GrownStep
-from kernels.paging.host_tables import HostTables
-from kernels.policies.presets import PolicyChoice
 from tests.adakv_worker.worker.test_warm_up import DIM, HEADS, LAYERS, PAGE, make_state
 
 PROMPT, KEEP, SPAN = 100, 40, 16

@@ -5,15 +5,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from adakv_serve.kernels.paging.host_tables import HostTables
+from adakv_serve.kernels.paging.layout import PageLayout
+from adakv_serve.kernels.paging.paged_cache import PagedCache
+from adakv_serve.kernels.paging.pages import PageTables
+from adakv_serve.kernels.policies.rotary import Rotary
 from adakv_worker.config import CompressionConfig
 from adakv_worker.worker.model_parts import LayerParts
 from adakv_worker.worker.requests import CompressionState
 from adakv_worker.worker.warm_up import warm_up
-from kernels.paging.host_tables import HostTables
-from kernels.paging.layout import PageLayout
-from kernels.paging.paged_cache import PagedCache
-from kernels.paging.pages import PageTables
-from kernels.policies.rotary import Rotary
 
 LAYERS, HEADS, GROUP, DIM, PAGE = 2, 2, 2, 16, 32
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from kernels.bench import Bench, Ceilings
+from adakv_serve.kernels.bench import Bench, Ceilings
 
 
 def once(call: Callable[[], object], *, graph: bool = False) -> float:

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.gpu.compaction import (
+from adakv_serve.kernels.gpu.compaction import (
     compact_paged,
     compact_pages_in_place,
 )
-from kernels.paging.paged_cache import PagedCache, compact, compact_in_place
+from adakv_serve.kernels.paging.paged_cache import PagedCache, compact, compact_in_place
 
 CASES = [
     # K, H, n, D, page, share kept

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.gpu.device_tables import DeviceTables
-from kernels.paging.host_tables import HostTables
-from kernels.paging.layout import PageLayout
-from kernels.paging.pages import check_page_tables
+from adakv_serve.kernels.gpu.device_tables import DeviceTables
+from adakv_serve.kernels.paging.host_tables import HostTables
+from adakv_serve.kernels.paging.layout import PageLayout
+from adakv_serve.kernels.paging.pages import check_page_tables
 from tests.kernels.page_tables import (
     LAYOUTS,
     MakeTables,

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.gpu.tables import grow_by_one, place_pages
-from kernels.paging.growth import grow_reference
-from kernels.paging.host_tables import HostTables
-from kernels.paging.layout import PageLayout
+from adakv_serve.kernels.gpu.tables import grow_by_one, place_pages
+from adakv_serve.kernels.paging.growth import grow_reference
+from adakv_serve.kernels.paging.host_tables import HostTables
+from adakv_serve.kernels.paging.layout import PageLayout
 
 PAGE = 4
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.gpu.top import radix_top_mask
-from kernels.policies.top import top_mask
+from adakv_serve.kernels.gpu.top import radix_top_mask
+from adakv_serve.kernels.policies.top import top_mask
 
 
 def check(scores: Tensor, counts: list[int]) -> None:

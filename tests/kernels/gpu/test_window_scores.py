@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.gpu.window_scores import _reduced, window_scores
-from kernels.paging.entries import PagedEntries
-from kernels.policies.attention import Reduction
+from adakv_serve.kernels.gpu.window_scores import _reduced, window_scores
+from adakv_serve.kernels.paging.entries import PagedEntries
+from adakv_serve.kernels.policies.attention import Reduction
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from router.ledger.redis_ledger import LedgerReader, LedgerWriter
-from router.ledger.store_client import refuse_unfit_store
-from router.lending.leases import Lease, Offer
-from router.lending.redis_leases import LendingLedger
+from adakv_serve.router.ledger.redis_ledger import LedgerReader, LedgerWriter
+from adakv_serve.router.ledger.store_client import refuse_unfit_store
+from adakv_serve.router.lending.leases import Lease, Offer
+from adakv_serve.router.lending.redis_leases import LendingLedger
 from tests.router.ledger.test_subscription import KEYS, TTL_S, following
 from tests.router.occupancies import occupancy
 from tests.router.store_servers import Door, server_client, valkey

@@ -10,13 +10,13 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from router.chooser import Chooser
-from router.footprint import Footprint
-from router.ledger.prefixes import PrefixChange
-from router.ledger.redis_ledger import LedgerKeys, LedgerReader, LedgerWriter
-from router.ledger.sendings import Sending, Sendings
-from router.ledger.subscription import LedgerSubscription
-from router.local_view import LocalView
+from adakv_serve.router.chooser import Chooser
+from adakv_serve.router.footprint import Footprint
+from adakv_serve.router.ledger.prefixes import PrefixChange
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys, LedgerReader, LedgerWriter
+from adakv_serve.router.ledger.sendings import Sending, Sendings
+from adakv_serve.router.ledger.subscription import LedgerSubscription
+from adakv_serve.router.local_view import LocalView
 from tests.router.occupancies import occupancy
 
 KEYS = LedgerKeys("adakv", "garbage")

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from router import Occupancy, SchemaMismatch
+from adakv_serve.router import Occupancy, SchemaMismatch
 from tests.router.occupancies import occupancy
 
 

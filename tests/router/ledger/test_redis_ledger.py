@@ -4,8 +4,13 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.ledger.occupancy import REPORT_TTL_S
-from router.ledger.redis_ledger import LedgerKeys, LedgerReader, LedgerWriter, report_gap_s
+from adakv_serve.router.ledger.occupancy import REPORT_TTL_S
+from adakv_serve.router.ledger.redis_ledger import (
+    LedgerKeys,
+    LedgerReader,
+    LedgerWriter,
+    report_gap_s,
+)
 from tests.router.occupancies import occupancy
 
 KEYS = LedgerKeys("test", "app")

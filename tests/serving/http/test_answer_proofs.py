@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from adakv_serve.serving.http.answer_proofs import AnswerProofs, summary
 from adakv_worker.messages import HeadDetail
 from adakv_worker.session_messages import SessionProof
-from serving.http.answer_proofs import AnswerProofs, summary
 from tests.adakv_worker.proofs import make_proof
 
 

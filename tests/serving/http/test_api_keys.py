@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.http.api_keys import ApiKeys
+from adakv_serve.serving.http.api_keys import ApiKeys
 
 KEY = "Sk-Right0-c4fe"
 KEYS = ApiKeys((KEY, "other"))

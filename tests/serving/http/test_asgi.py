@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serving.http.asgi import (
+from adakv_serve.serving.http.asgi import (
     Message,
     Receive,
     Scope,

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.http.asgi import Message
-from serving.http.bodies import Bodies, Body, BodyRefused, ClientGone
+from adakv_serve.serving.http.asgi import Message
+from adakv_serve.serving.http.bodies import Bodies, Body, BodyRefused, ClientGone
 from tests.serving.http.scripted_backend import WHOLE, ScriptedBackend, client, error_of
 
 

@@ -9,8 +9,8 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from serving.http.answer_proofs import current_answer
-from serving.http.compression_proof import ProofMiddleware
+from adakv_serve.serving.http.answer_proofs import current_answer
+from adakv_serve.serving.http.compression_proof import ProofMiddleware
 from tests.adakv_worker.proofs import make_proof
 
 NOTED = [make_proof(kept_mean=10.0 * (1 + index)) for index in range(2)]

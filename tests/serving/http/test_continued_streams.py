@@ -9,12 +9,18 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from serving.http.asgi import Message, Scope
-from serving.http.continued_streams import ContinuedStreams
-from serving.http.door_settings import FrontDoorSettings
-from serving.http.failures import NoReplica, Overloaded, ReplicaDown, ReplicaFault, ReplicaLost
-from serving.http.followed import BEGUN_WITH, tokens_message
-from serving.http.front_door import FrontDoor
+from adakv_serve.serving.http.asgi import Message, Scope
+from adakv_serve.serving.http.continued_streams import ContinuedStreams
+from adakv_serve.serving.http.door_settings import FrontDoorSettings
+from adakv_serve.serving.http.failures import (
+    NoReplica,
+    Overloaded,
+    ReplicaDown,
+    ReplicaFault,
+    ReplicaLost,
+)
+from adakv_serve.serving.http.followed import BEGUN_WITH, tokens_message
+from adakv_serve.serving.http.front_door import FrontDoor
 from tests.serving.http.scripted_backend import JSON_START, SSE_START, ScriptedBackend, chunk
 
 # The text that each token adds. One is half a character, and adds nothing.

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from ray.serve._private.http_util import RequestIdMiddleware
 from starlette.responses import PlainTextResponse, Response
 
-from serving.http.asgi import Receive, Scope, Send
-from serving.http.edge import middlewares
+from adakv_serve.serving.http.asgi import Receive, Scope, Send
+from adakv_serve.serving.http.edge import middlewares
 from tests.serving.http.scripted_backend import error_of
 
 KNOWN = b"Abc-1.2:3_"

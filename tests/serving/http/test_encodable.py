@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.http.encodable import is_suspicious, unencodable_field
+from adakv_serve.serving.http.encodable import is_suspicious, unencodable_field
 
 HALF = "\ud83d"
 # Surrogates among them, and what escapes are made of.

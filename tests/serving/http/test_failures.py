@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from serving.http.failures import NoReplica, Overloaded, ReplicaFault, ReplicaLost
+from adakv_serve.serving.http.failures import NoReplica, Overloaded, ReplicaFault, ReplicaLost
 from tests.serving.http.scripted_backend import (
     JSON_START,
     SSE_START,

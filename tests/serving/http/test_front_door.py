@@ -9,10 +9,10 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from serving.http.asgi import Message
-from serving.http.door_settings import FrontDoorSettings
-from serving.http.failures import NoReplica, Overloaded, ReplicaLost
-from serving.http.front_door import FrontDoor
+from adakv_serve.serving.http.asgi import Message
+from adakv_serve.serving.http.door_settings import FrontDoorSettings
+from adakv_serve.serving.http.failures import NoReplica, Overloaded, ReplicaLost
+from adakv_serve.serving.http.front_door import FrontDoor
 from tests.serving.http.scripted_backend import (
     WHOLE,
     Clock,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.http.key_limits import Limits
-from serving.http.tenants import TENANT_HEADER
+from adakv_serve.serving.http.key_limits import Limits
+from adakv_serve.serving.http.tenants import TENANT_HEADER
 from tests.serving.http.scripted_backend import (
     WHOLE,
     Clock,

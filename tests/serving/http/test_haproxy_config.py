@@ -15,8 +15,8 @@ import psutil
 import pytest
 import trustme
 
-from loadtest.servers.ports import free_port
-from serving.http.haproxy_config import changed, main, make_private
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.serving.http.haproxy_config import changed, main, make_private
 from tests.serving.http.real_haproxy import (
     Proxy,
     error_of,

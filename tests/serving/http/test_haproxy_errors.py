@@ -8,8 +8,8 @@ import httpx
 import pytest
 import uvicorn
 
-from loadtest.servers.ports import free_port
-from serving.http.asgi import Receive, Scope, Send
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.serving.http.asgi import Receive, Scope, Send
 from tests.serving.http.real_haproxy import (
     Proxy,
     error_of,

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from loadtest.servers.ports import free_port
-from serving.http.haproxy_folder import own, remove_left
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.serving.http.haproxy_folder import own, remove_left
 from tests.serving.http.real_haproxy import (
     ROOT,
     get_haproxy_binary,

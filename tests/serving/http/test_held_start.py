@@ -11,11 +11,11 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.middleware.exceptions import ExceptionMiddleware
 
-from serving.http.asgi import Message, Receive, Scope, Send, call_app
-from serving.http.door_settings import FrontDoorSettings
-from serving.http.failures import ReplicaLost
-from serving.http.front_door import FrontDoor
-from serving.http.held_start import HeldStart
+from adakv_serve.serving.http.asgi import Message, Receive, Scope, Send, call_app
+from adakv_serve.serving.http.door_settings import FrontDoorSettings
+from adakv_serve.serving.http.failures import ReplicaLost
+from adakv_serve.serving.http.front_door import FrontDoor
+from adakv_serve.serving.http.held_start import HeldStart
 
 REFUSED = {"error": {"message": "no", "type": "BadRequestError", "param": "p", "code": 400}}
 CREATED = {"type": "response.created", "response": {}}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.http.api_keys import ApiKeys
-from serving.http.key_file import KeyFile
+from adakv_serve.serving.http.api_keys import ApiKeys
+from adakv_serve.serving.http.key_file import KeyFile
 
 LOGGER = logging.getLogger("test")
 

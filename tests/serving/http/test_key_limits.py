@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.http.key_limits import Admission, KeyLimits, LimitReached, Limits
+from adakv_serve.serving.http.key_limits import Admission, KeyLimits, LimitReached, Limits
 from tests.serving.http.scripted_backend import Clock
 
 

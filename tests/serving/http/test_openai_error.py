@@ -2,7 +2,7 @@
 
 import json
 
-from serving.http.openai_error import error_event, error_messages
+from adakv_serve.serving.http.openai_error import error_event, error_messages
 
 
 def test_an_error_names_its_parameter_and_has_its_headers() -> None:

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from adakv_serve.serving.http.asgi import ASGIApp, Message, Receive, Scope, Send
+from adakv_serve.serving.http.failures import ReplicaDown, ReplicaFault, ReplicaLost
+from adakv_serve.serving.http.followed import BEGUN_WITH, parted
+from adakv_serve.serving.http.replica_answers import ReplicaAnswers
 from adakv_worker.frontend.answer_tokens import current_answer_tokens
-from serving.http.asgi import ASGIApp, Message, Receive, Scope, Send
-from serving.http.failures import ReplicaDown, ReplicaFault, ReplicaLost
-from serving.http.followed import BEGUN_WITH, parted
-from serving.http.replica_answers import ReplicaAnswers
 from tests.serving.http.scripted_backend import JSON_START, SSE_START, chunk
 
 BROKEN = b'data: {"error": {"message": "EngineDeadError"}}\n\n'

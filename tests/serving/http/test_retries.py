@@ -4,14 +4,14 @@ import asyncio
 
 import pytest
 
-from serving.http.failures import (
+from adakv_serve.serving.http.failures import (
     BackendFailure,
     NoReplica,
     Overloaded,
     ReplicaDown,
     ReplicaLost,
 )
-from serving.http.retries import Continuations, Retries
+from adakv_serve.serving.http.retries import Continuations, Retries
 from tests.serving.http.scripted_backend import WHOLE, Clock, ScriptedBackend, client
 
 

@@ -10,10 +10,10 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from serving.http.asgi import Message
-from serving.http.compression_proof import ProofMiddleware
-from serving.http.tracing import annotate, carried, note_span, serving_span, span
-from serving.vllm_engine.sessions import SessionMiddleware
+from adakv_serve.serving.http.asgi import Message
+from adakv_serve.serving.http.compression_proof import ProofMiddleware
+from adakv_serve.serving.http.tracing import annotate, carried, note_span, serving_span, span
+from adakv_serve.serving.vllm_engine.sessions import SessionMiddleware
 
 CLIENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 

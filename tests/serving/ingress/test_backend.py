@@ -13,18 +13,24 @@ from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from router.footprint import Footprint
-from serving.http.asgi import Message, Scope
-from serving.http.door_settings import FrontDoorSettings
-from serving.http.failures import NoReplica, Overloaded, ReplicaDown, ReplicaFault, ReplicaLost
-from serving.http.key_limits import Limits
-from serving.ingress.deployment import (
+from adakv_serve.router.footprint import Footprint
+from adakv_serve.serving.http.asgi import Message, Scope
+from adakv_serve.serving.http.door_settings import FrontDoorSettings
+from adakv_serve.serving.http.failures import (
+    NoReplica,
+    Overloaded,
+    ReplicaDown,
+    ReplicaFault,
+    ReplicaLost,
+)
+from adakv_serve.serving.http.key_limits import Limits
+from adakv_serve.serving.ingress.deployment import (
     HandleBackend,
     refuse_limits_without_keys,
     refuse_open_door,
 )
-from serving.ingress.footprints import Prediction
-from serving.ingress.sender import Sender
+from adakv_serve.serving.ingress.footprints import Prediction
+from adakv_serve.serving.ingress.sender import Sender
 
 
 class Answer:

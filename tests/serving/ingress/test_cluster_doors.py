@@ -5,7 +5,7 @@ import logging
 import pytest
 from ray.serve.config import HTTPOptions
 
-from serving.ingress.cluster_doors import refuse_tls_options, warn_of_open_cluster
+from adakv_serve.serving.ingress.cluster_doors import refuse_tls_options, warn_of_open_cluster
 
 TLS = HTTPOptions(ssl_keyfile="/key.pem", ssl_certfile="/cert.pem")
 

@@ -8,9 +8,9 @@ import httpx
 import pytest
 from starlette.middleware.cors import CORSMiddleware
 
-from serving.http.door_settings import FrontDoorSettings
-from serving.http.front_door import FrontDoor
-from serving.ingress.cors import with_cors
+from adakv_serve.serving.http.door_settings import FrontDoorSettings
+from adakv_serve.serving.http.front_door import FrontDoor
+from adakv_serve.serving.ingress.cors import with_cors
 from tests.serving.http.scripted_backend import WHOLE, ScriptedBackend, chunk
 
 UI = "http://ui.example"

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from serving.http.asgi import Message, Receive, Scope, Send
-from serving.http.draining import Draining
-from serving.http.openai_error import error_messages
-from serving.ingress.departure import Departure
+from adakv_serve.serving.http.asgi import Message, Receive, Scope, Send
+from adakv_serve.serving.http.draining import Draining
+from adakv_serve.serving.http.openai_error import error_messages
+from adakv_serve.serving.ingress.departure import Departure
 
 # As `serving.http.edge` makes it of Serve's text, and as a deployment has it.
 OPENAI_ERROR = error_messages(503, "DRAINING", type_="ServiceUnavailable")[1]["body"].decode()

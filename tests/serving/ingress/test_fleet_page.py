@@ -1,7 +1,7 @@
 """What an ingress shows on its fleet page."""
 
-from serving.config import AppConfig
-from serving.ingress.fleet_page import configured_facts
+from adakv_serve.serving.config import AppConfig
+from adakv_serve.serving.ingress.fleet_page import configured_facts
 
 
 def test_the_page_offers_what_requests_may_ask_for() -> None:

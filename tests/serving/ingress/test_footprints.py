@@ -9,16 +9,20 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from adakv_serve.router.footprint import Budget, Footprint, predict, prefix_hashes
+from adakv_serve.router.session_hints import session_key
+from adakv_serve.serving.config import AppConfig
+from adakv_serve.serving.http.rendered import Handling, NotRendered, Rendered
+from adakv_serve.serving.ingress.footprints import (
+    FootprintPredictor,
+    Prediction,
+    footprint_predictor,
+)
+from adakv_serve.serving.ingress.sender import Sender
+from adakv_serve.serving.models.embedded import embedded_model_path
 from adakv_worker.config import CompressionConfig
 from adakv_worker.options import RequestOptions
 from adakv_worker.salts import seed_hash, tenant_salt
-from router.footprint import Budget, Footprint, predict, prefix_hashes
-from router.session_hints import session_key
-from serving.config import AppConfig
-from serving.http.rendered import Handling, NotRendered, Rendered
-from serving.ingress.footprints import FootprintPredictor, Prediction, footprint_predictor
-from serving.ingress.sender import Sender
-from serving.models.embedded import embedded_model_path
 
 STORY = "The keeper of the lighthouse wrote down every ship that passed. " * 60
 COMPRESSION = CompressionConfig(budget_tokens=256, keep_ratio=0.0)

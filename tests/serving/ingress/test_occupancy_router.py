@@ -20,16 +20,16 @@ from ray.serve._private.common import (
 )
 from ray.serve.request_router import PendingRequest
 
-from router.chooser import Chooser
-from router.footprint import Footprint
-from router.lending.leases import Lease
-from router.local_view import LocalView
-from serving.app import engine_options
-from serving.config import AppConfig
-from serving.ingress.occupancy_router import OccupancyRouter
-from serving.ingress.routing import Routing, configured_routing
-from serving.spill.parcels import LenderName
-from serving.spill.peers import Addressee
+from adakv_serve.router.chooser import Chooser
+from adakv_serve.router.footprint import Footprint
+from adakv_serve.router.lending.leases import Lease
+from adakv_serve.router.local_view import LocalView
+from adakv_serve.serving.app import engine_options
+from adakv_serve.serving.config import AppConfig
+from adakv_serve.serving.ingress.occupancy_router import OccupancyRouter
+from adakv_serve.serving.ingress.routing import Routing, configured_routing
+from adakv_serve.serving.spill.parcels import LenderName
+from adakv_serve.serving.spill.peers import Addressee
 from tests.router.occupancies import occupancy
 
 FOOTPRINT = Footprint(10, 10, 300, 20, (1, 2, 3))
@@ -165,7 +165,7 @@ def test_routers_in_another_process_have_what_is_set_there(tmp_path: Path) -> No
     sent.write_bytes(config.get_serialized_request_router_cls())
     other_process = f"""
 import pathlib, cloudpickle
-from serving.ingress.occupancy_router import OccupancyRouter
+from adakv_serve.serving.ingress.occupancy_router import OccupancyRouter
 OccupancyRouter.routing, OccupancyRouter.membership = "routing", "membership"
 router = cloudpickle.loads(pathlib.Path({str(sent)!r}).read_bytes())
 print(router.__name__, router.routing, router.membership)

@@ -13,7 +13,7 @@ from vllm.entrypoints.openai.responses.protocol import (
     ResponseUsage,
 )
 
-from serving.ingress.output_counter import OutputCounter
+from adakv_serve.serving.ingress.output_counter import OutputCounter
 
 
 def counted(*chunks: bytes) -> int:

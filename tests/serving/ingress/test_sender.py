@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from router.session_hints import session_key
-from serving.http.rendered import Handling
-from serving.ingress.sender import Sender
+from adakv_serve.router.session_hints import session_key
+from adakv_serve.serving.http.rendered import Handling
+from adakv_serve.serving.ingress.sender import Sender
 
 
 @pytest.mark.parametrize(

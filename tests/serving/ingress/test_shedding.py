@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from ray.serve.exceptions import BackPressureError
 
-from serving.http.failures import Overloaded
-from serving.ingress.shedding import Shedding
+from adakv_serve.serving.http.failures import Overloaded
+from adakv_serve.serving.ingress.shedding import Shedding
 
 
 class Queue:

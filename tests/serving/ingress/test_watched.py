@@ -2,8 +2,8 @@
 
 import asyncio
 
-from serving.http.page.feed import Scale
-from serving.ingress.watched import Watched
+from adakv_serve.serving.http.page.feed import Scale
+from adakv_serve.serving.ingress.watched import Watched
 
 
 async def test_a_value_is_asked_for_while_somebody_wants_it() -> None:

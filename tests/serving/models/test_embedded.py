@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from serving.models.embedded import embedded_model_path
+from adakv_serve.serving.models.embedded import embedded_model_path
 
 pytestmark = pytest.mark.heavy
 
 CONVERT = (
-    "import sys, pathlib; from serving.models.embedded import embedded_model_path as p;"
+    "import sys, pathlib; from adakv_serve.serving.models.embedded import embedded_model_path as p;"
     "print(p(pathlib.Path(sys.argv[1])))"
 )
 

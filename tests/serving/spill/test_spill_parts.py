@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serving.janitor import remove_orphans
-from serving.spill.membership import Membership
-from serving.spill.move import MoveReport
-from serving.spill.parcels import StateFiles, place_parcels
-from serving.supervision import Patience, Supervisor
+from adakv_serve.serving.janitor import remove_orphans
+from adakv_serve.serving.spill.membership import Membership
+from adakv_serve.serving.spill.move import MoveReport
+from adakv_serve.serving.spill.parcels import StateFiles, place_parcels
+from adakv_serve.serving.supervision import Patience, Supervisor
 
 
 def test_only_what_dead_replicas_have_left_is_removed(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ import pytest_asyncio
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from adakv_serve.serving.http.asgi import Message
+from adakv_serve.serving.http.continued_streams import ContinuedStreams
+from adakv_serve.serving.http.failures import ReplicaLost
+from adakv_serve.serving.http.followed import BEGUN_WITH, parted
+from adakv_serve.serving.http.replica_answers import ReplicaAnswers
+from adakv_serve.serving.http.sse import JsonObject, data_of, split_events
 from adakv_worker.config import CompressionConfig
-from serving.http.asgi import Message
-from serving.http.continued_streams import ContinuedStreams
-from serving.http.failures import ReplicaLost
-from serving.http.followed import BEGUN_WITH, parted
-from serving.http.replica_answers import ReplicaAnswers
-from serving.http.sse import JsonObject, data_of, split_events
 from tests.adakv_worker.engines import VOCABULARY, make_tiny_model
 from tests.serving.vllm_engine.test_host import OPTIONS
 
@@ -86,7 +86,7 @@ class Replica:
 async def replica(
     request: pytest.FixtureRequest, in_process: None, bytes_model: Path
 ) -> AsyncIterator[Replica]:
-    from serving.vllm_engine.host import VllmHost
+    from adakv_serve.serving.vllm_engine.host import VllmHost
 
     compression = CompressionConfig(
         budget_tokens=48, keep_ratio=0.0, window_tokens=16, min_budget_tokens=32

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from serving.vllm_engine.host import set_up_cpu
-from serving.vllm_engine.options import computes_on_cpus
+from adakv_serve.serving.vllm_engine.host import set_up_cpu
+from adakv_serve.serving.vllm_engine.options import computes_on_cpus
 
 pytestmark = pytest.mark.skipif(not computes_on_cpus(), reason="vLLM computes on GPUs here")
 

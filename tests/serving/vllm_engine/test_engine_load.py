@@ -10,7 +10,7 @@ import pytest_asyncio
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineGenerateError
 
-from serving.vllm_engine.load import CacheSize, EngineLoad, LoadStats
+from adakv_serve.serving.vllm_engine.load import CacheSize, EngineLoad, LoadStats
 from tests.adakv_worker.async_engines import Side
 from tests.adakv_worker.engines import prompt
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from serving.vllm_engine.hang_watch import HangWatch
+from adakv_serve.serving.vllm_engine.hang_watch import HangWatch
 
 
 class Engine:

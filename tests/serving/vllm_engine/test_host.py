@@ -11,10 +11,10 @@ import pytest_asyncio
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from adakv_serve.serving.http.rendered import NotRendered
+from adakv_serve.serving.ingress.footprints import FootprintPredictor
+from adakv_serve.serving.vllm_engine.rendering import VllmRenderer
 from adakv_worker.config import CompressionConfig
-from serving.http.rendered import NotRendered
-from serving.ingress.footprints import FootprintPredictor
-from serving.vllm_engine.rendering import VllmRenderer
 from tests.adakv_worker.engines import VOCABULARY, make_tiny_model
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -65,7 +65,7 @@ def worded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def client(in_process: None, worded_model: Path) -> AsyncIterator[httpx.AsyncClient]:
-    from serving.vllm_engine.host import VllmHost
+    from adakv_serve.serving.vllm_engine.host import VllmHost
 
     compression = CompressionConfig(
         budget_tokens=48, keep_ratio=0.0, window_tokens=16, min_budget_tokens=32

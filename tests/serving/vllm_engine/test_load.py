@@ -3,9 +3,7 @@
 import pytest
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
-from adakv_worker.messages import MemoryStats, StepFigures, StepWork
-from adakv_worker.statistics_carrier import attach_figures
-from serving.vllm_engine.load import (
+from adakv_serve.serving.vllm_engine.load import (
     CacheSize,
     EngineLoad,
     LoadStats,
@@ -13,6 +11,8 @@ from serving.vllm_engine.load import (
     from_stock,
     with_unseen,
 )
+from adakv_worker.messages import MemoryStats, StepFigures, StepWork
+from adakv_worker.statistics_carrier import attach_figures
 
 CACHE = CacheSize(blocks=100, block_size_tokens=32)
 

@@ -9,8 +9,7 @@ import pytest
 from vllm.config.kv_events import KVEventsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 
-from adakv_worker.config import CompressionConfig
-from serving.vllm_engine.options import (
+from adakv_serve.serving.vllm_engine.options import (
     check_movable,
     refusing_without_values,
     server_arg_names,
@@ -18,6 +17,7 @@ from serving.vllm_engine.options import (
     with_compression,
     with_kv_events,
 )
+from adakv_worker.config import CompressionConfig
 
 
 def test_the_servers_options_are_vllms_with_the_configured_ones_over_them(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
+from adakv_serve.serving.http.answer_proofs import AnswerProofs, answering
+from adakv_serve.serving.vllm_engine.proofs import take_proofs
 from adakv_worker.messages import with_proof
-from serving.http.answer_proofs import AnswerProofs, answering
-from serving.vllm_engine.proofs import take_proofs
 from tests.adakv_worker.proofs import make_proof
 
 

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
+from adakv_serve.serving.http.asgi import Receive, Scope, Send
+from adakv_serve.serving.http.tenants import TENANT_HEADER
+from adakv_serve.serving.vllm_engine.sessions import SessionMiddleware
 from adakv_worker.frontend.tenants import with_tenant
 from adakv_worker.frontend.validator import RequestOptionsValidator
 from adakv_worker.salts import tenant_salt
 from adakv_worker.session_messages import TENANT_KEY
-from serving.http.asgi import Receive, Scope, Send
-from serving.http.tenants import TENANT_HEADER
-from serving.vllm_engine.sessions import SessionMiddleware
 
 
 def request(salt: str | None = None, extra: dict[str, Any] | None = None) -> EngineCoreRequest:

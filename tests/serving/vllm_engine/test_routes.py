@@ -8,11 +8,11 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.app import build_app
 
-from serving.http.asgi import Message, Scope
-from serving.http.door_settings import FrontDoorSettings
-from serving.http.front_door import FrontDoor
-from serving.http.paths import Paths
-from serving.vllm_engine.options import server_options
+from adakv_serve.serving.http.asgi import Message, Scope
+from adakv_serve.serving.http.door_settings import FrontDoorSettings
+from adakv_serve.serving.http.front_door import FrontDoor
+from adakv_serve.serving.http.paths import Paths
+from adakv_serve.serving.vllm_engine.options import server_options
 
 OPEN = {"/health", "/version"}
 # Those of vLLM that the front door does not let through.

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import ValidationError
 
-from serving.config import AppConfig
-from serving.vllm_engine.setting_types import check_types
+from adakv_serve.serving.config import AppConfig
+from adakv_serve.serving.vllm_engine.setting_types import check_types
 
 
 class Color(enum.Enum):

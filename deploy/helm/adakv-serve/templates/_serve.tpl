@@ -26,7 +26,7 @@ logging_config:
 applications:
   - name: llm
     route_prefix: /
-    import_path: serving.app:build
+    import_path: adakv_serve.serving.app:build
     args:
       {{- toYaml $args | nindent 6 }}
 {{- if gt (int .Values.replicas.max) (int .Values.replicas.min) }}
@@ -38,7 +38,7 @@ applications:
           max_replicas: {{ int .Values.replicas.max }}
           {{- omit .Values.autoscaling "policy" | toYaml | nindent 10 }}
           policy:
-            policy_function: serving.autoscaling:OccupancyPolicy
+            policy_function: adakv_serve.serving.autoscaling:OccupancyPolicy
             policy_kwargs:
               {{- toYaml .Values.autoscaling.policy | nindent 14 }}
 {{- end }}

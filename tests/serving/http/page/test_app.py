@@ -10,12 +10,12 @@ from typing import Any
 import httpx
 import pytest
 
-from serving.http.asgi import Message, Scope
-from serving.http.door_settings import FrontDoorSettings
-from serving.http.front_door import FrontDoor
-from serving.http.page.app import FleetPage
-from serving.http.page.feed import Feed, FeedSource
-from serving.http.page.files import page_files
+from adakv_serve.serving.http.asgi import Message, Scope
+from adakv_serve.serving.http.door_settings import FrontDoorSettings
+from adakv_serve.serving.http.front_door import FrontDoor
+from adakv_serve.serving.http.page.app import FleetPage
+from adakv_serve.serving.http.page.feed import Feed, FeedSource
+from adakv_serve.serving.http.page.files import page_files
 from tests.serving.http.page.viewers import Source, parsed
 from tests.serving.http.scripted_backend import WHOLE, Clock, ScriptedBackend, error_of
 

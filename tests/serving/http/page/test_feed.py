@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from router.chooser import Chooser
-from router.decision_log import DecisionLog
-from router.footprint import Footprint
-from router.local_view import LocalView
-from serving.http.page.feed import Feed, FeedFull, FeedSource, Scale
+from adakv_serve.router.chooser import Chooser
+from adakv_serve.router.decision_log import DecisionLog
+from adakv_serve.router.footprint import Footprint
+from adakv_serve.router.local_view import LocalView
+from adakv_serve.serving.http.page.feed import Feed, FeedFull, FeedSource, Scale
 from tests.router.occupancies import occupancy
 from tests.serving.http.page.viewers import Source, parsed
 

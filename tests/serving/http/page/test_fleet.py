@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from router.ledger.occupancy import REPORT_TTL_S, Report
-from serving.http.page.figures import FRESH, GONE, SILENT
-from serving.http.page.fleet import Changes, Fleet
+from adakv_serve.router.ledger.occupancy import REPORT_TTL_S, Report
+from adakv_serve.serving.http.page.figures import FRESH, GONE, SILENT
+from adakv_serve.serving.http.page.fleet import Changes, Fleet
 from tests.router.occupancies import occupancy
 
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from router.ledger.occupancy import Report
+from adakv_serve.router.ledger.occupancy import Report
 from tests.router.occupancies import occupancy
 
 
