@@ -5,6 +5,7 @@ import sys
 
 import httpx
 
+from adakv.progress import waiting
 from adakv_serve.evals.commands import COMMANDS
 
 
@@ -16,7 +17,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     (chosen,) = (command for command in COMMANDS if command.name == args.command)
     try:
-        return chosen.run(args)
+        if not chosen.is_long:
+            return chosen.run(args)
+        with waiting(f"eval {chosen.name}"):
+            return chosen.run(args)
     except (OSError, ValueError, httpx.HTTPError) as error:
         print(error, file=sys.stderr)
         return 1

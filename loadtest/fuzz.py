@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 import httpx
 import yaml
 
+from adakv.progress import waiting
 from adakv_serve.loadtest.fuzzing.attempts import Target
 from adakv_serve.loadtest.fuzzing.campaign import Campaign, Judged, table
 from adakv_serve.loadtest.servers.fleet import changed, lives, wait_until_idle
 from adakv_serve.loadtest.servers.occupancy import OccupancyWatch, occupancy_watch
 from adakv_serve.loadtest.servers.ports import free_port
 from adakv_serve.loadtest.servers.processes import serve_run
-from adakv_serve.loadtest.servers.progress import waiting
 
 _CONFIG = Path(__file__).parents[1] / "serving" / "configs" / "cluster.yaml"
 # Shorter than a block: no cached prefix changes how it is computed.

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from adakv.progress import waiting
 from adakv_serve.loadtest.servers.fleet import changed, lives, wait_until_idle
 from adakv_serve.loadtest.servers.occupancy import OccupancyWatch, occupancy_watch
 from adakv_serve.loadtest.servers.ports import free_port
 from adakv_serve.loadtest.servers.processes import serve_run
-from adakv_serve.loadtest.servers.progress import waiting
 from adakv_serve.loadtest.servers.twins import twins_config
 from adakv_serve.loadtest.soaking.load import MixedLoad, fill_by_size, mixed_sessions
 from adakv_serve.loadtest.soaking.samples import Name, Samples, table

@@ -23,4 +23,6 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMAND = Command("bits", "compare formats of pages at equal bytes", _add_options, _run)
+COMMAND = Command(
+    "bits", "compare formats of pages at equal bytes", _add_options, _run, is_long=False
+)

@@ -17,12 +17,14 @@ class Command(NamedTuple):
 
     add_options: adds the command's options to its parser.
     run: does the work and returns the exit status. It imports what is slow to import.
+    is_long: whether one waits for it, and is told so.
     """
 
     name: str
     help: str
     add_options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    is_long: bool = True
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:

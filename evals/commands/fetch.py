@@ -22,4 +22,5 @@ COMMAND = Command(
     "fetch Qwen2.5-Coder-1.5B-Instruct (1.1 GB), and print where it is",
     _add_options,
     _run,
+    is_long=False,
 )

@@ -24,4 +24,4 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMAND = Command("report", "print tables of results files", _add_options, _run)
+COMMAND = Command("report", "print tables of results files", _add_options, _run, is_long=False)

@@ -17,8 +17,8 @@ import httpx
 import psutil
 import yaml
 
+from adakv.progress import waiting
 from adakv_serve.loadtest.servers.ports import free_port
-from adakv_serve.loadtest.servers.progress import waiting
 from adakv_serve.serving.shipped import ray_variables
 
 BIN = Path(sys.executable).parent

@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from adakv.progress import waiting
 from adakv_serve.router.simulate.fleet import capacity_per_s
 from adakv_serve.router.simulate.jobs import BUDGET, PROFILES, Cell, Job, run_job
 from adakv_serve.router.simulate.replica import ServiceTimes
@@ -43,10 +44,14 @@ def run(
         for router in ROUTERS
     ]
     # Dynamo's threads do not survive a fork.
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        cells = []
+    cells = []
+    with (
+        waiting("simulating", len(jobs)) as tell,
+        ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool,
+    ):
         for cell in pool.map(run_job, jobs):
             cells.append(cell)
+            tell(len(cells), f"{cell.trace}@{cell.load_percent}, {cell.replicas} replicas")
             if cell.router == ROUTERS[-1]:
                 print(table(cells[-len(ROUTERS) :]), flush=True)
     return cells

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from adakv.progress import waiting
 from adakv_serve.router.autoscaling import ReplicaDemand, ScalingTargets
 from adakv_serve.router.simulate.fleet import Fleet, capacity_per_s
 from adakv_serve.router.simulate.jobs import BUDGET, PROFILES
@@ -273,10 +274,14 @@ def main(argv: list[str] | None = None) -> int:
     day = Day(times, args.replicas, args.start_s, args.goal_s, args.seed, args.hour_s)
     jobs = [(name, day) for name in args.policies]
     results = []
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    with (
+        waiting("simulating a day", len(jobs)) as tell,
+        ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool,
+    ):
         for result in pool.map(_run, jobs):
             print(line(result), flush=True)
             results.append(result._asdict())
+            tell(len(results), result.policy)
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
     return 0

@@ -44,7 +44,7 @@ ROOMS = {
     "router": May("kernels router.ledger", "pydantic redis"),
     "router.ledger": May("router", "pydantic redis"),
     "router.lending": May("router.ledger", "redis"),
-    "router.simulate": May("kernels router router.ledger", "matplotlib"),
+    "router.simulate": May("adakv kernels router router.ledger", "matplotlib"),
     # The Ray Serve application.
     "serving": May(
         "adakv_worker adakv_worker.frontend router router.ledger router.lending serving.http"
@@ -69,8 +69,9 @@ ROOMS = {
     ),
     # Measurements: HTTP and files, but for engines/.
     "loadtest": May(
-        "loadtest.client loadtest.comparison loadtest.engines loadtest.servers loadtest.traffic"
-        " loadtest.users loadtest.fuzzing loadtest.soaking loadtest.faults serving.models",
+        "adakv loadtest.client loadtest.comparison loadtest.engines loadtest.servers"
+        " loadtest.traffic loadtest.users loadtest.fuzzing loadtest.soaking loadtest.faults"
+        " serving.models",
         "gevent geventhttpclient httpx locust psutil pydantic transformers yaml",
     ),
     "loadtest.client": May("", "httpx"),
@@ -87,7 +88,7 @@ ROOMS = {
         "httpx psutil redis",
     ),
     "loadtest.fuzzing": May(""),
-    "loadtest.servers": May("", "httpx psutil rich yaml"),
+    "loadtest.servers": May("adakv", "httpx psutil yaml"),
     "loadtest.shapes": May("loadtest.traffic", "locust"),
     "loadtest.soaking": May("loadtest.client loadtest.servers loadtest.traffic", "httpx psutil"),
     "loadtest.traffic": May("loadtest.client", "pydantic"),
@@ -96,11 +97,11 @@ ROOMS = {
         "gevent geventhttpclient locust transformers",
     ),
     # The command line; it calls the other rooms' programs by their names.
-    "adakv": May("router router.ledger serving", "packaging pydantic yaml"),
+    "adakv": May("router router.ledger serving", "packaging pydantic rich yaml"),
     # Answer quality.
     "evals": May(
-        "evals.answering evals.commands evals.crosscheck evals.published evals.results evals.tasks"
-        " kernels.paging kernels.policies loadtest.traffic serving.models",
+        "adakv evals.answering evals.commands evals.crosscheck evals.published evals.results"
+        " evals.tasks kernels.paging kernels.policies loadtest.traffic serving.models",
         "httpx torch transformers",
     ),
     "evals.answering": May(

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 PROGRAM = """
-from adakv_serve.loadtest.servers.progress import waiting
+from adakv.progress import waiting
 with waiting("counting [sheep]", 4) as tell:
     for done in range(4):
         print("sheep", done)
