@@ -110,6 +110,8 @@ class HandleBackend:
                 response, item = await self._shedding.begin(call, predicted.priority)
             if self._routing is not None and footprint is not None:
                 self._routing.answered(footprint)
+            if item is not None and _is_refusal(item):
+                pay(-prompt)
             try:
                 while item is not None:
                     batch = _batch(item)
@@ -181,6 +183,11 @@ def _batch(item: bytes | list[Message]) -> list[Message]:
     # Inside an HTTP request Serve returns gRPC results still pickled.
     messages: list[Message] = pickle.loads(item) if isinstance(item, bytes) else item
     return messages
+
+
+def _is_refusal(item: bytes | list[Message]) -> bool:
+    """Return whether an answer begins with an error, so that no prompt was computed for it."""
+    return any(message.get("status", 200) >= 400 for message in _batch(item))
 
 
 @serve.ingress()

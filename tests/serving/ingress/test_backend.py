@@ -187,6 +187,17 @@ async def test_a_request_that_no_replica_takes_pays_nothing(error: Exception) ->
     assert paid == [Predictor.FOOTPRINT.prompt_tokens, -Predictor.FOOTPRINT.prompt_tokens]
 
 
+@pytest.mark.parametrize("status", [400, 500])
+async def test_a_request_that_a_replica_refuses_pays_nothing(status: int) -> None:
+    paid: list[int] = []
+    refused = [{**START, "status": status}, {"type": "http.response.body", "body": b"{}"}]
+    async for _ in backend_of(Handle(refused), Predictor()).stream(
+        {"path": "/", "headers": []}, b"", paid.append
+    ):
+        pass
+    assert (paid[0], sum(paid)) == (Predictor.FOOTPRINT.prompt_tokens, 0)
+
+
 async def test_a_body_with_the_prompts_ids_goes_along_with_its_length() -> None:
     handle = Handle([START])
     scope = {"path": "/", "headers": [(b"content-length", b"3"), (b"a", b"b")]}
