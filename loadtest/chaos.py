@@ -25,9 +25,9 @@ import yaml
 
 from adakv_serve.loadtest.faults.asking import ANSWERED, Questions, Users
 from adakv_serve.loadtest.faults.kinds import KINDS, Scene, kinds_for, plan
-from adakv_serve.loadtest.faults.recovery import Recovery
+from adakv_serve.loadtest.faults.recovery import Before, Recovery
 from adakv_serve.loadtest.faults.windows import Struck, Window, summary, sums, table, windows
-from adakv_serve.loadtest.servers.fleet import changed, lives, wait_until_idle
+from adakv_serve.loadtest.servers.fleet import changed, wait_until_idle
 from adakv_serve.loadtest.servers.occupancy import occupancy_watch
 from adakv_serve.loadtest.servers.orphans import adopt_orphans
 from adakv_serve.loadtest.servers.ports import free_port
@@ -121,12 +121,13 @@ async def disturb(target: Target, names: Sequence[str], args: argparse.Namespace
         for name in names:
             if time.monotonic() > began_s + args.minutes * 60:
                 break
-            engines, first_look = lives(watch.latest), len(watch.looks)
-            struck.append(await _strike(name, scene, recovery))
+            before, first_look = await recovery.before(), len(watch.looks)
+            struck.append(await _strike(name, scene, recovery, before))
             print(f"{name}: {_recovered(struck[-1])}", flush=True)
             await asyncio.sleep(_QUIET_S)
             if KINDS[name].replaces not in _OF_ENGINES:
-                wrong.append(_named(name, changed(engines, watch.looks[first_look:])))
+                await recovery.before()
+                wrong.append(_named(name, changed(set(before.engines), watch.looks[first_look:])))
         users.stop()
         await asking
         wrong += [await wait_until_idle(watch, 2, _IDLE_S), recovery.left_over()]
@@ -152,8 +153,8 @@ async def _slow_s(users: Users) -> float:
     return max(_LEAST_SLOW_S, _SLOW * max(one.ended_s - one.began_s for one in users.asked))
 
 
-async def _strike(name: str, scene: Scene, recovery: Recovery) -> Struck:
-    kind, before, struck_s = KINDS[name], recovery.before(), time.monotonic()
+async def _strike(name: str, scene: Scene, recovery: Recovery, before: Before) -> Struck:
+    kind, struck_s = KINDS[name], time.monotonic()
     seen = await kind.strike(scene)
     # One that is undone has ended only now.
     ended_s = struck_s if kind.replaces is not None else time.monotonic()

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 import httpx
@@ -16,6 +17,8 @@ from adakv_serve.loadtest.servers.occupancy import OccupancyWatch
 _PROBE_EVERY_S, _HEALTH_TIMEOUT_S = 0.25, 5.0
 # A report of a dead replica counts for two seconds.
 _STEADY_S = 2.5
+# A store that has been flushed has the reports of all replicas again after a second.
+_PATIENCE_S = 30.0
 # These come and go without anybody's doing.
 _PASSING = ("idle worker", "helper")
 # Those whose loss is the loss of an engine.
@@ -79,8 +82,16 @@ class Recovery:
         self._replicas = len(watch.latest)
         self._roles = _roles(look())
 
-    def before(self) -> Before:
-        """Return the fleet as it is now, for `wait` after a fault."""
+    async def before(self, patience_s: float = _PATIENCE_S) -> Before:
+        """Return the fleet, for `wait` after a fault, once all replicas report.
+
+        Args:
+            patience_s: what is there after this is returned in any case.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                while len(self._watch.latest) != self._replicas:
+                    await asyncio.sleep(_PROBE_EVERY_S)
         return Before(self._look(), frozenset(lives(self._watch.latest)))
 
     async def wait(

