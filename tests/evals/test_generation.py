@@ -11,6 +11,7 @@ from adakv_serve.evals.tasks.source import Source
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_long_answers_are_compared_with_the_full_caches(embedded_engine: ForcedEngine) -> None:
     choices = [Choice("ada_snapkv", tokens=64, decode_tokens=tokens) for tokens in (64, 1500)]
     source = Source(embedded_engine.tokenizer, 2048, random.Random(1))

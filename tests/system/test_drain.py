@@ -16,7 +16,7 @@ from tests.system.deployment import MODEL, Deployment, dashboard_metrics, deploy
 from tests.system.spilling import SENTENCE, ask, ask_many, moves
 from tests.waiting import eventually
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,6 @@ def _retry_later(config: dict[str, Any]) -> None:
     config["applications"][0]["args"]["ingress"]["retry_after_s"] = 2
 
 
-@pytest.mark.long
 def test_a_stream_longer_than_a_redeployment_allows_ends_with_an_error_event(
     twins: Deployment,
 ) -> None:

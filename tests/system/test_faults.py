@@ -205,6 +205,7 @@ def test_no_answer_of_a_killed_replica_is_lost_and_streams_read_as_if_it_lived(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_hung_engine_process_is_ended_and_replaced_and_loses_no_request_without_first_byte(
     deployment: Deployment, client: openai.OpenAI
 ) -> None:

@@ -13,7 +13,7 @@ from tests.system.deployment import Deployment, dashboard_metrics, deployed, spi
 from tests.system.spilling import ask, lending, lent, outcomes
 from tests.waiting import eventually
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,13 @@ def _run_all_presets(engine: Engine, options: dict[str, Any]) -> None:
     engine.assert_nothing_leaked()
 
 
-@pytest.mark.parametrize("options", [{}, BOUND], ids=["growing", "bounded"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="growing"),
+        pytest.param(BOUND, id="bounded", marks=(pytest.mark.slow, pytest.mark.long)),
+    ],
+)
 @pytest.mark.parametrize(
     ("weight", "value"),
     [("k_proj", 3e38), ("v_proj", 3e38), ("k_proj", float("nan")), ("v_proj", float("nan"))],

@@ -133,6 +133,7 @@ def test_two_ranks_answer_as_one(model: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_proof_spans_all_ranks(model: Path) -> None:
     compression = {"policy": "ada_snapkv", "budget_tokens": 64, "keep_ratio": 0.0}
     (answers,) = _asked(model, 2, compression, COMPRESSED)

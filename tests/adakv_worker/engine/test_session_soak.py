@@ -138,7 +138,9 @@ def soak(engine: Engine, conversations: int, turns: int, answer_tokens: int = 60
     return {**one.counts, "all_preempted": engine.preemptions}
 
 
-@pytest.fixture(params=["fcfs", "priority"])
+@pytest.fixture(
+    params=["fcfs", pytest.param("priority", marks=(pytest.mark.slow, pytest.mark.long))]
+)
 def engine(request: pytest.FixtureRequest, in_process: None, gqa_model: Path) -> Any:
     sessions = {**SESSIONS, "host_bytes": _HOST_BYTES if request.param == "priority" else 0}
     settings = {"budget_tokens": 48, "keep_ratio": 0.3, "sessions": sessions}
