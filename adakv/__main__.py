@@ -25,17 +25,21 @@ _COMMANDS = {
     "doctor": Command("adakv.doctor", "check this machine, and say what to do"),
 }
 _BENCHES = {
-    "compare": Command("adakv_serve.loadtest.compare", "deployments at equal KV memory"),
+    "compare": Command(
+        "adakv_serve.loadtest.compare", "deployments at equal KV memory, with a report"
+    ),
     "offline": Command("adakv_serve.loadtest.offline", "engines at equal KV memory, without HTTP"),
     "published": Command("adakv_serve.loadtest.published", "KV-Compress' set-up on one GPU"),
     "spill": Command("adakv_serve.loadtest.spill", "moving a cache against computing it again"),
     "routing": Command("adakv_serve.loadtest.routing", "prompts that are repeated, and at once"),
     "ingresses": Command("adakv_serve.loadtest.ingresses", "one, two and four front doors"),
-    "front-door": Command("adakv_serve.loadtest.front_door", "ours against plain `vllm serve`"),
+    "front-door": Command(
+        "adakv_serve.loadtest.front_door", "the front door against plain `vllm serve`"
+    ),
     "autoscaling": Command("adakv_serve.loadtest.autoscaling", "a fleet that grows and shrinks"),
     "long-answer": Command("adakv_serve.loadtest.long_answer", "an answer at its bound"),
     "service-times": Command(
-        "adakv_serve.loadtest.service_times", "a replica's speeds, to simulate"
+        "adakv_serve.loadtest.service_times", "a replica's speeds, for the simulation"
     ),
     "fuzz": Command("adakv_serve.loadtest.fuzz", "odd requests against a deployment"),
     "chaos": Command("adakv_serve.loadtest.chaos", "faults of all kinds under load"),

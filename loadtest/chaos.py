@@ -121,12 +121,13 @@ async def disturb(target: Target, names: Sequence[str], args: argparse.Namespace
         for name in names:
             if time.monotonic() > began_s + args.minutes * 60:
                 break
-            before, first_look = await recovery.before(), len(watch.looks)
+            await recovery.all_report()
+            before, first_look = recovery.before(), len(watch.looks)
             struck.append(await _strike(name, scene, recovery, before))
             print(f"{name}: {_recovered(struck[-1])}", flush=True)
             await asyncio.sleep(_QUIET_S)
             if KINDS[name].replaces not in _OF_ENGINES:
-                await recovery.before()
+                await recovery.all_report()
                 wrong.append(_named(name, changed(set(before.engines), watch.looks[first_look:])))
         users.stop()
         await asking

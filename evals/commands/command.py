@@ -17,7 +17,7 @@ class Command(NamedTuple):
 
     add_options: adds the command's options to its parser.
     run: does the work and returns the exit status. It imports what is slow to import.
-    is_long: whether one waits for it, and is told so.
+    is_long: whether the command takes long, so that it says on standard error that it runs.
     """
 
     name: str

@@ -82,16 +82,15 @@ class Recovery:
         self._replicas = len(watch.latest)
         self._roles = _roles(look())
 
-    async def before(self, patience_s: float = _PATIENCE_S) -> Before:
-        """Return the fleet, for `wait` after a fault, once all replicas report.
-
-        Args:
-            patience_s: what is there after this is returned in any case.
-        """
+    async def all_report(self, timeout_s: float = _PATIENCE_S) -> None:
+        """Return once all replicas report, or after `timeout_s`."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(patience_s):
+            async with asyncio.timeout(timeout_s):
                 while len(self._watch.latest) != self._replicas:
                     await asyncio.sleep(_PROBE_EVERY_S)
+
+    def before(self) -> Before:
+        """Return the fleet as it is now, for `wait` after a fault."""
         return Before(self._look(), frozenset(lives(self._watch.latest)))
 
     async def wait(

@@ -46,10 +46,8 @@ class ProxiedStore:
     def _ask(self, command: str) -> None:
         """Send a command, and return when it is done."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         print(command, file=self._process.stdin, flush=True)
-        if not self._process.stdout.readline():
-            raise RuntimeError("the store's process has ended")
+        _wait_until_done(self._process)
 
 
 @contextmanager
@@ -67,11 +65,18 @@ def proxied_store() -> Iterator[ProxiedStore]:
     ) as process:  # fmt: skip
         store = ProxiedStore(port, server_port, process)
         try:
-            store._ask("stall 0")
+            _wait_until_done(process)
             yield store
         finally:
             assert process.stdin is not None
             process.stdin.close()
+
+
+def _wait_until_done(process: "subprocess.Popen[str]") -> None:
+    """Wait until the store's process has started, or has done a command."""
+    assert process.stdout is not None
+    if not process.stdout.readline():
+        raise RuntimeError("the store's process has ended")
 
 
 async def _serve(port: int, server_port: int) -> None:
@@ -84,6 +89,7 @@ async def _serve(port: int, server_port: int) -> None:
         serving = asyncio.create_task(_keep_server(server_port, folder))
         async with TcpProxy(port, server_port).running() as proxy:
             await _until_it_listens(server_port)
+            print("done", flush=True)
             while line := await commands.readline():
                 name, seconds = line.split()
                 async with {b"stall": proxy.stalled, b"cut": proxy.cut}[name]():

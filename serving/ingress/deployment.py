@@ -110,11 +110,11 @@ class HandleBackend:
                 response, item = await self._shedding.begin(call, predicted.priority)
             if self._routing is not None and footprint is not None:
                 self._routing.answered(footprint)
-            if item is not None and _is_refusal(item):
-                pay(-prompt)
             try:
                 while item is not None:
                     batch = _batch(item)
+                    if _is_refusal(batch):
+                        pay(-prompt)
                     before = counter.tokens
                     counter.see(batch)
                     pay(counter.tokens - before)
@@ -185,9 +185,9 @@ def _batch(item: bytes | list[Message]) -> list[Message]:
     return messages
 
 
-def _is_refusal(item: bytes | list[Message]) -> bool:
-    """Return whether an answer begins with an error, so that no prompt was computed for it."""
-    return any(message.get("status", 200) >= 400 for message in _batch(item))
+def _is_refusal(batch: list[Message]) -> bool:
+    """Return whether a batch begins an answer with an error: no prompt was computed for it."""
+    return bool(batch) and batch[0].get("status", 200) >= 400
 
 
 @serve.ingress()

@@ -384,7 +384,7 @@ async def test_a_fleet_has_recovered_when_all_is_as_before(
     way: str, ids: str, seen: list[frozenset[Living]], recovers: bool
 ) -> None:
     recovery, watch = recovery_of(way, seen)
-    before = await recovery.before()
+    before = recovery.before()
     watch.looks.append(Look(1.0, reports(*ids)))
     timeout_s = 60.0 if recovers else 0.6
     found = await recovery.wait(time.monotonic(), "engine", before, timeout_s)
@@ -393,19 +393,20 @@ async def test_a_fleet_has_recovered_when_all_is_as_before(
 
 async def test_a_fault_that_ends_nothing_is_over_when_all_is_well() -> None:
     recovery, _ = recovery_of("good", [TWO])
-    before = await recovery.before()
+    before = recovery.before()
     assert await recovery.wait(time.monotonic(), None, before, 60.0) is not None
 
 
 async def test_a_fault_waits_for_all_reports_after_the_one_before_it() -> None:
     recovery, watch = recovery_of("good", [TWO])
     watch.looks.append(Look(1.0, []))
-    waiting = asyncio.create_task(recovery.before())
+    waiting = asyncio.create_task(recovery.all_report())
     await asyncio.sleep(0)
+    assert not waiting.done()
     watch.looks.append(Look(2.0, reports("a", "b")))
-    assert {life.replica_id for life in (await waiting).engines} == {"a", "b"}
+    await waiting
     watch.looks.append(Look(3.0, reports("a")))
-    assert {life.replica_id for life in (await recovery.before(0.1)).engines} == {"a"}
+    await recovery.all_report(timeout_s=0.1)
 
 
 def test_processes_that_are_left_over_are_named() -> None:

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.house.sources import LINKED
 from tests.installed import ROOT, build_wheel, install, outside
 
 OWN_NAMES = ("adakv", "adakv_serve", "adakv_worker")
-# Folders of the checkout that are installed within `adakv_serve`.
-COMMON_NAMES = ("evals", "kernels", "loadtest", "router", "serving")
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +48,19 @@ def test_it_has_no_files_that_do_not_belong(wheel: Path, tmp_path: Path) -> None
 
 def test_it_has_every_file_of_the_checkouts_packages(wheel: Path) -> None:
     lines = subprocess.run(
-        ["git", "ls-files", "-s", *OWN_NAMES, *COMMON_NAMES],
+        ["git", "ls-files", "-s", *OWN_NAMES, *LINKED],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.splitlines()  # fmt: skip
     # Links have a mode of their own.
     names = [line.split("\t")[1] for line in lines if not line.startswith("120000")]
-    listed = {f"adakv_serve/{n}" if n.startswith(COMMON_NAMES) else n for n in names}
+    listed = {f"adakv_serve/{n}" if n.startswith(LINKED) else n for n in names}
     assert listed <= _files(wheel)
 
 
 def test_it_takes_no_name_that_others_may_have(wheel: Path, programs: Path, tmp_path: Path) -> None:
     folders = {name.split("/")[0] for name in _files(wheel)}
     assert {name for name in folders if not name.endswith(".dist-info")} == set(OWN_NAMES)
-    code = f"import importlib.util as u; print(*filter(u.find_spec, {COMMON_NAMES}))"
+    code = f"import importlib.util as u; print(*filter(u.find_spec, {LINKED}))"
     assert _run(programs / "python", "-c", code, folder=tmp_path).split() == []
 
 
