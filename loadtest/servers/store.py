@@ -2,7 +2,7 @@
 
 It is what a cluster has in production: a server that somebody else starts again when it dies, at an
 address that may be out of reach. Server and proxy have a process of their own: in that of the
-measurement's users the proxy would be late, and the store would seem lost.
+measurement's users the proxy may be late, and the store seem lost.
 """
 
 import asyncio
