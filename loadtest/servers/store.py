@@ -1,8 +1,8 @@
 """A store that a measurement runs beside the deployment, behind a network of its own.
 
 It is what a cluster has in production: a server that somebody else starts again when it dies, at an
-address that may be out of reach. Server and proxy have a process of their own: in that of the
-measurement's users the proxy may be late, and the store seem lost.
+address that may be out of reach. Server and proxy have a process of their own,
+so that what the users of a measurement compute does not delay them.
 """
 
 import asyncio
