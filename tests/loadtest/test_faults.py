@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import random
 import subprocess
 import sys
@@ -167,6 +168,22 @@ async def until_it_takes_writes(client: redis.asyncio.Redis) -> None:
                 await client.set("a", 1)
                 return
             await asyncio.sleep(0.05)
+
+
+def test_a_store_and_its_proxy_run_before_the_deployment(store: ProxiedStore) -> None:
+    first = "import os; os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))"
+    if subprocess.run(
+        [sys.executable, "-c", first], check=False, stderr=subprocess.DEVNULL
+    ).returncode:
+        pytest.skip("this user may run no process before others")
+    listeners = {
+        connection.laddr.port: child.pid
+        for child in psutil.Process().children(recursive=True)
+        for connection in child.net_connections("tcp4")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    for port in (store.port, store.server_port):
+        assert os.sched_getscheduler(listeners[port]) == os.SCHED_FIFO
 
 
 async def test_a_read_only_store_takes_writes_again_afterwards(store: ProxiedStore) -> None:
