@@ -30,6 +30,8 @@ def run(*tests: str, **variables: str) -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_engines_answer_right_on_the_gpus_path() -> None:
     run(str(HERE / "gpu"), "-m", "not slow")
 

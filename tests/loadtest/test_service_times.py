@@ -35,6 +35,7 @@ def test_one_replica_is_measured() -> None:
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.long
 async def test_a_real_server_is_measured(gqa_model: Path, tmp_path: Path) -> None:
     from tests.adakv_worker.tiny_models import add_tokenizer
 

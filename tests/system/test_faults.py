@@ -167,7 +167,9 @@ def _ask_whole(client: openai.OpenAI, number: int, max_tokens: int = 60) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["ServeReplica:llm:Engine", "VLLM::EngineCore"])
+@pytest.mark.parametrize(
+    "victim", [pytest.param("ServeReplica:llm:Engine", marks=pytest.mark.long), "VLLM::EngineCore"]
+)
 def test_no_answer_of_a_killed_replica_is_lost_and_streams_read_as_if_it_lived(
     deployment: Deployment, client: openai.OpenAI, victim: str
 ) -> None:
@@ -283,7 +285,7 @@ def test_a_drained_deployment_ends_its_streams_refuses_others_and_opens_again(
     begun: list[int] = []
     with ThreadPoolExecutor(4) as pool:
         answers = [
-            pool.submit(_finish, client, number, 400, lambda: begun.append(1))
+            pool.submit(_finish, client, number, 160, lambda: begun.append(1))
             for number in range(4)
         ]
         eventually(lambda: len(begun) == 4, 60, "four streams")
@@ -317,6 +319,7 @@ def test_a_drain_says_what_is_left_at_its_limit_and_ends_it_where_asked(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_changed_configuration_replaces_both_replicas_and_loses_no_stream(
     deployment: Deployment, client: openai.OpenAI
 ) -> None:

@@ -210,6 +210,7 @@ def test_it_fits_a_phone(browser: Any, deployment: Deployment, scheme: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_replica_shows_and_another_takes_its_place(
     view: View, deployment: Deployment
 ) -> None:

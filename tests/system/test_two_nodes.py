@@ -14,7 +14,7 @@ from tests.system.firewalled import Firewalled, can_part, firewalled_config
 from tests.system.spilling import ask_many, lending, lent, moves, read_as_if_alone
 from tests.waiting import eventually
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -205,6 +205,8 @@ async def test_only_what_is_compressed_and_can_move_is_offered(
     assert here.core.movable() == []
 
 
+@pytest.mark.slow
+@pytest.mark.long
 async def test_each_rank_moves_its_part(in_process: None, tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", heads=8, kv_heads=4)
     side = Side(model, tensor_parallel_size=2, distributed_executor_backend="mp")

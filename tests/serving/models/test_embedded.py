@@ -27,6 +27,8 @@ def _partial_files(root: Path) -> list[Path]:
     return list(root.glob("*.tmp-*/model.safetensors"))
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_conversion_leaves_nothing_and_the_next_one_finishes(tmp_path: Path) -> None:
     killed = _convert(tmp_path)
     while killed.poll() is None and not _partial_files(tmp_path):
