@@ -112,8 +112,11 @@ class HeldCaches:
 
     def find(self, scope: str, token_ids: TokenIds) -> Match | None:
         """Return the held cache that saves most tokens of a request, or None."""
-        best = None
+        best, now = None, self._clock()
         for held in self._by_scope.get(scope, {}).values():
+            # An engine without work has taken no step to drop it.
+            if self._is_idle(held, now):
+                continue
             tokens = held.matching(token_ids)
             if tokens and (best is None or tokens > best.tokens):
                 best = Match(held, tokens)
@@ -209,13 +212,13 @@ class HeldCaches:
         self._lent.clear()
         now = self._clock()
         for tier in (self._held.values(), self._host, self._arrived):
-            idle = itertools.takewhile(
-                lambda held: now - self._held_at_s[held.name] > self._idle_s, list(tier)
-            )
-            for held in idle:
+            for held in itertools.takewhile(lambda held: self._is_idle(held, now), list(tier)):
                 self._drop(held, "idle")
         self._free_lost()
         self._move_back()
+
+    def _is_idle(self, held: Held, now_s: float) -> bool:
+        return now_s - self._held_at_s[held.name] > self._idle_s
 
     def forget(self) -> None:
         """Drop all held caches."""

@@ -122,7 +122,10 @@ def test_a_cache_for_which_nobody_comes_is_forgotten(pool: Pool) -> None:
     pool.hold(tokens(2), 1)
     pool.held.next_step()
     assert len(pool.held) == 2
+    assert pool.held.find("a", tokens(1, 9)) is not None
     pool.now_s += 1.0
+    # An engine without work takes no step, but a request must not bring it back.
+    assert pool.held.find("a", tokens(1, 9)) is None
     pool.held.next_step()
     assert [one.token_ids.tolist() for one in pool.held] == [[2]]
 
