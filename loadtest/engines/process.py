@@ -55,6 +55,8 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     def ask_to_end(self) -> None:
         """Tell the engine to end, without waiting for it."""
