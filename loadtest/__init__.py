@@ -1,1 +1,1 @@
-"""Load tests and side-by-side measurements. Knows the product by HTTP and files only."""
+"""Load tests and side-by-side measurements, by HTTP, or offline with engines of their own."""

