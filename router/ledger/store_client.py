@@ -17,6 +17,7 @@ import redis.connection
 import redis.sentinel
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
+from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
 SOCKET_TIMEOUT_S = 1.0
@@ -112,6 +113,13 @@ def _is_demotion(error: redis.ResponseError) -> bool:
 
 class _ToPrimary(async_connection.AbstractConnection):
     """Base of connections that are closed when their server is no primary any more."""
+
+    async def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            await super().send_packed_command(*args, **kwargs)
+        except RuntimeError as error:
+            # So uvloop, on which Ray runs, says that the server has closed the connection.
+            raise redis.ConnectionError("the store has closed the connection") from error
 
     async def read_response(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -221,7 +229,13 @@ def connect_blocking(url: str, timeout_s: float = SOCKET_TIMEOUT_S) -> redis.Red
 
 
 def _common(timeout_s: float, retry: object) -> dict[str, Any]:
-    return {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s, "retry": retry}
+    return {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "retry": retry,
+        # With them redis-py does not look whether an idle connection has been closed.
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
+    }
 
 
 def refuse_unfit_store(url: str) -> None:

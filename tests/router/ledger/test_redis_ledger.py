@@ -1,6 +1,9 @@
 """The ledger's writer and reader against a real server."""
 
+import asyncio
+
 import redis
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -93,6 +96,27 @@ async def test_a_closed_writer_can_go_on(store_url: str, client: redis.Redis) ->
         await writer.publish(occupancy(replica_id))
         await writer.close()
     assert len(LedgerReader(store_url, KEYS, TTL_S).read().reports) == 2
+
+
+def test_a_connection_that_the_store_has_closed_is_replaced(
+    store_url: str, client: redis.Redis
+) -> None:
+    async def report_after_each_end() -> int:
+        writer, lost = LedgerWriter(store_url, KEYS), 0
+        for _ in range(10):
+            try:
+                await writer.publish(occupancy("r1"))
+            except redis.RedisError:
+                lost += 1
+            client.client_kill_filter(_type="normal", skipme=True)
+            # The loop sees the end of the connection, as of one that has been idle for a while.
+            await asyncio.sleep(0.01)
+        await writer.close()
+        return lost
+
+    # Ray runs on uvloop, whose transports raise other errors.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(report_after_each_end()) == 0
 
 
 async def test_reports_are_published_too(store_url: str, client: redis.Redis) -> None:
