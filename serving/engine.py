@@ -30,7 +30,7 @@ from adakv_serve.serving.reporter import OccupancyReporter, report_prefixes
 from adakv_serve.serving.spill.parcels import Guest, LenderName
 from adakv_serve.serving.spill.peers import Addressee
 from adakv_serve.serving.spill.replica import ReplicaSpill
-from adakv_serve.serving.spill.sessions import Parcel, SessionTraffic
+from adakv_serve.serving.spill.sessions import Destination, Parcel, SessionTraffic
 from adakv_serve.serving.store import store_url
 from adakv_serve.serving.supervision import Supervisor
 
@@ -152,20 +152,17 @@ class Engine:
                 yield batch
 
     async def give_session(
-        self, ask: "SessionAsk", most_bytes_per_token: float, node_id: str, to: Addressee
-    ) -> AsyncGenerator[Parcel, None]:
-        """Yield the held cache for another replica's request: see `SessionTraffic.give`.
+        self, ask: "SessionAsk", most_bytes_per_token: float, to: Destination, holder: Addressee
+    ) -> Parcel | None:
+        """Return the held cache for another replica's request: see `SessionTraffic.give`.
 
         Args:
-            to: for the request router, which finds this replica by it.
+            holder: this replica, for the request router, which finds it by this argument.
 
         Raises:
             LookupError: the addressee is gone.
         """
-        parcels = self._sessions(to).give(ask, most_bytes_per_token, node_id)
-        async with contextlib.aclosing(parcels):
-            async for parcel in parcels:
-                yield parcel
+        return await self._sessions(holder).give(ask, most_bytes_per_token, to)
 
     async def take_session(self, parcel: Parcel, to: Addressee) -> bool:
         """Hold a cache of a replica that is to go; return whether it is whole.

@@ -1,7 +1,6 @@
 """The other replicas of a deployment, for held caches that move between them."""
 
 import asyncio
-from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +9,7 @@ from ray import serve
 
 from adakv_serve.router.lending.redis_leases import LendingLedger
 from adakv_serve.serving.spill.parcels import LenderName, open_parcels
-from adakv_serve.serving.spill.sessions import Parcel
+from adakv_serve.serving.spill.sessions import Destination, Parcel
 
 if TYPE_CHECKING:
     from adakv_worker.frontend.session_moves import SessionAsk
@@ -38,22 +37,21 @@ class ReplicaPeers:
         return self._handle.options(method_name=method, **options)
 
     async def give(
-        self, holder: str, ask: "SessionAsk", most_bytes_per_token: float
-    ) -> AsyncGenerator[Parcel, None]:
-        call = self._call("give_session", stream=True)
-        to = Addressee(holder)
-        parcels = call.remote(ask, most_bytes_per_token, self._name.node_id, to)
+        self, holder: str, ask: "SessionAsk", most_bytes_per_token: float, to: Destination
+    ) -> Parcel | None:
+        call = self._call("give_session").remote(ask, most_bytes_per_token, to, Addressee(holder))
         try:
-            async for parcel in parcels:
-                yield parcel
-        finally:
-            parcels.cancel()
+            parcel: Parcel | None = await call
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
+        return parcel
 
     async def take(self, receiver: str, one: "Found", card: "HeldCard", path: Path) -> bool:
         name = LenderName.of(receiver)
-        arrays = await asyncio.to_thread(self.pack, path, name.node_id)
-        here = str(path) if arrays is None else None
-        parcel = Parcel(one.tokens, one.nbytes, card, here, arrays or ())
+        parcel = Parcel(one.tokens, one.nbytes, card, str(path))
+        if name.node_id != self._name.node_id:
+            parcel = parcel._replace(path=None, arrays=await asyncio.to_thread(self.pack, path))
         is_whole: bool = await self._call("take_session").remote(parcel, Addressee(name.replica_id))
         return is_whole
 
@@ -65,8 +63,6 @@ class ReplicaPeers:
                 others.append(room.lender)
         return others
 
-    def pack(self, path: Path, node_id: str) -> list[ray.ObjectRef[Any]] | None:
-        """Return references to the parts of a cache for another node; None for this node."""
-        if node_id == self._name.node_id:
-            return None
+    def pack(self, path: Path) -> list[ray.ObjectRef[Any]]:
+        """Return references to the parts of a cache, for another node."""
         return [ray.put(parcel) for parcel in open_parcels(path)]

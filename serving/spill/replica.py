@@ -104,6 +104,7 @@ class ReplicaSpill:
             core=self._host.sessions,
             peers=peers,
             pack=peers.pack,
+            node_id=self._name.node_id,
             folder=self._folder,
             prefill_tokens_per_s=config.routing.prefill_tokens_per_s,
             bytes_per_s=config.spill.bytes_per_s,

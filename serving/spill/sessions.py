@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
-# Weight of a new measurement of the speed.
+# Weight of a new measurement of the speed, and the time after which half of what was measured is
+# forgotten: where moves seem slow none is tried, and so none shows that they are fast again.
 _NEWEST = 0.3
+_HALF_LIFE_S = 60.0
 # Time of an engine's step with a long prefill.
 _STEP_S = 1.0
 # Longest time that a replica takes to hand over one cache; when it stops, what it still holds.
@@ -36,8 +38,8 @@ class Parcel(NamedTuple):
     """A held cache for another replica.
 
     tokens: those of the request that it saves, or of all its entries. nbytes: its size.
-    path: path of its files on the receiver's node, good until the receiver has answered or asked
-        for more; None if it comes from another node.
+    path: path of its files on the receiver's node, good until the receiver has answered; None if it
+        comes from another node.
     arrays: then awaitables of uint8 arrays, one for each tensor-parallel rank.
     """
 
@@ -46,6 +48,13 @@ class Parcel(NamedTuple):
     card: "HeldCard"
     path: str | None
     arrays: Sequence[Any] = ()
+
+
+class Destination(NamedTuple):
+    """Files of the receiver's for a cache: the path, and the node where that is."""
+
+    node_id: str
+    path: str
 
 
 class SessionMove(NamedTuple):
@@ -64,9 +73,9 @@ class SessionMove(NamedTuple):
 class Peers(Protocol):
     """The other replicas, by id."""
 
-    def give(
-        self, holder: str, ask: "SessionAsk", most_bytes_per_token: float
-    ) -> AsyncGenerator[Parcel, None]:
+    async def give(
+        self, holder: str, ask: "SessionAsk", most_bytes_per_token: float, to: Destination
+    ) -> Parcel | None:
         """Call the holder's `SessionTraffic.give`."""
         ...
 
@@ -79,6 +88,27 @@ class Peers(Protocol):
         ...
 
 
+class MoveSpeed:
+    """How fast caches come: what was measured, and with time what was assumed again."""
+
+    def __init__(self, assumed_bytes_per_s: float, clock: Callable[[], float]) -> None:
+        self._assumed = assumed_bytes_per_s
+        self._clock = clock
+        self._difference = 0.0
+        self._measured_at_s = clock()
+
+    @property
+    def bytes_per_s(self) -> float:
+        age_s = self._clock() - self._measured_at_s
+        return float(self._assumed + self._difference * 0.5 ** (age_s / _HALF_LIFE_S))
+
+    def note(self, nbytes: int, seconds: float) -> None:
+        """Take a move into account."""
+        speed, before = nbytes / max(seconds, 1e-6), self.bytes_per_s
+        self._difference = before + _NEWEST * (speed - before) - self._assumed
+        self._measured_at_s = self._clock()
+
+
 class SessionTraffic:
     """Fetches, gives, takes in and hands over the held caches of one replica."""
 
@@ -87,17 +117,20 @@ class SessionTraffic:
         *,
         core: "SessionCore",
         peers: Peers,
-        pack: Callable[[Path, str], Sequence[Any] | None],
+        pack: Callable[[Path], Sequence[Any]],
+        node_id: str,
         folder: Path,
         prefill_tokens_per_s: float,
         bytes_per_s: float,
         interval_s: float,
         tasks: Supervisor,
         on_move: Callable[[SessionMove], None] = lambda move: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
-            pack: returns the arrays of a cache's files for a node; None if that node has the files.
+            pack: returns the arrays of a cache's files, for another node.
+            node_id: this replica's node.
             prefill_tokens_per_s: speed at which a prompt would be computed instead.
             bytes_per_s: assumed speed of a move until one has been measured.
             interval_s: time between two looks for caches to hand over.
@@ -106,9 +139,10 @@ class SessionTraffic:
         self._core = core
         self._peers = peers
         self._pack = pack
+        self._node_id = node_id
         self._files = StateFiles(folder)
         self._prefill_tokens_per_s = prefill_tokens_per_s
-        self._bytes_per_s = bytes_per_s
+        self.speed = MoveSpeed(bytes_per_s, clock)
         self._interval_s = interval_s
         self._on_move = on_move
         # Those that have been handed over, by name.
@@ -130,39 +164,42 @@ class SessionTraffic:
             logger.info("a session of replica %s is computed anew: %r", holder, error)
 
     async def _fetch(self, holder: str, ask: "SessionAsk") -> None:
-        most = self._bytes_per_s / self._prefill_tokens_per_s
-        async with contextlib.aclosing(self._peers.give(holder, ask, most)) as parcels:
-            parcel, own = await asyncio.gather(anext(parcels, None), self._core.find(ask))
+        most = self.speed.bytes_per_s / self._prefill_tokens_per_s
+        # The files are ours: only we know how long they are read.
+        with self._files.path() as path:
+            to = Destination(self._node_id, str(path))
+            parcel, own = await asyncio.gather(
+                self._peers.give(holder, ask, most, to), self._core.find(ask)
+            )
             if parcel is None:
                 return
             saved = parcel.tokens - (own.tokens if own is not None else 0)
-            if saved > 0:
-                began = time.monotonic()
-                is_whole = await self.take_in(parcel)
-                seconds = time.monotonic() - began
-                speed = parcel.nbytes / max(seconds, 1e-6)
-                self._bytes_per_s += _NEWEST * (speed - self._bytes_per_s)
-                move = SessionMove("fetched", saved, parcel.nbytes, seconds, is_whole)
-                self._on_move(move)
-            # The holder may use the files again.
-            await anext(parcels, None)
+            if saved <= 0:
+                return
+            began = time.monotonic()
+            is_whole = await self.take_in(parcel)
+            seconds = time.monotonic() - began
+        if is_whole:
+            self.speed.note(parcel.nbytes, seconds)
+        self._on_move(SessionMove("fetched", saved, parcel.nbytes, seconds, is_whole))
 
     async def give(
-        self, ask: "SessionAsk", most_bytes_per_token: float, node_id: str
-    ) -> AsyncGenerator[Parcel, None]:
-        """Yield the held cache that saves most of another replica's request; nothing without one.
+        self, ask: "SessionAsk", most_bytes_per_token: float, to: Destination
+    ) -> Parcel | None:
+        """Return the held cache that saves most of another replica's request; None without one.
 
         Args:
             most_bytes_per_token: larger caches would take longer to move than to compute.
-            node_id: the other replica's node.
+            to: where the other replica waits for it. On another node it takes arrays instead.
         """
+        if to.node_id == self._node_id:
+            exported = await self._core.export_for(ask, most_bytes_per_token, to.path)
+            return None if exported is None else _parcel(*exported, to.path)
         with self._files.path() as path:
             exported = await self._core.export_for(ask, most_bytes_per_token, str(path))
-            if exported is not None:
-                found, card = exported
-                arrays = await asyncio.to_thread(self._pack, path, node_id)
-                here = str(path) if arrays is None else None
-                yield Parcel(found.tokens, found.nbytes, card, here, arrays or ())
+            if exported is None:
+                return None
+            return _parcel(*exported, None, await asyncio.to_thread(self._pack, path))
 
     async def take_in(self, parcel: Parcel) -> bool:
         """Hold a cache from another replica; return whether it is whole."""
@@ -225,3 +262,9 @@ class SessionTraffic:
         except Exception as error:
             logger.info("a session is lost: %s did not take it: %r", receiver, error)
             return False
+
+
+def _parcel(
+    found: "Found", card: "HeldCard", path: str | None, arrays: Sequence[Any] = ()
+) -> Parcel:
+    return Parcel(found.tokens, found.nbytes, card, path, arrays)

@@ -1,7 +1,7 @@
 """Held caches between replicas, without engines: what is fetched, handed over, and lost."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from adakv_serve.serving.spill.parcels import open_parcels
-from adakv_serve.serving.spill.sessions import Parcel, SessionMove, SessionTraffic
+from adakv_serve.serving.spill.sessions import Destination, Parcel, SessionMove, SessionTraffic
 from adakv_serve.serving.supervision import Supervisor
 from adakv_worker.frontend.session_moves import SessionAsk, SessionCore
 from adakv_worker.session_messages import Found, HeldCard
 
 CARD = HeldCard("scope", np.arange(300, dtype=np.int32).tobytes(), 300, 200, 100, 250, 1, True)
+ASK = SessionAsk(np.arange(300, dtype=np.int32).tobytes(), None, None)
 CONTENT = b"keys and values"
 
 
@@ -60,45 +61,54 @@ class Replica:
 
     def __init__(self, folder: Path, held: list[Found], node: str = "node") -> None:
         self.core, self.node = Core(held), node
+        self.now_s, self.folder = 0.0, folder
         self.moves: list[SessionMove] = []
         self.replicas: dict[str, Replica] = {}
         self.traffic = SessionTraffic(
             core=cast(SessionCore, self.core),
             peers=self,
             pack=self.pack,
+            node_id=node,
             folder=folder,
             prefill_tokens_per_s=1000.0,
             bytes_per_s=1e6,
             interval_s=0.01,
             tasks=Supervisor(),
             on_move=self.moves.append,
+            clock=lambda: self.now_s,
         )
 
-    def pack(self, path: Path, node_id: str) -> list[Any] | None:
+    def pack(self, path: Path) -> list[Any]:
         async def sent(array: np.ndarray) -> np.ndarray:
             return array
 
-        return None if node_id == self.node else [sent(array) for array in open_parcels(path)]
+        return [sent(array) for array in open_parcels(path)]
 
-    def give(
-        self, holder: str, ask: SessionAsk, most_bytes_per_token: float
-    ) -> AsyncGenerator[Parcel, None]:
-        return self.replicas[holder].traffic.give(ask, most_bytes_per_token, self.node)
+    async def give(
+        self, holder: str, ask: SessionAsk, most_bytes_per_token: float, to: Destination
+    ) -> Parcel | None:
+        return await self.replicas[holder].traffic.give(ask, most_bytes_per_token, to)
 
     async def take(self, receiver: str, one: Found, card: HeldCard, path: Path) -> bool:
         peer = self.replicas[receiver]
-        arrays = self.pack(path, peer.node)
-        return await peer.traffic.take_in(
-            Parcel(1, 1, card, str(path) if arrays is None else None, arrays or ())
-        )
+        parcel = Parcel(1, 1, card, str(path))
+        if peer.node != self.node:
+            parcel = parcel._replace(path=None, arrays=self.pack(path))
+        return await peer.traffic.take_in(parcel)
 
     async def others(self) -> list[str]:
         return list(self.replicas)
 
 
 @pytest.fixture
-async def pair(tmp_path: Path) -> AsyncIterator[tuple[Replica, Replica]]:
-    here, there = Replica(tmp_path, []), Replica(tmp_path, [Found("one", 280, 1000)])
+def node() -> str:
+    """The node of the replica that fetches."""
+    return "node"
+
+
+@pytest.fixture
+async def pair(tmp_path: Path, node: str) -> AsyncIterator[tuple[Replica, Replica]]:
+    here, there = Replica(tmp_path, [], node), Replica(tmp_path, [Found("one", 280, 1000)])
     here.replicas["holder"] = there
     yield here, there
     for replica in (here, there):
@@ -107,8 +117,7 @@ async def pair(tmp_path: Path) -> AsyncIterator[tuple[Replica, Replica]]:
 
 
 async def fetch(replica: Replica, holder: str = "holder") -> None:
-    ask = SessionAsk(np.arange(300, dtype=np.int32).tobytes(), None, None)
-    await replica.traffic.fetch(holder, ask)
+    await replica.traffic.fetch(holder, ASK)
 
 
 @pytest.mark.parametrize("node", ["node", "another"])
@@ -116,12 +125,50 @@ async def test_the_cache_of_a_request_comes_from_its_holder(
     pair: tuple[Replica, Replica], node: str
 ) -> None:
     here, there = pair
-    here.node = node
     await fetch(here)
     assert here.core.arrived == [CONTENT]
     (move,) = here.moves
     assert move._replace(seconds=0.0) == SessionMove("fetched", 280, 1000, 0.0, True)
     assert not there.moves
+
+
+async def test_a_cache_stays_as_it_is_until_its_receiver_has_taken_it_in(
+    pair: tuple[Replica, Replica],
+) -> None:
+    here, there = pair
+    taking, taken = asyncio.Event(), asyncio.Event()
+    take_in = here.core.take_in
+
+    async def after_a_step(card: HeldCard, path: str) -> bool:
+        taking.set()
+        await taken.wait()
+        return await take_in(card, path)
+
+    here.core.take_in = after_a_step
+    first = asyncio.create_task(fetch(here))
+    async with asyncio.timeout(30):
+        await taking.wait()
+    # Meanwhile its holder gives others something.
+    there.core.content = b"another's"
+    other = Replica(there.folder, [])
+    other.replicas["holder"] = there
+    await fetch(other)
+    taken.set()
+    await first
+    assert here.core.arrived == [CONTENT]
+    await other.traffic.stop()
+
+
+async def test_slow_moves_are_forgotten(pair: tuple[Replica, Replica]) -> None:
+    here, there = pair
+    there.core.caches = [Found("one", 280, 200_000)]
+    here.traffic.speed.note(1000, 1.0)
+    here.traffic.speed.note(1000, 1.0)
+    await fetch(here)
+    assert not here.moves
+    here.now_s += 600.0
+    await fetch(here)
+    assert [move.is_whole for move in here.moves] == [True]
 
 
 async def test_nothing_is_fetched_where_that_would_not_pay(pair: tuple[Replica, Replica]) -> None:
