@@ -70,8 +70,9 @@ def _padded(parts: Sequence[Tensor], value: float) -> Tensor:
 def reallocate(policy: Policy, scored: Scored, lens: Tensor, keep_tokens: int) -> Tensor:
     """Return kept [L, H, n] bool with exactly L * H * `keep_tokens` entries set.
 
-    n is the number of entries of the longest head. Windows and sinks stay. If the policy allots a
-    head or a layer more entries than it has, others get the rest.
+    n is the number of entries of the longest head. Windows stay, and as many sinks of each head as
+    `keep_tokens` has room for beside the window. If the policy allots a head or a layer more
+    entries than it has, others get the rest.
 
     Args:
         scored: [L, H, n - window_tokens], see `score_heads`.
@@ -83,7 +84,7 @@ def reallocate(policy: Policy, scored: Scored, lens: Tensor, keep_tokens: int) -
     window = policy.scorer.window_tokens
     before_window = lens.long() - window
     scores, weights = scored
-    sinks = before_window.clamp(max=SINK_TOKENS)
+    sinks = before_window.clamp(max=min(SINK_TOKENS, max(0, keep_tokens - window)))
     totals = fitted(
         policy.totals(scores, keep_tokens),
         sinks.sum(dim=-1).tolist(),

@@ -116,7 +116,7 @@ def test_the_total_is_conserved_for_heads_of_different_lengths(
         [[data.draw(spread) for _ in range(heads)] for _ in range(layers)], dtype=torch.int32
     )
     mean = int(lens.sum()) // lens.numel()
-    keep = data.draw(st.integers(window + SINK_TOKENS, mean))
+    keep = data.draw(st.integers(max(window, 1), mean))
     seed = data.draw(st.integers(0, 100))
     shape = (layers, heads, int(lens.max()) - window)
     # Many ties, as pooled scores have.
@@ -127,7 +127,7 @@ def test_the_total_is_conserved_for_heads_of_different_lengths(
     assert int(kept.sum()) == layers * heads * keep
     position = torch.arange(kept.shape[-1])
     assert not bool((kept & (position >= lens[..., None])).any())
-    assert bool(kept[..., :SINK_TOKENS].all())
+    assert bool(kept[..., :SINK_TOKENS].all()) or keep < window + SINK_TOKENS
     recent = (position >= (lens - window)[..., None]) & (position < lens[..., None])
     assert bool(kept[recent].all())
 
@@ -142,6 +142,12 @@ def test_heads_of_one_length_keep_the_entries_that_a_prompt_keeps(name: str) -> 
     scored = with_sinks(Scored(scores, torch.rand((3, 2, m), generator=generator)))
     lens = torch.full((3, 2), n, dtype=torch.int32)
     assert torch.equal(reallocate(policy, scored, lens, keep), policy.allocate(scored, keep).kept)
+
+
+@pytest.mark.parametrize("keep", range(1, SINK_TOKENS + 2))
+def test_without_scores_any_budget_is_kept(keep: int) -> None:
+    lens = torch.tensor([[30, 12], [5, 40]], dtype=torch.int32)
+    assert keep_recent(lens, keep).sum(dim=-1).tolist() == [[keep, keep], [keep, keep]]
 
 
 def test_without_scores_the_sinks_and_the_most_recent_entries_stay() -> None:
