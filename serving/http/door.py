@@ -51,6 +51,7 @@ class Door:
         self.retries = Retries(clock)
         self._clock = clock
         self._last_answer_at = -math.inf
+        self._asking: asyncio.Task[bool] | None = None
 
     def note_answer(self) -> None:
         """Record that a replica has just answered."""
@@ -60,6 +61,12 @@ class Door:
         """Return whether some replica answers, or has answered a moment ago."""
         if self._clock() - self._last_answer_at < _RECENT_ANSWER_S:
             return True
+        # A ping takes a place among the requests that wait: all who ask share one.
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._answers())
+        return await asyncio.shield(self._asking)
+
+    async def _answers(self) -> bool:
         try:
             await asyncio.wait_for(self.backend.ping(), self.settings.health_timeout_s)
         except (BackendFailure, TimeoutError):

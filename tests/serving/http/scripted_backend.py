@@ -35,6 +35,9 @@ class ScriptedBackend:
         self.ping_result = ping
         self.calls: list[tuple[Scope, bytes]] = []
         self.closed = asyncio.Event()
+        # Whether each script was played to its end.
+        self.ended: list[str] = []
+        self.pinged = asyncio.Semaphore(0)
         # What each request pays.
         self.tokens = 0
 
@@ -51,10 +54,15 @@ class ScriptedBackend:
                     await step.wait()
                 else:
                     yield step
+            self.ended.append("whole")
+        except BaseException:
+            self.ended.append("broken off")
+            raise
         finally:
             self.closed.set()
 
     async def ping(self) -> None:
+        self.pinged.release()
         if isinstance(self.ping_result, asyncio.Event):
             await self.ping_result.wait()
         elif self.ping_result is not None:

@@ -8,8 +8,9 @@ from urllib.parse import quote
 
 import httpx
 import pytest
+import vllm
 
-from adakv_serve.serving.http.asgi import Message
+from adakv_serve.serving.http.asgi import Message, is_last
 from adakv_serve.serving.http.door_settings import FrontDoorSettings
 from adakv_serve.serving.http.failures import NoReplica, Overloaded, ReplicaLost
 from adakv_serve.serving.http.front_door import FrontDoor
@@ -174,14 +175,53 @@ async def test_an_open_path_takes_no_other_method(path: str, method: str) -> Non
 
 
 async def test_what_comes_to_an_open_path_reaches_no_engine() -> None:
-    backend = ScriptedBackend([WHOLE])
+    backend = ScriptedBackend()
     response = await client(backend, api_keys=("right",)).request(
         "GET", "/version", content=b"x" * 1000
     )
-    assert response.status_code == 200
-    scope, body = backend.calls[0]
-    assert body == b""
-    assert not {b"content-length", b"content-type"} & {name for name, _ in scope["headers"]}
+    assert (response.status_code, response.json()) == (200, {"version": vllm.__version__})
+    assert backend.calls == []
+
+
+async def test_all_probes_share_one_ping() -> None:
+    backend = ScriptedBackend(ping=(answers := asyncio.Event()))
+    door = client(backend, health_timeout_s=60)
+    probes = [asyncio.create_task(door.get("/health")) for _ in range(50)]
+    # One that leaves ends nobody else's.
+    await asyncio.wait_for(backend.pinged.acquire(), 60)
+    probes.pop().cancel()
+    answers.set()
+    assert {probe.status_code for probe in await asyncio.gather(*probes)} == {200}
+    assert backend.pinged.locked()
+
+
+async def test_a_client_that_goes_with_the_last_part_does_not_end_its_source() -> None:
+    backend = ScriptedBackend([WHOLE, (more := asyncio.Event())])
+    sent: list[Message] = []
+    request: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
+    complete = asyncio.Event()
+
+    async def receive() -> Message:
+        if request:
+            return request.pop()
+        await complete.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+        if is_last(message):
+            complete.set()
+            asyncio.get_running_loop().call_later(0.01, more.set)
+
+    door = FrontDoor(backend, FrontDoorSettings(), logging.getLogger("test"))
+    scope = {
+        "type": "http", "method": "GET", "path": "/v1/models", "headers": [],
+        "query_string": b"", "http_version": "1.1",
+    }  # fmt: skip
+    async with asyncio.timeout(60):
+        await door(scope, receive, send)
+    assert backend.ended == ["whole"]
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
 
 
 @pytest.mark.parametrize(
