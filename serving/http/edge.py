@@ -8,6 +8,7 @@ before the front door asks for it, so a client that waits to be asked is refused
 import os
 import re
 import uuid
+from collections.abc import Iterable, Iterator
 
 from starlette.middleware import Middleware
 
@@ -30,6 +31,11 @@ MOST_BODY_BYTES_VARIABLE = "ADAKV_MAX_BODY_BYTES"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _TYPES = {404: "NotFoundError", 408: "RequestTimeout", 503: "ServiceUnavailable"}
 _REPLACED_HEADERS = (b"content-type", b"content-length")
+# By these a client could end or keep calls past all of our limits.
+_OF_SERVE = (
+    b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id",
+)  # fmt: skip
+_SESSION_ID = b"x-session-id"
 _LONGEST_ERROR_BYTES = 10_000
 
 
@@ -59,7 +65,7 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope = _with_one_id(scope)
+        scope = _with_one_id({**scope, "headers": list(_for_serve(scope["headers"]))})
         try:
             self._refuse_before_continue(scope)
         except BodyRefused as refused:
@@ -84,6 +90,27 @@ async def _send_refusal(refused: BodyRefused, scope: Scope, send: Send) -> None:
         refused.status, str(refused), type_=refused.error_type, headers=headers
     ):
         await send(message)
+
+
+def _for_serve(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+    """Yield a request's headers without Serve's own, and with a session's name in UTF-8.
+
+    Serve reads that as UTF-8, and browsers send Latin-1.
+    """
+    for name, value in headers:
+        plain = name.lower().replace(b"_", b"-")
+        if plain == _SESSION_ID and not _is_utf8(value):
+            value = value.decode("latin-1").encode()
+        if plain not in _OF_SERVE:
+            yield name, value
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _with_one_id(scope: Scope) -> Scope:

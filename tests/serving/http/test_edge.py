@@ -11,7 +11,12 @@ import pytest
 import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.serve._private.http_util import RequestIdMiddleware
+from ray.serve._private.http_util import (
+    RequestIdMiddleware,
+    parse_disconnect_disabled_header,
+    parse_request_timeout_header,
+    parse_session_id_header,
+)
 from starlette.responses import PlainTextResponse, Response
 
 from adakv_serve.serving.http.asgi import Receive, Scope, Send
@@ -27,8 +32,10 @@ class App:
     def __init__(self, response: Response) -> None:
         self._response = response
         self.ids: list[bytes] = []
+        self.headers: list[tuple[bytes, bytes]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.headers = scope["headers"]
         self.ids = [value for name, value in scope["headers"] if name == b"x-request-id"]
         await self._response(scope, receive, send)
 
@@ -53,6 +60,22 @@ async def test_every_request_has_one_id_that_its_answer_has_too(given: list[byte
     assert 1 <= len(one) <= 128
     if given and given[0] in (KNOWN, b"other"):
         assert one == given[0]
+
+
+async def test_serve_can_read_a_session_and_gets_no_orders_from_clients() -> None:
+    app = App(Response(b"{}", media_type="application/json"))
+    headers = [
+        (b"X-Session-ID", "Zoë".encode("latin-1")), (b"x-request-timeout-seconds", b"\xff"),
+        (b"x-request-disconnect-disabled", b"?1"), (b"serve_multiplexed_model_id", b"\xff"),
+        (b"x-other", b"\xff"),
+    ]  # fmt: skip
+    await serve(app).get("/", headers=headers)
+    given = dict(app.headers)
+    assert parse_session_id_header(given) == "Zoë"
+    assert parse_request_timeout_header(given, 7.0) == 7.0
+    assert not parse_disconnect_disabled_header(given)
+    assert given[b"x-other"] == b"\xff"
+    assert b"serve_multiplexed_model_id" not in given
 
 
 @pytest.mark.parametrize("status", [404, 408, 429, 500, 503])
