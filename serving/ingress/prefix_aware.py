@@ -40,12 +40,13 @@ def prompt_text(body: bytes) -> str:
     """Return the text of a request's prompt as Ray's router compares it; empty if there is none."""
     try:
         request = json.loads(body)
-    except ValueError:
+        if not isinstance(request, dict):
+            return ""
+        return _text(next((request[name] for name in _PROMPTS if request.get(name)), None))
+    except (ValueError, RecursionError):
+        # The engine refuses it. An exception would end Serve's search for a replica, and leave the
+        # request without an answer.
         return ""
-    if not isinstance(request, dict):
-        return ""
-    prompt = next((request[name] for name in _PROMPTS if request.get(name)), None)
-    return _text(prompt)
 
 
 def _text(value: object) -> str:

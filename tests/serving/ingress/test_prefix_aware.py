@@ -24,8 +24,12 @@ def test_the_text_of_a_prompt_is_compared(body: object, text: str) -> None:
     assert prompt_text(json.dumps(body).encode()) == text
 
 
-def test_a_malformed_body_has_no_text() -> None:
-    assert prompt_text(b"{") == ""
+@pytest.mark.parametrize(
+    "body",
+    [b"{", b"\xff", b"[" * 100_000, b'{"messages":' + b"[" * 900 + b"]" * 900 + b"}"],
+)
+def test_a_malformed_body_has_no_text(body: bytes) -> None:
+    assert prompt_text(body) == ""
 
 
 @pytest.mark.parametrize("policy", ["occupancy", "prefix_aware"])
