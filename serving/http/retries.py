@@ -39,14 +39,22 @@ class Recent:
             self._seconds.append([second, 0])
         self._seconds[-1][1] += 1
         self._count += 1
+        self._forget()
 
     @property
     def count(self) -> int:
         """Events of the last time."""
+        self._forget()
+        return self._count
+
+    def __len__(self) -> int:
+        """Return the seconds that it remembers."""
+        return len(self._seconds)
+
+    def _forget(self) -> None:
         oldest = self._clock() - self._window_s
         while self._seconds and self._seconds[0][0] < oldest:
             self._count -= self._seconds.popleft()[1]
-        return self._count
 
 
 class Retries:

@@ -106,7 +106,8 @@ class HandleBackend:
             footprint = footprint._replace(traceparent=traceparent, booking=uuid.uuid4().hex)
         call = functools.partial(self._stream.remote, scope, predicted.body, footprint)
         with named_failures(), self._booked(footprint):
-            with _paid_unless_refused(pay, prompt):
+            # A replica that stops cancels the call, which is a failure only once it has its name.
+            with _paid_unless_refused(pay, prompt), named_failures():
                 response, item = await self._shedding.begin(call, predicted.priority)
             if self._routing is not None and footprint is not None:
                 self._routing.answered(footprint)

@@ -11,7 +11,7 @@ from adakv_serve.serving.http.failures import (
     ReplicaDown,
     ReplicaLost,
 )
-from adakv_serve.serving.http.retries import Continuations, Retries
+from adakv_serve.serving.http.retries import Continuations, Recent, Retries
 from tests.serving.http.scripted_backend import WHOLE, Clock, ScriptedBackend, client
 
 
@@ -29,6 +29,14 @@ def retried(retries: Retries, requests: int) -> int:
     """Return how many of so many requests, all of which lose their replicas, are sent again."""
     pauses = [retries.begin().pause_after(ReplicaLost()) for _ in range(requests)]
     return sum(pause is not None for pause in pauses)
+
+
+def test_no_more_than_the_last_seconds_are_remembered(clock: Clock) -> None:
+    recent = Recent(clock, window_s=60.0)
+    for _ in range(1000):
+        recent.note()
+        clock.now += 1.0
+    assert len(recent) <= 62
 
 
 def test_a_few_requests_are_retried_even_without_other_traffic(retries: Retries) -> None:

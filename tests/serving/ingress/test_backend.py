@@ -176,9 +176,15 @@ async def test_a_request_pays_for_its_prompt_and_its_answers() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [BackPressureError(num_queued_requests=1, max_queued_requests=1), NOT_THERE]
+    "error",
+    [
+        BackPressureError(num_queued_requests=1, max_queued_requests=1),
+        NOT_THERE,
+        # Of a replica that stops.
+        asyncio.CancelledError(),
+    ],
 )
-async def test_a_request_that_no_replica_takes_pays_nothing(error: Exception) -> None:
+async def test_a_request_that_no_replica_takes_pays_nothing(error: BaseException) -> None:
     paid: list[int] = []
     scope: Scope = {"path": "/", "headers": []}
     with pytest.raises((Overloaded, ReplicaDown, ReplicaLost, NoReplica)):

@@ -59,7 +59,9 @@ def _departing(port: int, draining: Draining, *, has_own_port: bool = True) -> I
     app = departure.noting_address(_app)
 
     async def run() -> None:
-        scope = {"type": "http", "scheme": "http", "server": ("127.0.0.1", port)}
+        # A client has said that it speaks TLS.
+        scheme = "https" if has_own_port else "http"
+        scope = {"type": "http", "scheme": scheme, "server": ("127.0.0.1", port)}
         await app(scope, _nothing_comes, _nobody_reads)
         await departure.end_at_limit(draining)
 

@@ -211,6 +211,14 @@ async def test_the_engine_gets_the_ids_where_it_takes_them() -> None:
         assert (await predictor.predict(PATH, body)).body is body
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8"])
+async def test_a_body_is_what_it_was_in_each_encoding_of_json(encoding: str) -> None:
+    _, predictor = letters()
+    body = json.dumps({"prompts": ["ab"], "takes_ids": True}).encode(encoding)
+    given = json.loads((await predictor.predict(PATH, body)).body)
+    assert (given["prompts"], "kv_transfer_params" in given) == (["ab"], encoding == "utf-8")
+
+
 @pytest.mark.parametrize(
     "fields", [{"problem": "malformed"}, {"xargs": {"adakv_policy": "no"}, "prompts": ["x"]}]
 )
