@@ -57,6 +57,9 @@ def _has_odd_sizes(config: VllmConfig) -> bool:
 
 # What is refused, by its name in the error.
 REFUSED: dict[str, Callable[[VllmConfig], bool]] = {
+    "scheduler_reserve_full_isl: false (requests start when their slabs have room, too)": (
+        lambda c: not c.scheduler_config.scheduler_reserve_full_isl
+    ),
     "speculative_config (one token a step)": lambda c: c.speculative_config is not None,
     "pipeline_parallel_size > 1 (pages are shared by all layers)": (
         lambda c: c.parallel_config.pipeline_parallel_size > 1

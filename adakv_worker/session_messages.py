@@ -33,6 +33,7 @@ class HeldCard(msgspec.Struct, frozen=True):
     is_named: whether routers may know which prompt it is of.
     cache_salt: the salt of its requests.
     has_session: whether its client names its session.
+    has_adapter: whether a LoRA adapter has computed it: then it stays where it is.
     """
 
     scope: str
@@ -45,6 +46,7 @@ class HeldCard(msgspec.Struct, frozen=True):
     is_named: bool
     has_session: bool = False
     cache_salt: str | None = None
+    has_adapter: bool = False
 
     @property
     def token_ids(self) -> TokenIds:

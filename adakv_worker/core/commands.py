@@ -75,7 +75,7 @@ def _recompress(plan: Plan) -> Recompress:
     resumed = plan.resumed
     assert resumed is not None
     return Recompress(
-        plan.choice, plan.prompt_tokens, plan.query_span, resumed.keep, plan.slabs, resumed.among
+        resumed.choice, plan.prompt_tokens, plan.query_span, resumed.keep, plan.slabs, resumed.among
     )
 
 

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from adakv_serve.kernels.policies.presets import PolicyChoice
+
 
 class Floor(NamedTuple):
     """From `tokens` tokens on, every head of a compressed cache has an entry for every token.
@@ -26,6 +28,7 @@ class Resumed(NamedTuple):
     floor: how far the cache can be cut back.
     among: last entries of each head that compete at the end of the prompt; None: all of them.
     keep: entries per head on average that stay of those that compete.
+    choice: how they are chosen, by no more queries than this request computes.
     compressed_at: tokens of the prompts before.
     copies: whether the cache stays held, because other requests want it, too.
     """
@@ -37,4 +40,5 @@ class Resumed(NamedTuple):
     compressed_at: int
     among: int | None
     keep: int
+    choice: PolicyChoice
     copies: bool = False

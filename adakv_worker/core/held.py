@@ -27,6 +27,7 @@ class Held:
     has_arrived: whether it came from another replica, and no request has begun with it here.
     has_session: whether its client names its session, and so will probably ask on.
     cache_salt: the salt of its requests.
+    has_adapter: whether a LoRA adapter has computed it. Engines number these by themselves.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Held:
     has_arrived: bool = False
     has_session: bool = False
     cache_salt: str | None = None
+    has_adapter: bool = False
 
     @property
     def size_blocks(self) -> int:
@@ -66,7 +68,7 @@ class Held:
         return HeldCard(
             self.scope, self.token_ids.tobytes(), self.entry_tokens, tokens, entries,
             self.compressed_at, self.turn, bool(self.block_hashes), self.has_session,
-            self.cache_salt,
+            self.cache_salt, self.has_adapter,
         )  # fmt: skip
 
 
@@ -79,6 +81,7 @@ class ToHold(NamedTuple):
     block_hashes: Sequence[BlockHash] = ()
     has_session: bool = False
     cache_salt: str | None = None
+    has_adapter: bool = False
 
 
 class Match(NamedTuple):

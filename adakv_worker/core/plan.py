@@ -126,11 +126,6 @@ class Plan:
         return most if self.resumed is None else max(most, self.blocks_to_extend)
 
     @property
-    def window_tokens(self) -> int:
-        """Number of the prompt's last tokens whose entries all stay."""
-        return min(self.choice.build().scorer.window_tokens, self.keep)
-
-    @property
     def blocks_to_extend(self) -> int:
         """Blocks that hold a resumed request when its prompt is complete, before compression."""
         return self.extended_blocks(self.prompt_tokens)

@@ -3,6 +3,7 @@
 import enum
 from dataclasses import dataclass, replace
 
+from adakv_serve.kernels.policies.presets import PolicyChoice
 from adakv_worker.core.floor import Floor
 from adakv_worker.core.held import Held, ToHold
 from adakv_worker.core.plan import Life, Plan
@@ -139,18 +140,20 @@ class CompressedRequest:
         self._leave(self.phase if self.phase is Phase.RESUMED else Phase.RESERVED, Phase.COMPRESSED)
         resumed = plan.resumed
         if resumed is None or resumed.among is None or resumed.keep < resumed.among:
-            self._note_cut(plan.prompt_tokens, plan.keep)
+            choice = plan.choice if resumed is None else resumed.choice
+            self._note_cut(plan.prompt_tokens, plan.keep, choice)
         self.hold(slabs)
 
     def note_eviction(self, slabs: int) -> None:
         """Note the slabs that it holds after the eviction that its last step ended with."""
         assert self.plan.bound is not None
-        self._note_cut(self.num_tokens, self.plan.bound.budget_tokens)
+        self._note_cut(self.num_tokens, self.plan.bound.budget_tokens, self.plan.choice)
         self.hold(slabs)
 
-    def _note_cut(self, num_tokens: int, entries: int) -> None:
+    def _note_cut(self, num_tokens: int, entries: int, choice: PolicyChoice) -> None:
         # The window's entries stay whole; a policy that failed has none.
-        window = 0 if self.failed else min(self.plan.window_tokens, num_tokens)
+        most = min(num_tokens, self.plan.keep)
+        window = 0 if self.failed else min(choice.build().scorer.window_tokens, most)
         self.floor = Floor(num_tokens - window, entries - window)
         self.compressed_at = num_tokens
 
@@ -176,7 +179,7 @@ class CompressedRequest:
             name, to_hold.scope, to_hold.token_ids[:known], to_hold.entry_tokens, self.floor,
             self.compressed_at, (), resumed.turn if resumed is not None else 1,
             tuple(to_hold.block_hashes[: known // block_size]), has_session=to_hold.has_session,
-            cache_salt=to_hold.cache_salt,
+            cache_salt=to_hold.cache_salt, has_adapter=to_hold.has_adapter,
         )  # fmt: skip
 
     def _leave(self, phase: Phase, to: Phase) -> None:

@@ -81,7 +81,9 @@ class Sessions:
         compute everything. Nobody is overtaken for longer than `overtake_s`.
         """
         overdue_since = now_s - self._config.overtake_s
-        self._held.patient = all(one.arrival_time >= overdue_since for one in waiting)
+        # Patience holds others up, too, even where nobody may be overtaken.
+        longest_s = self._config.overtake_s or self._config.patience_s
+        self._held.patient = all(one.arrival_time >= now_s - longest_s for one in waiting)
         wanted = {name for name, held in self._wanted.items() if held in self._held}
         self._wanted = {name: self._wanted[name] for name in wanted}
         if not wanted or not isinstance(waiting, FCFSRequestQueue):
@@ -141,7 +143,7 @@ class Sessions:
         to_hold = ToHold(
             _scope(request, budget), _token_ids(request), request.num_computed_tokens,
             request.block_hashes if plain else (), request.session_id is not None,
-            request.cache_salt,
+            request.cache_salt, has_adapter=not plain,
         )  # fmt: skip
         held = self._manager.hold(request.request_id, to_hold)
         if held is not None:
@@ -235,11 +237,13 @@ def with_held(
         among, keep = new, min(new, max(plan.keep - (whole - new), least))
     else:
         among, keep = None, plan.keep
-    resumed = Resumed(held.name, held.turn + 1, base, held.floor, compressed_at, among, keep)
+    resumed = Resumed(
+        held.name, held.turn + 1, base, held.floor, compressed_at, among, keep, choice
+    )
     total = keep if among is None else whole - new + keep
     span = min(query_span(choice), computed) if total < whole else 0
     return replace(
-        plan, choice=choice, keep=total, query_span=span, skipped=None, resumed=resumed,
+        plan, keep=total, query_span=span, skipped=None, resumed=resumed,
         session=SessionProof(resumed.turn, tokens, computed, held.source),
     )  # fmt: skip
 

@@ -75,10 +75,11 @@ class HeldMoves:
         return None if card is None else [fields, card]
 
     def list(self) -> list[list[Any]]:
-        """Return the fields of a `Found` for each cache, the newest first."""
+        """Return the fields of a `Found` for each cache that may move, the newest first."""
         return [
             [*Found(name, len(card.token_ids), self._held.nbytes(name) * self._kind.ranks)]
             for name, card in reversed([*self._held.cards.items()])
+            if not card.has_adapter
         ]
 
     def export(self, name: str, path: str) -> dict[str, Any] | None:

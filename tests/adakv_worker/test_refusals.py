@@ -53,6 +53,9 @@ def _set_pages(config: VllmConfig, dtype: str, block_size: int = 32) -> None:
 
 # How to ask for what is refused, by the start of its name in the error.
 ASKED: dict[str, Callable[[Any], Any]] = {
+    "scheduler_reserve_full_isl: false": (
+        lambda c: setattr(c.scheduler_config, "scheduler_reserve_full_isl", False)
+    ),
     "speculative_config": lambda c: setattr(c, "speculative_config", object()),
     "pipeline_parallel_size": lambda c: setattr(c.parallel_config, "pipeline_parallel_size", 2),
     "decode_context_parallel_size": (

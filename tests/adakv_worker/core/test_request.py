@@ -92,11 +92,12 @@ class Requests(RuleBasedStateMachine):
 TestRequests = Requests.TestCase
 
 
-def _resumed_plan() -> Plan:
+def _resumed_plan(tokens: int = 140, **options: Any) -> Plan:
     held = Held(
-        "h", None, np.arange(150, dtype=np.int32), 150, Floor(120, 40), 130, (), turn=1
+        "h", None, np.arange(tokens + 10, dtype=np.int32), tokens + 10, Floor(120, 40), 130, (),
+        turn=1,
     )  # fmt: skip
-    return with_held(_plan(), held, 140, newest_only=True)
+    return with_held(_plan(**options), held, tokens, newest_only=True)
 
 
 def _in(phase: Phase) -> CompressedRequest:
@@ -145,6 +146,23 @@ def test_a_resumed_request_counts_from_its_cache() -> None:
     request.compress(request.plan.slabs)
     # The window of 32 tokens is whole.
     assert (request.floor, request.compressed_at) == (Floor(168, 50), 200)
+
+
+def test_a_short_turn_narrows_the_window_of_its_own_prompt_only() -> None:
+    bound = {"decode_budget_tokens": 64, "decode_interval_tokens": 40}
+    plan = _resumed_plan(198, **bound)
+    assert plan.resumed is not None
+    assert plan.resumed.choice.build().scorer.window_tokens == plan.query_span == 2
+    # Its answer's evictions look at as many queries as those of other requests.
+    assert plan.eviction_span == _plan(**bound).eviction_span == 32
+    request = CompressedRequest.planned(plan)
+    request.grow(200)
+    request.compress(plan.slabs)
+    assert request.floor == Floor(198, plan.keep - 2)
+    assert request.next_eviction is not None
+    request.grow(request.next_eviction)
+    request.note_eviction(plan.slabs_after_eviction)
+    assert request.floor == Floor(request.num_tokens - 32, 64 - 32)
 
 
 def test_a_policy_that_failed_leaves_nothing_to_cut() -> None:

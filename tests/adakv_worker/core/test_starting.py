@@ -85,6 +85,14 @@ def test_half_prefilled_prompts_keep_what_was_promised_to_them(
     assert core.to_admit(request_) == 13 + (8 + SLABS) + (1 + SLABS)
 
 
+def test_blocks_that_one_has_too_many_are_nobody_elses() -> None:
+    core = Core(free=TOTAL)
+    core.prefills("half", held=5)
+    # It goes on from a longer cache, which it cuts.
+    core.prefills("resumed", held=60)
+    assert core.to_admit(a_request()) == 13 + (8 + SLABS)
+
+
 def test_a_prompt_that_has_begun_is_not_promised_to_itself() -> None:
     core = Core(free=TOTAL)
     core.prefills("new", held=5)
