@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -18,30 +17,37 @@ from adakv.machine import look
 from adakv_serve.router import DEFAULT_APPLICATION
 from adakv_serve.router.ledger.redis_ledger import LedgerKeys, LedgerReader
 from adakv_serve.serving.config import AppConfig
+from adakv_serve.serving.serve_file import ServeFile
 from adakv_serve.serving.store import store_url
 
-_DEFAULT_HTTP_PORT = 8000
 
-
-def of_config(config: dict[str, Any]) -> Iterator[Finding]:
+def of_config(config: object) -> Iterator[Finding]:
     """Yield findings about a configuration of `serve run` on this machine."""
-    http = config.get("http_options") or {}
-    host, port = http.get("host", "127.0.0.1"), int(http.get("port", _DEFAULT_HTTP_PORT))
-    ports = [("http", host, port)]
-    for application in config.get("applications", ()):
+    try:
+        file = ServeFile.of(config)
+    except ValidationError as error:
+        yield _malformed(error)
+        return
+    ports = [("http", file.host, file.port)]
+    for name, args in file.applications:
         try:
-            app = AppConfig.model_validate(application.get("args") or {})
+            app = AppConfig.model_validate(args)
         except ValidationError as error:
-            # Its text would repeat what was given, which may be a secret.
-            places = sorted({".".join(map(str, one["loc"])) for one in error.errors()})
-            yield Finding("configuration", "error", ", ".join(places), "see `adakv serve` for why")
+            yield _malformed(error)
             continue
-        yield Finding("configuration", "ok", str(application.get("name", "default")))
+        yield Finding("configuration", "ok", name)
         if app.store.url is None and app.store.url_env is None:
             ports.append(("embedded store", "127.0.0.1", app.store.port))
         else:
             yield _store(app)
     yield from of_ports(ports)
+
+
+def _malformed(error: ValidationError) -> Finding:
+    # Its text would repeat what was given, which may be a secret.
+    places = sorted({".".join(map(str, one["loc"])) for one in error.errors()})
+    named = ", ".join(filter(None, places)) or "no mapping"
+    return Finding("configuration", "error", named, "see `adakv serve` for why")
 
 
 def _store(app: AppConfig) -> Finding:
@@ -73,7 +79,7 @@ def main() -> int:
     if args.config is not None:
         try:
             findings += of_config(yaml.safe_load(args.config.read_text()))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             parser.error(f"{args.config}: {error}")
     if args.json:
         print(json.dumps([one._asdict() for one in findings], indent=2))

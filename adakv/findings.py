@@ -1,5 +1,6 @@
 """What is right and wrong with a machine, and what to do about it."""
 
+import errno
 import socket
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -133,16 +134,22 @@ def of_ports(ports: Iterable[tuple[str, str, int]]) -> Iterator[Finding]:
         ports: what listens there, address and port.
     """
     for name, host, port in ports:
-        busy = _is_busy(host, port)
-        advice = "something listens there: stop it, or choose another port in the configuration"
-        yield _found(name, f"{host}:{port} {'busy' if busy else 'free'}", advice if busy else None)
-
-
-def _is_busy(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
-        except OSError:
-            return True
-    return False
+            _bind(host, port)
+        except (OSError, OverflowError) as error:
+            busy = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            state = "busy" if busy else "unusable"
+            why = "something listens there: stop it, or" if busy else f"{error}:"
+            advice = f"{why} choose another address or port in the configuration"
+            yield _found(name, f"{host}:{port} {state}", advice)
+        else:
+            yield _found(name, f"{host}:{port} free", None)
+
+
+def _bind(host: str, port: int) -> None:
+    """Listen at an address for a moment. Raise OSError or OverflowError where that fails."""
+    (family, kind, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # `getaddrinfo` takes a port that is too large for another one.
+        probe.bind((address[0], port, *address[2:]))

@@ -35,7 +35,8 @@ def in_entries(
         cache_dtype: of blocks, by vLLM's `kv_cache_dtype`.
 
     Raises:
-        ValueError: `budget_bytes` is less than one entry of each head takes.
+        ValueError: `budget_bytes` is less than one entry of each head takes, or than the policy's
+            window.
     """
     ratio = page_ratio(model, cache_dtype, config.chosen_page_dtype)
     # What it stands for depends on the budgets that go.
@@ -49,7 +50,10 @@ def in_entries(
                 f"adakv: budget_bytes={config.budget_bytes} is less than one entry of each head "
                 f"takes, {entry_bytes}"
             )
-        changes |= {"budget_bytes": None, "budget_tokens": config.budget_bytes // entry_bytes}
+        entries = config.budget_bytes // entry_bytes
+        named = f"budget_bytes={config.budget_bytes} ({entries} entries of each head)"
+        config.refuse_below_window(named, entries)
+        changes |= {"budget_bytes": None, "budget_tokens": entries}
     if config.keep_bytes_ratio is not None:
         share = min(1.0, config.keep_bytes_ratio * ratio)
         changes |= {"keep_bytes_ratio": None, "keep_ratio": share}

@@ -186,12 +186,23 @@ class CompressionConfig(Section):
     def _policy_exists(self) -> "CompressionConfig":
         check_policy_name(self.policy)
         if self.policy != FULL:
-            self.default_choice.build()
+            if self.budget_bytes is None:
+                self.refuse_below_window(f"budget_tokens={self.budget_tokens}", self.budget_tokens)
             if self.decode_budget_tokens is not None:
                 check_bound(
                     self.default_choice, self.decode_budget_tokens, self.decode_interval_tokens
                 )
         return self
+
+    def refuse_below_window(self, budget: str, entries: int) -> None:
+        """Raise ValueError if a budget of so many entries a head is below the policy's window.
+
+        Args:
+            budget: how the error names it.
+        """
+        window = self.default_choice.build().scorer.window_tokens if self.policy != FULL else 0
+        if entries < window:
+            raise ValueError(f"{budget} is below the observation window of {window}")
 
     @property
     def chosen_page_dtype(self) -> str:

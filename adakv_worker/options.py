@@ -152,6 +152,9 @@ class RequestOptions(BaseModel):
         if self.budget_tokens is not None or self.keep_ratio is not None:
             budget = self.budget_tokens or max(config.min_budget_tokens, window)
             ratio = self.keep_ratio or 0.0
+        else:
+            # The operator's budget fits the operator's policy; another policy may need more.
+            budget = max(budget, window)
         if budget < window:
             raise ValueError(
                 f"adakv_budget_tokens={budget} is below the observation window of {window}"

@@ -25,7 +25,7 @@ def conversations(
     every = samples(task, tokenizer, document_tokens, 16 * count, seed)
     of_documents = (list(one) for _, one in groupby(every, key=lambda sample: sample.cluster))
     for asked in islice(of_documents, count):
-        yield _conversation(list(islice(cycle(asked[: turns - 1]), turns)))
+        yield _conversation(list(islice(cycle(asked[: max(1, turns - 1)]), turns)))
 
 
 def _conversation(asked: Sequence[Sample]) -> list[Sample]:

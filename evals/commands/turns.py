@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from adakv_serve.evals.results.scores import Row
 
 
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least one")
+    return number
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add_out_option(parser)
     add_model_option(parser)
@@ -26,7 +33,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ratios", nargs="+", type=float, default=(0.5, 0.25))
     parser.add_argument("--document-tokens", type=int, default=1024)
     parser.add_argument("--conversations", type=int, default=12, help="of each task")
-    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--turns", type=_at_least_one, default=6)
     parser.add_argument("--seed", type=int, default=0)
     add_kv_bytes_option(parser)
 

@@ -1,7 +1,7 @@
 """Tables of results in Markdown."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from adakv_serve.evals.choice import FULL
 from adakv_serve.evals.policies import TWINS
@@ -127,9 +127,20 @@ def _paired(rows: Sequence[Row], policy: str, baseline: str, kept: str, measure:
     ours, theirs = _merged(rows, policy, kept), _merged(rows, baseline, kept)
     if ours is None or theirs is None:
         return ""
-    found = difference(ours, theirs, measure)
+    common = {one["sample_id"] for one in ours.samples} & {
+        one["sample_id"] for one in theirs.samples
+    }
+    if not common:
+        return ""
+    found = difference(_only(ours, common), _only(theirs, common), measure)
     text = f"{found.mean:+.3f} [{found.interval.low:+.3f}, {found.interval.high:+.3f}]"
     return f"**{text}**" if found.is_clear else text
+
+
+def _only(row: Row, sample_ids: Collection[str]) -> Row:
+    """Return a row of these samples alone: another run may have had fewer, or other tasks."""
+    samples = [one for one in row.samples if one["sample_id"] in sample_ids]
+    return Row(**{**row.as_dict(), "samples": samples})
 
 
 def _merged(rows: Sequence[Row], policy: str, kept: str) -> Row | None:
@@ -138,7 +149,11 @@ def _merged(rows: Sequence[Row], policy: str, kept: str) -> Row | None:
     if not mine:
         return None
     samples = [
-        {**sample, "cluster": f"{row.task}/{sample['cluster']}"}
+        {
+            **sample,
+            "cluster": f"{row.task}/{sample['cluster']}",
+            "sample_id": f"{row.task}/{sample['sample_id']}",
+        }
         for row in mine
         for sample in row.samples
     ]

@@ -65,7 +65,12 @@ def test_the_doctor_finds_a_busy_port_and_a_wrong_setting(tmp_path: Path) -> Non
         http = {"host": "127.0.0.1", "port": ports[0]}
         args = {"store": {"port": ports[1]}}
         config.write_text(
-            yaml.safe_dump({"http_options": http, "applications": [{"name": "llm", "args": args}]})
+            yaml.safe_dump(
+                {
+                    "http_options": http,
+                    "applications": [{"name": "llm", "import_path": "a:b", "args": args}],
+                }
+            )
         )
         done = adakv("doctor", str(config), "--json")
         found = {one["name"]: one for one in json.loads(done.stdout)}
@@ -74,9 +79,34 @@ def test_the_doctor_finds_a_busy_port_and_a_wrong_setting(tmp_path: Path) -> Non
     # This machine runs the tests.
     machine = json.loads(adakv("doctor", "--json").stdout)
     assert [one for one in machine if one["verdict"] == "error"] == []
-    secret = {"applications": [{"args": {"store": {"url": "redis://:hidden@store:1/0"}}}]}
+    secret = {
+        "applications": [
+            {"import_path": "a:b", "args": {"store": {"url": "redis://:hidden@store:1/0"}}}
+        ]
+    }
     config.write_text(yaml.safe_dump(secret))
     done = adakv("doctor", str(config))
     assert done.returncode == 1
     assert "store.url" in done.stdout
     assert "hidden" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "no mapping"), (b"[1]", "no mapping"), (b"applications: abc", "applications"),
+        (b"http_options: {port: abc}", "http_options.port"),
+        (b"http_options: {port: 99999}\napplications: []", "0.0.0.0:99999 unusable"),
+        (b"http_options: {host: nowhere.invalid}\napplications: []", "nowhere.invalid:8000 unus"),
+        (b"\xff\xfe\x80", "odd.yaml"),
+    ],
+)  # fmt: skip
+def test_the_doctor_names_what_is_wrong_with_an_odd_file(
+    tmp_path: Path, content: bytes, named: str
+) -> None:
+    odd = tmp_path / "odd.yaml"
+    odd.write_bytes(content)
+    done = adakv("doctor", str(odd))
+    assert done.returncode in (1, 2)
+    assert named in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr

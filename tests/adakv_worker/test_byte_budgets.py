@@ -32,6 +32,11 @@ def _engine(model: Path, **compression: Any) -> VllmConfig:
     return args.create_engine_config()
 
 
+def test_bytes_for_fewer_entries_than_the_window_are_refused(model: Path) -> None:
+    with pytest.raises(ValueError, match=r"budget_bytes=\d+ \(31 entries of each head\) is below"):
+        settings_of(_engine(model, budget_bytes=32 * ENTRY_BYTES - 1))
+
+
 @pytest.mark.parametrize(("page_dtype", "times"), [("auto", 1), ("fp8", 4), ("fp8_e5m2", 4)])
 def test_as_many_bytes_hold_more_entries_of_fewer_bits(
     model: Path, page_dtype: str, times: int

@@ -62,6 +62,22 @@ def test_bad_values_name_themselves(given: dict[str, Any], reason: str | None) -
         RequestOptions.of(given).budget(CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"budget_tokens": 16}, "budget_tokens=16"), ({"window_tokens": 300}, "budget_tokens=256")],
+)
+def test_a_budget_below_the_window_is_refused_at_once(settings: Any, named: str) -> None:
+    with pytest.raises(ValidationError, match=f"{named} is below the observation window"):
+        CompressionConfig(**settings)
+    CompressionConfig(**settings, policy="full")
+
+
+def test_another_policy_gets_the_budget_that_it_needs() -> None:
+    config = CompressionConfig(policy="key_norm", budget_tokens=2)
+    asked = RequestOptions.of({"adakv_policy": "snapkv"}).budget(config)
+    assert asked.budget_tokens == 32
+
+
 def test_the_operator_can_forbid_full() -> None:
     with pytest.raises(ValueError, match="full"):
         RequestOptions.of({"adakv_policy": "full"}).budget(CompressionConfig(allow_full=False))

@@ -105,6 +105,16 @@ def test_a_report_has_a_cell_for_each_policy_and_budget() -> None:
     assert "| task | ada_snapkv 0.150 |" in text
 
 
+def test_a_report_compares_the_samples_that_both_policies_have() -> None:
+    rows = [
+        scored("snapkv", [0.5, 0.7, 0.9], ["a", "b", "c"]),
+        scored("ada_snapkv", [0.1, 0.2], ["a", "b"]),
+    ]
+    assert "| ada_snapkv | -0.450 [" in report(rows).split("### KL less even heads'")[1]
+    other = replace(rows[1], task="other")
+    assert "| snapkv | 1.000 / 1.000 / 0.700 |" in report([rows[0], other])
+
+
 def test_a_difference_over_few_documents_is_not_clear() -> None:
     sure, unsure = (["a", "b", "c", "d", "e", "f"], ["a", "a", "b", "b", "c", "c"])
     for clusters, clear in ((sure, True), (unsure, False)):

@@ -18,6 +18,10 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(embedded_model_path())
 
 
+def test_a_conversation_may_have_a_single_turn(tokenizer: Any) -> None:
+    assert [len(talk) for talk in conversations(TASKS[0], tokenizer, 512, 2, 1)] == [1, 1]
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_turn_begins_with_the_turns_before(tokenizer: Any, task: str) -> None:
     made = list(conversations(task, tokenizer, 512, 2, TURNS))
