@@ -46,8 +46,9 @@ KINDS: dict[str, Kind] = {
     # An engine without an answer is avoided after a third of `replica.hang_s`, and ended after it.
     "hang engine": _of_engine(stopping("engine", 90), "engine", 60),
     "kill replica": _of_engine(killing("replica"), "replica", 15),
-    # There is one ingress: until a new one listens, all is refused.
-    "kill ingress": Kind(killing("ingress"), "ingress", True, 15, 20),
+    # There is one ingress: until a new one listens, all is refused. It makes the model's renderer,
+    # which takes 20 s beside two busy engines on two cores.
+    "kill ingress": Kind(killing("ingress"), "ingress", True, 15, 40),
     # Serve looks three times before it starts another.
     "kill HAProxy": Kind(killing("haproxy"), "haproxy", True, 15, 20),
     "kill controller": Kind(killing("controller"), "controller", whole_within_s=15),
