@@ -149,6 +149,9 @@ class HandleBackend:
         with named_failures():
             if await self._asked_whether_it_rests():
                 return
+            # A call would wait behind all requests of a fleet that has enough of them.
+            if self._routing is not None and self._routing.hears_a_replica:
+                return
             await self._ping.remote()
 
 

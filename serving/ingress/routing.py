@@ -94,6 +94,12 @@ class Routing:
         """Return the last report of each replica that this ingress has heard of."""
         return self._chooser.view.last_reports(time.monotonic())
 
+    @property
+    def hears_a_replica(self) -> bool:
+        """Whether some replica's report is fresh; none comes from one whose engine is silent."""
+        view, now_s = self._chooser.view, time.monotonic()
+        return len(view.replica_ids) > view.silent(view.replica_ids, now_s)
+
     def stop(self) -> None:
         """Follow the ledger no more."""
         for task in self._kept:

@@ -5,6 +5,7 @@ import contextlib
 import pickle
 from collections.abc import AsyncIterator, Callable, Generator
 from contextlib import aclosing
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -260,6 +261,18 @@ async def test_a_ping_fails_as_a_stream_does(
         await backend.ping()
     else:
         with pytest.raises(translated):
+            await backend.ping()
+
+
+@pytest.mark.parametrize("reports", [True, False])
+async def test_a_fleet_that_is_full_answers_by_its_reports(reports: bool) -> None:
+    full = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+    routing = SimpleNamespace(hears_a_replica=reports)
+    backend = backend_of(Handle(error=full), routing=routing)
+    if reports:
+        await backend.ping()
+    else:
+        with pytest.raises(Overloaded):
             await backend.ping()
 
 

@@ -49,6 +49,15 @@ class Door:
         return decision.replica_ids[0]
 
 
+@pytest.mark.parametrize(("age_s", "hears"), [(0.0, True), (1.0, True), (60.0, False)])
+def test_a_replica_is_heard_while_its_report_is_fresh(age_s: float, hears: bool) -> None:
+    view = LocalView()
+    routing = Routing(Chooser(view), log_decisions=False)
+    assert not routing.hears_a_replica
+    view.accept(occupancy("one"), time.monotonic() - age_s)
+    assert routing.hears_a_replica is hears
+
+
 @pytest.fixture
 async def doors(store: str) -> AsyncIterator[tuple[Door, Door]]:
     doors = Door(store), Door(store)
