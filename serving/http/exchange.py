@@ -273,7 +273,7 @@ class Exchange:
             if message["type"] == "http.response.start":
                 self._status = message["status"]
                 message = {**message, "headers": self._response_headers(message)}
-            elif is_last(message):
+            elif message["type"] == "http.response.body" and is_last(message):
                 self._complete = True
             await self._send(message)
 
