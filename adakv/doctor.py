@@ -6,7 +6,7 @@ It starts nothing and changes nothing. It ends with 1 where something keeps the 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -45,9 +45,16 @@ def of_config(config: object) -> Iterator[Finding]:
 
 def _malformed(error: ValidationError) -> Finding:
     # Its text would repeat what was given, which may be a secret.
-    places = sorted({".".join(map(str, one["loc"])) for one in error.errors()})
-    named = ", ".join(filter(None, places)) or "no mapping"
+    places = sorted({_place(one["type"], one["loc"]) for one in error.errors()})
+    named = ", ".join(places)
     return Finding("configuration", "error", named, "see `adakv serve` for why")
+
+
+def _place(kind: str, place: Sequence[object]) -> str:
+    if place:
+        return ".".join(map(str, place))
+    # The others are of validators that look at several settings.
+    return "no mapping" if kind.endswith("_type") else "settings that contradict each other"
 
 
 def _store(app: AppConfig) -> Finding:

@@ -136,7 +136,7 @@ def of_ports(ports: Iterable[tuple[str, str, int]]) -> Iterator[Finding]:
     for name, host, port in ports:
         try:
             _bind(host, port)
-        except (OSError, OverflowError) as error:
+        except (OSError, OverflowError, UnicodeError) as error:
             busy = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
             state = "busy" if busy else "unusable"
             why = "something listens there: stop it, or" if busy else f"{error}:"

@@ -186,6 +186,7 @@ class CompressionConfig(Section):
     def _policy_exists(self) -> "CompressionConfig":
         check_policy_name(self.policy)
         if self.policy != FULL:
+            self.default_choice.build()
             if self.budget_bytes is None:
                 self.refuse_below_window(f"budget_tokens={self.budget_tokens}", self.budget_tokens)
             if self.decode_budget_tokens is not None:

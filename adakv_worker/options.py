@@ -152,10 +152,12 @@ class RequestOptions(BaseModel):
         if self.budget_tokens is not None or self.keep_ratio is not None:
             budget = self.budget_tokens or max(config.min_budget_tokens, window)
             ratio = self.keep_ratio or 0.0
-        else:
+        elif name != config.policy:
             # The operator's budget fits the operator's policy; another policy may need more.
             budget = max(budget, window)
         if budget < window:
+            if self.budget_tokens is None:
+                raise ValueError(f"adakv_window_tokens={window} is above the budget of {budget}")
             raise ValueError(
                 f"adakv_budget_tokens={budget} is below the observation window of {window}"
             )

@@ -34,6 +34,7 @@ class HeldCard(msgspec.Struct, frozen=True):
     cache_salt: the salt of its requests.
     has_session: whether its client names its session.
     has_adapter: whether a LoRA adapter has computed it: then it stays where it is.
+    held_at_s: since when it is held, by the wall clock.
     """
 
     scope: str
@@ -47,6 +48,7 @@ class HeldCard(msgspec.Struct, frozen=True):
     has_session: bool = False
     cache_salt: str | None = None
     has_adapter: bool = False
+    held_at_s: float = 0.0
 
     @property
     def token_ids(self) -> TokenIds:

@@ -61,14 +61,13 @@ class Held:
         """Return how many tokens it saves of a request: see `common_tokens`."""
         return common_tokens(self.token_ids, self.floor.tokens, token_ids)
 
-    @property
-    def card(self) -> HeldCard:
-        """Return what other processes may know of it."""
+    def card(self, held_at_s: float) -> HeldCard:
+        """Return what other processes may know of it, held since a time of the wall clock."""
         tokens, entries = self.floor
         return HeldCard(
             self.scope, self.token_ids.tobytes(), self.entry_tokens, tokens, entries,
             self.compressed_at, self.turn, bool(self.block_hashes), self.has_session,
-            self.cache_salt, self.has_adapter,
+            self.cache_salt, self.has_adapter, held_at_s,
         )  # fmt: skip
 
 

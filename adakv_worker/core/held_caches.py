@@ -168,13 +168,18 @@ class HeldCaches:
         while self.blocks > self._most_blocks or len(self._held) > self._most:
             self._lose(least_valuable(self._held.values(), self._value, held), "cap")
 
-    def arrive(self, held: Held) -> None:
-        """Hold a cache from another replica, which the workers have in the host's memory."""
+    def arrive(self, held: Held, age_s: float = 0.0) -> None:
+        """Hold a cache from another replica, which the workers have in the host's memory.
+
+        Args:
+            age_s: for how long it has been held there.
+        """
         if not self._arrived.fits(held):
             self._gone.append(held.name)
             self.dropped["cap"] += 1
             return
         self._note(held)
+        self._held_at_s[held.name] -= age_s
         self._put_on_host(held)
         self._publish(held, True)
 
@@ -211,9 +216,12 @@ class HeldCaches:
         """Forget idle caches, and keep those that are held out of the allocator's reach."""
         self._lent.clear()
         now = self._clock()
-        for tier in (self._held.values(), self._host, self._arrived):
+        for tier in (self._held.values(), self._host):
             for held in itertools.takewhile(lambda held: self._is_idle(held, now), list(tier)):
                 self._drop(held, "idle")
+        # These come with ages of their own.
+        for held in [held for held in self._arrived if self._is_idle(held, now)]:
+            self._drop(held, "idle")
         self._free_lost()
         self._move_back()
 

@@ -1,5 +1,6 @@
 """Sessions: which requests begin with a held cache, and which leave one."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -147,7 +148,7 @@ class Sessions:
         )  # fmt: skip
         held = self._manager.hold(request.request_id, to_hold)
         if held is not None:
-            self._holds[request.request_id] = Hold(held.name, held.card)
+            self._holds[request.request_id] = Hold(held.name, held.card(time.time()))
 
     def arrive(self, request: Request, card: HeldCard) -> None:
         """Hold a cache from another replica, which the workers have under the request's name.
@@ -165,7 +166,7 @@ class Sessions:
             parked_blocks=blocks, has_arrived=True, has_session=card.has_session,
             cache_salt=card.cache_salt,
         )  # fmt: skip
-        self._held.arrive(held)
+        self._held.arrive(held, age_s=max(0.0, time.time() - card.held_at_s))
 
     def _publish(self, held: Held, is_there: bool) -> None:
         """Tell who follows vLLM's KV events that a prompt's tokens are cached here, or no more."""

@@ -1,6 +1,7 @@
 """Held caches that leave a worker or arrive at it, by files in memory."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from adakv_worker.config import CompressionConfig
@@ -25,16 +26,23 @@ class HeldMoves:
         config: CompressionConfig,
         unsupported: Mapping[str, str],
         files: MappedFiles,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """
         Args:
             unsupported: presets that the model does not support, with the reason.
+            clock: the wall clock, by which cards tell since when caches are held.
         """
         self._held = held
         self._kind = kind
         self._config = config
         self._unsupported = unsupported
         self._files = files
+        self._clock = clock
+
+    def _is_idle(self, card: HeldCard) -> bool:
+        """Return whether a cache is older than any may be: an idle engine has not dropped it."""
+        return self._clock() - card.held_at_s > self._config.sessions.max_idle_s
 
     def find(
         self, extra_args: dict[str, Any] | None, cache_salt: str | None, token_bytes: bytes
@@ -45,7 +53,7 @@ class HeldMoves:
         asked = token_ids_of(token_bytes)
         name, most = "", 0
         for other, card in self._held.cards.items():
-            if card.scope == scope:
+            if card.scope == scope and not self._is_idle(card):
                 tokens = common_tokens(card.token_ids, card.floor_tokens, asked)
                 name, most = (other, tokens) if tokens > most else (name, most)
         return [*Found(name, most, self._held.nbytes(name) * self._kind.ranks)] if name else None
@@ -79,7 +87,7 @@ class HeldMoves:
         return [
             [*Found(name, len(card.token_ids), self._held.nbytes(name) * self._kind.ranks)]
             for name, card in reversed([*self._held.cards.items()])
-            if not card.has_adapter
+            if not card.has_adapter and not self._is_idle(card)
         ]
 
     def export(self, name: str, path: str) -> dict[str, Any] | None:

@@ -127,9 +127,7 @@ def _paired(rows: Sequence[Row], policy: str, baseline: str, kept: str, measure:
     ours, theirs = _merged(rows, policy, kept), _merged(rows, baseline, kept)
     if ours is None or theirs is None:
         return ""
-    common = {one["sample_id"] for one in ours.samples} & {
-        one["sample_id"] for one in theirs.samples
-    }
+    common = _measured(ours, measure) & _measured(theirs, measure)
     if not common:
         return ""
     found = difference(_only(ours, common), _only(theirs, common), measure)
@@ -137,9 +135,15 @@ def _paired(rows: Sequence[Row], policy: str, baseline: str, kept: str, measure:
     return f"**{text}**" if found.is_clear else text
 
 
+def _measured(row: Row, measure: str) -> set[str]:
+    """Return the samples that have a measure."""
+    return {one["sample_id"] for one in row.samples if one[measure] is not None}
+
+
 def _only(row: Row, sample_ids: Collection[str]) -> Row:
     """Return a row of these samples alone: another run may have had fewer, or other tasks."""
-    samples = [one for one in row.samples if one["sample_id"] in sample_ids]
+    mine = [one for one in row.samples if one["sample_id"] in sample_ids]
+    samples = sorted(mine, key=lambda one: str(one["sample_id"]))
     return Row(**{**row.as_dict(), "samples": samples})
 
 

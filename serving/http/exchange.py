@@ -106,8 +106,7 @@ class Exchange:
                 raise
         finally:
             self._body.release()
-            if self._admission is not None:
-                self._admission.end()
+            self._end_admission()
             if self._broken_by is not None:
                 outcome = f"broken off, {self._broken_by}"
             self._door.logger.info(
@@ -116,6 +115,11 @@ class Exchange:
                 loggable(self._scope["path"]), self._status,
                 (time.monotonic() - started) * 1000, outcome,
             )  # fmt: skip
+
+    def _end_admission(self) -> None:
+        if self._admission is not None:
+            self._admission.end()
+            self._admission = None
 
     def _annotate(self) -> None:
         known = {
@@ -206,7 +210,9 @@ class Exchange:
             elif gone.done():
                 if not self._complete:
                     raise ClientGone
-                # Clients may go with the last part. What learns from whole answers waits for more.
+                # Clients may go with the last part. What learns from whole answers waits for more,
+                # but not on the client's account.
+                self._end_admission()
                 await asyncio.wait((forward,), timeout=_LAST_EVENT_S)
             elif cut.done():
                 await _cancelled(forward)

@@ -98,6 +98,9 @@ def test_the_doctor_finds_a_busy_port_and_a_wrong_setting(tmp_path: Path) -> Non
         (b"http_options: {port: abc}", "http_options.port"),
         (b"http_options: {port: 99999}\napplications: []", "0.0.0.0:99999 unusable"),
         (b"http_options: {host: nowhere.invalid}\napplications: []", "nowhere.invalid:8000 unus"),
+        (b"http_options: {host: 127.0..1}\napplications: []", "127.0..1:8000 unusable"),
+        (b"applications: [{import_path: 'a:b', args: {ingress: {count: 3, max_count: 1}}}]",
+         "settings that contradict each other"),
         (b"\xff\xfe\x80", "odd.yaml"),
     ],
 )  # fmt: skip

@@ -70,12 +70,17 @@ def test_a_budget_below_the_window_is_refused_at_once(settings: Any, named: str)
     with pytest.raises(ValidationError, match=f"{named} is below the observation window"):
         CompressionConfig(**settings)
     CompressionConfig(**settings, policy="full")
+    with pytest.raises(ValidationError, match="alpha"):
+        CompressionConfig(policy="snapkv", alpha=0.5, budget_bytes=1 << 20)
 
 
 def test_another_policy_gets_the_budget_that_it_needs() -> None:
     config = CompressionConfig(policy="key_norm", budget_tokens=2)
     asked = RequestOptions.of({"adakv_policy": "snapkv"}).budget(config)
     assert asked.budget_tokens == 32
+    narrow = CompressionConfig(policy="snapkv", budget_tokens=32, max_window_tokens=128)
+    with pytest.raises(ValueError, match="adakv_window_tokens=100 is above the budget of 32"):
+        RequestOptions.of({"adakv_window_tokens": 100}).budget(narrow)
 
 
 def test_the_operator_can_forbid_full() -> None:

@@ -111,6 +111,10 @@ def test_a_report_compares_the_samples_that_both_policies_have() -> None:
         scored("ada_snapkv", [0.1, 0.2], ["a", "b"]),
     ]
     assert "| ada_snapkv | -0.450 [" in report(rows).split("### KL less even heads'")[1]
+    # Whatever the order of their tasks.
+    others = [replace(one, task="other") for one in rows]
+    mixed = report([rows[0], *others, rows[1]])
+    assert "| ada_snapkv | -0.450 [" in mixed.split("### KL less even heads'")[1]
     other = replace(rows[1], task="other")
     assert "| snapkv | 1.000 / 1.000 / 0.700 |" in report([rows[0], other])
 

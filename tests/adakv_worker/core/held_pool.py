@@ -34,12 +34,19 @@ class Pool:
             lambda: self.now_s,
         )
 
-    def arrive(self, ids: TokenIds, blocks: int, floor: int = 0, has_session: bool = False) -> Held:
+    def arrive(
+        self,
+        ids: TokenIds,
+        blocks: int,
+        floor: int = 0,
+        has_session: bool = False,
+        age_s: float = 0.0,
+    ) -> Held:
         held = Held(
             self.held.next_name(), "a", ids, len(ids), Floor(floor, 0), floor, (), turn=1,
             parked_blocks=blocks, has_arrived=True, has_session=has_session,
         )  # fmt: skip
-        self.held.arrive(held)
+        self.held.arrive(held, age_s)
         return held
 
     def hold(

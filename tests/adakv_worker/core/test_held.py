@@ -130,6 +130,20 @@ def test_a_cache_for_which_nobody_comes_is_forgotten(pool: Pool) -> None:
     assert [one.token_ids.tolist() for one in pool.held] == [[2]]
 
 
+def test_a_cache_is_no_younger_for_having_moved() -> None:
+    pool = Pool(arrived_blocks=10)
+    pool.arrive(tokens(2), 3)
+    pool.arrive(tokens(1), 3, age_s=IDLE_S - 1.0)
+    pool.now_s = 1.0
+    pool.held.next_step()
+    assert len(pool.held) == 2
+    pool.now_s = 2.0
+    assert pool.held.find("a", tokens(1, 9)) is None
+    pool.held.next_step()
+    assert [one.token_ids.tolist() for one in pool.held] == [[2]]
+    pool.held.check()
+
+
 def test_young_caches_are_left_alone_for_a_moment(pool: Pool) -> None:
     pool.hold(tokens(1), 3)
     pool.now_s += 0.4
