@@ -11,6 +11,7 @@ from fastapi.dependencies.utils import request_body_to_args
 from fastapi.responses import JSONResponse
 from prometheus_fastapi_instrumentator.metrics import Info
 from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
+from pydantic import TypeAdapter
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
@@ -22,8 +23,10 @@ from adakv_serve.serving.http.held_start import HeldStart
 from adakv_serve.serving.http.openai_error import error_body
 from adakv_serve.serving.http.sse import compact_json, data_of
 
-# What code that expects another type raises.
+# What code that expects another type raises, and who has called it then: FastAPI for most paths,
+# and vLLM itself for `/invocations`, which takes requests of several kinds.
 _OF_WRONG_TYPES = (AttributeError, TypeError, LookupError)
+_VALIDATIONS = (request_body_to_args.__code__, TypeAdapter.validate_python.__code__)
 
 Middleware = TypeVar("Middleware")
 Stream = AsyncGenerator[str, None]
@@ -80,7 +83,7 @@ async def _too_deep(_: Any, error: Exception) -> Response:
 async def _wrong_type(_: Any, error: Exception) -> Response:
     # vLLM's validators look into fields before pydantic has checked their types.
     frames = traceback.walk_tb(error.__traceback__)
-    if not any(frame.f_code is request_body_to_args.__code__ for frame, _ in frames):
+    if not any(frame.f_code in _VALIDATIONS for frame, _ in frames):
         raise error
     problem = f"a field of the request has a value of a wrong type: {error}"
     body = error_body(400, problem, type_="BadRequestError")

@@ -85,6 +85,8 @@ async def client(in_process: None, worded_model: Path) -> AsyncIterator[httpx.As
     [
         ("/invocations", b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
         ("/v1/completions", b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
+        ("/invocations", b'{"messages": [], "structured_outputs": -Infinity}', 400),
+        ("/v1/chat/completions", b'{"messages": [], "structured_outputs": [1]}', 400),
         ("/v1/systemone", b'{"state": "a", "questions": {"q": {"type": "noul"}}}', 404),
     ],
 )
