@@ -53,7 +53,7 @@ def _malformed(error: ValidationError) -> Finding:
 def _place(kind: str, place: Sequence[object]) -> str:
     if place:
         return ".".join(map(str, place))
-    # The others are of validators that look at several settings.
+    # A validator of several settings names no place.
     return "no mapping" if kind.endswith("_type") else "settings that contradict each other"
 
 

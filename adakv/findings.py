@@ -147,7 +147,7 @@ def of_ports(ports: Iterable[tuple[str, str, int]]) -> Iterator[Finding]:
 
 
 def _bind(host: str, port: int) -> None:
-    """Listen at an address for a moment. Raise OSError or OverflowError where that fails."""
+    """Bind an address for a moment. Raise OSError, OverflowError or UnicodeError if that fails."""
     (family, kind, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     with socket.socket(family, kind) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

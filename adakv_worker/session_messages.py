@@ -34,7 +34,7 @@ class HeldCard(msgspec.Struct, frozen=True):
     cache_salt: the salt of its requests.
     has_session: whether its client names its session.
     has_adapter: whether a LoRA adapter has computed it: then it stays where it is.
-    held_at_s: since when it is held, by the wall clock.
+    held_at_s: wall-clock time at which its request ended or was preempted.
     """
 
     scope: str

@@ -181,7 +181,7 @@ class Admission:
         Stock vLLM admits several prompts against the same free blocks, and preempts. A compressed
         request would then compute its whole prompt again.
         """
-        # One that resumes a longer cache than it needs has more, and gives others nothing of it.
+        # A request that resumes a longer cache than it needs has more: these blocks are its own.
         return sum(
             max(0, request.blocks_to_start - len(self._blocks[other]))
             for other, request in self._prefilling.items()

@@ -62,7 +62,11 @@ class Held:
         return common_tokens(self.token_ids, self.floor.tokens, token_ids)
 
     def card(self, held_at_s: float) -> HeldCard:
-        """Return what other processes may know of it, held since a time of the wall clock."""
+        """Return what other processes may know of it.
+
+        Args:
+            held_at_s: see `HeldCard`.
+        """
         tokens, entries = self.floor
         return HeldCard(
             self.scope, self.token_ids.tobytes(), self.entry_tokens, tokens, entries,

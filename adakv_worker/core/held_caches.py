@@ -219,7 +219,7 @@ class HeldCaches:
         for tier in (self._held.values(), self._host):
             for held in itertools.takewhile(lambda held: self._is_idle(held, now), list(tier)):
                 self._drop(held, "idle")
-        # These come with ages of their own.
+        # Arrived caches are not sorted by age.
         for held in [held for held in self._arrived if self._is_idle(held, now)]:
             self._drop(held, "idle")
         self._free_lost()

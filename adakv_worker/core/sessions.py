@@ -82,7 +82,7 @@ class Sessions:
         compute everything. Nobody is overtaken for longer than `overtake_s`.
         """
         overdue_since = now_s - self._config.overtake_s
-        # Patience holds others up, too, even where nobody may be overtaken.
+        # Patience delays requests, so it has a limit even where `overtake_s` is 0.
         longest_s = self._config.overtake_s or self._config.patience_s
         self._held.patient = all(one.arrival_time >= now_s - longest_s for one in waiting)
         wanted = {name for name, held in self._wanted.items() if held in self._held}

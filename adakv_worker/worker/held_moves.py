@@ -31,7 +31,7 @@ class HeldMoves:
         """
         Args:
             unsupported: presets that the model does not support, with the reason.
-            clock: the wall clock, by which cards tell since when caches are held.
+            clock: the wall clock of `HeldCard.held_at_s`.
         """
         self._held = held
         self._kind = kind
@@ -41,7 +41,10 @@ class HeldMoves:
         self._clock = clock
 
     def _is_idle(self, card: HeldCard) -> bool:
-        """Return whether a cache is older than any may be: an idle engine has not dropped it."""
+        """Return whether a cache has been held for longer than `max_idle_s`.
+
+        The scheduler drops such caches, but only in its next step.
+        """
         return self._clock() - card.held_at_s > self._config.sessions.max_idle_s
 
     def find(

@@ -118,7 +118,7 @@ class _ToPrimary(async_connection.AbstractConnection):
         try:
             await super().send_packed_command(*args, **kwargs)
         except RuntimeError as error:
-            # So uvloop, on which Ray runs, says that the server has closed the connection.
+            # Ray runs on uvloop, which raises it if the server has closed the connection.
             raise redis.ConnectionError("the store has closed the connection") from error
 
     async def read_response(self, *args: Any, **kwargs: Any) -> Any:
@@ -233,7 +233,7 @@ def _common(timeout_s: float, retry: object) -> dict[str, Any]:
         "socket_timeout": timeout_s,
         "socket_connect_timeout": timeout_s,
         "retry": retry,
-        # With them redis-py does not look whether an idle connection has been closed.
+        # If they are on, redis-py does not check whether an idle connection has been closed.
         "maint_notifications_config": MaintNotificationsConfig(enabled=False),
     }
 

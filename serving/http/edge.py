@@ -31,7 +31,7 @@ MOST_BODY_BYTES_VARIABLE = "ADAKV_MAX_BODY_BYTES"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _TYPES = {404: "NotFoundError", 408: "RequestTimeout", 503: "ServiceUnavailable"}
 _REPLACED_HEADERS = (b"content-type", b"content-length")
-# By these a client could end or keep calls past all of our limits.
+# Serve obeys these: a client could end its call early, or keep it running after it has left.
 _OF_SERVE = (
     b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id",
 )  # fmt: skip

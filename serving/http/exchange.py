@@ -147,7 +147,7 @@ class Exchange:
         elif not self._door.paths.allow(path):
             await self._fail(404, _closed(path), "NotFoundError")
         elif path in OPEN_PATHS:
-            await self._say_version(method)
+            await self._answer_version(method)
         elif (encoding := self._headers.get("content-encoding", "identity")) != "identity":
             problem = f"request bodies in the encoding {encoding!r} are not understood: send plain"
             await self._fail(415, problem, "UnsupportedMediaType")
@@ -171,8 +171,8 @@ class Exchange:
             return
         await self._forward_until_disconnect(body)
 
-    async def _say_version(self, method: str) -> None:
-        """Answer as the engine would: a request that needs no key must reach none."""
+    async def _answer_version(self, method: str) -> None:
+        """Answer as the engine would. A request that needs no key must not reach an engine."""
         if method not in ("GET", "HEAD"):
             allowed = {"allow": "GET, HEAD"}
             await self._fail(405, "only GET and HEAD", "MethodNotAllowed", allowed)
@@ -210,8 +210,8 @@ class Exchange:
             elif gone.done():
                 if not self._complete:
                     raise ClientGone
-                # Clients may go with the last part. What learns from whole answers waits for more,
-                # but not on the client's account.
+                # A client may leave after the last part. The source still has to end, because the
+                # predictor learns from whole answers; the key's place is free meanwhile.
                 self._end_admission()
                 await asyncio.wait((forward,), timeout=_LAST_EVENT_S)
             elif cut.done():

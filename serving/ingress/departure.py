@@ -46,7 +46,7 @@ class Departure:
         async def call(scope: Scope, receive: Receive, send: Send) -> None:
             if self._url is None and (server := scope.get("server")) and server[1]:
                 host = f"[{server[0]}]" if ":" in server[0] else server[0]
-                # HAProxy passes on what clients say of their way to it, and speaks plain HTTP here.
+                # HAProxy forwards the client's X-Forwarded-Proto, but uses plain HTTP to this port.
                 scheme = "http" if self._has_own_port else scope.get("scheme", "http")
                 self._url = f"{scheme}://{host}:{server[1]}"
             await app(scope, receive, send)

@@ -106,7 +106,8 @@ class HandleBackend:
             footprint = footprint._replace(traceparent=traceparent, booking=uuid.uuid4().hex)
         call = functools.partial(self._stream.remote, scope, predicted.body, footprint)
         with named_failures(), self._booked(footprint):
-            # A replica that stops cancels the call, which is a failure only once it has its name.
+            # A stopping replica cancels the call. Inside, that becomes an exception, so that the
+            # payment is taken back.
             with _paid_unless_refused(pay, prompt), named_failures():
                 response, item = await self._shedding.begin(call, predicted.priority)
             if self._routing is not None and footprint is not None:
@@ -149,8 +150,8 @@ class HandleBackend:
         with named_failures():
             if await self._asked_whether_it_rests():
                 return
-            # A call would wait behind all requests of a fleet that has enough of them.
-            if self._routing is not None and self._routing.hears_a_replica:
+            # In a saturated fleet the call would wait behind all requests.
+            if self._routing is not None and self._routing.has_fresh_report:
                 return
             await self._ping.remote()
 

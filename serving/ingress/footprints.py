@@ -236,7 +236,7 @@ def _kind(path: str, most_output_tokens: int | None, model: str | None) -> str:
 def _with_ids(body: bytes, rendered: Rendered) -> bytes:
     """Return a request with its prompt's ids, so that the engine need not render it again."""
     start = body.find(b"{") + 1
-    # JSON has no zeros but in UTF-16 and UTF-32, whose characters are wider.
+    # A zero byte means UTF-16 or UTF-32, into which no ASCII can be inserted.
     if not rendered.takes_ids or len(rendered.prompts) != 1 or not start or b"\0" in body:
         return body
     ids = ",".join(map(str, rendered.prompts[0]))

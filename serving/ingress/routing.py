@@ -95,8 +95,8 @@ class Routing:
         return self._chooser.view.last_reports(time.monotonic())
 
     @property
-    def hears_a_replica(self) -> bool:
-        """Whether some replica's report is fresh; none comes from one whose engine is silent."""
+    def has_fresh_report(self) -> bool:
+        """Whether some replica's report is fresh. A replica with a silent engine sends none."""
         view, now_s = self._chooser.view, time.monotonic()
         return len(view.replica_ids) > view.silent(view.replica_ids, now_s)
 

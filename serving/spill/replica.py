@@ -22,7 +22,7 @@ from adakv_serve.serving.spill.metrics import SessionMetrics, SpillMetrics
 from adakv_serve.serving.spill.move import MoveReport, Send, SpillSettings
 from adakv_serve.serving.spill.parcels import Guest, LenderName, open_parcels
 from adakv_serve.serving.spill.peers import ReplicaPeers
-from adakv_serve.serving.spill.sessions import SessionTraffic
+from adakv_serve.serving.spill.sessions import MoveSpeed, SessionTraffic
 from adakv_serve.serving.supervision import KeptTask, Supervisor
 
 logger = logging.getLogger("ray.serve")
@@ -107,7 +107,7 @@ class ReplicaSpill:
             node_id=self._name.node_id,
             folder=self._folder,
             prefill_tokens_per_s=config.routing.prefill_tokens_per_s,
-            bytes_per_s=config.spill.bytes_per_s,
+            speed=MoveSpeed(config.spill.bytes_per_s),
             interval_s=config.spill.interval_s,
             tasks=self._tasks,
             on_move=SessionMetrics().note,

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
-# Weight of a new measurement of the speed, and the time after which half of what was measured is
-# forgotten: where moves seem slow none is tried, and so none shows that they are fast again.
+# Weight of a new measurement of the speed, and the half-life of what was measured: while moves seem
+# slow none is made, so only time can correct the estimate.
 _NEWEST = 0.3
 _HALF_LIFE_S = 60.0
 # Time of an engine's step with a long prefill.
@@ -51,7 +51,7 @@ class Parcel(NamedTuple):
 
 
 class Destination(NamedTuple):
-    """Files of the receiver's for a cache: the path, and the node where that is."""
+    """Where the receiver wants the files of a cache: a path of its own, and its node."""
 
     node_id: str
     path: str
@@ -89,9 +89,11 @@ class Peers(Protocol):
 
 
 class MoveSpeed:
-    """How fast caches come: what was measured, and with time what was assumed again."""
+    """Estimate of the speed of moves: measurements, which fade into the assumed speed."""
 
-    def __init__(self, assumed_bytes_per_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, assumed_bytes_per_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._assumed = assumed_bytes_per_s
         self._clock = clock
         self._difference = 0.0
@@ -121,18 +123,17 @@ class SessionTraffic:
         node_id: str,
         folder: Path,
         prefill_tokens_per_s: float,
-        bytes_per_s: float,
+        speed: MoveSpeed,
         interval_s: float,
         tasks: Supervisor,
         on_move: Callable[[SessionMove], None] = lambda move: None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             pack: returns the arrays of a cache's files, for another node.
             node_id: this replica's node.
             prefill_tokens_per_s: speed at which a prompt would be computed instead.
-            bytes_per_s: assumed speed of a move until one has been measured.
+            speed: the speed at which caches come.
             interval_s: time between two looks for caches to hand over.
             tasks: runs the background task that hands over.
         """
@@ -142,7 +143,7 @@ class SessionTraffic:
         self._node_id = node_id
         self._files = StateFiles(folder)
         self._prefill_tokens_per_s = prefill_tokens_per_s
-        self.speed = MoveSpeed(bytes_per_s, clock)
+        self._speed = speed
         self._interval_s = interval_s
         self._on_move = on_move
         # Those that have been handed over, by name.
@@ -164,8 +165,8 @@ class SessionTraffic:
             logger.info("a session of replica %s is computed anew: %r", holder, error)
 
     async def _fetch(self, holder: str, ask: "SessionAsk") -> None:
-        most = self.speed.bytes_per_s / self._prefill_tokens_per_s
-        # The files are ours: only we know how long they are read.
+        most = self._speed.bytes_per_s / self._prefill_tokens_per_s
+        # The receiver owns the files, because it knows when it has read them.
         with self._files.path() as path:
             to = Destination(self._node_id, str(path))
             parcel, own = await asyncio.gather(
@@ -180,7 +181,7 @@ class SessionTraffic:
             is_whole = await self.take_in(parcel)
             seconds = time.monotonic() - began
         if is_whole:
-            self.speed.note(parcel.nbytes, seconds)
+            self._speed.note(parcel.nbytes, seconds)
         self._on_move(SessionMove("fetched", saved, parcel.nbytes, seconds, is_whole))
 
     async def give(

@@ -187,7 +187,7 @@ async def test_all_probes_share_one_ping() -> None:
     backend = ScriptedBackend(ping=(answers := asyncio.Event()))
     door = client(backend, health_timeout_s=60)
     probes = [asyncio.create_task(door.get("/health")) for _ in range(50)]
-    # One that leaves ends nobody else's.
+    # A cancelled probe does not cancel the ping of the others.
     await asyncio.wait_for(backend.pinged.acquire(), 60)
     probes.pop().cancel()
     answers.set()

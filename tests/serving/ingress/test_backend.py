@@ -181,7 +181,7 @@ async def test_a_request_pays_for_its_prompt_and_its_answers() -> None:
     [
         BackPressureError(num_queued_requests=1, max_queued_requests=1),
         NOT_THERE,
-        # Of a replica that stops.
+        # A stopping replica cancels its calls.
         asyncio.CancelledError(),
     ],
 )
@@ -267,7 +267,7 @@ async def test_a_ping_fails_as_a_stream_does(
 @pytest.mark.parametrize("reports", [True, False])
 async def test_a_fleet_that_is_full_answers_by_its_reports(reports: bool) -> None:
     full = BackPressureError(num_queued_requests=1, max_queued_requests=1)
-    routing = SimpleNamespace(hears_a_replica=reports)
+    routing = SimpleNamespace(has_fresh_report=reports)
     backend = backend_of(Handle(error=full), routing=routing)
     if reports:
         await backend.ping()

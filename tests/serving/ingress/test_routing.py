@@ -49,13 +49,13 @@ class Door:
         return decision.replica_ids[0]
 
 
-@pytest.mark.parametrize(("age_s", "hears"), [(0.0, True), (1.0, True), (60.0, False)])
-def test_a_replica_is_heard_while_its_report_is_fresh(age_s: float, hears: bool) -> None:
+@pytest.mark.parametrize(("age_s", "fresh"), [(0.0, True), (1.0, True), (60.0, False)])
+def test_a_report_is_fresh_for_a_while(age_s: float, fresh: bool) -> None:
     view = LocalView()
     routing = Routing(Chooser(view), log_decisions=False)
-    assert not routing.hears_a_replica
+    assert not routing.has_fresh_report
     view.accept(occupancy("one"), time.monotonic() - age_s)
-    assert routing.hears_a_replica is hears
+    assert routing.has_fresh_report is fresh
 
 
 @pytest.fixture

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from adakv_serve.serving.spill.parcels import open_parcels
-from adakv_serve.serving.spill.sessions import Destination, Parcel, SessionMove, SessionTraffic
+from adakv_serve.serving.spill.sessions import (
+    Destination,
+    MoveSpeed,
+    Parcel,
+    SessionMove,
+    SessionTraffic,
+)
 from adakv_serve.serving.supervision import Supervisor
 from adakv_worker.frontend.session_moves import SessionAsk, SessionCore
 from adakv_worker.session_messages import Found, HeldCard
@@ -62,6 +68,7 @@ class Replica:
     def __init__(self, folder: Path, held: list[Found], node: str = "node") -> None:
         self.core, self.node = Core(held), node
         self.now_s, self.folder = 0.0, folder
+        self.speed = MoveSpeed(1e6, lambda: self.now_s)
         self.moves: list[SessionMove] = []
         self.replicas: dict[str, Replica] = {}
         self.traffic = SessionTraffic(
@@ -71,11 +78,10 @@ class Replica:
             node_id=node,
             folder=folder,
             prefill_tokens_per_s=1000.0,
-            bytes_per_s=1e6,
+            speed=self.speed,
             interval_s=0.01,
             tasks=Supervisor(),
             on_move=self.moves.append,
-            clock=lambda: self.now_s,
         )
 
     def pack(self, path: Path) -> list[Any]:
@@ -162,8 +168,8 @@ async def test_a_cache_stays_as_it_is_until_its_receiver_has_taken_it_in(
 async def test_slow_moves_are_forgotten(pair: tuple[Replica, Replica]) -> None:
     here, there = pair
     there.core.caches = [Found("one", 280, 200_000)]
-    here.traffic.speed.note(1000, 1.0)
-    here.traffic.speed.note(1000, 1.0)
+    here.speed.note(1000, 1.0)
+    here.speed.note(1000, 1.0)
     await fetch(here)
     assert not here.moves
     here.now_s += 600.0
