@@ -11,13 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adakv_serve.kernels.paging.entries import Entries, PagedEntries
+from adakv_serve.kernels.paging.entries import Entries, PagedEntries, Quantization, own_scales
 from adakv_serve.kernels.policies.attention import Reduction, reduced_window_attention
 
 # Keys and rows of a tile; fewer of wide float32 ones, since tiles lie in shared memory.
 _TILE, _TILE_OF_WIDE, _WIDE_BYTES = 64, 32, 1024
 # Enough programs to fill a large GPU, each with enough keys to pay for its start.
 _PROGRAMS = 1024
+# How keys are stored: as they are; eight bits with a scale for each head, or for each entry, behind
+# its numbers; four bits with a scale for each entry.
+_PLAIN, _BY_HEAD, _BY_ENTRY, _FOUR_BITS = range(4)
 
 
 def window_scores(
@@ -46,9 +49,29 @@ def window_scores(
 def _reduced(queries: Tensor, keys: Entries, scale: float, reduction: Reduction = "mean") -> Tensor:
     n = keys.shape[1]
     if isinstance(keys, PagedEntries):
-        pages = keys.pages.t().contiguous()
-        return _scores(queries, keys.pool, pages, scale, n, reduction, keys.lens)
+        pages, quantization = keys.pages.t().contiguous(), keys.quantization
+        if quantization is not None and quantization.rotation is not None:
+            # Products with rotated keys are those of queries that are turned back.
+            turned = queries.float() @ quantization.rotation.t()
+            queries = turned.to(queries.dtype)
+        return _scores(queries, keys.pool, pages, scale, n, reduction, keys.lens, quantization)
     return _scores(queries, keys, None, scale, n, reduction)
+
+
+def _stored(keys: Tensor, quantization: Quantization | None) -> tuple[Tensor, dict[str, object]]:
+    """Return the pool as the numbers that it stores, and what the kernels need to read them."""
+    if quantization is None:
+        return keys, {"scales": keys, "scale_head": 0, "scale_token": 0, "FORMAT": _PLAIN}
+    stored = keys.view(quantization.stored)
+    if quantization.scales is not None:
+        scales = quantization.scales.contiguous()
+        return stored, {"scales": scales, "scale_head": 1, "scale_token": 0, "FORMAT": _BY_HEAD}
+    scales = own_scales(keys)
+    head, token = scales.stride()
+    by_entry = _FOUR_BITS if quantization.has_four_bits else _BY_ENTRY
+    return stored, {
+        "scales": scales, "scale_head": head, "scale_token": token, "FORMAT": by_entry,
+    }  # fmt: skip
 
 
 def _scores(
@@ -59,6 +82,7 @@ def _scores(
     n: int,
     reduction: Reduction,
     lens: Tensor | None = None,
+    quantization: Quantization | None = None,
 ) -> Tensor:
     """Return scores [H, n - w]; heads with `lens` [H] int32 have 0 behind their ends."""
     heads, group, window, dim = queries.shape
@@ -70,7 +94,9 @@ def _scores(
     most, total = queries.new_empty((2, heads, rows, splits), dtype=torch.float32)
     # Powers of two instead of e: one instruction on the GPU.
     scale = scale * math.log2(math.e)
+    keys, stored = _stored(keys, quantization)
     layout = {
+        **stored,
         "pages": queries if pages is None else pages,
         "lens": queries if lens is None else lens.contiguous(),
         "RAGGED": lens is not None,
@@ -106,20 +132,37 @@ def _scores(
 @triton.jit
 def _load_keys(
     keys, pages, head, heads, position, valid, stride_head, stride_token, stride_dim,
-    PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    scales, scale_head, scale_token,
+    PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Keys [BLOCK_DIM, BLOCK_KEYS] at `position`."""
     dim = tl.arange(0, BLOCK_DIM)
+    # _FOUR_BITS: two in a byte.
+    place = dim // 2 if FORMAT == 3 else dim
     if PAGE > 0:
         page = tl.load(pages + (position // PAGE) * heads + head, mask=valid, other=0)
-        start = page.to(tl.int64) * stride_head + (position % PAGE) * stride_token
+        page, offset = page.to(tl.int64), position % PAGE
     else:
-        start = head.to(tl.int64) * stride_head + position.to(tl.int64) * stride_token
-    return tl.load(
-        keys + start[None, :] + dim[:, None] * stride_dim,
+        page, offset = head.to(tl.int64) + tl.zeros_like(position), position.to(tl.int64)
+    start = page * stride_head + offset * stride_token
+    key = tl.load(
+        keys + start[None, :] + place[:, None] * stride_dim,
         mask=valid[None, :] & (dim < DIM)[:, None],
         other=0.0,
     )
+    if FORMAT == 1:
+        key = key.to(tl.float32) * tl.load(scales + head)
+    elif FORMAT > 1:
+        scale = tl.load(scales + page * scale_head + offset * scale_token, mask=valid, other=0.0)
+        if FORMAT == 2:
+            key = key.to(tl.float32) * scale[None, :]
+        else:
+            bits = scale.to(tl.int32, bitcast=True)
+            zero = (bits & 0xF).to(tl.float32)
+            scale = (bits & -16).to(tl.float32, bitcast=True)
+            number = (key >> ((dim % 2) * 4)[:, None].to(tl.uint8)) & 0xF
+            key = (number.to(tl.float32) - zero[None, :]) * scale[None, :]
+    return key
 
 
 @triton.jit
@@ -140,16 +183,16 @@ def _load_queries(
 def _product(query, key, EXACT: tl.constexpr):
     if EXACT:
         return tl.dot(query.to(tl.float32), key.to(tl.float32), input_precision="ieee")
-    return tl.dot(query, key)
+    return tl.dot(query, key.to(query.dtype))
 
 
 # Lengths differ from request to request; a number that is divisible by 16 would be compiled anew.
 @triton.jit(do_not_specialize=["n", "splits", "tiles_per_split"])
 def _log_sum_exp(
     queries, keys, most, total, scale, n, rows, window, splits, tiles_per_split, heads,
-    pages, lens, stride_head, stride_token, stride_dim, RAGGED: tl.constexpr,
-    PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr, EXACT: tl.constexpr,
+    pages, lens, stride_head, stride_token, stride_dim, scales, scale_head, scale_token,
+    RAGGED: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, EXACT: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Compute maximum and sum of powers over one split of the keys, for a tile of rows."""
     head, split = tl.program_id(0), tl.program_id(2)
@@ -166,7 +209,8 @@ def _log_sum_exp(
         position = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
         key = _load_keys(
             keys, pages, head, heads, position, position < n,
-            stride_head, stride_token, stride_dim, PAGE, DIM, BLOCK_DIM,
+            stride_head, stride_token, stride_dim, scales, scale_head, scale_token,
+            PAGE, DIM, BLOCK_DIM, FORMAT,
         )  # fmt: skip
         logits = _product(query, key, EXACT) * scale
         logits = tl.where(position[None, :] <= last_seen[:, None], logits, float("-inf"))
@@ -195,9 +239,10 @@ def _combine(most, total, normalizer, splits, BLOCK_SPLITS: tl.constexpr):
 @triton.jit(do_not_specialize=["columns"])
 def _column_scores(
     queries, keys, normalizer, scores, scale, columns, window, rows, segments, segment_rows, heads,
-    pages, lens, stride_head, stride_token, stride_dim, RAGGED: tl.constexpr,
-    SQUARES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, EXACT: tl.constexpr,
+    pages, lens, stride_head, stride_token, stride_dim, scales, scale_head, scale_token,
+    RAGGED: tl.constexpr, SQUARES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    EXACT: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Reduce the probabilities of a tile of keys: over segments of rows, then their maximum.
 
@@ -211,7 +256,8 @@ def _column_scores(
     is_entry = position < entries
     key = _load_keys(
         keys, pages, head, heads, position, is_entry,
-        stride_head, stride_token, stride_dim, PAGE, DIM, BLOCK_DIM,
+        stride_head, stride_token, stride_dim, scales, scale_head, scale_token,
+        PAGE, DIM, BLOCK_DIM, FORMAT,
     )  # fmt: skip
     best = tl.zeros([BLOCK_KEYS], tl.float32)
     for segment in range(segments):

@@ -14,25 +14,73 @@ from adakv_serve.kernels.paging.paged_cache import read_heads
 
 # Bytes of one working tensor of a scorer; a scorer holds a handful of them at a time.
 PART_BYTES = 16 << 20
+# Of the float32 scale behind an entry's numbers.
+SCALE_BYTES = 4
+# Four bits.
+_LOWEST = 0xF
 
 
 class Quantization(NamedTuple):
     """How a pool of bytes stores the numbers of H heads.
 
-    stored: the dtype of the stored numbers, as wide as the pool's.
-    scales: [H] float32; a number is the stored one times its head's scale.
+    stored: the dtype of the stored numbers, as wide as the pool's; uint8 for numbers of four bits,
+        of which each byte has two, the first one in its low half.
+    scales: [H] float32; a number is the stored one times its head's scale. None where each entry
+        has its own scale, in the four bytes behind its numbers; with numbers of four bits the
+        scale's lowest four bits are not its own: they say which stored number stands for zero.
     dtype: the dtype in which numbers are read.
+    rotation: [D, D] float32, with which an entry's numbers are multiplied after their scale; None
+        if they are stored as they were.
     """
 
     stored: torch.dtype
-    scales: Tensor
+    scales: Tensor | None
     dtype: torch.dtype
+    rotation: Tensor | None = None
+
+    @property
+    def has_four_bits(self) -> bool:
+        return self.stored == torch.uint8
+
+    def head_size(self, width: int) -> int:
+        """Return the numbers of an entry that takes `width` bytes of the pool."""
+        numbers = width if self.scales is not None else width - SCALE_BYTES
+        return 2 * numbers if self.has_four_bits else numbers
+
+    def head(self, head: int) -> "Quantization":
+        """Return how one of the heads is stored."""
+        if self.scales is None:
+            return self
+        return self._replace(scales=self.scales[head : head + 1])
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Return the numbers [H, n, D] of entries [H, n, bytes], which may be overwritten."""
+        if self.scales is not None:
+            scales = self.scales.to(self.dtype)[:, None, None]
+            return rows.view(self.stored).to(self.dtype).mul_(scales)
+        stored, scales = rows[..., :-SCALE_BYTES], own_scales(rows)
+        if self.has_four_bits:
+            bits = scales.view(torch.int32)
+            zeros, scales = bits & _LOWEST, (bits & ~_LOWEST).view(torch.float32)
+            pairs = torch.stack((stored & _LOWEST, stored >> 4), dim=-1)
+            numbers = pairs.flatten(-2).float().sub_(zeros[..., None])
+        else:
+            numbers = stored.view(self.stored).float()
+        numbers *= scales[..., None]
+        if self.rotation is not None:
+            numbers = numbers @ self.rotation
+        return numbers.to(self.dtype)
+
+
+def own_scales(rows: Tensor) -> Tensor:
+    """View the scales [..., n] float32 behind the numbers of entries [..., n, bytes]."""
+    return rows[..., -SCALE_BYTES:].view(torch.float32)[..., 0]
 
 
 class PagedEntries(NamedTuple):
     """Keys or values of H heads in an engine's memory.
 
-    pool: [pages, page_tokens, D].
+    pool: [pages, page_tokens, D], or the bytes of an entry in place of D.
     pages: [H, W] int64, each head's pages in order of position.
     num_entries: n; the rest of the last page holds old or foreign entries.
     lens: [H] int32, the entries of each head where they differ, at most n; only functions that
@@ -49,7 +97,9 @@ class PagedEntries(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int]:
         """[H, n, D]."""
-        return self.pages.shape[0], self.num_entries, self.pool.shape[2]
+        width = self.pool.shape[2]
+        size = width if self.quantization is None else self.quantization.head_size(width)
+        return self.pages.shape[0], self.num_entries, size
 
     @property
     def device(self) -> torch.device:
@@ -61,20 +111,14 @@ class PagedEntries(NamedTuple):
 
     def head(self, head: int, num_entries: int) -> "PagedEntries":
         """Return the first entries of one head."""
-        quantization = self.quantization
-        if quantization is not None:
-            scales = quantization.scales[head : head + 1]
-            quantization = quantization._replace(scales=scales)
+        quantization = None if self.quantization is None else self.quantization.head(head)
         pages = self.pages[head : head + 1]
         return PagedEntries(self.pool, pages, num_entries, None, quantization)
 
     def read_pages(self, first: int, last: int) -> Tensor:
         """Copy each head's pages [first, last) to [H, (last - first) * page_tokens, D]."""
         entries = read_heads(self.pool, self.pages[:, first:last])
-        if self.quantization is None:
-            return entries
-        stored, scales, dtype = self.quantization
-        return entries.view(stored).to(dtype).mul_(scales.to(dtype)[:, None, None])
+        return entries if self.quantization is None else self.quantization.read(entries)
 
 
 Entries = Tensor | PagedEntries
@@ -85,7 +129,8 @@ def of_all_layers(layers: Sequence[Quantization | None]) -> Quantization | None:
     known = [layer for layer in layers if layer is not None]
     if not known:
         return None
-    return known[0]._replace(scales=torch.cat([layer.scales for layer in known]))
+    scales = [layer.scales for layer in known if layer.scales is not None]
+    return known[0]._replace(scales=torch.cat(scales)) if scales else known[0]
 
 
 def one_head(entries: Entries, head: int) -> Entries:

@@ -25,10 +25,11 @@ POINTERS = {
     "kept": "*i1", "counts": "*i32", "source": "*i64", "tables": "*i32", "needed": "*i64",
     "first": "*i64", "slabs": "*i32", "offsets": "*i64", "lens": "*i32", "used": "*i32",
     "granted": "*i32", "slots": "*i64", "positions": "*i32",
+    "scales": "*fp32",
 }  # fmt: skip
 ATTENTION = {
     "PAGE": 16, "DIM": 128, "BLOCK_DIM": 128, "BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "EXACT": False,
-    "RAGGED": False,
+    "RAGGED": False, "FORMAT": window_scores._PLAIN,
 }  # fmt: skip
 WIDE = {**ATTENTION, "DIM": 256, "BLOCK_DIM": 256}
 # As wide as float32 gets.
@@ -56,6 +57,19 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
     "column means, wide": (window_scores._column_scores, {**WIDE, "SQUARES": False}, {}),
     "column means, widest": (window_scores._column_scores, {**WIDEST, "SQUARES": False}, FLOAT32),
     "column means": (window_scores._column_scores, {**ATTENTION, "SQUARES": False}, {}),
+    **{
+        f"{name}, {form}": (kernel, {**ATTENTION, **constants, "FORMAT": number}, {"keys": pointer})
+        for form, number, pointer in (
+            ("a scale for each head", window_scores._BY_HEAD, "*fp8e4nv"),
+            ("int8", window_scores._BY_ENTRY, "*i8"),
+            ("fp8", window_scores._BY_ENTRY, "*fp8e4nv"),
+            ("int4", window_scores._FOUR_BITS, "*u8"),
+        )
+        for name, kernel, constants in (
+            ("log-sum-exp", window_scores._log_sum_exp, {}),
+            ("column means", window_scores._column_scores, {"SQUARES": False}),
+        )
+    },
     "column squares": (window_scores._column_scores, {**ATTENTION, "SQUARES": True}, {}),
     "digits": (top._count_digits, {"SHIFT": 24, "TILE": 1024}, {}),
     "further digits": (top._count_digits, {"SHIFT": 0, "TILE": 1024}, {}),
@@ -81,6 +95,8 @@ def test_compiles(name: str, architecture: int) -> None:
         else {**POINTERS, **types}.get(parameter, "i32")
         for parameter in kernel.arg_names
     }
+    if architecture < 89 and "*fp8e4nv" in signature.values():
+        pytest.skip("GPUs before 8.9 have no such numbers")
     source = ASTSource(kernel, signature, constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
     assert compiled.asm["cubin"]

@@ -9,6 +9,7 @@ from torch import Tensor
 from adakv_serve.kernels.gpu.window_scores import _reduced, window_scores
 from adakv_serve.kernels.paging.entries import PagedEntries
 from adakv_serve.kernels.policies.attention import Reduction
+from tests.kernels.paging import WITH_SCALES, in_bytes, with_scales
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -112,6 +113,40 @@ def test_keys_in_one_piece_give_the_same(device: torch.device) -> None:
     assert torch.equal(_reduced(queries, turned, 0.125), scores)
     pool, pages = paged(keys, 32, seed=1)
     assert torch.equal(_reduced(queries, PagedEntries(pool, pages.t(), 96), 0.125), scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "max", "squares"])
+@pytest.mark.parametrize("form", [*WITH_SCALES, "a scale for each head"])
+def test_keys_of_fewer_bits(
+    form: str, reduction: Reduction, dtype: torch.dtype, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    queries = torch.randn((3, 2, 8, 64), generator=generator).to(dtype)
+    keys = torch.randn((3, 200, 64), generator=generator).to(dtype)
+    if form in WITH_SCALES:
+        paged_keys, stored = with_scales(keys, form, 16, generator)
+    else:
+        scales = torch.tensor([0.5, 1.0, 3.0])
+        paged_keys, stored = in_bytes(keys, torch.float8_e4m3fn, scales, 16, generator)
+    got = _reduced(queries.to(device), to(device, paged_keys), 0.125, reduction)
+    wanted = expected(queries, stored, 0.125, reduction)
+    assert relative_error(got.cpu(), wanted) < TOLERANCE[dtype]
+
+
+def to(device: torch.device, entries: PagedEntries) -> PagedEntries:
+    quantization = entries.quantization
+    assert quantization is not None
+    moved = {
+        name: value.to(device)
+        for name, value in quantization._asdict().items()
+        if isinstance(value, Tensor)
+    }
+    return entries._replace(
+        pool=entries.pool.to(device),
+        pages=entries.pages.to(device),
+        quantization=quantization._replace(**moved),
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "max", "squares"])
