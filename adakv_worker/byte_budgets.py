@@ -1,10 +1,9 @@
 """Budgets in bytes of KV memory, as the budgets in entries that everything else works with."""
 
 from vllm.config import ModelConfig, ParallelConfig, VllmConfig
-from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
 from adakv_worker.config import CompressionConfig, compression_config
-from adakv_worker.stored_dtypes import page_ratio
+from adakv_worker.stored_dtypes import entry_bytes, page_ratio
 
 
 def settings_of(config: VllmConfig) -> CompressionConfig | None:
@@ -42,15 +41,14 @@ def in_entries(
     # What it stands for depends on the budgets that go.
     changes: dict[str, object] = {"page_dtype": config.chosen_page_dtype}
     if config.budget_bytes is not None:
-        number = kv_cache_dtype_str_to_dtype(cache_dtype, model).itemsize // ratio
         heads = model.get_num_layers(parallel or ParallelConfig()) * model.get_total_num_kv_heads()
-        entry_bytes = 2 * heads * model.get_head_size() * number
-        if config.budget_bytes < entry_bytes:
+        one_of_each = heads * entry_bytes(model, cache_dtype) // ratio
+        if config.budget_bytes < one_of_each:
             raise ValueError(
                 f"adakv: budget_bytes={config.budget_bytes} is less than one entry of each head "
-                f"takes, {entry_bytes}"
+                f"takes, {one_of_each}"
             )
-        entries = config.budget_bytes // entry_bytes
+        entries = config.budget_bytes // one_of_each
         named = f"budget_bytes={config.budget_bytes} ({entries} entries of each head)"
         config.refuse_below_window(named, entries)
         changes |= {"budget_bytes": None, "budget_tokens": entries}

@@ -13,7 +13,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from adakv_serve.kernels.policies.presets import PRESETS
 from adakv_worker.config import CompressionConfig
-from adakv_worker.stored_dtypes import is_unreadable, page_cache_dtype, stored_dtype
+from adakv_worker.stored_dtypes import has_scales, is_unreadable, page_cache_dtype, stored_dtype
 
 
 def _graphs_hold_cache_writes(config: VllmConfig) -> bool:
@@ -71,8 +71,16 @@ REFUSED: dict[str, Callable[[VllmConfig], bool]] = {
         lambda c: c.parallel_config.prefill_context_parallel_size > 1
     ),
     "kv_transfer_config (KV connectors)": lambda c: c.kv_transfer_config is not None,
-    "kv_cache_dtype other than fp8, fp8_e4m3 and fp8_e5m2 (its scales lie beside the entries)": (
-        lambda c: is_unreadable(c.cache_config.cache_dtype)
+    "a quantized kv_cache_dtype other than fp8, fp8_e4m3, fp8_e5m2 and int8, fp8 and int4 with "
+    "_per_token_head": lambda c: is_unreadable(c.cache_config.cache_dtype),
+    "a kv_cache_dtype with _per_token_head on a CPU (vLLM has no kernels for it there)": (
+        lambda c: has_scales(c.cache_config.cache_dtype) and current_platform.is_cpu()
+    ),
+    "a kv_cache_dtype with _per_token_head and a head size that 8 does not divide": (
+        lambda c: has_scales(c.cache_config.cache_dtype) and c.model_config.get_head_size() % 8 != 0
+    ),
+    "kv_cache_dtype fp8_e5m2 on CUDA (vLLM's Triton attention stores fp8_e4m3 in its place)": (
+        lambda c: c.cache_config.cache_dtype == "fp8_e5m2" and not current_platform.is_cpu()
     ),
     "kv_cache_dtype or page_dtype fp8 on a CPU without AVX-512 or AMX": _lacks_fp8_kernels,
     "page_dtype int8 and int4 (no attention kernel of vLLM reads them without scales beside the "
@@ -82,11 +90,6 @@ REFUSED: dict[str, Callable[[VllmConfig], bool]] = {
     ),
     "page_dtype on CUDA yet": lambda c: _has_other_pages(c) and not current_platform.is_cpu(),
     "page_dtype with a block_size or head size that 32 does not divide": _has_odd_sizes,
-    "kv_cache_dtype fp8 on CUDA yet": (
-        lambda c: (
-            is_quantized_kv_cache(c.cache_config.cache_dtype) and not current_platform.is_cpu()
-        )
-    ),
     "kv_cache_dtype_skip_layers (all layers share their pages)": (
         lambda c: bool(c.cache_config.kv_cache_dtype_skip_layers)
     ),

@@ -1,16 +1,35 @@
 """How caches store numbers: blocks of whole prompts, and pages of compressed ones."""
 
+from typing import NamedTuple
+
 import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.utils.torch_utils import is_quantized_kv_cache, kv_cache_dtype_str_to_dtype
 
+from adakv_serve.kernels.paging.entries import SCALE_BYTES
 from adakv_worker.config import compression_config
 
-# By vLLM's `kv_cache_dtype`: quantized caches whose numbers have one scale for each layer.
+
+class _Stored(NamedTuple):
+    """The numbers of a quantized cache.
+
+    dtype: uint8 for numbers of four bits, of which a byte has two.
+    has_scales: whether each entry has a scale of its own behind its numbers; otherwise each layer
+        has one.
+    """
+
+    dtype: torch.dtype
+    has_scales: bool = False
+
+
+# By vLLM's `kv_cache_dtype`.
 _STORED = {
-    "fp8": torch.float8_e4m3fn,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
+    "fp8": _Stored(torch.float8_e4m3fn),
+    "fp8_e4m3": _Stored(torch.float8_e4m3fn),
+    "fp8_e5m2": _Stored(torch.float8_e5m2),
+    "int8_per_token_head": _Stored(torch.int8, has_scales=True),
+    "fp8_per_token_head": _Stored(torch.float8_e4m3fn, has_scales=True),
+    "int4_per_token_head": _Stored(torch.uint8, has_scales=True),
 }
 
 
@@ -20,8 +39,17 @@ def is_unreadable(kv_cache_dtype: str) -> bool:
 
 
 def stored_dtype(kv_cache_dtype: str) -> torch.dtype | None:
-    """Return the dtype of a quantized cache's numbers; None if the cache is not quantized."""
-    return _STORED.get(kv_cache_dtype)
+    """Return the dtype of a quantized cache's numbers; None if the cache is not quantized.
+
+    It is uint8 where a byte has two numbers of four bits.
+    """
+    stored = _STORED.get(kv_cache_dtype)
+    return None if stored is None else stored.dtype
+
+
+def has_scales(kv_cache_dtype: str) -> bool:
+    """Return whether each entry of a cache has a scale of its own, behind its numbers."""
+    return kv_cache_dtype in _STORED and _STORED[kv_cache_dtype].has_scales
 
 
 def page_cache_dtype(config: VllmConfig) -> str:
@@ -41,6 +69,14 @@ def page_ratio(model: ModelConfig, cache_dtype: str, page_dtype: str) -> int:
         page_dtype: of pages, as there or as in the settings.
     """
     page = stored_dtype(page_dtype)
-    if page is None:
+    if page is None or page_dtype == cache_dtype:
         return 1
     return int(kv_cache_dtype_str_to_dtype(cache_dtype, model).itemsize // page.itemsize)
+
+
+def entry_bytes(model: ModelConfig, cache_dtype: str) -> int:
+    """Return the bytes of an entry's keys and values in one head of a cache."""
+    size = int(model.get_head_size() * kv_cache_dtype_str_to_dtype(cache_dtype, model).itemsize)
+    if cache_dtype == "int4_per_token_head":
+        size //= 2
+    return 2 * (size + SCALE_BYTES * has_scales(cache_dtype))

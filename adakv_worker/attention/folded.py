@@ -11,13 +11,17 @@ from adakv_worker.attention.watcher import Watcher
 class Pages(NamedTuple):
     """The whole KV memory, in the shape of the kernels' caches of one KV head.
 
-    keys, values: [pages, 1, page_tokens, D] on CPU, [pages, page_tokens, 1, D] on CUDA.
+    keys, values: [pages, 1, page_tokens, D] on CPU, [pages, page_tokens, 1, D] on CUDA; where each
+        entry has a scale behind its numbers, they have the bytes of both in place of D.
     kv_cache_dtype: vLLM's name of how they store numbers.
+    key_scales, value_scales: [pages, page_tokens, 1] float32, those scales.
     """
 
     keys: Tensor
     values: Tensor
     kv_cache_dtype: str = "auto"
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
 
 
 class Folded(NamedTuple):

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn, triton_attn
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, KVQuantMode
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from adakv_serve.kernels.paging.entries import own_scales
 from adakv_serve.kernels.paging.growth import ExtendedStep, GrownStep
 from adakv_worker.attention.folded import Folded, Pages, Step
 from adakv_worker.attention.folding import (
@@ -25,6 +27,7 @@ from adakv_worker.attention.folding import (
     is_on,
 )
 from adakv_worker.config import compression_config
+from adakv_worker.stored_dtypes import has_scales, stored_dtype
 
 
 class GPUFoldingBuilder(FoldingBuilder):
@@ -106,6 +109,17 @@ class GPUFoldingBackend(FoldingBackend):
         return (KVCacheLayout.BLHNC,) if is_on() else super().supported_kv_cache_layouts()
 
 
+def stored_pages(keys: Tensor, values: Tensor, kv_cache_dtype: str) -> Pages:
+    """View pools [pages, page_tokens, 1, D] as the numbers that they store, and their scales."""
+    stored = stored_dtype(kv_cache_dtype)
+    if stored is None:
+        return Pages(keys, values, kv_cache_dtype)
+    pages = Pages(keys.view(stored), values.view(stored), kv_cache_dtype)
+    if not has_scales(kv_cache_dtype):
+        return pages
+    return pages._replace(key_scales=own_scales(keys), value_scales=own_scales(values))
+
+
 def _most_entries(folded: Folded) -> int:
     """Return the most entries that a sequence can have; only the device has the real number."""
     return folded.grown.tables.shape[-1] * folded.pages.keys.shape[1]
@@ -141,6 +155,11 @@ class AdaKVFlashImpl(FoldingImpl, flash_attn.FlashAttentionImpl):
             raise ValueError(
                 "adakv: compression works with FlashAttention 2 and 3, not "
                 f"{self.vllm_flash_attn_version}: set attention_backend to TRITON_ATTN"
+            )
+        if is_quantized_kv_cache(self.kv_cache_dtype):
+            raise ValueError(
+                f"adakv: compression does not work with kv_cache_dtype {self.kv_cache_dtype} in "
+                "FlashAttention: set attention_backend to TRITON_ATTN"
             )
         attention = get_current_vllm_config().attention_config
         self._most_splits = attention.flash_attn_max_num_splits_for_cuda_graph
@@ -248,9 +267,20 @@ class AdaKVTritonMetadataBuilder(GPUFoldingBuilder, triton_attn.TritonAttentionM
 
 
 class AdaKVTritonImpl(FoldingImpl, triton_attn.TritonAttentionImpl):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Scorers look at the queries as the model computes them.
+        self.supports_quant_query_input = False
+
     def _store_folded(
         self, layer: Any, key: Tensor, value: Tensor, pages: Pages, slots: Tensor
     ) -> None:
+        if pages.key_scales is not None and pages.value_scales is not None:
+            triton_attn.triton_reshape_and_cache_flash_per_token_head_quant(
+                key, value, pages.keys, pages.values, pages.key_scales, pages.value_scales,
+                slots, self._kv_quant_mode,
+            )  # fmt: skip
+            return
         triton_attn.triton_reshape_and_cache_flash(
             key, value, pages.keys, pages.values, slots, self.kv_cache_dtype,
             layer._k_scale, layer._v_scale,
@@ -259,12 +289,13 @@ class AdaKVTritonImpl(FoldingImpl, triton_attn.TritonAttentionImpl):
     def _attend_folded(
         self, layer: Any, index: int, query: Tensor, output: Tensor, folded: Folded
     ) -> None:
-        segments = folded.plan
+        segments, pages = folded.plan, folded.pages
         assert isinstance(segments, _Segments)
+        has_layer_scales = self._kv_quant_mode == KVQuantMode.FP8_PER_TENSOR
         triton_attn.unified_attention(
             q=query,
-            k=folded.pages.keys,
-            v=folded.pages.values,
+            k=pages.keys,
+            v=pages.values,
             out=output,
             cu_seqlens_q=folded.query_start_loc,
             max_seqlen_q=folded.most_tokens,
@@ -276,13 +307,16 @@ class AdaKVTritonImpl(FoldingImpl, triton_attn.TritonAttentionImpl):
             block_table=folded.grown.tables[index],
             softcap=self.logits_soft_cap,
             q_descale=None,
-            k_descale=None,
-            v_descale=None,
+            k_descale=layer._k_scale if has_layer_scales else None,
+            v_descale=layer._v_scale if has_layer_scales else None,
             seq_threshold_3D=segments.sequences,
             num_par_softmax_segments=segments.segments,
             softmax_segm_output=segments.outputs,
             softmax_segm_max=segments.most,
             softmax_segm_expsum=segments.sums,
+            kv_quant_mode=self._kv_quant_mode,
+            k_scale_cache=pages.key_scales,
+            v_scale_cache=pages.value_scales,
         )
 
 

@@ -147,7 +147,7 @@ class AdaKVRunner:
         return layers
 
     def _cache_kind(self, state: CompressionState, ranks: Ranks) -> CacheKind:
-        layers, heads, page_tokens, head_dim = state.cache_shape
+        layers, heads, page_tokens, entry_size = state.cache_shape
         return CacheKind(
             model=self.model_config.model,
             fingerprint=fingerprint(self.vllm_config),
@@ -156,7 +156,8 @@ class AdaKVRunner:
             page_tokens=page_tokens,
             layers=layers,
             heads=heads,
-            head_dim=head_dim,
+            head_dim=state.head_size,
+            entry_size=entry_size,
             rank=ranks.rank,
             ranks=ranks.size,
             packing=state.packing,

@@ -5,7 +5,7 @@ Importing this registers the GPU's paths of our kernels.
 
 from typing import Any
 
-import torch
+from torch import Tensor
 from vllm.v1.worker.gpu_worker import Worker
 
 import adakv_serve.kernels.gpu.compaction
@@ -14,7 +14,7 @@ import adakv_serve.kernels.gpu.window_scores  # noqa: F401
 from adakv_serve.kernels.gpu.device_tables import DeviceTables
 from adakv_serve.kernels.paging.layout import PageLayout
 from adakv_serve.kernels.paging.paged_cache import PagedCache
-from adakv_worker.attention.folded import Pages
+from adakv_worker.attention.gpu import stored_pages
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.refusals import refuse_unsupported
 from adakv_worker.worker.base import AdaKVRunner, AdaKVWorkerMixin, KVMemory
@@ -26,7 +26,8 @@ class BlocksOutermost(AdaKVRunner):
     """Mixin for backends that lay a block's layers and heads one after the other (vLLM's BLHNC)."""
 
     def _kv_memory(self, config: CompressionConfig, layers: list[Any]) -> KVMemory:
-        pages = _all_pages([layer.kv_cache for layer in layers], layers[0].kv_cache_dtype)
+        keys, values = _all_pages([layer.kv_cache for layer in layers])
+        pages = stored_pages(keys, values, layers[0].kv_cache_dtype)
         _, heads, page_tokens, _ = layers[0].kv_cache.shape
         layout = PageLayout.blocks_outermost(len(layers), heads).to(pages.keys.device)
         most = self.vllm_config.scheduler_config.max_num_seqs
@@ -34,7 +35,7 @@ class BlocksOutermost(AdaKVRunner):
         columns = self._graph_columns(config, in_graph * len(layers) * heads, page_tokens)
         rows = self._most_rows(config)
         tables = DeviceTables(layout, page_tokens, rows, columns, in_graph)
-        cache = PagedCache(pages.keys[:, :, 0], pages.values[:, :, 0])
+        cache = PagedCache(keys[:, :, 0], values[:, :, 0])
         queries = None
         if columns and config.decode_budget_tokens is not None:
             # Evictions look at the queries of steps that graphs run.
@@ -86,8 +87,10 @@ class AdaKVGPUWorker(AdaKVWorkerMixin, Worker):
         return runner(self.vllm_config, self.device)
 
 
-def _all_pages(caches: list[torch.Tensor], kv_cache_dtype: str) -> Pages:
+def _all_pages(caches: list[Tensor]) -> tuple[Tensor, Tensor]:
     """View the layers' caches [NB, H, page_tokens, 2 * D] as pools [pages, page_tokens, 1, D].
+
+    Return that of keys and that of values. An entry that has a scale has its bytes in place of D.
 
     Raises:
         RuntimeError: a block's layers are not adjacent.
@@ -105,4 +108,4 @@ def _all_pages(caches: list[torch.Tensor], kv_cache_dtype: str) -> Pages:
         (page_tokens * width, width, width, 1),
     )
     keys, values = pool.chunk(2, dim=3)
-    return Pages(keys, values, kv_cache_dtype)
+    return keys, values

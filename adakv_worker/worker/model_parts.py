@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.utils.math_utils import largest_power_of_2_divisor
+from vllm.v1.attention.ops.int4_per_token_head import single_rht
 
 from adakv_serve.kernels.paging.entries import Quantization
 from adakv_serve.kernels.policies.rotary import Rotary
-from adakv_worker.stored_dtypes import stored_dtype
+from adakv_worker.stored_dtypes import has_scales, stored_dtype
 
 # Radians. Rounding to eight bits is off by less, another table by more.
 _MOST_OFF = 0.1
@@ -94,11 +96,22 @@ def _quantization(attention: Attention, kv_cache_dtype: str, scale: str) -> Quan
     stored = stored_dtype(kv_cache_dtype)
     if stored is None:
         return None
+    if has_scales(kv_cache_dtype):
+        rotation = _rotation(attention) if kv_cache_dtype == "int4_per_token_head" else None
+        return Quantization(stored, None, attention.dtype, rotation)
     device = attention.get_buffer("_k_scale").device
     own = kv_cache_dtype == attention.kv_cache_dtype
     number = float(getattr(attention, scale)) if own else 1.0
     scales = torch.full((attention.num_kv_heads,), number, device=device)
     return Quantization(stored, scales, attention.dtype)
+
+
+def _rotation(attention: Attention) -> Tensor:
+    """Return what turns entries [n, D] back that vLLM has turned before it stored four bits."""
+    device, size = attention.get_buffer("_k_scale").device, attention.head_size
+    turned: Tensor = single_rht(torch.eye(size, device=device), inverse=True)
+    # Ones, minus ones and zeros, of which a GPU has computed some in 16 bits.
+    return turned.round() / largest_power_of_2_divisor(size)
 
 
 def _head_columns(projection: LinearBase, width: int, group_width: int, head: int) -> Tensor:

@@ -45,6 +45,7 @@ class CacheKind(NamedTuple):
     layers: int
     heads: int
     head_dim: int
+    entry_size: int
     rank: int
     ranks: int
     packing: str
@@ -150,7 +151,7 @@ def write_state(
         "window": json.dumps((0, 0) if window is None else (window.prompt_tokens, window.span)),
     }
     dtype: torch.dtype = getattr(torch, header.dtype)
-    page_bytes = header.page_tokens * header.head_dim * dtype.itemsize
+    page_bytes = header.page_tokens * header.entry_size * dtype.itemsize
 
     def room(pages: int) -> tuple[Tensor, Tensor]:
         sizes = {

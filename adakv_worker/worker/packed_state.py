@@ -49,6 +49,8 @@ class StateHeader(NamedTuple):
 
     fingerprint: weights, settings and software, see `adakv_worker.worker.fingerprint`.
     dtype: of the pools; the fingerprint names a quantized cache's numbers. query_dtype: of windows.
+    head_dim: numbers of a query's head. entry_size: numbers of a pool that hold an entry's keys or
+        values, and its scale if it has one.
     packing: order of the entries in a page, which depends on the attention kernels.
     ranks, rank: number of tensor-parallel workers, and the state's one; `heads` are its KV heads.
     policy: the policy that selected the entries; the scope of a held cache, which names it, too.
@@ -64,6 +66,7 @@ class StateHeader(NamedTuple):
     layers: int
     heads: int
     head_dim: int
+    entry_size: int
     rank: int
     ranks: int
     policy: str
@@ -128,7 +131,7 @@ def unpack(packed: PackedState, expected: StateHeader) -> CompressedState:
     if packed.checksum != _checksum(packed):
         raise StateRefused("the state's content differs from its checksum")
     dtype = getattr(torch, expected.dtype)
-    size = expected.page_tokens * expected.head_dim
+    size = expected.page_tokens * expected.entry_size
     keys, values = (
         _tensor(array).view(dtype).view(-1, size) for array in (packed.keys, packed.values)
     )

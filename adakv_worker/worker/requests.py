@@ -164,7 +164,7 @@ class CompressionState:
             if first > window_start:
                 # The window's first queries are gone.
                 return None
-            shape = (len(self._parts), span, self._parts[0].num_heads, self._cache.keys.shape[-1])
+            shape = (len(self._parts), span, self._parts[0].num_heads, self.head_size)
             try:
                 queries = self._cache.keys.new_empty(shape, dtype=self._parts[0].dtype)
             except RuntimeError as error:
@@ -180,8 +180,10 @@ class CompressionState:
 
     def no_queries(self, tokens: int) -> Tensor:
         """Return zeros [tokens, Hq, D] in the shape of a layer's queries."""
-        part, dim = self._parts[0], self._cache.keys.shape[-1]
-        return self._cache.keys.new_zeros((tokens, part.num_heads, dim), dtype=part.dtype)
+        part = self._parts[0]
+        return self._cache.keys.new_zeros(
+            (tokens, part.num_heads, self.head_size), dtype=part.dtype
+        )
 
     def drop_windows(self, request_ids: Iterable[str]) -> None:
         """Drop queries of requests that do not capture any more."""
@@ -331,8 +333,13 @@ class CompressionState:
 
     @property
     def cache_shape(self) -> tuple[int, int, int, int]:
-        """Number of layers, KV heads, entries of a page, and head size."""
+        """Number of layers, KV heads, entries of a page, and numbers of the pool in an entry."""
         return (*self.tables.layout.offsets.shape, *self._cache.keys.shape[1:])
+
+    @property
+    def head_size(self) -> int:
+        """Numbers of a query's head."""
+        return self._parts[0].head_size
 
     @property
     def block_tokens(self) -> int:

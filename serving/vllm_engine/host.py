@@ -10,7 +10,6 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.utils.system_utils import kill_process_tree
-from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 from adakv_serve.serving.http.api_keys import VLLM_VARIABLE
@@ -38,6 +37,7 @@ from adakv_worker.frontend.sent_requests import BookedLLM
 from adakv_worker.frontend.session_moves import SessionCore
 from adakv_worker.messages import Proof
 from adakv_worker.refusals import refuse_unsupported
+from adakv_worker.stored_dtypes import entry_bytes
 
 # As long as vLLM itself waits for a step of several workers: a prefill on a slow CPU takes minutes.
 DEFAULT_HANG_S = 300.0
@@ -133,10 +133,9 @@ class VllmHost:
         """Bytes of one KV block: all layers, on all tensor-parallel ranks."""
         config = self.engine.vllm_config
         model = config.model_config
-        dtype = kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model)
-        entry = model.get_total_num_kv_heads() * model.get_head_size() * dtype.itemsize
-        layers = model.get_num_layers(config.parallel_config)
-        return 2 * layers * entry * config.cache_config.block_size
+        heads = model.get_num_layers(config.parallel_config) * model.get_total_num_kv_heads()
+        entry = entry_bytes(model, config.cache_config.cache_dtype)
+        return heads * entry * config.cache_config.block_size
 
     @property
     def dead(self) -> bool:

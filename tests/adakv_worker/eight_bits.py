@@ -1,7 +1,7 @@
-"""Hugging Face attention to keys and values of eight bits, as caches store them."""
+"""Hugging Face attention to keys and values of fewer bits, as caches store them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ FORMATS = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 # border is stored as its neighbour, which is an eighth or a quarter away.
 _TOLERANCE = 0.03
 
-Storing = Callable[[Tensor, torch.dtype], Tensor]
+Form = TypeVar("Form", torch.dtype, str)
 
 
 def towards_zero(numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -40,17 +40,20 @@ def assert_near_reference(
     assert sum(off) / len(off) < _TOLERANCE
 
 
-def attention_to(dtype: torch.dtype, storing: Storing) -> str:
-    """Register an attention to stored keys and values; return its name for `Reference`."""
+def attention_to(form: Form, storing: Callable[[Tensor, Form], Tensor]) -> str:
+    """Register an attention to keys and values that are stored so.
+
+    Return its name for `Reference`.
+    """
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any
     ) -> Any:
         return eager_attention_forward(
-            module, query, storing(key, dtype), storing(value, dtype), *args, **kw
+            module, query, storing(key, form), storing(value, form), *args, **kw
         )
 
-    name = f"{storing.__name__} {dtype}"
+    name = f"{storing.__name__} {form}"
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, eager_mask)
     return name

@@ -46,9 +46,26 @@ def take_the_gpus_path() -> None:
     flash_attn.flash_attn_varlen_func = flash_attention  # type: ignore[assignment]
     flash_attn.reshape_and_cache_flash = store  # type: ignore[attr-defined]
     flash_attn.get_scheduler_metadata = lambda **_: torch.zeros(1, dtype=torch.int32)  # type: ignore[attr-defined]
+    _take_the_gpus_rounding()
     _take_the_gpus_kernels()
     _take_the_gpus_worker()
     _take_the_gpus_settings()
+
+
+def _take_the_gpus_rounding() -> None:
+    """Mend the interpreter's conversion to eight bits: it makes 1.98 one instead of two."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def converted(numbers: Any, before: Any, after: Any, rounding: Any) -> Any:
+        if after != tl.float8e4nv or before != tl.float32:
+            return convert(numbers, before, after, rounding)
+        nearest = torch.from_numpy(numbers.copy()).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return nearest.view(torch.uint8).numpy()
+
+    interpreter._convert_float = converted
 
 
 def _take_the_gpus_kernels() -> None:
@@ -99,6 +116,8 @@ def _take_the_gpus_settings() -> None:
     from vllm.config import VllmConfig
     from vllm.platforms.cpu import CpuPlatform
 
+    from adakv_worker import refusals
+
     update = CpuPlatform.check_and_update_config
 
     def checked(config: VllmConfig) -> None:
@@ -107,6 +126,8 @@ def _take_the_gpus_settings() -> None:
         scheduler.async_scheduling = "Async" in str(scheduler.scheduler_cls)
 
     CpuPlatform.check_and_update_config = staticmethod(checked)  # type: ignore[assignment, method-assign]
+    CpuPlatform.has_device_capability = classmethod(lambda *_, **__: True)  # type: ignore[assignment]
+    refusals.current_platform = SimpleNamespace(is_cpu=lambda: False)  # type: ignore[assignment]
 
 
 def store(

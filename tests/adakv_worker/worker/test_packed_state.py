@@ -26,7 +26,7 @@ def header(dtype: str = "float32") -> StateHeader:
     return StateHeader(
         model="some/model", fingerprint="0a", dtype=dtype, query_dtype=dtype, page_tokens=32,
         packing="as it is",
-        layers=5, heads=3, head_dim=8, rank=0, ranks=1, policy="ada_snapkv",
+        layers=5, heads=3, head_dim=8, entry_size=8, rank=0, ranks=1, policy="ada_snapkv",
         token_hash=hash_tokens([1, 2, 3]),
     )  # fmt: skip
 

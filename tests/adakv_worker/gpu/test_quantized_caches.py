@@ -1,0 +1,83 @@
+"""Engines on the GPU's path whose KV caches store fewer bits, in Triton's attention."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from vllm.v1.attention.ops.int4_per_token_head import single_rht
+
+from tests.adakv_worker.eight_bits import assert_near_reference, attention_to
+from tests.adakv_worker.engine.test_eviction import Traced, run
+from tests.adakv_worker.engines import Engine, Reference, make_tiny_model, prompt
+from tests.adakv_worker.gpu.test_backends import Kind, started
+
+_TRITON = Kind("Triton", use_v2=True)
+_BYTES = {"fp8": 32, "int8_per_token_head": 36, "fp8_per_token_head": 36, "int4_per_token_head": 20}
+
+
+def stored(numbers: torch.Tensor, form: str) -> torch.Tensor:
+    """Return numbers [..., D] as a cache of this dtype stores them."""
+    if form == "fp8":
+        return numbers.to(torch.float8_e4m3fn).float()
+    if form == "int4_per_token_head":
+        turned = single_rht(numbers)
+        least, most = turned.aminmax(dim=-1, keepdim=True)
+        scales = (most - least) / 15
+        zeros = (-least / scales).round().clamp(0, 15)
+        steps = (turned / scales + zeros).round().clamp(0, 15)
+        return single_rht((steps - zeros) * scales, inverse=True) / numbers.shape[-1]
+    highest = 127 if form == "int8_per_token_head" else 448
+    scales = numbers.abs().amax(dim=-1, keepdim=True) / highest
+    steps = numbers / scales
+    kept = steps.round() if highest == 127 else steps.to(torch.float8_e4m3fn).float()
+    return kept * scales
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"), heads=4, kv_heads=2, layers=2)
+
+
+@pytest.fixture(scope="module", params=_BYTES)
+def form(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path, form: str) -> Iterator[Engine]:
+    with started(model, _TRITON, kv_cache_dtype=form) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path, form: str) -> Reference:
+    return Reference(model, attention_to(form, stored))
+
+
+def test_a_block_takes_as_many_bytes_as_its_numbers_and_scales(engine: Engine, form: str) -> None:
+    pool = engine.scheduler.kv_cache_manager.block_pool
+    # Keys and values of two layers, two heads and 16 tokens.
+    assert pool.num_gpu_blocks == (8 << 20) // (2 * 2 * 2 * 16 * _BYTES[form])
+
+
+def test_compressed_and_whole_caches_in_one_batch(engine: Engine, reference: Reference) -> None:
+    # Prefills of several chunks, a prefix that is found, one that keeps everything.
+    prompts = [prompt(90, seed=1), prompt(120, seed=2), prompt(20, seed=3), prompt(90, seed=1)]
+    results = engine.run(prompts, engine.params(max_tokens=10))
+    assert [result.kept is None for result in results] == [False, False, True, False]
+    assert torch.equal(results[0].kept, results[3].kept)  # type: ignore[arg-type]
+    for result in results:
+        assert_near_reference(result, reference)
+
+
+def test_evictions_while_answers_are_written(engine: Engine, reference: Reference) -> None:
+    bound = {"adakv_decode_budget_tokens": 40, "adakv_decode_interval_tokens": 32}
+    params = engine.params(max_tokens=36, extra_args=bound)
+    traced = Traced(engine, "one", prompt(60, seed=5), params)
+    run(engine, {"one": traced})
+    result = traced.result
+    assert result is not None
+    assert result.proof is not None
+    assert result.proof["decode_evictions"] == 1
+    assert_near_reference(result, reference, traced.kept_at)
