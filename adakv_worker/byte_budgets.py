@@ -3,7 +3,7 @@
 from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
 from adakv_worker.config import CompressionConfig, compression_config
-from adakv_worker.stored_dtypes import entry_bytes, page_ratio
+from adakv_worker.stored_dtypes import entry_bytes, pages_stored_as
 
 
 def settings_of(config: VllmConfig) -> CompressionConfig | None:
@@ -37,12 +37,13 @@ def in_entries(
         ValueError: `budget_bytes` is less than one entry of each head takes, or than the policy's
             window.
     """
-    ratio = page_ratio(model, cache_dtype, config.chosen_page_dtype)
+    stored = pages_stored_as(cache_dtype, config.chosen_page_dtype)
+    of_a_page = entry_bytes(model, stored)
     # What it stands for depends on the budgets that go.
     changes: dict[str, object] = {"page_dtype": config.chosen_page_dtype}
     if config.budget_bytes is not None:
         heads = model.get_num_layers(parallel or ParallelConfig()) * model.get_total_num_kv_heads()
-        one_of_each = heads * entry_bytes(model, cache_dtype) // ratio
+        one_of_each = heads * of_a_page
         if config.budget_bytes < one_of_each:
             raise ValueError(
                 f"adakv: budget_bytes={config.budget_bytes} is less than one entry of each head "
@@ -53,6 +54,6 @@ def in_entries(
         config.refuse_below_window(named, entries)
         changes |= {"budget_bytes": None, "budget_tokens": entries}
     if config.keep_bytes_ratio is not None:
-        share = min(1.0, config.keep_bytes_ratio * ratio)
+        share = min(1.0, config.keep_bytes_ratio * entry_bytes(model, cache_dtype) / of_a_page)
         changes |= {"keep_bytes_ratio": None, "keep_ratio": share}
     return config.model_copy(update=changes)

@@ -13,7 +13,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from adakv_serve.kernels.policies.presets import PRESETS
 from adakv_worker.config import CompressionConfig
-from adakv_worker.stored_dtypes import has_scales, is_unreadable, page_cache_dtype, stored_dtype
+from adakv_worker.stored_dtypes import has_scales, is_unreadable, page_cache_dtype, store_alike
 
 
 def _graphs_hold_cache_writes(config: VllmConfig) -> bool:
@@ -45,14 +45,24 @@ def _lacks_fp8_kernels(config: VllmConfig) -> bool:
 
 def _has_other_pages(config: VllmConfig) -> bool:
     """Return whether pages store numbers otherwise than blocks."""
-    blocks, pages = config.cache_config.cache_dtype, page_cache_dtype(config)
-    return pages != blocks and (stored_dtype(pages) or pages) != (stored_dtype(blocks) or blocks)
+    return not store_alike(page_cache_dtype(config), config.cache_config.cache_dtype)
+
+
+def _lacks_fp8_arithmetic(config: VllmConfig) -> bool:
+    pages = page_cache_dtype(config)
+    return (
+        _has_other_pages(config)
+        and pages.startswith("fp8")
+        and not current_platform.is_cpu()
+        and not current_platform.has_device_capability(89)
+    )
 
 
 def _has_odd_sizes(config: VllmConfig) -> bool:
     """Return whether pages of eight bits would have other kernels on a CPU than blocks."""
     sizes = (config.cache_config.block_size, config.model_config.get_head_size())
-    return _has_other_pages(config) and any(size % 32 for size in sizes)
+    odd = any(size % 32 for size in sizes)
+    return odd and _has_other_pages(config) and current_platform.is_cpu()
 
 
 # What is refused, by its name in the error.
@@ -83,13 +93,19 @@ REFUSED: dict[str, Callable[[VllmConfig], bool]] = {
         lambda c: c.cache_config.cache_dtype == "fp8_e5m2" and not current_platform.is_cpu()
     ),
     "kv_cache_dtype or page_dtype fp8 on a CPU without AVX-512 or AMX": _lacks_fp8_kernels,
-    "page_dtype int8 and int4 (no attention kernel of vLLM reads them without scales beside the "
-    "entries; fp8 works)": lambda c: page_cache_dtype(c) in ("int8", "int4"),
+    "page_dtype int8 and int4 on a CPU (vLLM has no kernels for them there; fp8 works)": (
+        lambda c: (
+            _has_other_pages(c) and has_scales(page_cache_dtype(c)) and current_platform.is_cpu()
+        )
+    ),
+    "page_dtype int8 and int4 with a head size that 8 does not divide": (
+        lambda c: has_scales(page_cache_dtype(c)) and c.model_config.get_head_size() % 8 != 0
+    ),
+    "page_dtype fp8 on a GPU before compute capability 8.9": _lacks_fp8_arithmetic,
     "a page_dtype beside a quantized kv_cache_dtype (each entry would be quantized twice)": (
         lambda c: is_quantized_kv_cache(c.cache_config.cache_dtype) and _has_other_pages(c)
     ),
-    "page_dtype on CUDA yet": lambda c: _has_other_pages(c) and not current_platform.is_cpu(),
-    "page_dtype with a block_size or head size that 32 does not divide": _has_odd_sizes,
+    "page_dtype on a CPU with a block_size or head size that 32 does not divide": _has_odd_sizes,
     "kv_cache_dtype_skip_layers (all layers share their pages)": (
         lambda c: bool(c.cache_config.kv_cache_dtype_skip_layers)
     ),

@@ -13,17 +13,23 @@ class AdaKVSpec(FullAttentionSpec):
 
     unsupported: (preset, reason) for each preset that cannot score the model's layers. A worker
         finds them in the loaded model, and the scheduler needs them.
-    page_ratio: entries of a page for each token of a block: above 1 where pages store fewer bits.
+    page_tokens: entries of a page: more than a block has tokens where pages store fewer bits. By
+        default as many.
     """
 
     unsupported: tuple[tuple[str, str], ...] = ()
-    page_ratio: int = 1
+    page_tokens: int = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.page_tokens is None:
+            object.__setattr__(self, "page_tokens", self.block_size)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
         first = specs[0]
         merged = super().merge(specs)
-        return replace(merged, unsupported=first.unsupported, page_ratio=first.page_ratio)
+        return replace(merged, unsupported=first.unsupported, page_tokens=first.page_tokens)
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         # Slabs are fewer than the blocks they replace, or one more where all entries stay.

@@ -31,6 +31,8 @@ _STORED = {
     "fp8_per_token_head": _Stored(torch.float8_e4m3fn, has_scales=True),
     "int4_per_token_head": _Stored(torch.uint8, has_scales=True),
 }
+# By the name in the settings of compression.
+_WITH_SCALES = {"int8": "int8_per_token_head", "int4": "int4_per_token_head"}
 
 
 def is_unreadable(kv_cache_dtype: str) -> bool:
@@ -52,26 +54,36 @@ def has_scales(kv_cache_dtype: str) -> bool:
     return kv_cache_dtype in _STORED and _STORED[kv_cache_dtype].has_scales
 
 
+def store_alike(one: str, other: str) -> bool:
+    """Return whether two values of `kv_cache_dtype` store numbers alike."""
+    return one == other or (one in _STORED and _STORED[one] == _STORED.get(other))
+
+
 def page_cache_dtype(config: VllmConfig) -> str:
     """Return how pages store numbers, by vLLM's `kv_cache_dtype`."""
     compression = compression_config(config.additional_config)
-    cache_dtype = config.cache_config.cache_dtype
-    if compression is None or compression.chosen_page_dtype == "auto":
-        return cache_dtype
-    return compression.chosen_page_dtype
+    page_dtype = "auto" if compression is None else compression.chosen_page_dtype
+    return pages_stored_as(config.cache_config.cache_dtype, page_dtype)
 
 
-def page_ratio(model: ModelConfig, cache_dtype: str, page_dtype: str) -> int:
-    """Return the entries of a page for each token of a block.
+def pages_stored_as(cache_dtype: str, page_dtype: str) -> str:
+    """Return how pages store numbers, by vLLM's `kv_cache_dtype`.
 
     Args:
         cache_dtype: of blocks, by vLLM's `kv_cache_dtype`.
-        page_dtype: of pages, as there or as in the settings.
+        page_dtype: as in the settings of compression.
     """
-    page = stored_dtype(page_dtype)
-    if page is None or page_dtype == cache_dtype:
-        return 1
-    return int(kv_cache_dtype_str_to_dtype(cache_dtype, model).itemsize // page.itemsize)
+    return cache_dtype if page_dtype == "auto" else _WITH_SCALES.get(page_dtype, page_dtype)
+
+
+def page_tokens(model: ModelConfig, block_size: int, cache_dtype: str, page_dtype: str) -> int:
+    """Return the entries of a page, which has the bytes of a block's tokens of one head.
+
+    Args:
+        cache_dtype, page_dtype: see `pages_stored_as`.
+    """
+    stored = pages_stored_as(cache_dtype, page_dtype)
+    return block_size * entry_bytes(model, cache_dtype) // entry_bytes(model, stored)
 
 
 def entry_bytes(model: ModelConfig, cache_dtype: str) -> int:

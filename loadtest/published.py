@@ -25,7 +25,7 @@ from typing import IO, Any, NamedTuple
 from adakv_serve.loadtest.comparison.bound import bound
 from adakv_serve.loadtest.engines.dummy_models import SHAPES, write_shape
 from adakv_serve.loadtest.engines.process import EngineProcess
-from adakv_serve.loadtest.engines.published_arms import ARMS, EIGHT_BIT_ARMS, Load, Setup, start
+from adakv_serve.loadtest.engines.published_arms import ARMS, MORE_ARMS, Load, Setup, start
 
 PUBLISHED = 5.18
 # Requests whose steps are profiled: short, so that all of them fit into any arm's KV memory.
@@ -223,7 +223,7 @@ def _engine(args: argparse.Namespace) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m loadtest.published", description=__doc__)
     parser.add_argument("--kv-gib", type=float, nargs="+", default=[3, 8, 24])
-    parser.add_argument("--arms", nargs="+", choices=(*ARMS, *EIGHT_BIT_ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=(*ARMS, *MORE_ARMS), default=list(ARMS))
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-3.1-8b")
     parser.add_argument(
         "--model", help="a folder or hub id with weights, or `embedded`, instead of a shape"

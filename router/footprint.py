@@ -62,7 +62,7 @@ def predict(
     *,
     answers: int = 1,
     most_output_tokens: int | None = None,
-    page_ratio: int = 1,
+    page_tokens: int | None = None,
 ) -> Footprint:
     """Return the footprint of a request, as the scheduler of `adakv_worker` plans it.
 
@@ -73,7 +73,7 @@ def predict(
             one is compressed: for the others that would free nothing. Where answers may outgrow
             their bounds, all are.
         most_output_tokens: most tokens of each answer; None where there is no limit.
-        page_ratio: entries of a compressed page for each token of a block.
+        page_tokens: entries of a compressed page; None for as many as a block has tokens.
 
     Raises:
         ValueError: a count is negative.
@@ -91,13 +91,13 @@ def predict(
     if budget is None or (most_output_tokens is not None and most_output_tokens <= 1):
         return uncompressed
     kept = kept_tokens(prompt_tokens, *budget)
-    page_tokens = block_size_tokens * page_ratio
+    page_tokens = page_tokens or block_size_tokens
     slabs = compressed_blocks_bound(kept, 0, page_tokens)
     # The scheduler decides by the longest possible answer, too.
     outgrows_bound = budget.decode is not None and (
         most_output_tokens is None or prompt_tokens + most_output_tokens > budget.decode.most_tokens
     )
-    stays_whole = kept >= prompt_tokens and page_ratio == 1
+    stays_whole = kept >= prompt_tokens and page_tokens == block_size_tokens
     if not outgrows_bound and (stays_whole or slabs >= prompt_blocks):
         return uncompressed
     most = most_entries(kept, decoded, budget.decode)

@@ -53,6 +53,11 @@ class Folded(NamedTuple):
     queries: Tensor | None = None
 
     @property
+    def most_entries(self) -> int:
+        """The most entries that a sequence can have, on CUDA; only the device has their number."""
+        return self.grown.tables.shape[-1] * self.pages.keys.shape[1]
+
+    @property
     def rows(self) -> slice:
         """Their tokens in the batch."""
         return slice(self.first, self.first + self.tokens)

@@ -29,7 +29,7 @@ from adakv_worker.attention.folded import Folded, Pages, Step
 from adakv_worker.config import compression_config
 from adakv_worker.refusals import require_classes
 from adakv_worker.spec import AdaKVSpec
-from adakv_worker.stored_dtypes import page_cache_dtype, page_ratio
+from adakv_worker.stored_dtypes import page_cache_dtype, page_tokens
 
 
 @dataclass
@@ -273,9 +273,13 @@ class FoldingBackend(AttentionBackend):
         spec = super().customize_spec(spec)
         if type(spec) is FullAttentionSpec and is_on():
             config = get_current_vllm_config()
-            cache_dtype = config.cache_config.cache_dtype
-            ratio = page_ratio(config.model_config, cache_dtype, page_cache_dtype(config))
-            return AdaKVSpec(**vars(spec), page_ratio=ratio)
+            tokens = page_tokens(
+                config.model_config,
+                spec.block_size,
+                config.cache_config.cache_dtype,
+                page_cache_dtype(config),
+            )
+            return AdaKVSpec(**vars(spec), page_tokens=tokens)
         return spec
 
     @classmethod

@@ -1,11 +1,13 @@
 """Attention on CUDA with compressed requests: FlashAttention, and vLLM's kernel in Triton.
 
-Both read lengths and block tables from the device, so no step waits for the device.
+Both read lengths and block tables from the device, so no step waits for the device. Pages of fewer
+bits than blocks are Triton's in either.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +15,9 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn, triton_attn
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, KVQuantMode
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from adakv_serve.kernels.paging.entries import own_scales
 from adakv_serve.kernels.paging.growth import ExtendedStep, GrownStep
 from adakv_worker.attention.folded import Folded, Pages, Step
 from adakv_worker.attention.folding import (
@@ -26,8 +27,8 @@ from adakv_worker.attention.folding import (
     WithStep,
     is_on,
 )
+from adakv_worker.attention.triton_kernel import Attending, Segments, attend, store
 from adakv_worker.config import compression_config
-from adakv_worker.stored_dtypes import has_scales, stored_dtype
 
 
 class GPUFoldingBuilder(FoldingBuilder):
@@ -36,6 +37,10 @@ class GPUFoldingBuilder(FoldingBuilder):
     In a graph both the folded and the stock call attend for every row, one of them to a single
     entry whose result is dropped. Between attention layers any batch may run by a graph.
     """
+
+    # vLLM's own attributes.
+    num_heads_q: int
+    kv_cache_spec: AttentionSpec
 
     def __init__(
         self,
@@ -64,7 +69,19 @@ class GPUFoldingBuilder(FoldingBuilder):
 
     def fold(self, grown: GrownStep, requests: int) -> Folded:
         starts = self._starts[: grown.lens.shape[1] + 1]
-        return Folded(requests, grown, self.pages, starts, 0, requests)
+        return Folded(requests, grown, self.pages, starts, 0, requests, plan=self._plan())
+
+    def fold_extends(self, extended: ExtendedStep, tokens: Sequence[int], first: int) -> Folded:
+        return super().fold_extends(extended, tokens, first)._replace(plan=self._plan())
+
+    def _plan(self) -> Segments | None:
+        """Return what Triton's kernel needs, if it attends."""
+        return self._segments if is_quantized_kv_cache(self.pages.kv_cache_dtype) else None
+
+    @functools.cached_property
+    def _segments(self) -> Segments:
+        group = self.num_heads_q // self._heads
+        return Segments.make(group, self.kv_cache_spec.head_size, self.pages.keys.device)
 
     def fold_for_graph(self, grown: GrownStep, compressed: int) -> Folded:
         rows = grown.lens.shape[1] // self._heads
@@ -109,20 +126,32 @@ class GPUFoldingBackend(FoldingBackend):
         return (KVCacheLayout.BLHNC,) if is_on() else super().supported_kv_cache_layouts()
 
 
-def stored_pages(keys: Tensor, values: Tensor, kv_cache_dtype: str) -> Pages:
-    """View pools [pages, page_tokens, 1, D] as the numbers that they store, and their scales."""
-    stored = stored_dtype(kv_cache_dtype)
-    if stored is None:
-        return Pages(keys, values, kv_cache_dtype)
-    pages = Pages(keys.view(stored), values.view(stored), kv_cache_dtype)
-    if not has_scales(kv_cache_dtype):
-        return pages
-    return pages._replace(key_scales=own_scales(keys), value_scales=own_scales(values))
+class GPUFoldingImpl(FoldingImpl):
+    """Mixin placed before a stock implementation on CUDA."""
 
+    # vLLM's own attribute.
+    logits_soft_cap: float
+    _one: Tensor | None = None
 
-def _most_entries(folded: Folded) -> int:
-    """Return the most entries that a sequence can have; only the device has the real number."""
-    return folded.grown.tables.shape[-1] * folded.pages.keys.shape[1]
+    def _attending(self, layer: Any, pages: Pages) -> Attending:
+        key_scale, value_scale = layer._k_scale, layer._v_scale
+        if pages.kv_cache_dtype != self.kv_cache_dtype:
+            # The layer's own are for its blocks.
+            if self._one is None:
+                self._one = torch.ones_like(key_scale)
+            key_scale = value_scale = self._one
+        return Attending(self.scale, self.logits_soft_cap, key_scale, value_scale)
+
+    def _store_in_triton(
+        self, layer: Any, key: Tensor, value: Tensor, pages: Pages, slots: Tensor
+    ) -> None:
+        *_, key_scale, value_scale = self._attending(layer, pages)
+        store(pages, key, value, slots, key_scale, value_scale)
+
+    def _attend_in_triton(
+        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: Folded
+    ) -> None:
+        attend(query, output, folded, index, self._attending(layer, folded.pages))
 
 
 @dataclass
@@ -148,7 +177,7 @@ def folded_splits(sequences: int, version: int, most: int) -> int:
     return most if sequences <= _MOST_SPLIT_SEQUENCES else 1
 
 
-class AdaKVFlashImpl(FoldingImpl, flash_attn.FlashAttentionImpl):
+class AdaKVFlashImpl(GPUFoldingImpl, flash_attn.FlashAttentionImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.vllm_flash_attn_version not in (2, 3):
@@ -169,6 +198,9 @@ class AdaKVFlashImpl(FoldingImpl, flash_attn.FlashAttentionImpl):
     def _store_folded(
         self, layer: Any, key: Tensor, value: Tensor, pages: Pages, slots: Tensor
     ) -> None:
+        if is_quantized_kv_cache(pages.kv_cache_dtype):
+            self._store_in_triton(layer, key, value, pages, slots)
+            return
         flash_attn.reshape_and_cache_flash(
             key, value, pages.keys, pages.values, slots, self.kv_cache_dtype,
             layer._k_scale, layer._v_scale,
@@ -187,6 +219,9 @@ class AdaKVFlashImpl(FoldingImpl, flash_attn.FlashAttentionImpl):
         self, layer: Any, index: int, query: Tensor, output: Tensor, folded: Folded
     ) -> None:
         assert self.vllm_flash_attn_version is not None
+        if is_quantized_kv_cache(folded.pages.kv_cache_dtype):
+            self._attend_in_triton(layer, index, query, output, folded)
+            return
         flash_attn.flash_attn_varlen_func(
             q=query,
             k=folded.pages.keys,
@@ -195,7 +230,7 @@ class AdaKVFlashImpl(FoldingImpl, flash_attn.FlashAttentionImpl):
             cu_seqlens_q=folded.query_start_loc,
             max_seqlen_q=folded.most_tokens,
             seqused_k=folded.grown.lens[index],
-            max_seqlen_k=_most_entries(folded),
+            max_seqlen_k=folded.most_entries,
             softmax_scale=self.scale,
             causal=True,
             block_table=folded.grown.tables[index],
@@ -212,16 +247,6 @@ class AdaKVFlashBackend(GPUFoldingBackend, flash_attn.FlashAttentionBackend):  #
     folding_builder = AdaKVFlashMetadataBuilder
 
 
-class _Segments(NamedTuple):
-    """Buffers for parts of long sequences in small batches: see `unified_attention`."""
-
-    sequences: int
-    segments: int
-    outputs: Tensor
-    most: Tensor
-    sums: Tensor
-
-
 @dataclass
 class AdaKVTritonMetadata(WithStep, triton_attn.TritonAttentionMetadata):
     """Metadata of Triton's unified attention."""
@@ -229,30 +254,9 @@ class AdaKVTritonMetadata(WithStep, triton_attn.TritonAttentionMetadata):
 
 class AdaKVTritonMetadataBuilder(GPUFoldingBuilder, triton_attn.TritonAttentionMetadataBuilder):
     metadata_class = AdaKVTritonMetadata
-    _segments: _Segments | None = None
 
-    def fold(self, grown: GrownStep, requests: int) -> Folded:
-        return super().fold(grown, requests)._replace(plan=self._plan())
-
-    def fold_extends(self, extended: ExtendedStep, tokens: Sequence[int], first: int) -> Folded:
-        return super().fold_extends(extended, tokens, first)._replace(plan=self._plan())
-
-    def _plan(self) -> _Segments:
-        if self._segments is None:
-            self._segments = self._make_segments(self.pages.keys.device)
+    def _plan(self) -> Segments:
         return self._segments
-
-    def _make_segments(self, device: torch.device) -> _Segments:
-        # One KV head for each sequence: this many fill the device without splits.
-        sequences = triton_attn.MIN_LAUNCH_GRID_SIZE_2D
-        count = triton_attn.NUM_PAR_SOFTMAX_SEGMENTS
-        shape = (sequences, self.num_heads_q // self.num_heads_kv, count)
-        width = self.softmax_segm_output.shape[-1]
-        outputs, most, sums = (
-            torch.empty(size, dtype=torch.float32, device=device)
-            for size in ((*shape, width), shape, shape)
-        )
-        return _Segments(sequences, count, outputs, most, sums)
 
     def _nothing(self, common: Any) -> dict[str, Any]:
         return {
@@ -266,58 +270,14 @@ class AdaKVTritonMetadataBuilder(GPUFoldingBuilder, triton_attn.TritonAttentionM
         }
 
 
-class AdaKVTritonImpl(FoldingImpl, triton_attn.TritonAttentionImpl):
+class AdaKVTritonImpl(GPUFoldingImpl, triton_attn.TritonAttentionImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Scorers look at the queries as the model computes them.
         self.supports_quant_query_input = False
 
-    def _store_folded(
-        self, layer: Any, key: Tensor, value: Tensor, pages: Pages, slots: Tensor
-    ) -> None:
-        if pages.key_scales is not None and pages.value_scales is not None:
-            triton_attn.triton_reshape_and_cache_flash_per_token_head_quant(
-                key, value, pages.keys, pages.values, pages.key_scales, pages.value_scales,
-                slots, self._kv_quant_mode,
-            )  # fmt: skip
-            return
-        triton_attn.triton_reshape_and_cache_flash(
-            key, value, pages.keys, pages.values, slots, self.kv_cache_dtype,
-            layer._k_scale, layer._v_scale,
-        )  # fmt: skip
-
-    def _attend_folded(
-        self, layer: Any, index: int, query: Tensor, output: Tensor, folded: Folded
-    ) -> None:
-        segments, pages = folded.plan, folded.pages
-        assert isinstance(segments, _Segments)
-        has_layer_scales = self._kv_quant_mode == KVQuantMode.FP8_PER_TENSOR
-        triton_attn.unified_attention(
-            q=query,
-            k=pages.keys,
-            v=pages.values,
-            out=output,
-            cu_seqlens_q=folded.query_start_loc,
-            max_seqlen_q=folded.most_tokens,
-            seqused_k=folded.grown.lens[index],
-            max_seqlen_k=_most_entries(folded),
-            softmax_scale=self.scale,
-            causal=True,
-            window_size=(-1, -1),
-            block_table=folded.grown.tables[index],
-            softcap=self.logits_soft_cap,
-            q_descale=None,
-            k_descale=layer._k_scale if has_layer_scales else None,
-            v_descale=layer._v_scale if has_layer_scales else None,
-            seq_threshold_3D=segments.sequences,
-            num_par_softmax_segments=segments.segments,
-            softmax_segm_output=segments.outputs,
-            softmax_segm_max=segments.most,
-            softmax_segm_expsum=segments.sums,
-            kv_quant_mode=self._kv_quant_mode,
-            k_scale_cache=pages.key_scales,
-            v_scale_cache=pages.value_scales,
-        )
+    _store_folded = GPUFoldingImpl._store_in_triton
+    _attend_folded = GPUFoldingImpl._attend_in_triton
 
 
 class AdaKVTritonBackend(GPUFoldingBackend, triton_attn.TritonAttentionBackend):  # type: ignore[misc]

@@ -47,7 +47,7 @@ class AdaKVManager(FullAttentionManager):
         self.reserved: list[str] = []
         self.completed: list[str] = []
         assert isinstance(self.kv_cache_spec, AdaKVSpec)
-        self.page_tokens = self.block_size * self.kv_cache_spec.page_ratio
+        self.page_tokens = self.kv_cache_spec.page_tokens
         self.admission = Admission(
             self.block_pool, self.page_tokens, self.req_to_blocks, self.prefilling, self.compressed
         )

@@ -39,9 +39,9 @@ class Life(NamedTuple):
     max_tokens: its own limit, by which `AnswerLengths` groups requests.
     """
 
-    room: int
+    room: float
     most_room: int
-    per_token: int
+    per_token: float
     answered: int
     left: int
     due: int
@@ -79,7 +79,7 @@ class Plan:
     resumed: the held cache that it begins with, or None.
     session: the record of that, or of why there is none; None without sessions.
     detail: whether the proof has a `HeadDetail`.
-    page_ratio: entries of a page for each token of a block.
+    page_tokens: entries of a page: more than a block has tokens where pages store fewer bits.
     """
 
     choice: PolicyChoice
@@ -87,6 +87,7 @@ class Plan:
     keep: int
     query_span: int
     block_size: int
+    page_tokens: int
     max_outputs: int
     answered_before: int = 0
     least_outputs: int = 0
@@ -97,12 +98,6 @@ class Plan:
     resumed: Resumed | None = None
     session: SessionProof | None = None
     detail: bool = False
-    page_ratio: int = 1
-
-    @property
-    def page_tokens(self) -> int:
-        """Entries of a page."""
-        return self.block_size * self.page_ratio
 
     @property
     def active(self) -> bool:
@@ -196,7 +191,7 @@ class Plan:
         decoded = self._decoded(num_tokens)
         # Only its last block is half full, on average.
         half = self.page_tokens // 2
-        per_token = 1 if self.active else self.page_ratio
+        per_token = 1.0 if self.active else self.page_tokens / self.block_size
         room, most = max(num_tokens, self.prompt_tokens) * per_token + half, UNBOUNDED
         if self.active:
             # A page that is only partly filled still belongs to its head alone.
@@ -248,7 +243,7 @@ def make_plan(
     block_size: int,
     pool_blocks: int,
     *,
-    page_ratio: int = 1,
+    page_tokens: int | None = None,
     outputs: Outputs | None = None,
     resumable: bool = False,
 ) -> Plan:
@@ -260,7 +255,7 @@ def make_plan(
         num_tokens: tokens to prefill.
         remaining_outputs: most tokens that it may still generate.
         pool_blocks: all blocks of the pool.
-        page_ratio: entries of a page for each token of a block.
+        page_tokens: entries of a page; None for as many as a block has tokens.
         resumable: whether more of its prompt may come after its answer (streaming input).
     """
     keep = budget.keep_of(num_tokens)
@@ -269,10 +264,10 @@ def make_plan(
     span = query_span(choice) if keep < num_tokens else 0
     answered, least, max_tokens = outputs or Outputs(max_tokens=remaining_outputs)
     plan = Plan(
-        choice, num_tokens, keep, min(span, num_tokens), block_size, remaining_outputs,
-        answered_before=answered, least_outputs=least, max_tokens=max_tokens,
+        choice, num_tokens, keep, min(span, num_tokens), block_size, page_tokens or block_size,
+        remaining_outputs, answered_before=answered, least_outputs=least, max_tokens=max_tokens,
         bound=budget.decode, fallback=budget.fallback or budget.why_less(num_tokens),
-        detail=budget.detail, page_ratio=page_ratio,
+        detail=budget.detail,
     )  # fmt: skip
     return replace(plan, skipped=_why_whole(plan, pool_blocks, resumable))
 
@@ -284,7 +279,7 @@ def resumed_plan(
     remaining_outputs: int,
     block_size: int,
     outputs: Outputs,
-    page_ratio: int = 1,
+    page_tokens: int | None = None,
 ) -> Plan:
     """Return the plan of a request that arrives with its compressed cache.
 
@@ -300,13 +295,13 @@ def resumed_plan(
         keep,
         0,
         block_size,
+        page_tokens or block_size,
         decoded + remaining_outputs,
         answered_before=outputs.answered - decoded,
         least_outputs=decoded + outputs.least,
         max_tokens=outputs.max_tokens,
         # Without a policy to choose entries, none can be evicted.
         bound=proof.bound if budget.choice.preset != FULL else None,
-        page_ratio=page_ratio,
     )
 
 
@@ -325,7 +320,7 @@ def _why_whole(plan: Plan, pool_blocks: int, resumable: bool) -> str | None:
     if resumable:
         return "resumable"
     # Pages of fewer bits are worth it where all entries stay, too.
-    stays_whole = plan.keep >= plan.prompt_tokens and plan.page_ratio == 1
+    stays_whole = plan.keep >= plan.prompt_tokens and plan.page_tokens == plan.block_size
     if stays_whole and not plan.outgrows_bound:
         return "within_budget"
     if plan.max_outputs <= 1:

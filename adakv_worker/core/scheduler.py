@@ -70,7 +70,7 @@ class AdaKVSchedulerMixin(Scheduler):
         self._turns = Turns()
         # Presets that the model does not support, with the reason.
         self._unsupported: dict[str, str] = {}
-        self._page_ratio = 1
+        self._page_tokens = self.block_size
         self._manager: AdaKVManager | None = None
         self._figures: MemoryFigures | None = None
         self._sessions: Sessions | None = None
@@ -85,7 +85,7 @@ class AdaKVSchedulerMixin(Scheduler):
         self._figures = MemoryFigures(manager, self._queue, self._recomputes)
         assert isinstance(manager.kv_cache_spec, AdaKVSpec)
         self._unsupported = dict(manager.kv_cache_spec.unsupported)
-        self._page_ratio = manager.kv_cache_spec.page_ratio
+        self._page_tokens = manager.page_tokens
         refuse_unsupported_policy(config, self._unsupported)
         if config.sessions.enabled:
             scheduler = self.vllm_config.scheduler_config
@@ -99,7 +99,9 @@ class AdaKVSchedulerMixin(Scheduler):
         config = self._adakv
         budget = budget_of(None, config, self._unsupported)
         pool = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
-        example = make_plan(budget, 4096, 1024, self.block_size, pool, page_ratio=self._page_ratio)
+        example = make_plan(
+            budget, 4096, 1024, self.block_size, pool, page_tokens=self._page_tokens
+        )
         logger.info(
             "adakv: model %s, policy %s, budget %d tokens, keep ratio %g: a prompt of 4096 tokens "
             "holds %d blocks, then %d (%s)",
@@ -198,13 +200,13 @@ class AdaKVSchedulerMixin(Scheduler):
             tokens, proof = request.num_tokens, continuation.proof
             plan = resumed_plan(
                 budget, proof, tokens, remaining_outputs, self.block_size, outputs,
-                self._page_ratio,
+                self._page_tokens,
             )  # fmt: skip
             return CompressedRequest.arriving(plan, tokens)
         plan_at = functools.partial(
             make_plan, budget, remaining_outputs=remaining_outputs, block_size=self.block_size,
             pool_blocks=self.kv_cache_manager.block_pool.num_gpu_blocks - 1, outputs=outputs,
-            resumable=request.resumable, page_ratio=self._page_ratio,
+            resumable=request.resumable, page_tokens=self._page_tokens,
         )  # fmt: skip
         plan = plan_at(num_tokens=request.num_tokens)
         if continuation is not None:

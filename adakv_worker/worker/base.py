@@ -12,7 +12,7 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.worker_base import WorkerBase
 
-from adakv_serve.kernels.paging.paged_cache import PagedCache
+from adakv_serve.kernels.paging.paged_cache import Conversion, PagedCache
 from adakv_serve.kernels.paging.pages import PageTables
 from adakv_worker.attention.folded import Pages
 from adakv_worker.attention.folding import FoldingBuilder
@@ -35,6 +35,7 @@ class KVMemory(NamedTuple):
     """An engine's KV memory: pages as its kernels see them, and in logical order, and their tables.
 
     blocks: pages of whole prompts. slabs: the same memory as pages of compressed ones.
+    conversion: from those to these; None where both store numbers alike.
     graph_queries: memory [L, rows, Hq, D] for the queries of full CUDA graphs; None without.
     """
 
@@ -42,6 +43,7 @@ class KVMemory(NamedTuple):
     blocks: PagedCache
     slabs: PagedCache
     tables: PageTables
+    conversion: Conversion | None = None
     graph_queries: Tensor | None = None
 
 
@@ -108,6 +110,7 @@ class AdaKVRunner:
         parts = layer_parts(self.get_model(), names, page_dtype)
         state = CompressionState(
             memory.slabs, memory.tables, parts, blocks=memory.blocks,
+            conversion=memory.conversion,
             record_selections=config.record_selections,
         )  # fmt: skip
         batch, ranks = self._make_batch(), Ranks.of_this_engine()
@@ -172,9 +175,12 @@ class AdaKVRunner:
 
     def _unsupported(self) -> dict[str, str]:
         """Return the presets that the model does not support, with the reason."""
+        return dict(self._spec().unsupported)
+
+    def _spec(self) -> AdaKVSpec:
         (group,) = self.kv_cache_config.kv_cache_groups
         assert isinstance(group.kv_cache_spec, AdaKVSpec)
-        return dict(group.kv_cache_spec.unsupported)
+        return group.kv_cache_spec
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:

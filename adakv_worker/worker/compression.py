@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adakv_serve.kernels.blocks import SINK_TOKENS
 from adakv_serve.kernels.paging.entries import PagedEntries
-from adakv_serve.kernels.paging.paged_cache import PagedCache, compact, compact_into
+from adakv_serve.kernels.paging.paged_cache import Conversion, PagedCache, compact, compact_into
 from adakv_serve.kernels.paging.pages import PageTables
 from adakv_serve.kernels.policies.observation import Observation
 from adakv_serve.kernels.policies.policy import Policy, Scored, stacked
@@ -65,11 +65,11 @@ class Compression:
         blocks: Sequence[int],
         rows: slice,
         earlier: Tensor | None,
-        blocks_cache: PagedCache,
-        slabs_cache: PagedCache,
+        cache: PagedCache,
         tables: PageTables,
         parts: Sequence[LayerParts],
         *,
+        conversion: Conversion | None = None,
         held_bytes: int,
         record: bool,
     ) -> None:
@@ -78,16 +78,16 @@ class Compression:
             blocks: the prompt's blocks.
             rows: the prompt's tokens in the batch.
             earlier: [L, e, Hq, D], the first queries of the window, from earlier chunks.
-            blocks_cache, slabs_cache: the KV memory as pages of whole requests, and of compressed
-                ones; the same where both store numbers alike.
+            cache: the KV memory as pages of whole requests.
+            conversion: to pages of compressed ones; None where those store numbers alike.
             held_bytes: bytes of scores to hold before their layers are copied.
         """
         self.command = command
         self._blocks = sent(blocks, tables.device)
         self._rows = rows
         self._earlier = earlier
-        self._cache = blocks_cache
-        self._slabs_cache = slabs_cache
+        self._cache = cache
+        self._conversion = conversion
         self._tables = tables
         self._parts = parts
         self._scored: dict[int, Scored] = {}
@@ -188,12 +188,10 @@ class Compression:
         tables = self._tables.place_layers(self.row, layers, lens)
         index = sent(layers, self._tables.device)
         source = self._tables.layout.blocks_pages(self._blocks, index)
-        stored = self._parts[0].paged_keys
-        if self._slabs_cache is self._cache:
+        if self._conversion is None:
             compact(kept, self._cache, source, tables, lens)
         else:
-            assert stored is not None
-            compact_into(kept, self._cache, source, self._slabs_cache, tables, lens, stored.stored)
+            compact_into(kept, self._cache, source, self._conversion, tables, lens)
         if self._kept is not None:
             self._kept |= zip(layers, kept, strict=True)
 

@@ -12,7 +12,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from adakv_serve.kernels.paging.host_tables import HostTables
 from adakv_serve.kernels.paging.layout import PageLayout
-from adakv_serve.kernels.paging.paged_cache import clear_pages
+from adakv_serve.kernels.paging.paged_cache import Conversion, clear_pages, write_in_bytes
 from adakv_worker.attention.cpu import paged_cache
 from adakv_worker.attention.folded import Pages
 from adakv_worker.compiled_products import bound_compiled_products
@@ -35,14 +35,19 @@ class LayersOutermost(AdaKVRunner):
         number, heads, _, _ = first.kv_cache.shape
         layout = PageLayout.layers_outermost(len(layers), heads, number)
         rows = self._most_rows(config)
-        slabs, whole, clear = paged_cache(pages, first.isa, dtype), None, None
+        slabs, whole = paged_cache(pages, first.isa, dtype), None
+        clear = conversion = None
         if pages is not blocks:
             whole = paged_cache(blocks, first.isa, dtype)
+            stored = stored_dtype(pages.kv_cache_dtype)
+            assert stored is not None
+            write = functools.partial(write_in_bytes, slabs, stored)
+            conversion = Conversion(pages.keys.shape[2], write)
             # Numbers of a whole prompt, read as numbers of fewer bits, may be infinite or none at
             # all. The kernels read to the end of a page, and multiply what they mask with zero.
             clear = functools.partial(clear_pages, slabs)
         tables = HostTables(layout, pages.keys.shape[2], rows, clear)
-        return KVMemory(pages, whole or slabs, slabs, tables)
+        return KVMemory(pages, whole or slabs, slabs, tables, conversion)
 
 
 class UndrawnNumbers(GPUModelRunner):

@@ -3,8 +3,10 @@
 Importing this registers the GPU's paths of our kernels.
 """
 
+import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -13,10 +15,12 @@ import adakv_serve.kernels.gpu.top
 import adakv_serve.kernels.gpu.window_scores  # noqa: F401
 from adakv_serve.kernels.gpu.device_tables import DeviceTables
 from adakv_serve.kernels.paging.layout import PageLayout
-from adakv_serve.kernels.paging.paged_cache import PagedCache
-from adakv_worker.attention.gpu import stored_pages
+from adakv_serve.kernels.paging.paged_cache import Conversion, PagedCache
+from adakv_worker.attention.folded import Pages
+from adakv_worker.attention.triton_kernel import store, stored_pages
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.refusals import refuse_unsupported
+from adakv_worker.stored_dtypes import entry_bytes, page_cache_dtype, store_alike
 from adakv_worker.worker.base import AdaKVRunner, AdaKVWorkerMixin, KVMemory
 from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
 from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
@@ -26,22 +30,28 @@ class BlocksOutermost(AdaKVRunner):
     """Mixin for backends that lay a block's layers and heads one after the other (vLLM's BLHNC)."""
 
     def _kv_memory(self, config: CompressionConfig, layers: list[Any]) -> KVMemory:
-        keys, values = _all_pages([layer.kv_cache for layer in layers])
-        pages = stored_pages(keys, values, layers[0].kv_cache_dtype)
+        pool = _all_pages([layer.kv_cache for layer in layers])
         _, heads, page_tokens, _ = layers[0].kv_cache.shape
+        pages, cache = _in_halves(pool, layers[0].kv_cache_dtype)
+        blocks, conversion = cache, None
+        page_dtype = page_cache_dtype(self.vllm_config)
+        if not store_alike(page_dtype, pages.kv_cache_dtype):
+            page_tokens = self._spec().page_tokens
+            width = entry_bytes(self.model_config, page_dtype)
+            pages, cache = _in_halves(_of_bytes(pool, page_tokens, width), page_dtype)
+            conversion = Conversion(page_tokens, functools.partial(_write, pages))
         layout = PageLayout.blocks_outermost(len(layers), heads).to(pages.keys.device)
         most = self.vllm_config.scheduler_config.max_num_seqs
         in_graph = min(most, self.vllm_config.compilation_config.max_cudagraph_capture_size or most)
         columns = self._graph_columns(config, in_graph * len(layers) * heads, page_tokens)
         rows = self._most_rows(config)
         tables = DeviceTables(layout, page_tokens, rows, columns, in_graph)
-        cache = PagedCache(keys[:, :, 0], values[:, :, 0])
         queries = None
         if columns and config.decode_budget_tokens is not None:
             # Evictions look at the queries of steps that graphs run.
             shape = (len(layers), in_graph, layers[0].num_heads, layers[0].head_size)
             queries = cache.keys.new_zeros(shape, dtype=self.model_config.dtype)
-        return KVMemory(pages, cache, cache, tables, queries)
+        return KVMemory(pages, blocks, cache, tables, conversion, queries)
 
     def _graph_columns(self, config: CompressionConfig, sequences: int, page_tokens: int) -> int:
         """Return the pages of the longest head that full CUDA graphs attend to; 0 without graphs.
@@ -87,10 +97,10 @@ class AdaKVGPUWorker(AdaKVWorkerMixin, Worker):
         return runner(self.vllm_config, self.device)
 
 
-def _all_pages(caches: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """View the layers' caches [NB, H, page_tokens, 2 * D] as pools [pages, page_tokens, 1, D].
+def _all_pages(caches: list[Tensor]) -> Tensor:
+    """View the layers' caches [NB, H, page_tokens, 2 * D] as a pool [pages, page_tokens, 1, 2 * D].
 
-    Return that of keys and that of values. An entry that has a scale has its bytes in place of D.
+    Where entries have scales, the pool has their bytes, too.
 
     Raises:
         RuntimeError: a block's layers are not adjacent.
@@ -103,9 +113,26 @@ def _all_pages(caches: list[Tensor]) -> tuple[Tensor, Tensor]:
         place = first.data_ptr() + index * of_a_layer * first.element_size()
         if cache.stride() != strides or cache.data_ptr() != place:
             raise RuntimeError("adakv: the KV caches do not lie block by block (layout BLHNC)")
-    pool = first.as_strided(
+    return first.as_strided(
         (blocks * len(caches) * heads, page_tokens, 1, width),
         (page_tokens * width, width, width, 1),
     )
+
+
+def _of_bytes(pool: Tensor, page_tokens: int, width: int) -> Tensor:
+    """View the pages of a pool as [pages, page_tokens, 1, width] of bytes."""
+    size = pool[0].numel() * pool.element_size()
+    memory = pool.view(torch.uint8).view(len(pool), size)
+    return memory.as_strided((len(pool), page_tokens, 1, width), (size, width, width, 1))
+
+
+def _in_halves(pool: Tensor, kv_cache_dtype: str) -> tuple[Pages, PagedCache]:
+    """View a pool as keys and values: as its kernels see them, and as they lie in memory."""
     keys, values = pool.chunk(2, dim=3)
-    return keys, values
+    return stored_pages(keys, values, kv_cache_dtype), PagedCache(keys[:, :, 0], values[:, :, 0])
+
+
+def _write(pages: Pages, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Store keys and values [e, D] at slots [e]; those without scales of their own as they are."""
+    one = torch.ones(1, device=keys.device)
+    store(pages, keys[:, None], values[:, None], slots, one, one)

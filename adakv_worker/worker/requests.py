@@ -8,7 +8,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from adakv_serve.kernels.paging.growth import ExtendedStep, GrownStep
-from adakv_serve.kernels.paging.paged_cache import PagedCache, move_pages
+from adakv_serve.kernels.paging.paged_cache import Conversion, PagedCache, move_pages
 from adakv_serve.kernels.paging.pages import PageTables, check_page_tables
 from adakv_worker import messages
 from adakv_worker.messages import (
@@ -45,15 +45,18 @@ class CompressionState:
         parts: Sequence[LayerParts],
         *,
         blocks: PagedCache | None = None,
+        conversion: Conversion | None = None,
         record_selections: bool = False,
     ) -> None:
         """
         Args:
             slabs: the KV memory as pages of compressed requests.
-            blocks: the same memory as pages of whole ones; None where those are alike.
+            blocks: the same memory as pages of whole ones, and the way from these to those; None
+                where they are alike.
         """
         self._cache = slabs
         self._blocks = blocks or slabs
+        self._conversion = conversion
         self._parts = parts
         self.tables = tables
         self.held_bytes = HELD_BYTES
@@ -218,9 +221,9 @@ class CompressionState:
             slice(start, start + command.prompt_tokens - first_token),
             earlier,
             self._blocks,
-            self._cache,
             self.tables,
             self._parts,
+            conversion=self._conversion,
             held_bytes=self.held_bytes,
             record=self.selections is not None or lists_tokens(command),
         )

@@ -1,5 +1,6 @@
 """Reads of prompts from blocks and writes of kept entries into pages, as tensor operations."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -181,32 +182,46 @@ def kept_slots(
     return slots, placed_slots(tables.flatten(0, 1), lens.flatten(), page_tokens)
 
 
+class Conversion(NamedTuple):
+    """How entries of blocks are stored in pages of fewer bits.
+
+    page_tokens: entries of a page.
+    write: stores keys and values [e, D] at slots [e] int64 of the pages.
+    """
+
+    page_tokens: int
+    write: Callable[[Tensor, Tensor, Tensor], None]
+
+
 def compact_into(
     kept: Tensor,
     cache: PagedCache,
     source: Tensor,
-    target: PagedCache,
+    conversion: Conversion,
     tables: Tensor,
     lens: Tensor,
-    stored: torch.dtype,
 ) -> None:
     """Copy the kept entries of K layers into pages that store fewer bits, in order of position.
 
     Args:
         kept: [K, H, n] bool.
         source: [K, nb, H] int64, the pages of `cache` to read.
-        tables, lens: [K, H, W] int32, the pages of `target` to write, and [K, H], entries kept.
-        stored: the dtype of the target's numbers, whose pool is of bytes; the scale is one.
+        tables, lens: [K, H, W] int32, the pages to write, and [K, H], entries kept.
     """
     source_tokens, dim = cache.keys.shape[1:]
-    target_tokens = target.keys.shape[1]
     k, head, position = kept.nonzero(as_tuple=True)
     slots = source[k, position // source_tokens, head] * source_tokens + position % source_tokens
-    targets = placed_slots(tables.flatten(0, 1), lens.flatten(), target_tokens)
+    targets = placed_slots(tables.flatten(0, 1), lens.flatten(), conversion.page_tokens)
     at_once = max(1, _COPIED_BYTES // (2 * dim * cache.keys.element_size()))
     for some, places in zip(slots.split(at_once), targets.split(at_once), strict=True):
-        keys, values = (in_bytes(entries, stored) for entries in read_slots(cache, some))
-        write_slots(target, places, keys, values)
+        conversion.write(places, *read_slots(cache, some))
+
+
+def write_in_bytes(
+    cache: PagedCache, stored: torch.dtype, slots: Tensor, keys: Tensor, values: Tensor
+) -> None:
+    """Write entries [e, D] to slots [e] of a cache of bytes, as numbers of eight bits."""
+    write_slots(cache, slots, in_bytes(keys, stored), in_bytes(values, stored))
 
 
 def in_bytes(numbers: Tensor, stored: torch.dtype) -> Tensor:
@@ -241,6 +256,6 @@ def _own_pages(kept: Tensor, cache: PagedCache, tables: Tensor) -> Tensor:
 def placed_slots(tables: Tensor, lens: Tensor, page_tokens: int) -> Tensor:
     """Return slots [sum of lens] of all entries of heads with tables [H, W], head by head."""
     lens = lens.long()
-    head = torch.repeat_interleave(torch.arange(lens.numel()), lens)
-    position = torch.arange(int(lens.sum())) - (lens.cumsum(0) - lens)[head]
+    head = torch.repeat_interleave(torch.arange(lens.numel(), device=lens.device), lens)
+    position = torch.arange(len(head), device=lens.device) - (lens.cumsum(0) - lens)[head]
     return tables[head, position // page_tokens].long() * page_tokens + position % page_tokens

@@ -1,6 +1,6 @@
-"""The arms of `loadtest.published`: stock vLLM, stock with an fp8 KV cache, and ours.
+"""The arms of `loadtest.published`: stock vLLM, also with a KV cache of fewer bits, and ours.
 
-Ours may store what they keep in eight bits, where the platform has attention for it.
+Ours may store what they keep in fewer bits, where the platform has attention for them.
 """
 
 from typing import IO, Any, NamedTuple
@@ -8,10 +8,13 @@ from typing import IO, Any, NamedTuple
 from adakv_serve.loadtest.engines.process import EngineProcess
 
 _SHARES = {"half": 2, "quarter": 4, "eighth": 8, "sixteenth": 16, "64th": 64}
-_EIGHT_BITS = "-fp8"
+# `page_dtype` of ours, by the end of an arm's name, and `kv_cache_dtype` of stock ones.
+_BITS = {"fp8": "fp8", "int8": "int8_per_token_head", "int4": "int4_per_token_head"}
 ARMS = ("stock", "stock-fp8", "off", *_SHARES)
-# As many entries, in a half or a quarter of the bytes.
-EIGHT_BIT_ARMS = tuple(f"{share}{_EIGHT_BITS}" for share in _SHARES)
+# As many entries, in a half to an eighth of the bytes.
+FEWER_BITS_ARMS = tuple(f"{share}-{bits}" for bits in _BITS for share in _SHARES)
+# What not every platform has.
+MORE_ARMS = ("stock-int8", "stock-int4", *FEWER_BITS_ARMS)
 _LEAST_BUDGET = 32
 
 
@@ -38,15 +41,16 @@ def compression_of(arm: str, setup: Setup) -> dict[str, Any] | None:
         return None
     if arm == "off":
         return {"policy": "full"}
-    if arm in EIGHT_BIT_ARMS:
-        as_wide = compression_of(arm.removesuffix(_EIGHT_BITS), setup)
+    if arm in FEWER_BITS_ARMS:
+        share, _, bits = arm.partition("-")
+        as_wide = compression_of(share, setup)
         assert as_wide is not None
-        return {**as_wide, "page_dtype": "fp8"}
-    share = _SHARES[arm]
-    if share < 64:
-        return {"policy": setup.policy, "budget_tokens": _LEAST_BUDGET, "keep_ratio": 1 / share}
+        return {**as_wide, "page_dtype": bits}
+    parts = _SHARES[arm]
+    if parts < 64:
+        return {"policy": setup.policy, "budget_tokens": _LEAST_BUDGET, "keep_ratio": 1 / parts}
     # The window and the first tokens are always kept.
-    budget = max(-(-setup.load.prompt_tokens // share), 64)
+    budget = max(-(-setup.load.prompt_tokens // parts), 64)
     return {
         "policy": setup.policy, "budget_tokens": budget, "keep_ratio": 0.0,
         "decode_budget_tokens": budget,
@@ -54,10 +58,10 @@ def compression_of(arm: str, setup: Setup) -> dict[str, Any] | None:
 
 
 def start(arm: str, kv_bytes: int, setup: Setup, log: IO[str]) -> EngineProcess:
-    beside = setup.beside_bytes if arm in (*_SHARES, *EIGHT_BIT_ARMS) else 0
+    beside = setup.beside_bytes if arm in (*_SHARES, *FEWER_BITS_ARMS) else 0
     engine = {**setup.engine, "kv_cache_memory_bytes": kv_bytes - beside}
-    if arm == "stock-fp8":
-        engine["kv_cache_dtype"] = "fp8"
+    if arm.startswith("stock-"):
+        engine["kv_cache_dtype"] = _BITS[arm.removeprefix("stock-")]
     settings = {
         "model": setup.model, "engine": engine, "compression": compression_of(arm, setup),
         "text": False,

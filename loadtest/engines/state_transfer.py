@@ -97,8 +97,8 @@ def _worker(blocks: int) -> CompressionState:
 def _header(worker: CompressionState) -> StateHeader:
     kind = CacheKind(
         model="SmolLM2-135M", fingerprint="", dtype="float32", query_dtype="float32",
-        page_tokens=_PAGE_TOKENS,
-        layers=_LAYERS, heads=_HEADS, head_dim=_DIM, rank=0, ranks=1, packing=worker.packing,
+        page_tokens=_PAGE_TOKENS, layers=_LAYERS, heads=_HEADS, head_dim=_DIM, entry_size=_DIM,
+        rank=0, ranks=1, packing=worker.packing,
     )  # fmt: skip
     return kind.header("ada_snapkv", [1, 2, 3])
 

@@ -66,7 +66,7 @@ class FootprintPredictor:
         prior_output_tokens: int = 256,
         served_name: str | None = None,
         remembered_prompts: int = 512,
-        page_ratio: int = 1,
+        page_tokens: int | None = None,
         remembered_tokens: int = _MOST_REMEMBERED_TOKENS,
     ) -> None:
         """
@@ -75,10 +75,10 @@ class FootprintPredictor:
             prior_output_tokens: expected length of answers before the first.
             served_name: the model's name; requests for another name are for an adapter.
             remembered_prompts: number of recent requests that are not rendered again.
-            page_ratio: entries of a compressed page for each token of a block.
+            page_tokens: entries of a compressed page; None for as many as a block has tokens.
             remembered_tokens: most tokens of those requests.
         """
-        self._page_ratio = page_ratio
+        self._page_tokens = page_tokens
         self._renderer = renderer
         self._compression = compression
         self._block_size_tokens = block_size_tokens
@@ -145,7 +145,7 @@ class FootprintPredictor:
             self._expected(kind, None),
             self._budget(None),
             self._block_size_tokens,
-            page_ratio=self._page_ratio,
+            page_tokens=self._page_tokens,
         )
         footprint = footprint._replace(session=sender.session)
         return Prediction(footprint, body, kind, unknown=reason, priority=sender.priority)
@@ -167,7 +167,7 @@ class FootprintPredictor:
                 self._block_size_tokens,
                 answers=rendered.answers,
                 most_output_tokens=most,
-                page_ratio=self._page_ratio,
+                page_tokens=self._page_tokens,
             )
             for ids in rendered.prompts
         ]
@@ -253,9 +253,11 @@ def footprint_predictor(config: AppConfig) -> FootprintPredictor:
     compression = config.compression if config.compression and config.compression.enabled else None
     engine = {"renderer_num_workers": _WORKERS, **config.engine}
     renderer = VllmRenderer.of_model(path, name, engine, config.server)
-    cache_dtype, ratio = str(engine.get("kv_cache_dtype", "auto")), 1
+    cache_dtype, page_tokens = str(engine.get("kv_cache_dtype", "auto")), None
     if compression is not None:
-        ratio = renderer.page_ratio(cache_dtype, compression.chosen_page_dtype)
+        page_tokens = renderer.page_tokens(
+            config.block_size_tokens, cache_dtype, compression.chosen_page_dtype
+        )
         compression = renderer.in_entries(compression, cache_dtype)
     return FootprintPredictor(
         renderer,
@@ -263,5 +265,5 @@ def footprint_predictor(config: AppConfig) -> FootprintPredictor:
         config.block_size_tokens,
         config.routing.prior_output_tokens,
         name,
-        page_ratio=ratio,
+        page_tokens=page_tokens,
     )

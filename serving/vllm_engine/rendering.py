@@ -24,7 +24,7 @@ from adakv_serve.serving.http.rendered import Handling, NotRendered, Rendered
 from adakv_serve.serving.vllm_engine.options import server_options
 from adakv_worker.byte_budgets import in_entries
 from adakv_worker.config import CompressionConfig
-from adakv_worker.stored_dtypes import page_ratio
+from adakv_worker.stored_dtypes import page_tokens
 
 _Render = Callable[[dict[str, Any]], Awaitable[Rendered]]
 
@@ -85,9 +85,9 @@ class VllmRenderer:
         online.warmup()
         return cls(online)
 
-    def page_ratio(self, cache_dtype: str, page_dtype: str) -> int:
-        """Return the entries of a compressed page for each token of a block."""
-        return page_ratio(self._model, cache_dtype, page_dtype)
+    def page_tokens(self, block_size_tokens: int, cache_dtype: str, page_dtype: str) -> int:
+        """Return the entries of a compressed page."""
+        return page_tokens(self._model, block_size_tokens, cache_dtype, page_dtype)
 
     def in_entries(self, config: CompressionConfig, cache_dtype: str) -> CompressionConfig:
         """Return settings whose budgets are in entries."""

@@ -1,6 +1,7 @@
 """Hugging Face attention to keys and values of fewer bits, as caches store them."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -57,3 +58,47 @@ def attention_to(form: Form, storing: Callable[[Tensor, Form], Tensor]) -> str:
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, eager_mask)
     return name
+
+
+class Paged:
+    """Attention of answers to stored entries, and of prompts to exact ones."""
+
+    def __init__(
+        self,
+        model: Path,
+        name: str,
+        kept: Callable[[Tensor], Tensor],
+        new: Callable[[Tensor], Tensor],
+    ) -> None:
+        """
+        Args:
+            kept: returns a prompt's numbers [..., D] as a compression stores them.
+            new: returns those of new tokens as an engine does.
+        """
+        self._kept = kept
+        self._new = new
+        self._prompt_tokens = 0
+        name = f"paged {name}"
+        AttentionInterface.register(name, self._attend)
+        AttentionMaskInterface.register(name, eager_mask)
+        self.reference = Reference(model, name)
+
+    def for_prompt_of(self, tokens: int) -> Reference:
+        self._prompt_tokens = tokens
+        return self.reference
+
+    def assert_near(self, result: Result, kept_at: list[Tensor | None] | None = None) -> None:
+        assert_near_reference(result, self.for_prompt_of(len(result.prompt)), kept_at)
+
+    def _attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        n = self._prompt_tokens
+        output, weights = eager_attention_forward(module, query, key, value, *args, **kw)
+        key, value = self._stored(key), self._stored(value)
+        answers, _ = eager_attention_forward(module, query, key, value, *args, **kw)
+        return torch.cat((output[:, :n], answers[:, n:]), dim=1), weights
+
+    def _stored(self, numbers: Tensor) -> Tensor:
+        n = self._prompt_tokens
+        return torch.cat((self._kept(numbers[:, :, :n]), self._new(numbers[:, :, n:])), dim=2)

@@ -13,7 +13,7 @@ from adakv_worker.config import CompressionConfig
 from adakv_worker.core.plan import make_plan
 from adakv_worker.options import RequestOptions
 from adakv_worker.plugin import engine_args
-from adakv_worker.stored_dtypes import page_cache_dtype
+from adakv_worker.stored_dtypes import page_cache_dtype, page_tokens
 from tests.adakv_worker.engines import make_tiny_model
 
 # Two layers of two KV heads of 32 numbers, keys and values, of four bytes.
@@ -46,11 +46,24 @@ def test_as_many_bytes_hold_more_entries_of_fewer_bits(
     assert settings is not None
     assert (settings.budget_tokens, settings.keep_ratio) == (100 * times, 0.125 * times)
     asked = RequestOptions().budget(settings)
-    plan = make_plan(asked, 4000, 100, 32, 10_000, page_ratio=times)
+    plan = make_plan(asked, 4000, 100, 32, 10_000, page_tokens=32 * times)
     # As many slabs, but for the last page of each head.
     whole = 4000 * 0.125 * times
     assert plan.keep == whole
     assert plan.slabs == -(-int(whole + 32 * times - 1) // (32 * times))
+
+
+# Numbers of keys and values, and a scale of four bytes for each.
+@pytest.mark.parametrize(("page_dtype", "head_bytes"), [("int8", 2 * 36), ("int4", 2 * 20)])
+def test_scales_count_among_the_bytes(model: Path, page_dtype: str, head_bytes: int) -> None:
+    budget = {"budget_bytes": 100 * ENTRY_BYTES, "keep_bytes_ratio": 0.125}
+    config = _engine(model, page_dtype=page_dtype, **budget)
+    settings = settings_of(config)
+    assert settings is not None
+    # Two layers of two KV heads; whole entries have 256 bytes in each.
+    assert settings.budget_tokens == 100 * ENTRY_BYTES // (4 * head_bytes)
+    assert settings.keep_ratio == 0.125 * 256 / head_bytes
+    assert page_tokens(config.model_config, 32, "auto", page_dtype) == 32 * 256 // head_bytes
 
 
 def test_a_share_of_all_bytes_is_no_more_than_all_entries(model: Path) -> None:

@@ -3,14 +3,15 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.platforms import current_platform
 
+from adakv_worker import refusals
 from adakv_worker.config import CompressionConfig
 from adakv_worker.plugin import engine_args
 from adakv_worker.refusals import (
@@ -46,6 +47,10 @@ def _graphs(config: VllmConfig) -> None:
     config.compilation_config.splitting_ops = ["vllm::unified_attention_with_output"]
 
 
+def _set_cache(config: VllmConfig, dtype: Any) -> None:
+    config.cache_config.cache_dtype = dtype
+
+
 def _set_pages(config: VllmConfig, dtype: str, block_size: int = 32) -> None:
     config.additional_config = {"adakv": {"page_dtype": dtype}}
     config.cache_config.block_size = block_size
@@ -65,13 +70,16 @@ ASKED: dict[str, Callable[[Any], Any]] = {
         lambda c: setattr(c.parallel_config, "prefill_context_parallel_size", 2)
     ),
     "kv_transfer_config": lambda c: setattr(c, "kv_transfer_config", object()),
-    "kv_cache_dtype other than": (
-        lambda c: setattr(c.cache_config, "cache_dtype", "int8_per_token_head")
+    "a quantized kv_cache_dtype other than": lambda c: _set_cache(c, "nvfp4"),
+    "a kv_cache_dtype with _per_token_head on a CPU": (
+        lambda c: _set_cache(c, "int8_per_token_head")
     ),
-    "page_dtype int8 and int4": lambda c: _set_pages(c, "int4"),
-    "page_dtype with a block_size or head size": lambda c: _set_pages(c, "fp8", block_size=48),
+    "page_dtype int8 and int4 on a CPU": lambda c: _set_pages(c, "int4"),
+    "page_dtype on a CPU with a block_size or head size": (
+        lambda c: _set_pages(c, "fp8", block_size=48)
+    ),
     "a page_dtype beside a quantized kv_cache_dtype": (
-        lambda c: (_set_pages(c, "fp8"), setattr(c.cache_config, "cache_dtype", "fp8_e5m2"))
+        lambda c: (_set_pages(c, "fp8"), _set_cache(c, "fp8_e5m2"))
     ),
     "kv_cache_dtype_skip_layers": (
         lambda c: setattr(c.cache_config, "kv_cache_dtype_skip_layers", ["0"])
@@ -105,13 +113,64 @@ def test_what_cannot_be_compressed_is_refused_by_its_name(
         refuse_unsupported(config)
 
 
-# Their own tests ask for them.
+# Its own test asks for it.
 FP8_ON_CPU = "kv_cache_dtype or page_dtype fp8 on a CPU without AVX-512 or AMX"
-FP8_ON_CUDA, PAGES_ON_CUDA = "kv_cache_dtype fp8 on CUDA yet", "page_dtype on CUDA yet"
+ASKED_ON_CUDA: dict[str, Callable[[Any], Any]] = {
+    "a quantized kv_cache_dtype other than": lambda c: _set_cache(c, "nvfp4"),
+    "a kv_cache_dtype with _per_token_head and a head size": (
+        lambda c: (_set_cache(c, "int8_per_token_head"), _set_head_size(c, 36))
+    ),
+    "kv_cache_dtype fp8_e5m2 on CUDA": lambda c: _set_cache(c, "fp8_e5m2"),
+    "page_dtype int8 and int4 with a head size": (
+        lambda c: (_set_pages(c, "int4"), _set_head_size(c, 36))
+    ),
+    "page_dtype fp8 on a GPU before compute capability 8.9": lambda c: _set_pages(c, "fp8"),
+    "a page_dtype beside a quantized kv_cache_dtype": (
+        lambda c: (_set_pages(c, "int8"), _set_cache(c, "fp8_per_token_head"))
+    ),
+}
+
+
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the refusals see a GPU of compute capability 8.0."""
+    gpu = SimpleNamespace(is_cpu=lambda: False, has_device_capability=lambda least: least <= 80)
+    monkeypatch.setattr(refusals, "current_platform", gpu)
+
+
+def _set_head_size(config: VllmConfig, size: int) -> None:
+    config.model_config.model_arch_config.head_size = size
+
+
+@pytest.mark.usefixtures("on_cuda")
+@pytest.mark.parametrize("setting", ASKED_ON_CUDA)
+def test_what_cannot_be_compressed_on_cuda_is_refused_by_its_name(
+    config: VllmConfig, setting: str
+) -> None:
+    refuse_unsupported(config)
+    ASKED_ON_CUDA[setting](config)
+    with pytest.raises(ValueError, match=f"adakv: compression does not work with {setting}"):
+        refuse_unsupported(config)
+
+
+@pytest.mark.usefixtures("on_cuda")
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda c: _set_cache(c, "fp8"),
+        lambda c: _set_cache(c, "int8_per_token_head"),
+        lambda c: _set_cache(c, "int4_per_token_head"),
+        lambda c: _set_pages(c, "int8", block_size=16),
+        lambda c: _set_pages(c, "int4", block_size=16),
+    ],
+)
+def test_fewer_bits_are_allowed_on_cuda(config: VllmConfig, ask: Callable[[Any], Any]) -> None:
+    ask(config)
+    refuse_unsupported(config)
 
 
 def test_every_refusal_has_a_row() -> None:
-    asked = (*ASKED, FP8_ON_CPU, FP8_ON_CUDA, PAGES_ON_CUDA)
+    asked = (*ASKED, *ASKED_ON_CUDA, FP8_ON_CPU)
     assert [name for name in REFUSED if not name.startswith(asked)] == []
 
 
@@ -130,9 +189,6 @@ def test_eight_bits_need_a_cpu_with_kernels_for_them(
     _lose_kernels(monkeypatch)
     with pytest.raises(ValueError, match=f"does not work with {FP8_ON_CPU}"):
         refuse_unsupported(config)
-    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
-    with pytest.raises(ValueError, match=f"does not work with {FP8_ON_CUDA}"):
-        refuse_unsupported(config)
 
 
 def test_pages_of_eight_bits_need_a_cpu_with_kernels_for_them(
@@ -147,9 +203,6 @@ def test_pages_of_eight_bits_need_a_cpu_with_kernels_for_them(
     config.cache_config.cache_dtype = "auto"
     _lose_kernels(monkeypatch)
     with pytest.raises(ValueError, match=f"does not work with {FP8_ON_CPU}"):
-        refuse_unsupported(config)
-    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
-    with pytest.raises(ValueError, match=f"does not work with {PAGES_ON_CUDA}"):
         refuse_unsupported(config)
 
 

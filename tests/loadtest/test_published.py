@@ -14,15 +14,16 @@ def test_a_64th_is_bounded_while_decoding() -> None:
     assert compression_of("64th", setup) == {
         "policy": "kv_compress", "budget_tokens": 94, "keep_ratio": 0.0, "decode_budget_tokens": 94,
     }  # fmt: skip
-    assert compression_of("stock-fp8", setup) is None
+    assert compression_of("stock-int4", setup) is None
 
 
+@pytest.mark.parametrize("bits", ["fp8", "int8", "int4"])
 @pytest.mark.parametrize("arm", ["half", "quarter", "64th"])
-def test_an_arm_of_eight_bits_keeps_as_many_entries(arm: str) -> None:
+def test_an_arm_of_fewer_bits_keeps_as_many_entries(arm: str, bits: str) -> None:
     setup = Setup("model", {}, "kv_compress", Load(256, 6000, 500), 0, 1)
     as_wide = compression_of(arm, setup)
     assert as_wide is not None
-    assert compression_of(f"{arm}-fp8", setup) == {**as_wide, "page_dtype": "fp8"}
+    assert compression_of(f"{arm}-{bits}", setup) == {**as_wide, "page_dtype": bits}
 
 
 def test_the_bound_is_of_stocks_prefills_and_of_both_ways_of_decoding() -> None:

@@ -7,23 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from adakv_serve.kernels.blocks import compressed_blocks_bound
 from adakv_serve.kernels.policies.presets import PRESETS
-from tests.adakv_worker.eight_bits import FORMATS, assert_near_reference, towards_zero
+from tests.adakv_worker.eight_bits import FORMATS, Paged, towards_zero
 from tests.adakv_worker.engine.test_eviction import BOUND, Traced
 from tests.adakv_worker.engine.test_eviction import run as run_traced
 from tests.adakv_worker.engine.test_moves import go_on, leave, run
-from tests.adakv_worker.engines import (
-    Engine,
-    Reference,
-    Result,
-    assert_equals_reference,
-    prompt,
-)
+from tests.adakv_worker.engines import Engine, assert_equals_reference, prompt
 
 pytestmark = pytest.mark.skipif(
     not torch.cpu._is_avx512_supported(), reason="vLLM's fp8 kernels for CPUs need AVX-512"
@@ -35,40 +26,6 @@ COMPRESSION = {
 }  # fmt: skip
 # Entries of a page: a block has 32 tokens of four bytes a number.
 PAGE = 128
-
-
-class Paged:
-    """Attention of answers to stored entries, and of prompts to exact ones."""
-
-    def __init__(self, model: Path, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._prompt_tokens = 0
-        name = f"paged {dtype}"
-        AttentionInterface.register(name, self._attend)
-        AttentionMaskInterface.register(name, eager_mask)
-        self.reference = Reference(model, name)
-
-    def for_prompt_of(self, tokens: int) -> Reference:
-        self._prompt_tokens = tokens
-        return self.reference
-
-    def assert_near(self, result: Result, kept_at: list[Tensor | None] | None = None) -> None:
-        assert_near_reference(result, self.for_prompt_of(len(result.prompt)), kept_at)
-
-    def _attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        n = self._prompt_tokens
-        output, weights = eager_attention_forward(module, query, key, value, *args, **kw)
-        key, value = self._stored(key), self._stored(value)
-        answers, _ = eager_attention_forward(module, query, key, value, *args, **kw)
-        return torch.cat((output[:, :n], answers[:, n:]), dim=1), weights
-
-    def _stored(self, numbers: Tensor) -> Tensor:
-        """Return kept entries as a compression stores them, and new ones as the kernel does."""
-        n = self._prompt_tokens
-        kept, new = numbers[:, :, :n], numbers[:, :, n:]
-        return torch.cat((kept.to(self._dtype).float(), towards_zero(new, self._dtype)), dim=2)
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -86,7 +43,13 @@ def engine(in_process: None, gqa_model: Path, form: str) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def paged(gqa_model: Path, form: str) -> Paged:
-    return Paged(gqa_model, FORMATS[form])
+    dtype = FORMATS[form]
+    return Paged(
+        gqa_model,
+        form,
+        kept=lambda numbers: numbers.to(dtype).float(),
+        new=lambda numbers: towards_zero(numbers, dtype),
+    )
 
 
 def asking(engine: Engine, max_tokens: int = 24, **options: Any) -> Any:

@@ -58,11 +58,14 @@ def _take_the_gpus_rounding() -> None:
     from triton.runtime import interpreter
 
     convert = interpreter._convert_float
+    eight_bits = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
     def converted(numbers: Any, before: Any, after: Any, rounding: Any) -> Any:
-        if after != tl.float8e4nv or before != tl.float32:
+        dtype = eight_bits.get(after)
+        if dtype is None or before != tl.float32:
             return convert(numbers, before, after, rounding)
-        nearest = torch.from_numpy(numbers.copy()).clamp(-448, 448).to(torch.float8_e4m3fn)
+        most = torch.finfo(dtype).max
+        nearest = torch.from_numpy(numbers.copy()).clamp(-most, most).to(dtype)
         return nearest.view(torch.uint8).numpy()
 
     interpreter._convert_float = converted
@@ -127,7 +130,9 @@ def _take_the_gpus_settings() -> None:
 
     CpuPlatform.check_and_update_config = staticmethod(checked)  # type: ignore[assignment, method-assign]
     CpuPlatform.has_device_capability = classmethod(lambda *_, **__: True)  # type: ignore[assignment]
-    refusals.current_platform = SimpleNamespace(is_cpu=lambda: False)  # type: ignore[assignment]
+    refusals.current_platform = SimpleNamespace(  # type: ignore[assignment]
+        is_cpu=lambda: False, has_device_capability=lambda _: True
+    )
 
 
 def store(

@@ -72,6 +72,7 @@ def started(
     kind: Kind,
     sessions: dict[str, Any] | None = None,
     decode_budget_tokens: int | None = None,
+    page_dtype: str = "auto",
     **options: Any,
 ) -> Iterator[Engine]:
     from adakv_worker.attention import cpu as cpu_backend
@@ -79,7 +80,7 @@ def started(
 
     compression = {
         "budget_tokens": 40, "keep_ratio": 0.0, "window_tokens": 8, "sessions": sessions or {},
-        "decode_budget_tokens": decode_budget_tokens,
+        "decode_budget_tokens": decode_budget_tokens, "page_dtype": page_dtype,
     }  # fmt: skip
     settings = {
         "block_size": 16, "max_model_len": 512, "max_num_batched_tokens": 64,

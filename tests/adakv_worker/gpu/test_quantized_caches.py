@@ -1,5 +1,6 @@
-"""Engines on the GPU's path whose KV caches store fewer bits, in Triton's attention."""
+"""Engines on the GPU's path whose caches, or compressed pages, store fewer bits."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,27 +8,38 @@ import pytest
 import torch
 from vllm.v1.attention.ops.int4_per_token_head import single_rht
 
-from tests.adakv_worker.eight_bits import assert_near_reference, attention_to
+from tests.adakv_worker.eight_bits import Paged, assert_near_reference, attention_to
 from tests.adakv_worker.engine.test_eviction import Traced, run
-from tests.adakv_worker.engines import Engine, Reference, make_tiny_model, prompt
+from tests.adakv_worker.engines import (
+    Engine,
+    Reference,
+    assert_equals_reference,
+    make_tiny_model,
+    prompt,
+)
 from tests.adakv_worker.gpu.test_backends import Kind, started
 
-_TRITON = Kind("Triton", use_v2=True)
-_BYTES = {"fp8": 32, "int8_per_token_head": 36, "fp8_per_token_head": 36, "int4_per_token_head": 20}
+_TRITON, _FLASH = Kind("Triton", use_v2=True), Kind("Flash", use_v2=True, graphs=True)
+# Of an entry's keys in a head of 32 numbers.
+_BYTES = {
+    "fp8": 32, "int8_per_token_head": 36, "fp8_per_token_head": 36, "int4_per_token_head": 20,
+}  # fmt: skip
 
 
 def stored(numbers: torch.Tensor, form: str) -> torch.Tensor:
     """Return numbers [..., D] as a cache of this dtype stores them."""
     if form == "fp8":
         return numbers.to(torch.float8_e4m3fn).float()
-    if form == "int4_per_token_head":
+    if form == "fp8_e5m2":
+        return numbers.to(torch.float8_e5m2).float()
+    if form.startswith("int4"):
         turned = single_rht(numbers)
         least, most = turned.aminmax(dim=-1, keepdim=True)
         scales = (most - least) / 15
         zeros = (-least / scales).round().clamp(0, 15)
         steps = (turned / scales + zeros).round().clamp(0, 15)
         return single_rht((steps - zeros) * scales, inverse=True) / numbers.shape[-1]
-    highest = 127 if form == "int8_per_token_head" else 448
+    highest = 127 if form.startswith("int8") else 448
     scales = numbers.abs().amax(dim=-1, keepdim=True) / highest
     steps = numbers / scales
     kept = steps.round() if highest == 127 else steps.to(torch.float8_e4m3fn).float()
@@ -81,3 +93,50 @@ def test_evictions_while_answers_are_written(engine: Engine, reference: Referenc
     assert result.proof is not None
     assert result.proof["decode_evictions"] == 1
     assert_near_reference(result, reference, traced.kept_at)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(_TRITON, "int8"), (_FLASH, "fp8"), (_FLASH, "fp8_e5m2"), (_FLASH, "int4")],
+    ids=lambda given: f"{given[0]}-{given[1]}",
+)
+def paging(request: pytest.FixtureRequest, model: Path) -> Iterator[tuple[Engine, Paged]]:
+    """An engine whose compressed pages store fewer bits than its blocks, and its reference."""
+    kind, form = request.param
+    with started(model, kind, page_dtype=form) as engine:
+        store = functools.partial(stored, form=form)
+        yield engine, Paged(model, form, store, store)
+
+
+# Numbers of four bytes, 32 of them for each of 16 tokens, in place of numbers and scales.
+PAGE_TOKENS = {"fp8": 64, "fp8_e5m2": 64, "int8": 16 * 128 // 36, "int4": 16 * 128 // 20}
+
+
+def test_compressed_prompts_lie_in_pages_of_fewer_bits(
+    paging: tuple[Engine, Paged], request: pytest.FixtureRequest
+) -> None:
+    engine, paged = paging
+    ids = [prompt(90, seed=1), prompt(300, seed=2), prompt(12, seed=3), prompt(90, seed=1)]
+    results = engine.run(ids, engine.params(max_tokens=6))
+    assert [result.kept is None for result in results] == [False, False, True, False]
+    assert torch.equal(results[0].kept, results[3].kept)  # type: ignore[arg-type]
+    form = request.node.callspec.params["paging"][1]
+    for result in results:
+        assert result.proof is not None
+        assert result.proof["page_tokens"] == PAGE_TOKENS[form]
+        if result.kept is None:
+            assert_equals_reference(result, paged.for_prompt_of(18), 1e-3)
+        else:
+            paged.assert_near(result)
+
+
+def test_such_pages_are_evicted_from(paging: tuple[Engine, Paged]) -> None:
+    engine, paged = paging
+    bound = {"adakv_decode_budget_tokens": 40, "adakv_decode_interval_tokens": 32}
+    params = engine.params(max_tokens=36, extra_args=bound)
+    traced = Traced(engine, "one", prompt(150, seed=5), params)
+    run(engine, {"one": traced})
+    assert traced.result is not None
+    assert traced.result.proof is not None
+    assert traced.result.proof["decode_evictions"] == 1
+    paged.assert_near(traced.result, traced.kept_at)

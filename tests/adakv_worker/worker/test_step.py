@@ -78,7 +78,7 @@ class Worker:
         self.batch, self.builder = Batch({"a": [1, 2, 3, 4, 10, 11], "b": [5]}), Builder()
         state = make_state(20, GraphTables)
         kind = CacheKind(
-            "m", "f", "float32", "float32", PAGE, LAYERS, HEADS, DIM, 0, 1, state.packing
+            "m", "f", "float32", "float32", PAGE, LAYERS, HEADS, DIM, DIM, 0, 1, state.packing
         )
         nothing = torch.empty(0)
         moves = Moves(state, self.batch, kind)
