@@ -89,8 +89,12 @@ REFUSED: dict[str, Callable[[VllmConfig], bool]] = {
     "a kv_cache_dtype with _per_token_head and a head size that 8 does not divide": (
         lambda c: has_scales(c.cache_config.cache_dtype) and c.model_config.get_head_size() % 8 != 0
     ),
-    "kv_cache_dtype fp8_e5m2 on CUDA (vLLM's Triton attention stores fp8_e4m3 in its place)": (
-        lambda c: c.cache_config.cache_dtype == "fp8_e5m2" and not current_platform.is_cpu()
+    "kv_cache_dtype or page_dtype fp8_e5m2 on CUDA (vLLM's Triton kernels store fp8_e4m3 in its "
+    "place)": (
+        lambda c: (
+            "fp8_e5m2" in (c.cache_config.cache_dtype, page_cache_dtype(c))
+            and not current_platform.is_cpu()
+        )
     ),
     "kv_cache_dtype or page_dtype fp8 on a CPU without AVX-512 or AMX": _lacks_fp8_kernels,
     "page_dtype int8 and int4 on a CPU (vLLM has no kernels for them there; fp8 works)": (

@@ -120,7 +120,8 @@ ASKED_ON_CUDA: dict[str, Callable[[Any], Any]] = {
     "a kv_cache_dtype with _per_token_head and a head size": (
         lambda c: (_set_cache(c, "int8_per_token_head"), _set_head_size(c, 36))
     ),
-    "kv_cache_dtype fp8_e5m2 on CUDA": lambda c: _set_cache(c, "fp8_e5m2"),
+    "kv_cache_dtype or page_dtype fp8_e5m2": lambda c: _set_cache(c, "fp8_e5m2"),
+    "kv_cache_dtype or page_dtype fp8_e5m2 on CUDA": lambda c: _set_pages(c, "fp8_e5m2"),
     "page_dtype int8 and int4 with a head size": (
         lambda c: (_set_pages(c, "int4"), _set_head_size(c, 36))
     ),
