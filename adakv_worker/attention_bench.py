@@ -4,6 +4,8 @@ Stock: R requests of H KV heads, all of one length. Folded: R * H sequences of o
 lengths vary as those of compressed heads do, with an equal sum. Both read the same number of bytes,
 so the difference in time is the cost of folding. Heads as in Llama-3.1-8B. Needs a CUDA GPU.
 `python -m kernels.bench` prints this too if this package is installed.
+
+`--bits`: folded decodes from pages of fewer bits against those of bf16, with as many entries.
 """
 
 import argparse
@@ -18,9 +20,13 @@ import torch
 from torch import Tensor
 from vllm.config import AttentionConfig
 from vllm.v1.attention.backends import flash_attn, triton_attn
+from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
 from adakv_serve.kernels.bench import DIM, DTYPE, GROUP, HEADS, PAGE, Ceilings, ceilings, seconds
+from adakv_serve.kernels.paging.entries import SCALE_BYTES
+from adakv_worker.attention.folded import Pages
 from adakv_worker.attention.gpu import folded_splits
+from adakv_worker.attention.triton_kernel import stored_pages
 
 # Deviation of the logarithm of a head's length: a tenth of the heads keep more than twice the mean,
 # as with adaptive heads.
@@ -28,26 +34,41 @@ _SKEW = 0.8
 # What `sweep` compares: most parts of a sequence, and sequences up to which each is split.
 _PARTS = (1, 2, 4, 8, 32)
 _SPLIT_SEQUENCES = (0, 4096)
+# Of an entry's keys and values, with their scales, by vLLM's `kv_cache_dtype`.
+_BYTES = {
+    "fp8": 2 * DIM, "int8_per_token_head": 2 * (DIM + SCALE_BYTES),
+    "fp8_per_token_head": 2 * (DIM + SCALE_BYTES), "int4_per_token_head": DIM + 2 * SCALE_BYTES,
+}  # fmt: skip
 
 
 class Sequences(NamedTuple):
     """Arguments of an attention kernel.
 
-    query, output: [S, heads * GROUP, D]. keys, values: [pages, PAGE, heads, D].
+    query, output: [S, heads * GROUP, D]. pages: their keys and values are [pages, page_tokens,
+    heads, D], or bytes in place of D.
     """
 
     query: Tensor
-    keys: Tensor
-    values: Tensor
+    pages: Pages
     output: Tensor
     starts: Tensor
     lens: Tensor
     tables: Tensor
 
     @property
+    def heads(self) -> int:
+        return self.pages.keys.shape[2]
+
+    @property
+    def room(self) -> int:
+        """Entries of the longest table."""
+        return self.tables.shape[1] * self.pages.keys.shape[1]
+
+    @property
     def kv_bytes(self) -> int:
-        entries = int(self.lens.sum()) * self.keys.shape[2]
-        return 2 * entries * DIM * self.keys.element_size()
+        keys = self.pages.keys
+        # From an entry to the next one lie keys and values of all heads, with their scales.
+        return int(self.lens.sum()) * keys.stride(1) * keys.element_size()
 
 
 Attend = Callable[[Sequences], Any]
@@ -62,10 +83,10 @@ def flash(s: Sequences, splits: int | None = None) -> None:
     version = flash_attn.get_flash_attn_version() or 2
     if splits is None:
         most = AttentionConfig.flash_attn_max_num_splits_for_cuda_graph
-        splits = folded_splits(len(s.lens), version, most) if s.keys.shape[2] == 1 else 0
+        splits = folded_splits(len(s.lens), version, most) if s.heads == 1 else 0
     flash_attn.flash_attn_varlen_func(
-        q=s.query, k=s.keys, v=s.values, out=s.output, cu_seqlens_q=s.starts, max_seqlen_q=1,
-        seqused_k=s.lens, max_seqlen_k=s.tables.shape[1] * PAGE, softmax_scale=DIM**-0.5,
+        q=s.query, k=s.pages.keys, v=s.pages.values, out=s.output, cu_seqlens_q=s.starts,
+        max_seqlen_q=1, seqused_k=s.lens, max_seqlen_k=s.room, softmax_scale=DIM**-0.5,
         causal=True, block_table=s.tables, fa_version=version, num_splits=splits,
     )  # fmt: skip
 
@@ -78,35 +99,59 @@ def triton_unified(s: Sequences, most: int | None = None) -> None:
     """
     count, segments = s.query.shape[0], triton_attn.NUM_PAR_SOFTMAX_SEGMENTS
     if most is None:
-        most = triton_attn.MIN_LAUNCH_GRID_SIZE_2D // s.keys.shape[2]
+        most = triton_attn.MIN_LAUNCH_GRID_SIZE_2D // s.heads
     shape = (min(most, count), s.query.shape[1], segments)
     sizes = ((*shape, DIM), shape, shape)
     outputs, maxima, sums = (torch.empty(size, device=s.query.device) for size in sizes)
+    mode = get_kv_quant_mode(s.pages.kv_cache_dtype)
+    one = None if mode != KVQuantMode.FP8_PER_TENSOR else torch.ones(1, device=s.query.device)
     triton_attn.unified_attention(
-        q=s.query, k=s.keys, v=s.values, out=s.output, cu_seqlens_q=s.starts, max_seqlen_q=1,
-        seqused_k=s.lens, max_seqlen_k=s.tables.shape[1] * PAGE, softmax_scale=DIM**-0.5,
+        q=s.query, k=s.pages.keys, v=s.pages.values, out=s.output, cu_seqlens_q=s.starts,
+        max_seqlen_q=1, seqused_k=s.lens, max_seqlen_k=s.room, softmax_scale=DIM**-0.5,
         causal=True, window_size=(-1, -1), block_table=s.tables, softcap=0.0,
-        q_descale=None, k_descale=None, v_descale=None,
+        q_descale=None, k_descale=one, v_descale=one,
+        kv_quant_mode=mode, k_scale_cache=s.pages.key_scales, v_scale_cache=s.pages.value_scales,
         seq_threshold_3D=most, num_par_softmax_segments=segments, softmax_segm_output=outputs,
         softmax_segm_max=maxima, softmax_segm_expsum=sums,
     )  # fmt: skip
 
 
-def sequences(lens: Tensor, heads: int) -> Sequences:
-    """Return sequences with pages in random order, as in memory that has been in use."""
+def sequences(lens: Tensor, heads: int, kv_cache_dtype: str = "auto") -> Sequences:
+    """Return sequences with pages in random order, as in memory that has been in use.
+
+    Args:
+        kv_cache_dtype: how pages store numbers; they have the bytes of PAGE entries of bf16.
+    """
     device, count = lens.device, lens.numel()
-    width = -(-int(lens.max()) // PAGE)
-    needed = -(-lens.long() // PAGE)
+    page_tokens = PAGE
+    if kv_cache_dtype != "auto":
+        page_tokens = PAGE * 2 * DIM * DTYPE.itemsize // _BYTES[kv_cache_dtype]
+    width = -(-int(lens.max()) // page_tokens)
+    needed = -(-lens.long() // page_tokens)
     pages = int(needed.sum())
-    pool = torch.randn((pages, PAGE, heads, 2 * DIM), device=device, dtype=DTYPE)
     tables = torch.zeros((count, width), dtype=torch.int32, device=device)
     owned = torch.arange(width, device=device) < needed[:, None]
     tables[owned] = torch.randperm(pages, device=device).int()
     query = torch.randn((count, heads * GROUP, DIM), device=device, dtype=DTYPE)
     starts = torch.arange(count + 1, dtype=torch.int32, device=device)
-    return Sequences(
-        query, pool[..., :DIM], pool[..., DIM:], torch.empty_like(query), starts, lens, tables
-    )
+    pool = _filled((pages, page_tokens, heads), kv_cache_dtype, device)
+    return Sequences(query, pool, torch.empty_like(query), starts, lens, tables)
+
+
+def _filled(shape: tuple[int, int, int], kv_cache_dtype: str, device: torch.device) -> Pages:
+    """Return pages [pages, page_tokens, heads] of random numbers."""
+    if kv_cache_dtype == "auto":
+        pool = torch.randn((*shape, 2 * DIM), device=device, dtype=DTYPE)
+        return Pages(*pool.chunk(2, dim=-1))
+    # Bytes that are numbers in each format.
+    size = (*shape, _BYTES[kv_cache_dtype])
+    pool = torch.randint(0, 0x70, size, device=device, dtype=torch.uint8)
+    keys, values = pool.chunk(2, dim=-1)
+    pages = stored_pages(keys, values, kv_cache_dtype)
+    for scales in (pages.key_scales, pages.value_scales):
+        if scales is not None:
+            scales.fill_(0.01)
+    return pages
 
 
 def skewed(requests: int, mean: int, device: str) -> Tensor:
@@ -153,6 +198,29 @@ def sweep(
     return rows
 
 
+def bits(
+    requests: Sequence[int], entries: Sequence[int], device: str = "cuda"
+) -> list[dict[str, Any]]:
+    """Print how long folded sequences take whose pages store fewer bits, with as many entries."""
+    rows = []
+    print(f"{'pages':22}{'requests':>9}{'entries':>9}{'folded':>12}{'of bf16':>9}{'bytes':>7}")
+    for count in requests:
+        for mean in entries:
+            lens = skewed(count, mean, device)
+            whole = sequences(lens, 1)
+            whole_s = seconds(partial(triton_unified, whole))
+            for kind in ("auto", *_BYTES):
+                folded = whole if kind == "auto" else sequences(lens, 1, kind)
+                took_s = whole_s if kind == "auto" else seconds(partial(triton_unified, folded))
+                rows.append({
+                    "pages": kind, "requests": count, "mean_entries": mean, "folded_s": took_s,
+                    "ratio": took_s / whole_s, "bytes_ratio": folded.kv_bytes / whole.kv_bytes,
+                })  # fmt: skip
+                print(f"{kind:22}{count:9}{mean:9}{took_s * 1e6:10.1f}us{took_s / whole_s:9.2f}"
+                      f"{folded.kv_bytes / whole.kv_bytes:7.2f}", flush=True)  # fmt: skip
+    return rows
+
+
 def report(
     limits: Ceilings,
     requests: Sequence[int] = (1, 16, 64, 256),
@@ -183,15 +251,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--entries", type=int, nargs="+", default=[256, 1500, 6000])
     parser.add_argument("--sweep", action="store_true", help="of limits on a sequence's parts")
+    parser.add_argument("--bits", action="store_true", help="pages of fewer bits, in Triton")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("attention_bench: needs a CUDA GPU, and there is none", file=sys.stderr)
         return 2
-    if args.sweep:
-        rows = sweep(args.requests, args.entries)
-        if args.json:
-            args.json.write_text(json.dumps({"sweep": rows}, indent=2) + "\n")
-        return 0
+    for name, compare in (("sweep", sweep), ("bits", bits)):
+        if getattr(args, name):
+            rows = compare(args.requests, args.entries)
+            if args.json:
+                args.json.write_text(json.dumps({name: rows}, indent=2) + "\n")
+            return 0
     limits = ceilings()
     print(f"{torch.cuda.get_device_name()}: copies {limits.bytes_per_s / 1e12:.2f} TB/s")
     rows = report(limits, args.requests, args.entries)

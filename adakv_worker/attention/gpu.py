@@ -131,14 +131,16 @@ class GPUFoldingImpl(FoldingImpl):
 
     # vLLM's own attribute.
     logits_soft_cap: float
-    _one: Tensor | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Made here, on the model's device: a graph must not capture how it is filled.
+        self._one = torch.ones(1)
 
     def _attending(self, layer: Any, pages: Pages) -> Attending:
         key_scale, value_scale = layer._k_scale, layer._v_scale
         if pages.kv_cache_dtype != self.kv_cache_dtype:
             # The layer's own are for its blocks.
-            if self._one is None:
-                self._one = torch.ones_like(key_scale)
             key_scale = value_scale = self._one
         return Attending(self.scale, self.logits_soft_cap, key_scale, value_scale)
 

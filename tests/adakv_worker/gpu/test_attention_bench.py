@@ -37,6 +37,18 @@ def test_a_sweep_is_of_both_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     assert "triton_unified" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("unmeasured")
+def test_pages_of_fewer_bits_have_as_many_entries(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = attention_bench.bits([2], [40], device="cpu")
+    shares = {row["pages"]: row["bytes_ratio"] for row in rows}
+    # 128 numbers of four bytes here, and a scale of four.
+    assert shares == {
+        "auto": 1, "fp8": 1 / 4, "int8_per_token_head": 132 / 512, "fp8_per_token_head": 132 / 512,
+        "int4_per_token_head": 68 / 512,
+    }  # fmt: skip
+    assert "int4_per_token_head" in capsys.readouterr().out
+
+
 def test_the_kernels_agree_on_skewed_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_bench, "DTYPE", torch.float32)
     torch.manual_seed(0)
@@ -44,8 +56,8 @@ def test_the_kernels_agree_on_skewed_lengths(monkeypatch: pytest.MonkeyPatch) ->
     attention_bench.triton_unified(folded)
     expected = torch.empty_like(folded.output)
     flash_attention(
-        folded.query, folded.keys, folded.values, expected, folded.starts, 1, folded.lens,
-        folded.tables.shape[1] * 16, 128**-0.5, True, folded.tables,
+        folded.query, folded.pages.keys, folded.pages.values, expected, folded.starts, 1,
+        folded.lens, folded.room, 128**-0.5, True, folded.tables,
     )  # fmt: skip
     torch.testing.assert_close(folded.output, expected, atol=1e-4, rtol=1e-4)
 
