@@ -23,7 +23,6 @@ from vllm.v1.attention.backends import flash_attn, triton_attn
 from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
 from adakv_serve.kernels.bench import DIM, DTYPE, GROUP, HEADS, PAGE, Ceilings, ceilings, seconds
-from adakv_serve.kernels.paging.entries import SCALE_BYTES
 from adakv_worker.attention.folded import Pages
 from adakv_worker.attention.gpu import folded_splits
 from adakv_worker.attention.triton_kernel import stored_pages
@@ -36,8 +35,8 @@ _PARTS = (1, 2, 4, 8, 32)
 _SPLIT_SEQUENCES = (0, 4096)
 # Of an entry's keys and values, with their scales, by vLLM's `kv_cache_dtype`.
 _BYTES = {
-    "fp8": 2 * DIM, "int8_per_token_head": 2 * (DIM + SCALE_BYTES),
-    "fp8_per_token_head": 2 * (DIM + SCALE_BYTES), "int4_per_token_head": DIM + 2 * SCALE_BYTES,
+    "fp8": 2 * DIM, "int8_per_token_head": 2 * (DIM + 4), "fp8_per_token_head": 2 * (DIM + 4),
+    "int4_per_token_head": 2 * (DIM // 2 + 4),
 }  # fmt: skip
 
 
@@ -142,7 +141,8 @@ def _filled(shape: tuple[int, int, int], kv_cache_dtype: str, device: torch.devi
     """Return pages [pages, page_tokens, heads] of random numbers."""
     if kv_cache_dtype == "auto":
         pool = torch.randn((*shape, 2 * DIM), device=device, dtype=DTYPE)
-        return Pages(*pool.chunk(2, dim=-1))
+        keys, values = pool.chunk(2, dim=-1)
+        return Pages(keys, values)
     # Bytes that are numbers in each format.
     size = (*shape, _BYTES[kv_cache_dtype])
     pool = torch.randint(0, 0x70, size, device=device, dtype=torch.uint8)

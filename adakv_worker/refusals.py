@@ -36,11 +36,9 @@ def _matches_partial_blocks(config: VllmConfig) -> bool:
 
 
 def _lacks_fp8_kernels(config: VllmConfig) -> bool:
-    return (
-        (is_quantized_kv_cache(config.cache_config.cache_dtype) or _has_other_pages(config))
-        and current_platform.is_cpu()
-        and not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported())
-    )
+    quantized = is_quantized_kv_cache(config.cache_config.cache_dtype) or _has_other_pages(config)
+    kernels = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+    return quantized and not kernels
 
 
 def _has_other_pages(config: VllmConfig) -> bool:
@@ -53,7 +51,6 @@ def _lacks_fp8_arithmetic(config: VllmConfig) -> bool:
     return (
         _has_other_pages(config)
         and pages.startswith("fp8")
-        and not current_platform.is_cpu()
         and not current_platform.has_device_capability(89)
     )
 
@@ -61,11 +58,19 @@ def _lacks_fp8_arithmetic(config: VllmConfig) -> bool:
 def _has_odd_sizes(config: VllmConfig) -> bool:
     """Return whether pages of eight bits would have other kernels on a CPU than blocks."""
     sizes = (config.cache_config.block_size, config.model_config.get_head_size())
-    odd = any(size % 32 for size in sizes)
-    return odd and _has_other_pages(config) and current_platform.is_cpu()
+    return _has_other_pages(config) and any(size % 32 for size in sizes)
 
 
-# What is refused, by its name in the error.
+def _stores(config: VllmConfig) -> tuple[str, str]:
+    """Return how blocks and pages store numbers."""
+    return config.cache_config.cache_dtype, page_cache_dtype(config)
+
+
+def _stores_scales(config: VllmConfig) -> bool:
+    return any(map(has_scales, _stores(config)))
+
+
+# What is refused on all platforms, by its name in the error.
 REFUSED: dict[str, Callable[[VllmConfig], bool]] = {
     "scheduler_reserve_full_isl: false (requests start when their slabs have room, too)": (
         lambda c: not c.scheduler_config.scheduler_reserve_full_isl
@@ -83,33 +88,9 @@ REFUSED: dict[str, Callable[[VllmConfig], bool]] = {
     "kv_transfer_config (KV connectors)": lambda c: c.kv_transfer_config is not None,
     "a quantized kv_cache_dtype other than fp8, fp8_e4m3, fp8_e5m2 and int8, fp8 and int4 with "
     "_per_token_head": lambda c: is_unreadable(c.cache_config.cache_dtype),
-    "a kv_cache_dtype with _per_token_head on a CPU (vLLM has no kernels for it there)": (
-        lambda c: has_scales(c.cache_config.cache_dtype) and current_platform.is_cpu()
-    ),
-    "a kv_cache_dtype with _per_token_head and a head size that 8 does not divide": (
-        lambda c: has_scales(c.cache_config.cache_dtype) and c.model_config.get_head_size() % 8 != 0
-    ),
-    "kv_cache_dtype or page_dtype fp8_e5m2 on CUDA (vLLM's Triton kernels store fp8_e4m3 in its "
-    "place)": (
-        lambda c: (
-            "fp8_e5m2" in (c.cache_config.cache_dtype, page_cache_dtype(c))
-            and not current_platform.is_cpu()
-        )
-    ),
-    "kv_cache_dtype or page_dtype fp8 on a CPU without AVX-512 or AMX": _lacks_fp8_kernels,
-    "page_dtype int8 and int4 on a CPU (vLLM has no kernels for them there; fp8 works)": (
-        lambda c: (
-            _has_other_pages(c) and has_scales(page_cache_dtype(c)) and current_platform.is_cpu()
-        )
-    ),
-    "page_dtype int8 and int4 with a head size that 8 does not divide": (
-        lambda c: has_scales(page_cache_dtype(c)) and c.model_config.get_head_size() % 8 != 0
-    ),
-    "page_dtype fp8 on a GPU before compute capability 8.9": _lacks_fp8_arithmetic,
     "a page_dtype beside a quantized kv_cache_dtype (each entry would be quantized twice)": (
         lambda c: is_quantized_kv_cache(c.cache_config.cache_dtype) and _has_other_pages(c)
     ),
-    "page_dtype on a CPU with a block_size or head size that 32 does not divide": _has_odd_sizes,
     "kv_cache_dtype_skip_layers (all layers share their pages)": (
         lambda c: bool(c.cache_config.kv_cache_dtype_skip_layers)
     ),
@@ -131,9 +112,35 @@ REFUSED: dict[str, Callable[[VllmConfig], bool]] = {
 }
 
 
-def refuse_unsupported(config: VllmConfig) -> None:
+_SCALES = "a scale for each entry (a kv_cache_dtype with _per_token_head, page_dtype int8 or int4)"
+REFUSED_ON_CPU: dict[str, Callable[[VllmConfig], bool]] = {
+    f"{_SCALES} on a CPU, where vLLM has no kernels for it": _stores_scales,
+    "kv_cache_dtype or page_dtype fp8 on a CPU without AVX-512 or AMX": _lacks_fp8_kernels,
+    "page_dtype on a CPU with a block_size or head size that 32 does not divide": _has_odd_sizes,
+}
+REFUSED_ON_CUDA: dict[str, Callable[[VllmConfig], bool]] = {
+    "kv_cache_dtype or page_dtype fp8_e5m2 on CUDA (vLLM's Triton kernels store fp8_e4m3 in its "
+    "place)": lambda c: "fp8_e5m2" in _stores(c),
+    "page_dtype fp8 on a GPU before compute capability 8.9": _lacks_fp8_arithmetic,
+    f"{_SCALES} with a head size that 8 does not divide": (
+        lambda c: _stores_scales(c) and c.model_config.get_head_size() % 8 != 0
+    ),
+    "page_dtype on CUDA with a head size below 32": (
+        lambda c: _has_other_pages(c) and c.model_config.get_head_size() < 32
+    ),
+}
+
+
+def refused_here() -> Mapping[str, Callable[[VllmConfig], bool]]:
+    """Return what this machine's attention kernels refuse."""
+    return REFUSED_ON_CPU if current_platform.is_cpu() else REFUSED_ON_CUDA
+
+
+def refuse_unsupported(
+    config: VllmConfig, refused: Mapping[str, Callable[[VllmConfig], bool]] = REFUSED
+) -> None:
     """Raise ValueError for the first setting that does not work with compression."""
-    for setting, is_set in REFUSED.items():
+    for setting, is_set in refused.items():
         if is_set(config):
             raise ValueError(f"adakv: compression does not work with {setting}")
 

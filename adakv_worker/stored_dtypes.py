@@ -6,7 +6,6 @@ import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.utils.torch_utils import is_quantized_kv_cache, kv_cache_dtype_str_to_dtype
 
-from adakv_serve.kernels.paging.entries import SCALE_BYTES
 from adakv_worker.config import compression_config
 
 
@@ -77,7 +76,7 @@ def pages_stored_as(cache_dtype: str, page_dtype: str) -> str:
 
 
 def page_tokens(model: ModelConfig, block_size: int, cache_dtype: str, page_dtype: str) -> int:
-    """Return the entries of a page, which has the bytes of a block's tokens of one head.
+    """Return the entries of a page, rounded down: it has the bytes of a block's tokens of a head.
 
     Args:
         cache_dtype, page_dtype: see `pages_stored_as`.
@@ -91,4 +90,4 @@ def entry_bytes(model: ModelConfig, cache_dtype: str) -> int:
     size = int(model.get_head_size() * kv_cache_dtype_str_to_dtype(cache_dtype, model).itemsize)
     if cache_dtype == "int4_per_token_head":
         size //= 2
-    return 2 * (size + SCALE_BYTES * has_scales(cache_dtype))
+    return 2 * (size + torch.float32.itemsize * has_scales(cache_dtype))

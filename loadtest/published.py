@@ -1,7 +1,7 @@
 """`python -m loadtest.published`: KV-Compress' set-up (arXiv 2410.00161), offline, on one GPU.
 
 256 prompts of 6,000 tokens with 500 to generate, all at once, on Llama-3.1-8B's shape with random
-weights: stock vLLM, stock with an fp8 KV cache, compression off, and from a half of the prompt to a
+weights: stock vLLM, stock with a KV cache of fewer bits, compression off, and from a half of the prompt to a
 64th, which is bounded while decoding as well; all with the same KV bytes. An arm that compresses
 gets fewer, by what it holds beside the KV blocks. Each arm's engine has a process of its own, and
 one of them runs at a time; with `--at-once` several start together, which saves time.

@@ -21,6 +21,7 @@ from adakv_serve.kernels.paging.growth import ExtendedStep, GrownStep
 from adakv_serve.kernels.paging.paged_cache import PagedCache
 from adakv_worker.attention.folded import Folded, Pages
 from adakv_worker.attention.folding import FoldingBackend, FoldingBuilder, FoldingImpl, WithStep
+from adakv_worker.refusals import REFUSED_ON_CPU
 from adakv_worker.stored_dtypes import stored_dtype
 
 # Steps of an unchanged batch that share a schedule.
@@ -127,6 +128,7 @@ class AdaKVCPUImpl(FoldingImpl, CPUAttentionBackendImpl):
 class AdaKVCPUBackend(FoldingBackend, CPUAttentionBackend):  # type: ignore[misc]
     """The backend registered in place of vLLM's."""
 
+    refused = REFUSED_ON_CPU
     folding_impl = AdaKVCPUImpl
     folding_builder = AdaKVCPUMetadataBuilder
 

@@ -15,6 +15,7 @@ class Pages(NamedTuple):
         entry has a scale behind its numbers, they have the bytes of both in place of D.
     kv_cache_dtype: vLLM's name of how they store numbers.
     key_scales, value_scales: [pages, page_tokens, 1] float32, those scales.
+    scale: [1] float32, of all their numbers, where that is not the layer's scale.
     """
 
     keys: Tensor
@@ -22,6 +23,7 @@ class Pages(NamedTuple):
     kv_cache_dtype: str = "auto"
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
+    scale: Tensor | None = None
 
 
 class Folded(NamedTuple):

@@ -6,13 +6,13 @@ before them.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
+from vllm.config import VllmConfig, get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -27,7 +27,7 @@ from adakv_serve.kernels.paging.pages import PageTables
 from adakv_serve.kernels.transfer import sent
 from adakv_worker.attention.folded import Folded, Pages, Step
 from adakv_worker.config import compression_config
-from adakv_worker.refusals import require_classes
+from adakv_worker.refusals import refuse_unsupported, require_classes
 from adakv_worker.spec import AdaKVSpec
 from adakv_worker.stored_dtypes import page_cache_dtype, page_tokens
 
@@ -263,8 +263,12 @@ def _metadata_of(layer: Any) -> WithStep | None:
 
 
 class FoldingBackend(AttentionBackend):
-    """Mixin placed before a stock backend, which it leaves as it is without compression."""
+    """Mixin placed before a stock backend, which it leaves as it is without compression.
 
+    refused: settings that its kernels refuse: see `refuse_unsupported`.
+    """
+
+    refused: ClassVar[Mapping[str, Callable[[VllmConfig], bool]]]
     folding_impl: ClassVar[type[FoldingImpl]]
     folding_builder: ClassVar[type[FoldingBuilder]]
 
@@ -285,7 +289,10 @@ class FoldingBackend(AttentionBackend):
     @classmethod
     def get_impl_cls(cls) -> type[AttentionImpl[Any]]:
         stock: Any = super()
-        return cls.folding_impl if is_on() else stock.get_impl_cls()
+        if not is_on():
+            return stock.get_impl_cls()
+        refuse_unsupported(get_current_vllm_config(), cls.refused)
+        return cls.folding_impl
 
     @classmethod
     def get_builder_cls(cls) -> type[AttentionMetadataBuilder[Any]]:

@@ -29,6 +29,8 @@ from adakv_worker.attention.folding import (
 )
 from adakv_worker.attention.triton_kernel import Attending, Segments, attend, store
 from adakv_worker.config import compression_config
+from adakv_worker.refusals import REFUSED_ON_CUDA
+from adakv_worker.stored_dtypes import has_scales, page_cache_dtype
 
 
 class GPUFoldingBuilder(FoldingBuilder):
@@ -120,6 +122,8 @@ class GPUFoldingBuilder(FoldingBuilder):
 
 
 class GPUFoldingBackend(FoldingBackend):
+    refused = REFUSED_ON_CUDA
+
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...] | None:
         # A block's pages lie together, so that each of them may serve any layer and head.
@@ -132,16 +136,11 @@ class GPUFoldingImpl(FoldingImpl):
     # vLLM's own attribute.
     logits_soft_cap: float
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Made here, on the model's device: a graph must not capture how it is filled.
-        self._one = torch.ones(1)
-
     def _attending(self, layer: Any, pages: Pages) -> Attending:
         key_scale, value_scale = layer._k_scale, layer._v_scale
-        if pages.kv_cache_dtype != self.kv_cache_dtype:
+        if pages.scale is not None:
             # The layer's own are for its blocks.
-            key_scale = value_scale = self._one
+            key_scale = value_scale = pages.scale
         return Attending(self.scale, self.logits_soft_cap, key_scale, value_scale)
 
     def _store_in_triton(
@@ -165,6 +164,9 @@ class AdaKVFlashMetadataBuilder(GPUFoldingBuilder, flash_attn.FlashAttentionMeta
     metadata_class = AdaKVFlashMetadata
 
 
+# With larger blocks FlashAttention 3 may load a block's numbers behind a prompt's end, and multiply
+# them with zero. What int8 and int4 pages have left there may be no numbers.
+_ZEROED = 64
 # With more sequences FlashAttention 3 splits none, and would waste the memory for their parts.
 _MOST_SPLIT_SEQUENCES = 992
 
@@ -192,7 +194,13 @@ class AdaKVFlashImpl(GPUFoldingImpl, flash_attn.FlashAttentionImpl):
                 f"adakv: compression does not work with kv_cache_dtype {self.kv_cache_dtype} in "
                 "FlashAttention: set attention_backend to TRITON_ATTN"
             )
-        attention = get_current_vllm_config().attention_config
+        config = get_current_vllm_config()
+        if has_scales(page_cache_dtype(config)) and config.cache_config.block_size > _ZEROED:
+            raise ValueError(
+                "adakv: page_dtype int8 and int4 work with FlashAttention up to a block_size of "
+                f"{_ZEROED}: set it, or attention_backend to TRITON_ATTN"
+            )
+        attention = config.attention_config
         self._most_splits = attention.flash_attn_max_num_splits_for_cuda_graph
         if self.batch_invariant_enabled:
             self._most_splits = 1

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+from vllm.utils.math_utils import next_power_of_2
 from vllm.v1.attention.backends import triton_attn
 from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
@@ -34,7 +34,7 @@ class Segments(NamedTuple):
         shape = (sequences, group, count)
         outputs, most, sums = (
             torch.empty(size, dtype=torch.float32, device=device)
-            for size in ((*shape, triton.next_power_of_2(head_size)), shape, shape)
+            for size in ((*shape, next_power_of_2(head_size)), shape, shape)
         )
         return cls(sequences, count, outputs, most, sums)
 
@@ -42,7 +42,7 @@ class Segments(NamedTuple):
 class Attending(NamedTuple):
     """What an attention layer multiplies and divides by.
 
-    key_scale, value_scale: [1] float32, of stored keys and values without scales of their own.
+    key_scale, value_scale: of one float32 number, for keys and values without scales of their own.
     """
 
     scale: float

@@ -35,7 +35,7 @@ class KVMemory(NamedTuple):
     """An engine's KV memory: pages as its kernels see them, and in logical order, and their tables.
 
     blocks: pages of whole prompts. slabs: the same memory as pages of compressed ones.
-    conversion: from those to these; None where both store numbers alike.
+    conversion: from entries of blocks to those of slabs; None where both store numbers alike.
     graph_queries: memory [L, rows, Hq, D] for the queries of full CUDA graphs; None without.
     """
 

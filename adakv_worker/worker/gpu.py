@@ -20,7 +20,7 @@ from adakv_worker.attention.folded import Pages
 from adakv_worker.attention.triton_kernel import store, stored_pages
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.refusals import refuse_unsupported
-from adakv_worker.stored_dtypes import entry_bytes, page_cache_dtype, store_alike
+from adakv_worker.stored_dtypes import entry_bytes, has_scales, page_cache_dtype, store_alike
 from adakv_worker.worker.base import AdaKVRunner, AdaKVWorkerMixin, KVMemory
 from adakv_worker.worker.runner_v1 import AdaKVRunnerV1
 from adakv_worker.worker.runner_v2 import AdaKVRunnerV2
@@ -32,6 +32,11 @@ class BlocksOutermost(AdaKVRunner):
     def _kv_memory(self, config: CompressionConfig, layers: list[Any]) -> KVMemory:
         pool = _all_pages([layer.kv_cache for layer in layers])
         _, heads, page_tokens, _ = layers[0].kv_cache.shape
+        if has_scales(layers[0].kv_cache_dtype):
+            for layer in layers:
+                # vLLM's first write to a layer's memory sets all scales there to one. Any layer's
+                # entries may lie there by then.
+                layer.impl._ensure_scale_caches(layer.kv_cache)
         pages, cache = _in_halves(pool, layers[0].kv_cache_dtype)
         blocks, conversion = cache, None
         page_dtype = page_cache_dtype(self.vllm_config)
@@ -39,6 +44,7 @@ class BlocksOutermost(AdaKVRunner):
             page_tokens = self._spec().page_tokens
             width = entry_bytes(self.model_config, page_dtype)
             pages, cache = _in_halves(_of_bytes(pool, page_tokens, width), page_dtype)
+            pages = pages._replace(scale=torch.ones(1, dtype=torch.float32, device=pool.device))
             conversion = Conversion(page_tokens, functools.partial(_write, pages))
         layout = PageLayout.blocks_outermost(len(layers), heads).to(pages.keys.device)
         most = self.vllm_config.scheduler_config.max_num_seqs
@@ -133,6 +139,6 @@ def _in_halves(pool: Tensor, kv_cache_dtype: str) -> tuple[Pages, PagedCache]:
 
 
 def _write(pages: Pages, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Store keys and values [e, D] at slots [e]; those without scales of their own as they are."""
-    one = torch.ones(1, device=keys.device)
-    store(pages, keys[:, None], values[:, None], slots, one, one)
+    """Store keys and values [e, D] at slots [e] int64 of pages that have a scale."""
+    assert pages.scale is not None
+    store(pages, keys[:, None], values[:, None], slots, pages.scale, pages.scale)

@@ -97,7 +97,9 @@ def _quantization(attention: Attention, kv_cache_dtype: str, scale: str) -> Quan
     if stored is None:
         return None
     if has_scales(kv_cache_dtype):
-        rotation = _rotation(attention) if kv_cache_dtype == "int4_per_token_head" else None
+        rotation = None
+        if kv_cache_dtype == "int4_per_token_head":
+            rotation = _rotation(attention.head_size, attention.get_buffer("_k_scale").device)
         return Quantization(stored, None, attention.dtype, rotation)
     device = attention.get_buffer("_k_scale").device
     own = kv_cache_dtype == attention.kv_cache_dtype
@@ -106,9 +108,9 @@ def _quantization(attention: Attention, kv_cache_dtype: str, scale: str) -> Quan
     return Quantization(stored, scales, attention.dtype)
 
 
-def _rotation(attention: Attention) -> Tensor:
-    """Return what turns entries [n, D] back that vLLM has turned before it stored four bits."""
-    device, size = attention.get_buffer("_k_scale").device, attention.head_size
+@functools.cache
+def _rotation(size: int, device: torch.device) -> Tensor:
+    """Return [D, D] float32, which turns entries [n, D] back that vLLM has turned for four bits."""
     turned: Tensor = single_rht(torch.eye(size, device=device), inverse=True)
     # Ones, minus ones and zeros, of which a GPU has computed some in 16 bits.
     return turned.round() / largest_power_of_2_divisor(size)

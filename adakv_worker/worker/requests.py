@@ -51,8 +51,8 @@ class CompressionState:
         """
         Args:
             slabs: the KV memory as pages of compressed requests.
-            blocks: the same memory as pages of whole ones, and the way from these to those; None
-                where they are alike.
+            blocks: the same memory as pages of whole ones; None where they are alike.
+            conversion: from entries of blocks to those of slabs; None where they are alike.
         """
         self._cache = slabs
         self._blocks = blocks or slabs

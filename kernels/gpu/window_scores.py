@@ -20,7 +20,7 @@ _TILE, _TILE_OF_WIDE, _WIDE_BYTES = 64, 32, 1024
 _PROGRAMS = 1024
 # How keys are stored: as they are; eight bits with a scale for each head, or for each entry, behind
 # its numbers; four bits with a scale for each entry.
-_PLAIN, _BY_HEAD, _BY_ENTRY, _FOUR_BITS = range(4)
+_PLAIN, _BY_HEAD, _BY_ENTRY, _FOUR_BITS = map(tl.constexpr, range(4))
 
 
 def window_scores(
@@ -61,16 +61,21 @@ def _reduced(queries: Tensor, keys: Entries, scale: float, reduction: Reduction 
 def _stored(keys: Tensor, quantization: Quantization | None) -> tuple[Tensor, dict[str, object]]:
     """Return the pool as the numbers that it stores, and what the kernels need to read them."""
     if quantization is None:
-        return keys, {"scales": keys, "scale_head": 0, "scale_token": 0, "FORMAT": _PLAIN}
+        return keys, {"scales": keys, "scale_head": 0, "scale_token": 0, "FORMAT": _PLAIN.value}
     stored = keys.view(quantization.stored)
     if quantization.scales is not None:
         scales = quantization.scales.contiguous()
-        return stored, {"scales": scales, "scale_head": 1, "scale_token": 0, "FORMAT": _BY_HEAD}
+        return stored, {
+            "scales": scales,
+            "scale_head": 1,
+            "scale_token": 0,
+            "FORMAT": _BY_HEAD.value,
+        }
     scales = own_scales(keys)
     head, token = scales.stride()
     by_entry = _FOUR_BITS if quantization.has_four_bits else _BY_ENTRY
     return stored, {
-        "scales": scales, "scale_head": head, "scale_token": token, "FORMAT": by_entry,
+        "scales": scales, "scale_head": head, "scale_token": token, "FORMAT": by_entry.value,
     }  # fmt: skip
 
 
@@ -137,8 +142,7 @@ def _load_keys(
 ):  # fmt: skip
     """Keys [BLOCK_DIM, BLOCK_KEYS] at `position`."""
     dim = tl.arange(0, BLOCK_DIM)
-    # _FOUR_BITS: two in a byte.
-    place = dim // 2 if FORMAT == 3 else dim
+    place = dim // 2 if FORMAT == _FOUR_BITS else dim
     if PAGE > 0:
         page = tl.load(pages + (position // PAGE) * heads + head, mask=valid, other=0)
         page, offset = page.to(tl.int64), position % PAGE
@@ -150,11 +154,11 @@ def _load_keys(
         mask=valid[None, :] & (dim < DIM)[:, None],
         other=0.0,
     )
-    if FORMAT == 1:
+    if FORMAT == _BY_HEAD:
         key = key.to(tl.float32) * tl.load(scales + head)
-    elif FORMAT > 1:
+    elif FORMAT != _PLAIN:
         scale = tl.load(scales + page * scale_head + offset * scale_token, mask=valid, other=0.0)
-        if FORMAT == 2:
+        if FORMAT == _BY_ENTRY:
             key = key.to(tl.float32) * scale[None, :]
         else:
             bits = scale.to(tl.int32, bitcast=True)

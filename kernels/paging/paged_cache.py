@@ -211,7 +211,7 @@ def compact_into(
     source_tokens, dim = cache.keys.shape[1:]
     k, head, position = kept.nonzero(as_tuple=True)
     slots = source[k, position // source_tokens, head] * source_tokens + position % source_tokens
-    targets = placed_slots(tables.flatten(0, 1), lens.flatten(), conversion.page_tokens)
+    targets = placed_slots(tables.flatten(0, 1), lens.flatten(), conversion.page_tokens, len(slots))
     at_once = max(1, _COPIED_BYTES // (2 * dim * cache.keys.element_size()))
     for some, places in zip(slots.split(at_once), targets.split(at_once), strict=True):
         conversion.write(places, *read_slots(cache, some))
@@ -253,9 +253,18 @@ def _own_pages(kept: Tensor, cache: PagedCache, tables: Tensor) -> Tensor:
     return tables[..., :used].transpose(1, 2).long()
 
 
-def placed_slots(tables: Tensor, lens: Tensor, page_tokens: int) -> Tensor:
-    """Return slots [sum of lens] of all entries of heads with tables [H, W], head by head."""
+def placed_slots(
+    tables: Tensor, lens: Tensor, page_tokens: int, entries: int | None = None
+) -> Tensor:
+    """Return slots [e] int64 of all entries of heads with tables [H, W], head by head.
+
+    Args:
+        lens: [H], the entries of each head. entries: their sum, e, if it is known.
+    """
     lens = lens.long()
-    head = torch.repeat_interleave(torch.arange(lens.numel(), device=lens.device), lens)
+    # Without their number it would wait for the device.
+    head = torch.repeat_interleave(
+        torch.arange(lens.numel(), device=lens.device), lens, output_size=entries
+    )
     position = torch.arange(len(head), device=lens.device) - (lens.cumsum(0) - lens)[head]
     return tables[head, position // page_tokens].long() * page_tokens + position % page_tokens

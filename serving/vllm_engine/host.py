@@ -36,7 +36,7 @@ from adakv_worker.frontend.moving import MovableLLM, MovingCore
 from adakv_worker.frontend.sent_requests import BookedLLM
 from adakv_worker.frontend.session_moves import SessionCore
 from adakv_worker.messages import Proof
-from adakv_worker.refusals import refuse_unsupported
+from adakv_worker.refusals import refuse_unsupported, refused_here
 from adakv_worker.stored_dtypes import entry_bytes
 
 # As long as vLLM itself waits for a step of several workers: a prefill on a slow CPU takes minutes.
@@ -189,6 +189,7 @@ def _check(config: VllmConfig, movable: bool) -> bool:
     compressing = compression_config(config.additional_config) is not None
     if compressing:
         refuse_unsupported(config)
+        refuse_unsupported(config, refused_here())
     if movable:
         check_movable(config, compressing)
     return compressing

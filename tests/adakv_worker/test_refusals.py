@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +10,15 @@ import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from adakv_worker import refusals
 from adakv_worker.config import CompressionConfig
 from adakv_worker.plugin import engine_args
 from adakv_worker.refusals import (
     REFUSED,
+    REFUSED_ON_CPU,
+    REFUSED_ON_CUDA,
     refuse_unsupported,
     refuse_unsupported_policy,
+    refused_here,
     require_classes,
 )
 from tests.adakv_worker.engines import make_tiny_model
@@ -71,13 +72,6 @@ ASKED: dict[str, Callable[[Any], Any]] = {
     ),
     "kv_transfer_config": lambda c: setattr(c, "kv_transfer_config", object()),
     "a quantized kv_cache_dtype other than": lambda c: _set_cache(c, "nvfp4"),
-    "a kv_cache_dtype with _per_token_head on a CPU": (
-        lambda c: _set_cache(c, "int8_per_token_head")
-    ),
-    "page_dtype int8 and int4 on a CPU": lambda c: _set_pages(c, "int4"),
-    "page_dtype on a CPU with a block_size or head size": (
-        lambda c: _set_pages(c, "fp8", block_size=48)
-    ),
     "a page_dtype beside a quantized kv_cache_dtype": (
         lambda c: (_set_pages(c, "fp8"), _set_cache(c, "fp8_e5m2"))
     ),
@@ -115,46 +109,53 @@ def test_what_cannot_be_compressed_is_refused_by_its_name(
 
 # Its own test asks for it.
 FP8_ON_CPU = "kv_cache_dtype or page_dtype fp8 on a CPU without AVX-512 or AMX"
-ASKED_ON_CUDA: dict[str, Callable[[Any], Any]] = {
-    "a quantized kv_cache_dtype other than": lambda c: _set_cache(c, "nvfp4"),
-    "a kv_cache_dtype with _per_token_head and a head size": (
-        lambda c: (_set_cache(c, "int8_per_token_head"), _set_head_size(c, 36))
-    ),
-    "kv_cache_dtype or page_dtype fp8_e5m2": lambda c: _set_cache(c, "fp8_e5m2"),
-    "kv_cache_dtype or page_dtype fp8_e5m2 on CUDA": lambda c: _set_pages(c, "fp8_e5m2"),
-    "page_dtype int8 and int4 with a head size": (
-        lambda c: (_set_pages(c, "int4"), _set_head_size(c, 36))
-    ),
-    "page_dtype fp8 on a GPU before compute capability 8.9": lambda c: _set_pages(c, "fp8"),
-    "a page_dtype beside a quantized kv_cache_dtype": (
-        lambda c: (_set_pages(c, "int8"), _set_cache(c, "fp8_per_token_head"))
+SCALES = "a scale for each entry"
+ASKED_ON_CPU: dict[str, Callable[[Any], Any]] = {
+    SCALES: lambda c: _set_cache(c, "int8_per_token_head"),
+    f"{SCALES} (.*) on a CPU": lambda c: _set_pages(c, "int4"),
+    "page_dtype on a CPU with a block_size or head size": (
+        lambda c: _set_pages(c, "fp8", block_size=48)
     ),
 }
-
-
-@pytest.fixture
-def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the refusals see a GPU of compute capability 8.0."""
-    gpu = SimpleNamespace(is_cpu=lambda: False, has_device_capability=lambda least: least <= 80)
-    monkeypatch.setattr(refusals, "current_platform", gpu)
+ASKED_ON_CUDA: dict[str, Callable[[Any], Any]] = {
+    "kv_cache_dtype or page_dtype fp8_e5m2": lambda c: _set_cache(c, "fp8_e5m2"),
+    "kv_cache_dtype or page_dtype fp8_e5m2 on CUDA": lambda c: _set_pages(c, "fp8_e5m2"),
+    "page_dtype fp8 on a GPU before compute capability 8.9": lambda c: _set_pages(c, "fp8"),
+    SCALES: lambda c: (_set_cache(c, "int8_per_token_head"), _set_head_size(c, 36)),
+    f"{SCALES} (.*) with a head size": lambda c: (_set_pages(c, "int4"), _set_head_size(c, 36)),
+    "page_dtype on CUDA with a head size below 32": (
+        lambda c: (_set_pages(c, "int8"), _set_head_size(c, 16))
+    ),
+}
 
 
 def _set_head_size(config: VllmConfig, size: int) -> None:
     config.model_config.model_arch_config.head_size = size
 
 
-@pytest.mark.usefixtures("on_cuda")
+@pytest.mark.parametrize("setting", ASKED_ON_CPU)
+def test_what_cpus_cannot_attend_to_is_refused_by_its_name(
+    config: VllmConfig, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    assert refused_here() is REFUSED_ON_CPU
+    refuse_unsupported(config, REFUSED_ON_CPU)
+    ASKED_ON_CPU[setting](config)
+    refuse_unsupported(config)
+    with pytest.raises(ValueError, match=f"adakv: compression does not work with {setting}"):
+        refuse_unsupported(config, REFUSED_ON_CPU)
+
+
 @pytest.mark.parametrize("setting", ASKED_ON_CUDA)
-def test_what_cannot_be_compressed_on_cuda_is_refused_by_its_name(
+def test_what_gpus_cannot_attend_to_is_refused_by_its_name(
     config: VllmConfig, setting: str
 ) -> None:
-    refuse_unsupported(config)
+    refuse_unsupported(config, REFUSED_ON_CUDA)
     ASKED_ON_CUDA[setting](config)
     with pytest.raises(ValueError, match=f"adakv: compression does not work with {setting}"):
-        refuse_unsupported(config)
+        refuse_unsupported(config, REFUSED_ON_CUDA)
 
 
-@pytest.mark.usefixtures("on_cuda")
 @pytest.mark.parametrize(
     "ask",
     [
@@ -168,11 +169,13 @@ def test_what_cannot_be_compressed_on_cuda_is_refused_by_its_name(
 def test_fewer_bits_are_allowed_on_cuda(config: VllmConfig, ask: Callable[[Any], Any]) -> None:
     ask(config)
     refuse_unsupported(config)
+    refuse_unsupported(config, REFUSED_ON_CUDA)
 
 
 def test_every_refusal_has_a_row() -> None:
-    asked = (*ASKED, *ASKED_ON_CUDA, FP8_ON_CPU)
-    assert [name for name in REFUSED if not name.startswith(asked)] == []
+    asked = (*ASKED, *ASKED_ON_CPU, *ASKED_ON_CUDA, FP8_ON_CPU)
+    refused = (*REFUSED, *REFUSED_ON_CPU, *REFUSED_ON_CUDA)
+    assert [name for name in refused if not name.startswith(asked)] == []
 
 
 def _lose_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,10 +189,10 @@ def test_eight_bits_need_a_cpu_with_kernels_for_them(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     config.cache_config.cache_dtype = dtype
-    refuse_unsupported(config)
+    refuse_unsupported(config, REFUSED_ON_CPU)
     _lose_kernels(monkeypatch)
     with pytest.raises(ValueError, match=f"does not work with {FP8_ON_CPU}"):
-        refuse_unsupported(config)
+        refuse_unsupported(config, REFUSED_ON_CPU)
 
 
 def test_pages_of_eight_bits_need_a_cpu_with_kernels_for_them(
@@ -197,14 +200,14 @@ def test_pages_of_eight_bits_need_a_cpu_with_kernels_for_them(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     _set_pages(config, "fp8")
-    refuse_unsupported(config)
+    refuse_unsupported(config, REFUSED_ON_CPU)
     # The same numbers by another name are no other pages.
     config.cache_config.cache_dtype = "fp8_e4m3"
-    refuse_unsupported(config)
+    refuse_unsupported(config, REFUSED_ON_CPU)
     config.cache_config.cache_dtype = "auto"
     _lose_kernels(monkeypatch)
     with pytest.raises(ValueError, match=f"does not work with {FP8_ON_CPU}"):
-        refuse_unsupported(config)
+        refuse_unsupported(config, REFUSED_ON_CPU)
 
 
 def test_units_of_whole_blocks_are_allowed(config: VllmConfig) -> None:

@@ -46,6 +46,7 @@ UPSTREAM_NAMES = {
     },
     "adakv_worker.worker": {
         "vllm.model_executor.layers.attention.Attention": "_k_scale _k_scale_float _v_scale_float",
+        "vllm.v1.attention.backends.triton_attn.TritonAttentionImpl": "_ensure_scale_caches",
         "vllm.v1.worker.cpu_worker.CPUWorker": "init_device",
         "vllm.v1.worker.gpu.model_runner.GPUModelRunner": (
             "_remove_request add_requests gather_batch_req_state initialize_kv_cache "

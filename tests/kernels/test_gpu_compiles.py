@@ -29,7 +29,7 @@ POINTERS = {
 }  # fmt: skip
 ATTENTION = {
     "PAGE": 16, "DIM": 128, "BLOCK_DIM": 128, "BLOCK_ROWS": 64, "BLOCK_KEYS": 64, "EXACT": False,
-    "RAGGED": False, "FORMAT": window_scores._PLAIN,
+    "RAGGED": False, "FORMAT": window_scores._PLAIN.value,
 }  # fmt: skip
 WIDE = {**ATTENTION, "DIM": 256, "BLOCK_DIM": 256}
 # As wide as float32 gets.
@@ -38,6 +38,7 @@ FLOAT32 = {"queries": "*fp32", "keys": "*fp32"}
 # Bytes that a program may have, of A100 and H100.
 SHARED_BYTES = {80: 166_912, 90: 232_448}
 ROWS = {"PAGE": 16, "DIM": 128, "BLOCK_DIM": 128, "TILE": 64}
+BYTES = {"keys": "*u8", "values": "*u8"}
 KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
     "log-sum-exp": (window_scores._log_sum_exp, ATTENTION, {}),
     "log-sum-exp, float32, no pages": (
@@ -58,7 +59,11 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
     "column means, widest": (window_scores._column_scores, {**WIDEST, "SQUARES": False}, FLOAT32),
     "column means": (window_scores._column_scores, {**ATTENTION, "SQUARES": False}, {}),
     **{
-        f"{name}, {form}": (kernel, {**ATTENTION, **constants, "FORMAT": number}, {"keys": pointer})
+        f"{name}, {form}": (
+            kernel,
+            {**ATTENTION, **constants, "FORMAT": number.value},
+            {"keys": pointer},
+        )
         for form, number, pointer in (
             ("a scale for each head", window_scores._BY_HEAD, "*fp8e4nv"),
             ("int8", window_scores._BY_ENTRY, "*i8"),
@@ -80,6 +85,18 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], dict[str, str]]] = {
     "lists": (compaction._list_kept, {"TILE": 1024, "SPLITS": 8}, {}),
     "copies": (compaction._copy_listed, ROWS, {}),
     "moves": (compaction._move_kept, ROWS, {}),
+    # Numbers of four and of eight bits, with their scales, in pages of bf16's bytes.
+    "copies of bytes": (compaction._copy_listed, {**ROWS, "DIM": 132, "BLOCK_DIM": 256}, BYTES),
+    "moves in pages of four bits": (
+        compaction._move_kept,
+        {**ROWS, "PAGE": 60, "DIM": 68},
+        BYTES,
+    ),
+    "moves in pages of eight bits": (
+        compaction._move_kept,
+        {**ROWS, "PAGE": 31, "DIM": 132, "BLOCK_DIM": 256},
+        BYTES,
+    ),
     "placement": (tables._place, {"EACH": 256, "TILE": 64}, {}),
     "growth": (tables._grow, {"PAGE": 16, "EACH": 256, "BLOCK": 256}, {}),
 }

@@ -116,8 +116,6 @@ def _take_the_gpus_settings() -> None:
     from vllm.config import VllmConfig
     from vllm.platforms.cpu import CpuPlatform
 
-    from adakv_worker import refusals
-
     update = CpuPlatform.check_and_update_config
 
     def checked(config: VllmConfig) -> None:
@@ -127,9 +125,6 @@ def _take_the_gpus_settings() -> None:
 
     CpuPlatform.check_and_update_config = staticmethod(checked)  # type: ignore[assignment, method-assign]
     CpuPlatform.has_device_capability = classmethod(lambda *_, **__: True)  # type: ignore[assignment]
-    refusals.current_platform = SimpleNamespace(  # type: ignore[assignment]
-        is_cpu=lambda: False, has_device_capability=lambda _: True
-    )
 
 
 def store(

@@ -93,6 +93,16 @@ def test_evictions_while_answers_are_written(engine: Engine, reference: Referenc
     assert_near_reference(result, reference, traced.kept_at)
 
 
+def test_the_first_write_to_a_layer_leaves_the_scales_of_others(model: Path) -> None:
+    kind, form = Kind("Triton", use_v2=False), "int8_per_token_head"
+    with started(model, kind, kv_cache_dtype=form, max_num_batched_tokens=256) as engine:
+        # Each layer's entries are copied before the next layer has written any.
+        engine.runner.adakv.state.held_bytes = 0
+        (result,) = engine.run([prompt(150, seed=9)], engine.params(max_tokens=4))
+    assert result.kept is not None
+    assert_near_reference(result, Reference(model, attention_to(form, stored)))
+
+
 def test_a_cache_leaves_with_its_scales(engine: Engine, reference: Reference) -> None:
     traced = Traced(engine, "moving", prompt(120, seed=7), engine.params(max_tokens=6))
     run_with_a_move(engine, traced)
