@@ -1,10 +1,10 @@
 """`python -m loadtest.published`: KV-Compress' set-up (arXiv 2410.00161), offline, on one GPU.
 
 256 prompts of 6,000 tokens with 500 to generate, all at once, on Llama-3.1-8B's shape with random
-weights: stock vLLM, stock with a KV cache of fewer bits, compression off, and from a half of the prompt to a
-64th, which is bounded while decoding as well; all with the same KV bytes. An arm that compresses
-gets fewer, by what it holds beside the KV blocks. Each arm's engine has a process of its own, and
-one of them runs at a time; with `--at-once` several start together, which saves time.
+weights: stock vLLM, stock with a KV cache of fewer bits, compression off, and from a half of the
+prompt to a 64th, which is bounded while decoding as well; all with the same KV bytes. An arm that
+compresses gets fewer, by what it holds beside the KV blocks. Each arm's engine has a process of its
+own, and one of them runs at a time; with `--at-once` several start together, which saves time.
 
 S_max, what stock would gain if decoding took no time, comes first. Published is 5.18 at a 64th.
 With `--profile N`, each arm also prints where the time of a prompt goes, and that of a step with N
