@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
+from vllm.platforms import current_platform
+from vllm.v1.attention.ops.int4_per_token_head import single_rht
 
 from tests.adakv_worker.engines import Reference, Result
 
@@ -25,6 +27,26 @@ def towards_zero(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     rounded = numbers.to(dtype)
     further = rounded.float().abs() > numbers.abs()
     return (rounded.view(torch.uint8) - further.to(torch.uint8)).view(dtype).float()
+
+
+def as_stored(numbers: Tensor, form: str) -> Tensor:
+    """Return numbers [..., D] as vLLM's Triton kernels store them in a cache of this dtype."""
+    if form == "fp8":
+        return numbers.to(torch.float8_e4m3fn).float()
+    if form.startswith("int4"):
+        turn = single_rht(torch.eye(numbers.shape[-1], device=current_platform.device_type))
+        turn = turn.round().to(numbers.device)
+        turned = numbers @ turn
+        least, most = turned.aminmax(dim=-1, keepdim=True)
+        scales = (most - least) / 15
+        zeros = (-least / scales).round().clamp(0, 15)
+        steps = (turned / scales + zeros).round().clamp(0, 15)
+        return (steps - zeros) * scales @ turn.t() / numbers.shape[-1]
+    highest = 127 if form.startswith("int8") else 448
+    scales = numbers.abs().amax(dim=-1, keepdim=True) / highest
+    steps = numbers / scales
+    kept = steps.round() if highest == 127 else steps.to(torch.float8_e4m3fn).float()
+    return kept * scales
 
 
 def assert_near_reference(

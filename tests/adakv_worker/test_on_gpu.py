@@ -88,11 +88,16 @@ _TALKING = [
 ]
 
 
-def _engines(
-    kind: Kind, model: Path, folder: Path, sessions: dict[str, Any] | None = None
+def engines(
+    kind: Kind,
+    model: Path,
+    folder: Path,
+    sessions: dict[str, Any] | None = None,
+    page_dtype: str = "auto",
 ) -> Iterator[Engine]:
     compression = {
         "budget_tokens": 48, "keep_ratio": 0.0, "window_tokens": 8, "sessions": sessions or {},
+        "page_dtype": page_dtype,
     }  # fmt: skip
     settings = {
         "dtype": "float16", "block_size": 16, "enforce_eager": False,
@@ -116,7 +121,7 @@ def engine(
     model: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Engine]:
-    yield from _engines(request.param, model, tmp_path_factory.mktemp("compiled"))
+    yield from engines(request.param, model, tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(scope="module", params=_TALKING)
@@ -127,7 +132,7 @@ def talking(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Engine]:
     folder = tmp_path_factory.mktemp("compiled")
-    yield from _engines(request.param, model, folder, {**SESSIONS, "host_bytes": 64 << 20})
+    yield from engines(request.param, model, folder, {**SESSIONS, "host_bytes": 64 << 20})
 
 
 def test_the_engine_is_of_that_kind(engine: Engine, request: pytest.FixtureRequest) -> None:

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from vllm.v1.attention.ops.int4_per_token_head import single_rht
 
-from tests.adakv_worker.eight_bits import Paged, assert_near_reference, attention_to
+from tests.adakv_worker.eight_bits import (
+    Paged,
+    as_stored,
+    assert_near_reference,
+    attention_to,
+)
 from tests.adakv_worker.engine.test_eviction import Traced, run
 from tests.adakv_worker.engines import (
     Engine,
@@ -24,24 +28,6 @@ _TRITON, _FLASH = Kind("Triton", use_v2=True), Kind("Flash", use_v2=True, graphs
 _BYTES = {
     "fp8": 32, "int8_per_token_head": 36, "fp8_per_token_head": 36, "int4_per_token_head": 20,
 }  # fmt: skip
-
-
-def stored(numbers: torch.Tensor, form: str) -> torch.Tensor:
-    """Return numbers [..., D] as a cache of this dtype stores them."""
-    if form == "fp8":
-        return numbers.to(torch.float8_e4m3fn).float()
-    if form.startswith("int4"):
-        turned = single_rht(numbers)
-        least, most = turned.aminmax(dim=-1, keepdim=True)
-        scales = (most - least) / 15
-        zeros = (-least / scales).round().clamp(0, 15)
-        steps = (turned / scales + zeros).round().clamp(0, 15)
-        return single_rht((steps - zeros) * scales, inverse=True) / numbers.shape[-1]
-    highest = 127 if form.startswith("int8") else 448
-    scales = numbers.abs().amax(dim=-1, keepdim=True) / highest
-    steps = numbers / scales
-    kept = steps.round() if highest == 127 else steps.to(torch.float8_e4m3fn).float()
-    return kept * scales
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +48,7 @@ def engine(model: Path, form: str) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def reference(model: Path, form: str) -> Reference:
-    return Reference(model, attention_to(form, stored))
+    return Reference(model, attention_to(form, as_stored))
 
 
 def test_a_block_takes_as_many_bytes_as_its_numbers_and_scales(engine: Engine, form: str) -> None:
@@ -100,7 +86,7 @@ def test_the_first_write_to_a_layer_leaves_the_scales_of_others(model: Path) -> 
         engine.runner.adakv.state.held_bytes = 0
         (result,) = engine.run([prompt(150, seed=9)], engine.params(max_tokens=4))
     assert result.kept is not None
-    assert_near_reference(result, Reference(model, attention_to(form, stored)))
+    assert_near_reference(result, Reference(model, attention_to(form, as_stored)))
 
 
 def test_a_cache_leaves_with_its_scales(engine: Engine, reference: Reference) -> None:
@@ -119,7 +105,7 @@ def paging(request: pytest.FixtureRequest, model: Path) -> Iterator[tuple[Engine
     """An engine whose compressed pages store fewer bits than its blocks, and its reference."""
     kind, form = request.param
     with started(model, kind, page_dtype=form) as engine:
-        store = functools.partial(stored, form=form)
+        store = functools.partial(as_stored, form=form)
         yield engine, Paged(model, form, store, store)
 
 
