@@ -26,6 +26,7 @@ from adakv_serve.kernels.bench import DIM, DTYPE, GROUP, HEADS, PAGE, Ceilings, 
 from adakv_worker.attention.folded import Pages
 from adakv_worker.attention.gpu import folded_splits
 from adakv_worker.attention.triton_kernel import stored_pages
+from adakv_worker.stored_dtypes import quantized_bytes
 
 # Deviation of the logarithm of a head's length: a tenth of the heads keep more than twice the mean,
 # as with adaptive heads.
@@ -33,18 +34,16 @@ _SKEW = 0.8
 # What `sweep` compares: most parts of a sequence, and sequences up to which each is split.
 _PARTS = (1, 2, 4, 8, 32)
 _SPLIT_SEQUENCES = (0, 4096)
-# Of an entry's keys and values, with their scales, by vLLM's `kv_cache_dtype`.
-_BYTES = {
-    "fp8": 2 * DIM, "int8_per_token_head": 2 * (DIM + 4), "fp8_per_token_head": 2 * (DIM + 4),
-    "int4_per_token_head": 2 * (DIM // 2 + 4),
-}  # fmt: skip
+# What `bits` compares, by vLLM's `kv_cache_dtype`.
+_FEWER_BITS = ("fp8", "int8_per_token_head", "fp8_per_token_head", "int4_per_token_head")
 
 
 class Sequences(NamedTuple):
     """Arguments of an attention kernel.
 
-    query, output: [S, heads * GROUP, D]. pages: their keys and values are [pages, page_tokens,
-    heads, D], or bytes in place of D.
+    query, output: [S, heads * GROUP, D].
+    pages: keys and values [pages, page_tokens, heads, D]; with the bytes of an entry in place of D
+        where they store fewer bits.
     """
 
     query: Tensor
@@ -60,13 +59,13 @@ class Sequences(NamedTuple):
 
     @property
     def room(self) -> int:
-        """Entries of the longest table."""
+        """Entries for which each table has room."""
         return self.tables.shape[1] * self.pages.keys.shape[1]
 
     @property
     def kv_bytes(self) -> int:
         keys = self.pages.keys
-        # From an entry to the next one lie keys and values of all heads, with their scales.
+        # The stride covers keys and values of all heads, and their scales.
         return int(self.lens.sum()) * keys.stride(1) * keys.element_size()
 
 
@@ -124,7 +123,7 @@ def sequences(lens: Tensor, heads: int, kv_cache_dtype: str = "auto") -> Sequenc
     device, count = lens.device, lens.numel()
     page_tokens = PAGE
     if kv_cache_dtype != "auto":
-        page_tokens = PAGE * 2 * DIM * DTYPE.itemsize // _BYTES[kv_cache_dtype]
+        page_tokens = PAGE * 2 * DIM * DTYPE.itemsize // quantized_bytes(DIM, kv_cache_dtype)
     width = -(-int(lens.max()) // page_tokens)
     needed = -(-lens.long() // page_tokens)
     pages = int(needed.sum())
@@ -144,7 +143,7 @@ def _filled(shape: tuple[int, int, int], kv_cache_dtype: str, device: torch.devi
         keys, values = pool.chunk(2, dim=-1)
         return Pages(keys, values)
     # Bytes that are numbers in each format.
-    size = (*shape, _BYTES[kv_cache_dtype])
+    size = (*shape, quantized_bytes(DIM, kv_cache_dtype))
     pool = torch.randint(0, 0x70, size, device=device, dtype=torch.uint8)
     keys, values = pool.chunk(2, dim=-1)
     pages = stored_pages(keys, values, kv_cache_dtype)
@@ -209,7 +208,7 @@ def bits(
             lens = skewed(count, mean, device)
             whole = sequences(lens, 1)
             whole_s = seconds(partial(triton_unified, whole))
-            for kind in ("auto", *_BYTES):
+            for kind in ("auto", *_FEWER_BITS):
                 folded = whole if kind == "auto" else sequences(lens, 1, kind)
                 took_s = whole_s if kind == "auto" else seconds(partial(triton_unified, folded))
                 rows.append({

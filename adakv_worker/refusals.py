@@ -86,7 +86,7 @@ REFUSED: dict[str, Callable[[VllmConfig], bool]] = {
         lambda c: c.parallel_config.prefill_context_parallel_size > 1
     ),
     "kv_transfer_config (KV connectors)": lambda c: c.kv_transfer_config is not None,
-    "a quantized kv_cache_dtype other than fp8, fp8_e4m3, fp8_e5m2 and int8, fp8 and int4 with "
+    "a quantized kv_cache_dtype other than fp8, fp8_e4m3, fp8_e5m2 and those that end in "
     "_per_token_head": lambda c: is_unreadable(c.cache_config.cache_dtype),
     "a page_dtype beside a quantized kv_cache_dtype (each entry would be quantized twice)": (
         lambda c: is_quantized_kv_cache(c.cache_config.cache_dtype) and _has_other_pages(c)
@@ -112,7 +112,7 @@ REFUSED: dict[str, Callable[[VllmConfig], bool]] = {
 }
 
 
-_SCALES = "a scale for each entry (a kv_cache_dtype with _per_token_head, page_dtype int8 or int4)"
+_SCALES = "a scale for each entry (kv_cache_dtype *_per_token_head, page_dtype int8 or int4)"
 REFUSED_ON_CPU: dict[str, Callable[[VllmConfig], bool]] = {
     f"{_SCALES} on a CPU, where vLLM has no kernels for it": _stores_scales,
     "kv_cache_dtype or page_dtype fp8 on a CPU without AVX-512 or AMX": _lacks_fp8_kernels,
@@ -132,7 +132,7 @@ REFUSED_ON_CUDA: dict[str, Callable[[VllmConfig], bool]] = {
 
 
 def refused_here() -> Mapping[str, Callable[[VllmConfig], bool]]:
-    """Return what this machine's attention kernels refuse."""
+    """Return the settings with which this machine's attention kernels do not work."""
     return REFUSED_ON_CPU if current_platform.is_cpu() else REFUSED_ON_CUDA
 
 

@@ -13,23 +13,24 @@ class AdaKVSpec(FullAttentionSpec):
 
     unsupported: (preset, reason) for each preset that cannot score the model's layers. A worker
         finds them in the loaded model, and the scheduler needs them.
-    page_tokens: entries of a page: more than a block has tokens where pages store fewer bits. By
-        default as many.
+    entries_of_a_page: more than a block has tokens where pages store fewer bits; None for as many.
     """
 
     unsupported: tuple[tuple[str, str], ...] = ()
-    page_tokens: int = None  # type: ignore[assignment]
+    entries_of_a_page: int | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.page_tokens is None:
-            object.__setattr__(self, "page_tokens", self.block_size)
+    @property
+    def page_tokens(self) -> int:
+        """Entries of a page."""
+        return self.entries_of_a_page or self.block_size
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
         first = specs[0]
         merged = super().merge(specs)
-        return replace(merged, unsupported=first.unsupported, page_tokens=first.page_tokens)
+        return replace(
+            merged, unsupported=first.unsupported, entries_of_a_page=first.entries_of_a_page
+        )
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         # Slabs are fewer than the blocks they replace, or one more where all entries stay.

@@ -12,9 +12,8 @@ from adakv_worker.config import compression_config
 class _Stored(NamedTuple):
     """The numbers of a quantized cache.
 
-    dtype: uint8 for numbers of four bits, of which a byte has two.
-    has_scales: whether each entry has a scale of its own behind its numbers; otherwise each layer
-        has one.
+    dtype: of a number; uint8 where a byte has two numbers of four bits.
+    has_scales: whether a scale of each entry's own follows its numbers. Otherwise a layer has one.
     """
 
     dtype: torch.dtype
@@ -30,7 +29,7 @@ _STORED = {
     "fp8_per_token_head": _Stored(torch.float8_e4m3fn, has_scales=True),
     "int4_per_token_head": _Stored(torch.uint8, has_scales=True),
 }
-# By the name in the settings of compression.
+# The formats of `page_dtype` that have another name in vLLM.
 _WITH_SCALES = {"int8": "int8_per_token_head", "int4": "int4_per_token_head"}
 
 
@@ -87,7 +86,17 @@ def page_tokens(model: ModelConfig, block_size: int, cache_dtype: str, page_dtyp
 
 def entry_bytes(model: ModelConfig, cache_dtype: str) -> int:
     """Return the bytes of an entry's keys and values in one head of a cache."""
-    size = int(model.get_head_size() * kv_cache_dtype_str_to_dtype(cache_dtype, model).itemsize)
-    if cache_dtype == "int4_per_token_head":
-        size //= 2
-    return 2 * (size + torch.float32.itemsize * has_scales(cache_dtype))
+    if stored_dtype(cache_dtype) is not None:
+        return quantized_bytes(model.get_head_size(), cache_dtype)
+    number = int(kv_cache_dtype_str_to_dtype(cache_dtype, model).itemsize)
+    return 2 * int(model.get_head_size()) * number
+
+
+def quantized_bytes(head_size: int, cache_dtype: str) -> int:
+    """Return the bytes of an entry's keys and values in one head of a quantized cache.
+
+    Scales are included.
+    """
+    stored = _STORED[cache_dtype]
+    numbers = head_size // 2 if stored.dtype == torch.uint8 else head_size
+    return 2 * (numbers + torch.float32.itemsize * stored.has_scales)

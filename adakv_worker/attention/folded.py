@@ -11,11 +11,11 @@ from adakv_worker.attention.watcher import Watcher
 class Pages(NamedTuple):
     """The whole KV memory, in the shape of the kernels' caches of one KV head.
 
-    keys, values: [pages, 1, page_tokens, D] on CPU, [pages, page_tokens, 1, D] on CUDA; where each
-        entry has a scale behind its numbers, they have the bytes of both in place of D.
+    keys, values: [pages, 1, page_tokens, D] on CPU, [pages, page_tokens, 1, D] on CUDA. If a scale
+        follows each entry's numbers, the bytes of both stand in place of D.
     kv_cache_dtype: vLLM's name of how they store numbers.
-    key_scales, value_scales: [pages, page_tokens, 1] float32, those scales.
-    scale: [1] float32, of all their numbers, where that is not the layer's scale.
+    key_scales, value_scales: [pages, page_tokens, 1] float32, the scales of entries; None without.
+    scale: [1] float32, with which all stored numbers are multiplied; None for the layer's scales.
     """
 
     keys: Tensor

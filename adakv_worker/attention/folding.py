@@ -265,7 +265,7 @@ def _metadata_of(layer: Any) -> WithStep | None:
 class FoldingBackend(AttentionBackend):
     """Mixin placed before a stock backend, which it leaves as it is without compression.
 
-    refused: settings that its kernels refuse: see `refuse_unsupported`.
+    refused: settings with which its kernels do not work, see `refuse_unsupported`.
     """
 
     refused: ClassVar[Mapping[str, Callable[[VllmConfig], bool]]]
@@ -283,7 +283,7 @@ class FoldingBackend(AttentionBackend):
                 config.cache_config.cache_dtype,
                 page_cache_dtype(config),
             )
-            return AdaKVSpec(**vars(spec), page_tokens=tokens)
+            return AdaKVSpec(**vars(spec), entries_of_a_page=tokens)
         return spec
 
     @classmethod

@@ -1,7 +1,7 @@
 """Attention on CUDA with compressed requests: FlashAttention, and vLLM's kernel in Triton.
 
-Both read lengths and block tables from the device, so no step waits for the device. Pages of fewer
-bits than blocks are Triton's in either.
+Both read lengths and block tables from the device, so no step waits for the device. Beside either,
+Triton's kernels attend to pages of fewer bits.
 """
 
 import functools
@@ -27,7 +27,7 @@ from adakv_worker.attention.folding import (
     WithStep,
     is_on,
 )
-from adakv_worker.attention.triton_kernel import Attending, Segments, attend, store
+from adakv_worker.attention.triton_kernel import Factors, Segments, attend, store
 from adakv_worker.config import compression_config
 from adakv_worker.refusals import REFUSED_ON_CUDA
 from adakv_worker.stored_dtypes import has_scales, page_cache_dtype
@@ -77,7 +77,7 @@ class GPUFoldingBuilder(FoldingBuilder):
         return super().fold_extends(extended, tokens, first)._replace(plan=self._plan())
 
     def _plan(self) -> Segments | None:
-        """Return what Triton's kernel needs, if it attends."""
+        """Return what Triton's kernel needs; None if another kernel attends."""
         return self._segments if is_quantized_kv_cache(self.pages.kv_cache_dtype) else None
 
     @functools.cached_property
@@ -136,23 +136,24 @@ class GPUFoldingImpl(FoldingImpl):
     # vLLM's own attribute.
     logits_soft_cap: float
 
-    def _attending(self, layer: Any, pages: Pages) -> Attending:
-        key_scale, value_scale = layer._k_scale, layer._v_scale
-        if pages.scale is not None:
-            # The layer's own are for its blocks.
-            key_scale = value_scale = pages.scale
-        return Attending(self.scale, self.logits_soft_cap, key_scale, value_scale)
-
     def _store_in_triton(
         self, layer: Any, key: Tensor, value: Tensor, pages: Pages, slots: Tensor
     ) -> None:
-        *_, key_scale, value_scale = self._attending(layer, pages)
-        store(pages, key, value, slots, key_scale, value_scale)
+        store(pages, key, value, slots, *_scales(layer, pages))
 
     def _attend_in_triton(
         self, layer: Any, index: int, query: Tensor, output: Tensor, folded: Folded
     ) -> None:
-        attend(query, output, folded, index, self._attending(layer, folded.pages))
+        scales = _scales(layer, folded.pages)
+        attend(query, output, folded, index, Factors(self.scale, self.logits_soft_cap, *scales))
+
+
+def _scales(layer: Any, pages: Pages) -> tuple[Tensor, Tensor]:
+    """Return what stored keys and values are multiplied with."""
+    if pages.scale is not None:
+        # The layer's own are for its blocks.
+        return pages.scale, pages.scale
+    return layer._k_scale, layer._v_scale
 
 
 @dataclass
@@ -164,9 +165,9 @@ class AdaKVFlashMetadataBuilder(GPUFoldingBuilder, flash_attn.FlashAttentionMeta
     metadata_class = AdaKVFlashMetadata
 
 
-# With larger blocks FlashAttention 3 may load a block's numbers behind a prompt's end, and multiply
-# them with zero. What int8 and int4 pages have left there may be no numbers.
-_ZEROED = 64
+# In larger blocks FlashAttention 3 may read values after a prompt's end and multiply them
+# with zero. If a page of int8 or int4 was there before, they may be NaN, and so is the product.
+_MOST_BLOCK_TOKENS = 64
 # With more sequences FlashAttention 3 splits none, and would waste the memory for their parts.
 _MOST_SPLIT_SEQUENCES = 992
 
@@ -195,10 +196,13 @@ class AdaKVFlashImpl(GPUFoldingImpl, flash_attn.FlashAttentionImpl):
                 "FlashAttention: set attention_backend to TRITON_ATTN"
             )
         config = get_current_vllm_config()
-        if has_scales(page_cache_dtype(config)) and config.cache_config.block_size > _ZEROED:
+        if (
+            has_scales(page_cache_dtype(config))
+            and config.cache_config.block_size > _MOST_BLOCK_TOKENS
+        ):
             raise ValueError(
-                "adakv: page_dtype int8 and int4 work with FlashAttention up to a block_size of "
-                f"{_ZEROED}: set it, or attention_backend to TRITON_ATTN"
+                "adakv: page_dtype int8 and int4 do not work with FlashAttention and a block_size "
+                f"over {_MOST_BLOCK_TOKENS}: set attention_backend to TRITON_ATTN"
             )
         attention = config.attention_config
         self._most_splits = attention.flash_attn_max_num_splits_for_cuda_graph

@@ -1,4 +1,4 @@
-"""vLLM's attention kernel in Triton, which reads numbers of fewer bits, for folded sequences."""
+"""Folded sequences in vLLM's Triton kernels, which also read and store numbers of fewer bits."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,8 @@ class Segments(NamedTuple):
 
     @classmethod
     def make(cls, group: int, head_size: int, device: torch.device) -> "Segments":
-        """
+        """Allocate the buffers.
+
         Args:
             group: query heads of a KV head.
         """
@@ -39,20 +40,26 @@ class Segments(NamedTuple):
         return cls(sequences, count, outputs, most, sums)
 
 
-class Attending(NamedTuple):
-    """What an attention layer multiplies and divides by.
+class Factors(NamedTuple):
+    """The factors of one attention layer.
 
-    key_scale, value_scale: of one float32 number, for keys and values without scales of their own.
+    softmax_scale: of products of queries and keys. softcap: limit of the logits; 0 for none.
+    key_scale, value_scale: one float32 number each; stored numbers are multiplied with it, unless
+        entries have scales of their own.
     """
 
-    scale: float
+    softmax_scale: float
     softcap: float
     key_scale: Tensor
     value_scale: Tensor
 
 
 def stored_pages(keys: Tensor, values: Tensor, kv_cache_dtype: str) -> Pages:
-    """View pools [pages, page_tokens, 1, D] as the numbers that they store, and their scales."""
+    """View pools of keys and values as `Pages` of the numbers that they store.
+
+    Args:
+        keys, values: [pages, page_tokens, 1, D], or bytes in place of D: see `Pages`.
+    """
     stored = stored_dtype(kv_cache_dtype)
     if stored is None:
         return Pages(keys, values, kv_cache_dtype)
@@ -65,7 +72,11 @@ def stored_pages(keys: Tensor, values: Tensor, kv_cache_dtype: str) -> Pages:
 def store(
     pages: Pages, key: Tensor, value: Tensor, slots: Tensor, key_scale: Tensor, value_scale: Tensor
 ) -> None:
-    """Write keys and values [e, 1, D] to slots [e] of the pages, as these store numbers."""
+    """Write keys and values [e, 1, D] to slots [e] int64 of pages, in the format of the pages.
+
+    Args:
+        key_scale, value_scale: see `Factors`.
+    """
     if pages.key_scales is None or pages.value_scales is None:
         triton_attn.triton_reshape_and_cache_flash(
             key, value, pages.keys, pages.values, slots, pages.kv_cache_dtype,
@@ -78,8 +89,8 @@ def store(
     )  # fmt: skip
 
 
-def attend(query: Tensor, output: Tensor, folded: Folded, layer: int, attending: Attending) -> None:
-    """Attend for folded sequences, whose plan has `Segments`.
+def attend(query: Tensor, output: Tensor, folded: Folded, layer: int, factors: Factors) -> None:
+    """Attend for folded sequences whose plan is `Segments`.
 
     Args:
         query, output: [tokens * H, group, D].
@@ -98,14 +109,14 @@ def attend(query: Tensor, output: Tensor, folded: Folded, layer: int, attending:
         max_seqlen_q=folded.most_tokens,
         seqused_k=folded.grown.lens[layer],
         max_seqlen_k=folded.most_entries,
-        softmax_scale=attending.scale,
+        softmax_scale=factors.softmax_scale,
         causal=True,
         window_size=(-1, -1),
         block_table=folded.grown.tables[layer],
-        softcap=attending.softcap,
+        softcap=factors.softcap,
         q_descale=None,
-        k_descale=attending.key_scale if by_layer else None,
-        v_descale=attending.value_scale if by_layer else None,
+        k_descale=factors.key_scale if by_layer else None,
+        v_descale=factors.value_scale if by_layer else None,
         seq_threshold_3D=segments.sequences,
         num_par_softmax_segments=segments.segments,
         softmax_segm_output=segments.outputs,

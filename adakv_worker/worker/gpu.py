@@ -34,8 +34,8 @@ class BlocksOutermost(AdaKVRunner):
         _, heads, page_tokens, _ = layers[0].kv_cache.shape
         if has_scales(layers[0].kv_cache_dtype):
             for layer in layers:
-                # vLLM's first write to a layer's memory sets all scales there to one. Any layer's
-                # entries may lie there by then.
+                # vLLM's first write to a layer's memory sets all scales in it to one. By then other
+                # layers' entries may lie in it.
                 layer.impl._ensure_scale_caches(layer.kv_cache)
         pages, cache = _in_halves(pool, layers[0].kv_cache_dtype)
         blocks, conversion = cache, None
@@ -106,7 +106,7 @@ class AdaKVGPUWorker(AdaKVWorkerMixin, Worker):
 def _all_pages(caches: list[Tensor]) -> Tensor:
     """View the layers' caches [NB, H, page_tokens, 2 * D] as a pool [pages, page_tokens, 1, 2 * D].
 
-    Where entries have scales, the pool has their bytes, too.
+    If a scale follows each entry's numbers, the pool includes its bytes.
 
     Raises:
         RuntimeError: a block's layers are not adjacent.
@@ -133,7 +133,7 @@ def _of_bytes(pool: Tensor, page_tokens: int, width: int) -> Tensor:
 
 
 def _in_halves(pool: Tensor, kv_cache_dtype: str) -> tuple[Pages, PagedCache]:
-    """View a pool as keys and values: as its kernels see them, and as they lie in memory."""
+    """View a pool as keys and values: the numbers that kernels read, and the memory that moves."""
     keys, values = pool.chunk(2, dim=3)
     return stored_pages(keys, values, kv_cache_dtype), PagedCache(keys[:, :, 0], values[:, :, 0])
 

@@ -18,8 +18,8 @@ from adakv_serve.kernels.policies.attention import Reduction, reduced_window_att
 _TILE, _TILE_OF_WIDE, _WIDE_BYTES = 64, 32, 1024
 # Enough programs to fill a large GPU, each with enough keys to pay for its start.
 _PROGRAMS = 1024
-# How keys are stored: as they are; eight bits with a scale for each head, or for each entry, behind
-# its numbers; four bits with a scale for each entry.
+# How keys are stored: in full; in eight bits, with a scale for each head or after each entry; in
+# four bits, with a scale after each entry.
 _PLAIN, _BY_HEAD, _BY_ENTRY, _FOUR_BITS = map(tl.constexpr, range(4))
 
 
@@ -51,7 +51,7 @@ def _reduced(queries: Tensor, keys: Entries, scale: float, reduction: Reduction 
     if isinstance(keys, PagedEntries):
         pages, quantization = keys.pages.t().contiguous(), keys.quantization
         if quantization is not None and quantization.rotation is not None:
-            # Products with rotated keys are those of queries that are turned back.
+            # (q R^T) k = q (k R): the queries are rotated, because they are fewer than the keys.
             turned = queries.float() @ quantization.rotation.t()
             queries = turned.to(queries.dtype)
         return _scores(queries, keys.pool, pages, scale, n, reduction, keys.lens, quantization)
@@ -60,22 +60,19 @@ def _reduced(queries: Tensor, keys: Entries, scale: float, reduction: Reduction 
 
 def _stored(keys: Tensor, quantization: Quantization | None) -> tuple[Tensor, dict[str, object]]:
     """Return the pool as the numbers that it stores, and what the kernels need to read them."""
+    page_stride = token_stride = 0
     if quantization is None:
-        return keys, {"scales": keys, "scale_head": 0, "scale_token": 0, "FORMAT": _PLAIN.value}
-    stored = keys.view(quantization.stored)
-    if quantization.scales is not None:
-        scales = quantization.scales.contiguous()
-        return stored, {
-            "scales": scales,
-            "scale_head": 1,
-            "scale_token": 0,
-            "FORMAT": _BY_HEAD.value,
-        }
-    scales = own_scales(keys)
-    head, token = scales.stride()
-    by_entry = _FOUR_BITS if quantization.has_four_bits else _BY_ENTRY
+        stored, scales, form = keys, keys, _PLAIN
+    elif quantization.scales is not None:
+        stored, scales = keys.view(quantization.stored), quantization.scales.contiguous()
+        form = _BY_HEAD
+    else:
+        stored, scales = keys.view(quantization.stored), own_scales(keys)
+        page_stride, token_stride = scales.stride()
+        form = _FOUR_BITS if quantization.has_four_bits else _BY_ENTRY
     return stored, {
-        "scales": scales, "scale_head": head, "scale_token": token, "FORMAT": by_entry.value,
+        "scales": scales, "scale_page": page_stride, "scale_token": token_stride,
+        "FORMAT": form.value,
     }  # fmt: skip
 
 
@@ -137,7 +134,7 @@ def _scores(
 @triton.jit
 def _load_keys(
     keys, pages, head, heads, position, valid, stride_head, stride_token, stride_dim,
-    scales, scale_head, scale_token,
+    scales, scale_page, scale_token,
     PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Keys [BLOCK_DIM, BLOCK_KEYS] at `position`."""
@@ -157,7 +154,7 @@ def _load_keys(
     if FORMAT == _BY_HEAD:
         key = key.to(tl.float32) * tl.load(scales + head)
     elif FORMAT != _PLAIN:
-        scale = tl.load(scales + page * scale_head + offset * scale_token, mask=valid, other=0.0)
+        scale = tl.load(scales + page * scale_page + offset * scale_token, mask=valid, other=0.0)
         if FORMAT == _BY_ENTRY:
             key = key.to(tl.float32) * scale[None, :]
         else:
@@ -194,7 +191,7 @@ def _product(query, key, EXACT: tl.constexpr):
 @triton.jit(do_not_specialize=["n", "splits", "tiles_per_split"])
 def _log_sum_exp(
     queries, keys, most, total, scale, n, rows, window, splits, tiles_per_split, heads,
-    pages, lens, stride_head, stride_token, stride_dim, scales, scale_head, scale_token,
+    pages, lens, stride_head, stride_token, stride_dim, scales, scale_page, scale_token,
     RAGGED: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, EXACT: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
@@ -213,7 +210,7 @@ def _log_sum_exp(
         position = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
         key = _load_keys(
             keys, pages, head, heads, position, position < n,
-            stride_head, stride_token, stride_dim, scales, scale_head, scale_token,
+            stride_head, stride_token, stride_dim, scales, scale_page, scale_token,
             PAGE, DIM, BLOCK_DIM, FORMAT,
         )  # fmt: skip
         logits = _product(query, key, EXACT) * scale
@@ -243,7 +240,7 @@ def _combine(most, total, normalizer, splits, BLOCK_SPLITS: tl.constexpr):
 @triton.jit(do_not_specialize=["columns"])
 def _column_scores(
     queries, keys, normalizer, scores, scale, columns, window, rows, segments, segment_rows, heads,
-    pages, lens, stride_head, stride_token, stride_dim, scales, scale_head, scale_token,
+    pages, lens, stride_head, stride_token, stride_dim, scales, scale_page, scale_token,
     RAGGED: tl.constexpr, SQUARES: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     EXACT: tl.constexpr, FORMAT: tl.constexpr,
@@ -260,7 +257,7 @@ def _column_scores(
     is_entry = position < entries
     key = _load_keys(
         keys, pages, head, heads, position, is_entry,
-        stride_head, stride_token, stride_dim, scales, scale_head, scale_token,
+        stride_head, stride_token, stride_dim, scales, scale_page, scale_token,
         PAGE, DIM, BLOCK_DIM, FORMAT,
     )  # fmt: skip
     best = tl.zeros([BLOCK_KEYS], tl.float32)

@@ -14,23 +14,21 @@ from adakv_serve.kernels.paging.paged_cache import read_heads
 
 # Bytes of one working tensor of a scorer; a scorer holds a handful of them at a time.
 PART_BYTES = 16 << 20
-# Of the float32 scale behind an entry's numbers.
+# Bytes of the float32 scale that follows an entry's numbers.
 SCALE_BYTES = 4
-# Four bits.
-_LOWEST = 0xF
+_FOUR_BITS = 0xF
 
 
 class Quantization(NamedTuple):
     """How a pool of bytes stores the numbers of H heads.
 
-    stored: the dtype of the stored numbers, as wide as the pool's; uint8 for numbers of four bits,
-        of which each byte has two, the first one in its low half.
-    scales: [H] float32; a number is the stored one times its head's scale. None where each entry
-        has its own scale, in the four bytes behind its numbers; with numbers of four bits the
-        scale's lowest four bits are not its own: they say which stored number stands for zero.
+    stored: the dtype of the stored numbers, as wide as the pool's. With uint8 a byte has two
+        numbers of four bits, the first one in its low half.
+    scales: [H] float32; a number is the stored one times its head's scale. None if each entry has a
+        scale of its own, in the four bytes after its numbers. With four bits, the scale's lowest
+        four bits are the entry's zero point, which is subtracted from its stored numbers.
     dtype: the dtype in which numbers are read.
-    rotation: [D, D] float32, with which an entry's numbers are multiplied after their scale; None
-        if they are stored as they were.
+    rotation: [D, D] float32. An entry's scaled numbers are multiplied with it. None: no rotation.
     """
 
     stored: torch.dtype
@@ -54,15 +52,15 @@ class Quantization(NamedTuple):
         return self._replace(scales=self.scales[head : head + 1])
 
     def read(self, rows: Tensor) -> Tensor:
-        """Return the numbers [H, n, D] of entries [H, n, bytes], which may be overwritten."""
+        """Return the numbers [H, n, D] of entries [H, n, bytes]."""
         if self.scales is not None:
             scales = self.scales.to(self.dtype)[:, None, None]
             return rows.view(self.stored).to(self.dtype).mul_(scales)
         stored, scales = rows[..., :-SCALE_BYTES], own_scales(rows)
         if self.has_four_bits:
             bits = scales.view(torch.int32)
-            zeros, scales = bits & _LOWEST, (bits & ~_LOWEST).view(torch.float32)
-            pairs = torch.stack((stored & _LOWEST, stored >> 4), dim=-1)
+            zeros, scales = bits & _FOUR_BITS, (bits & ~_FOUR_BITS).view(torch.float32)
+            pairs = torch.stack((stored & _FOUR_BITS, stored >> 4), dim=-1)
             numbers = pairs.flatten(-2).float().sub_(zeros[..., None])
         else:
             numbers = stored.view(self.stored).float()
@@ -73,14 +71,14 @@ class Quantization(NamedTuple):
 
 
 def own_scales(rows: Tensor) -> Tensor:
-    """View the scales [..., n] float32 behind the numbers of entries [..., n, bytes]."""
+    """View the scales [..., n] float32 that follow the numbers of entries [..., n, bytes]."""
     return rows[..., -SCALE_BYTES:].view(torch.float32)[..., 0]
 
 
 class PagedEntries(NamedTuple):
     """Keys or values of H heads in an engine's memory.
 
-    pool: [pages, page_tokens, D], or the bytes of an entry in place of D.
+    pool: [pages, page_tokens, D], with the bytes of an entry in place of D if it is quantized.
     pages: [H, W] int64, each head's pages in order of position.
     num_entries: n; the rest of the last page holds old or foreign entries.
     lens: [H] int32, the entries of each head where they differ, at most n; only functions that

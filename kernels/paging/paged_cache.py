@@ -173,13 +173,24 @@ def _compact_at_once(
 
 
 def kept_slots(
-    kept: Tensor, cache: PagedCache, source: Tensor, tables: Tensor, lens: Tensor
+    kept: Tensor,
+    cache: PagedCache,
+    source: Tensor,
+    tables: Tensor,
+    lens: Tensor,
+    target_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the slots [e] int64 of the kept entries, and those to which `compact` copies them."""
+    """Return the slots [e] int64 of the kept entries, and those to which `compact` copies them.
+
+    Args:
+        kept, source, tables, lens: see `compact`.
+        target_tokens: entries of a page to write; None for as many as a page of `cache` has.
+    """
     page_tokens = cache.keys.shape[1]
     k, head, position = kept.nonzero(as_tuple=True)
     slots = source[k, position // page_tokens, head] * page_tokens + position % page_tokens
-    return slots, placed_slots(tables.flatten(0, 1), lens.flatten(), page_tokens)
+    flat = tables.flatten(0, 1), lens.flatten()
+    return slots, placed_slots(*flat, target_tokens or page_tokens, len(slots))
 
 
 class Conversion(NamedTuple):
@@ -208,11 +219,8 @@ def compact_into(
         source: [K, nb, H] int64, the pages of `cache` to read.
         tables, lens: [K, H, W] int32, the pages to write, and [K, H], entries kept.
     """
-    source_tokens, dim = cache.keys.shape[1:]
-    k, head, position = kept.nonzero(as_tuple=True)
-    slots = source[k, position // source_tokens, head] * source_tokens + position % source_tokens
-    targets = placed_slots(tables.flatten(0, 1), lens.flatten(), conversion.page_tokens, len(slots))
-    at_once = max(1, _COPIED_BYTES // (2 * dim * cache.keys.element_size()))
+    slots, targets = kept_slots(kept, cache, source, tables, lens, conversion.page_tokens)
+    at_once = max(1, _COPIED_BYTES // (2 * cache.keys.shape[2] * cache.keys.element_size()))
     for some, places in zip(slots.split(at_once), targets.split(at_once), strict=True):
         conversion.write(places, *read_slots(cache, some))
 
@@ -259,10 +267,10 @@ def placed_slots(
     """Return slots [e] int64 of all entries of heads with tables [H, W], head by head.
 
     Args:
-        lens: [H], the entries of each head. entries: their sum, e, if it is known.
+        lens: [H], the entries of each head.
+        entries: their sum; None makes a GPU's caller wait for it.
     """
     lens = lens.long()
-    # Without their number it would wait for the device.
     head = torch.repeat_interleave(
         torch.arange(lens.numel(), device=lens.device), lens, output_size=entries
     )

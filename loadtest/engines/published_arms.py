@@ -8,12 +8,12 @@ from typing import IO, Any, NamedTuple
 from adakv_serve.loadtest.engines.process import EngineProcess
 
 _SHARES = {"half": 2, "quarter": 4, "eighth": 8, "sixteenth": 16, "64th": 64}
-# `page_dtype` of ours, by the end of an arm's name, and `kv_cache_dtype` of stock ones.
+# An arm's name ends in our `page_dtype`. The value is the `kv_cache_dtype` of the stock arm.
 _BITS = {"fp8": "fp8", "int8": "int8_per_token_head", "int4": "int4_per_token_head"}
 ARMS = ("stock", "stock-fp8", "off", *_SHARES)
-# As many entries, in a half to an eighth of the bytes.
+# They keep as many entries as the arms without, in a half to an eighth of the bytes.
 FEWER_BITS_ARMS = tuple(f"{share}-{bits}" for bits in _BITS for share in _SHARES)
-# What not every platform has.
+# Some platforms refuse these.
 MORE_ARMS = ("stock-int8", "stock-int4", *FEWER_BITS_ARMS)
 _LEAST_BUDGET = 32
 

@@ -1,6 +1,6 @@
 """Real engines on the GPU's path answer as a reference that attends to the kept entries."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from tests.adakv_worker.engine.test_eviction import Traced, run
 from tests.adakv_worker.engines import (
     Engine,
     Reference,
+    Result,
     assert_equals_reference,
     make_tiny_model,
     prompt,
@@ -117,13 +118,20 @@ def test_pages_lie_as_on_the_gpu(engine: Engine) -> None:
 
 @on(_TRITON, *_FAST)
 def test_compressed_and_whole_caches_in_one_batch(engine: Engine, reference: Reference) -> None:
-    # Prefills of several chunks, a prefix that is found, one that keeps everything.
-    prompts = [prompt(90, seed=1), prompt(120, seed=2), prompt(20, seed=3), prompt(90, seed=1)]
-    results = engine.run(prompts, engine.params(max_tokens=10))
-    assert [result.kept is None for result in results] == [False, False, True, False]
-    assert torch.equal(results[0].kept, results[3].kept)  # type: ignore[arg-type]
-    for result in results:
+    for result in compressed_and_whole(engine):
         assert_equals_reference(result, reference, 1e-3)
+
+
+def compressed_and_whole(engine: Engine, lengths: Sequence[int] = (90, 120, 20)) -> list[Result]:
+    """Run prompts of several chunks, one that stays whole, and one whose prefix is found."""
+    prompts = [prompt(length, seed=seed) for seed, length in enumerate(lengths, start=1)]
+    results = engine.run([*prompts, prompts[0]], engine.params(max_tokens=10))
+    first, _, whole, again = (result.kept for result in results)
+    assert whole is None
+    assert first is not None
+    assert again is not None
+    assert torch.equal(first, again)
+    return results
 
 
 @on(*(kind for kind in _FAST if kind.graphs))

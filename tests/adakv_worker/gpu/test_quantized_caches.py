@@ -3,9 +3,9 @@
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 from tests.adakv_worker.eight_bits import (
     Paged,
@@ -21,10 +21,15 @@ from tests.adakv_worker.engines import (
     make_tiny_model,
     prompt,
 )
-from tests.adakv_worker.gpu.test_backends import Kind, run_with_a_move, started
+from tests.adakv_worker.gpu.test_backends import (
+    Kind,
+    compressed_and_whole,
+    run_with_a_move,
+    started,
+)
 
 _TRITON, _FLASH = Kind("Triton", use_v2=True), Kind("Flash", use_v2=True, graphs=True)
-# Of an entry's keys in a head of 32 numbers.
+# Bytes of an entry's keys in a head of 32 numbers, by format.
 _BYTES = {
     "fp8": 32, "int8_per_token_head": 36, "fp8_per_token_head": 36, "int4_per_token_head": 20,
 }  # fmt: skip
@@ -51,6 +56,20 @@ def reference(model: Path, form: str) -> Reference:
     return Reference(model, attention_to(form, as_stored))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype fp8 in FlashAttention"),
+        ({"page_dtype": "int8", "block_size": 128}, "FlashAttention and a block_size over 64"),
+    ],
+)
+def test_flash_attention_refuses_what_it_may_read_wrongly(
+    model: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message), started(model, _FLASH, **options):
+        pass
+
+
 def test_a_block_takes_as_many_bytes_as_its_numbers_and_scales(engine: Engine, form: str) -> None:
     pool = engine.scheduler.kv_cache_manager.block_pool
     # Keys and values of two layers, two heads and 16 tokens.
@@ -58,12 +77,7 @@ def test_a_block_takes_as_many_bytes_as_its_numbers_and_scales(engine: Engine, f
 
 
 def test_compressed_and_whole_caches_in_one_batch(engine: Engine, reference: Reference) -> None:
-    # Prefills of several chunks, a prefix that is found, one that keeps everything.
-    prompts = [prompt(90, seed=1), prompt(120, seed=2), prompt(20, seed=3), prompt(90, seed=1)]
-    results = engine.run(prompts, engine.params(max_tokens=10))
-    assert [result.kept is None for result in results] == [False, False, True, False]
-    assert torch.equal(results[0].kept, results[3].kept)  # type: ignore[arg-type]
-    for result in results:
+    for result in compressed_and_whole(engine):
         assert_near_reference(result, reference)
 
 
@@ -109,7 +123,7 @@ def paging(request: pytest.FixtureRequest, model: Path) -> Iterator[tuple[Engine
         yield engine, Paged(model, form, store, store)
 
 
-# Numbers of four bytes, 32 of them for each of 16 tokens, in place of numbers and scales.
+# A page has the bytes of 16 tokens with 32 numbers of four bytes.
 PAGE_TOKENS = {"fp8": 64, "int8": 16 * 128 // 36, "int4": 16 * 128 // 20}
 
 
@@ -117,16 +131,12 @@ def test_compressed_prompts_lie_in_pages_of_fewer_bits(
     paging: tuple[Engine, Paged], request: pytest.FixtureRequest
 ) -> None:
     engine, paged = paging
-    ids = [prompt(90, seed=1), prompt(300, seed=2), prompt(12, seed=3), prompt(90, seed=1)]
-    results = engine.run(ids, engine.params(max_tokens=6))
-    assert [result.kept is None for result in results] == [False, False, True, False]
-    assert torch.equal(results[0].kept, results[3].kept)  # type: ignore[arg-type]
     form = request.node.callspec.params["paging"][1]
-    for result in results:
+    for result in compressed_and_whole(engine, (90, 300, 12)):
         assert result.proof is not None
         assert result.proof["page_tokens"] == PAGE_TOKENS[form]
         if result.kept is None:
-            assert_equals_reference(result, paged.for_prompt_of(18), 1e-3)
+            assert_equals_reference(result, paged.for_prompt_of(22), 1e-3)
         else:
             paged.assert_near(result)
 

@@ -8,12 +8,12 @@ from vllm.v1.attention.ops.int4_per_token_head import single_rht
 from adakv_serve.kernels.paging.entries import Quantization
 from adakv_serve.kernels.paging.growth import GrownStep
 from adakv_worker.attention.folded import Folded
-from adakv_worker.attention.triton_kernel import Attending, Segments, attend, store, stored_pages
+from adakv_worker.attention.triton_kernel import Factors, Segments, attend, store, stored_pages
 from adakv_worker.stored_dtypes import has_scales, stored_dtype
 from tests.adakv_worker.gpu.interpreted import flash_attention
 
 DIM, GROUP, PAGES = 32, 2, 40
-# Bytes of an entry's keys, entries of a page, and how far a number may be off.
+# By format: bytes of an entry's keys, entries of a page, and how far numbers may be off.
 FORMATS = {
     "fp8": (32, 16, 0.07), "int8_per_token_head": (36, 13, 0.006),
     "fp8_per_token_head": (36, 13, 0.07), "int4_per_token_head": (20, 25, 0.15),
@@ -60,7 +60,7 @@ def test_sequences_attend_to_what_was_stored(kind: str, lens: tuple[int, ...]) -
     grown = GrownStep(slots[None], tables[None], entries[None], 0)
     segments = Segments.make(GROUP, DIM, query.device)
     folded = Folded(len(lens), grown, pages, starts, 0, len(lens), plan=segments)
-    attend(query, output, folded, 0, Attending(DIM**-0.5, 0.0, one, one))
+    attend(query, output, folded, 0, Factors(DIM**-0.5, 0.0, one, one))
     flash_attention(
         query, *(_in_pages(numbers, slots, page_tokens) for numbers in read), expected, starts, 1,
         entries, 8 * page_tokens, DIM**-0.5, True, tables,
