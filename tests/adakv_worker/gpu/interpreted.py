@@ -43,6 +43,7 @@ def take_the_gpus_path() -> None:
     # Small batches of long sequences are split, which is slow here: split batches of two only.
     triton_attn.MIN_LAUNCH_GRID_SIZE_2D = 2
     flash_attn.get_flash_attn_version = lambda *_, **__: 3  # type: ignore[assignment]
+    flash_attn.flash_attn_supports_kv_cache_dtype = lambda *_, **__: True  # type: ignore[assignment]
     flash_attn.flash_attn_varlen_func = flash_attention  # type: ignore[assignment]
     flash_attn.reshape_and_cache_flash = store  # type: ignore[attr-defined]
     flash_attn.get_scheduler_metadata = lambda **_: torch.zeros(1, dtype=torch.int32)  # type: ignore[attr-defined]
