@@ -1,7 +1,6 @@
 """Compressions of prompts and captures of queries, layer by layer in a forward pass."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,29 +20,6 @@ from adakv_worker.worker.model_parts import LayerParts
 # Bytes of scores held before their layers are copied: a few layers of a long prompt, all of a short
 # one.
 HELD_BYTES = 4 << 20
-
-
-class Window(NamedTuple):
-    """The queries of the last `span` of `prompt_tokens` tokens: queries [L, span, Hq, D].
-
-    Allocated only for a window that lies across two chunks of a prefill, and for evictions. For
-    those `prompt_tokens` includes the answer so far.
-    """
-
-    prompt_tokens: int
-    span: int
-    queries: Tensor
-
-
-class Capture(NamedTuple):
-    """Copy of the queries of batch tokens [start, stop) to `target` [L, stop - start, Hq, D]."""
-
-    start: int
-    stop: int
-    target: Tensor
-
-    def see(self, layer: int, query: Tensor) -> None:
-        self.target[layer] = query[self.start : self.stop]
 
 
 class Compression:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from adakv_worker.messages import StateRefused
 from adakv_worker.session_messages import TokenIds
-from adakv_worker.worker.compression import Window
 from adakv_worker.worker.held_rows import Room
 from adakv_worker.worker.mapped_files import MappedFiles
 from adakv_worker.worker.packed_state import (
@@ -29,6 +28,7 @@ from adakv_worker.worker.packed_state import (
     unpack,
 )
 from adakv_worker.worker.requests import CompressionState
+from adakv_worker.worker.windows import Window
 
 _GENERATOR = "generator"
 _LENGTH = struct.Struct("<Q")
@@ -96,7 +96,7 @@ class Moves:
         tokens = self._batch.tokens(request_id)
         if tokens is None or not self._state.is_compressed(request_id):
             return None
-        random, window = self._batch.random_state(request_id), self._state.window(request_id)
+        random, window = self._batch.random_state(request_id), self._state.windows.get(request_id)
         # The last token is not computed yet.
         header = self._kind.header(policy, tokens[:-1])
         file = rank_file(path, self._kind.rank)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adakv_worker.messages import StateRefused
 from adakv_worker.session_messages import TokenIds
-from adakv_worker.worker.compression import Window
+from adakv_worker.worker.windows import Window
 
 DIGEST_BYTES = 16
 # Columns of words that a checksum adds up, at memory speed, before it hashes the sums.

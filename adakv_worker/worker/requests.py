@@ -5,12 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 
 from adakv_serve.kernels.paging.growth import ExtendedStep, GrownStep
 from adakv_serve.kernels.paging.paged_cache import Conversion, PagedCache, move_pages
 from adakv_serve.kernels.paging.pages import PageTables, check_page_tables
-from adakv_worker import messages
 from adakv_worker.messages import (
     WITHOUT_QUERIES,
     Answer,
@@ -20,15 +18,13 @@ from adakv_worker.messages import (
     Recompress,
 )
 from adakv_worker.session_messages import Hold, Resume
-from adakv_worker.worker.compression import HELD_BYTES, Capture, Compression, Window
+from adakv_worker.worker.compression import HELD_BYTES, Compression
 from adakv_worker.worker.eviction import Eviction, Recompression
 from adakv_worker.worker.head_detail import head_detail, lists_tokens
 from adakv_worker.worker.held_rows import HeldRows, Room, copied, memory_on, placed
 from adakv_worker.worker.model_parts import LayerParts
 from adakv_worker.worker.packed_state import CompressedState
-
-# Below vLLM's own logger, so that its settings show it.
-logger = init_logger("vllm.adakv")
+from adakv_worker.worker.windows import Windows
 
 
 class CompressionState:
@@ -36,6 +32,7 @@ class CompressionState:
 
     held_bytes: bytes of scores that a compression holds before it copies their layers.
     held: caches that their requests have left.
+    windows: queries for the scorers of later steps.
     """
 
     def __init__(
@@ -62,7 +59,8 @@ class CompressionState:
         self.held_bytes = HELD_BYTES
         self._rows: dict[str, int] = {}
         self.held = HeldRows(slabs, tables)
-        self._windows: dict[str, Window] = {}
+        heads = (parts[0].num_heads, self.head_size)
+        self.windows = Windows(len(parts), heads, parts[0].dtype, tables.device)
         self._compressing: dict[str, Compression] = {}
         self._evicting: dict[str, Eviction] = {}
         # Resumed requests whose prompts are not complete.
@@ -79,14 +77,12 @@ class CompressionState:
     @property
     def extra_bytes(self) -> int:
         """Bytes held beside the engine's KV memory: tables, queries and scores."""
-        windows = [window.queries for window in self._windows.values()]
-        held = sum(queries.numel() * queries.element_size() for queries in windows)
         watching: list[Compression | Eviction] = [
             *self._compressing.values(),
             *self._evicting.values(),
         ]
         running = sum(watcher.nbytes for watcher in watching)
-        return self.tables.nbytes + held + running
+        return self.tables.nbytes + self.windows.nbytes + running
 
     def is_compressed(self, request_id: str) -> bool:
         """Return whether a request's prompt is complete, and its cache compressed."""
@@ -94,7 +90,7 @@ class CompressionState:
 
     def forget(self, request_id: str) -> None:
         """Forget a request that ended or was preempted, if it is here."""
-        self._windows.pop(request_id, None)
+        self.windows.take(request_id)
         self._resuming.discard(request_id)
         if self.selections is not None:
             self.selections.pop(request_id, None)
@@ -103,7 +99,7 @@ class CompressionState:
 
     def hold(self, request_id: str, hold: Hold) -> None:
         """Keep a request's cache, after the request."""
-        self._windows.pop(request_id, None)
+        self.windows.take(request_id)
         self._resuming.discard(request_id)
         self.held.hold(hold, self._rows.pop(request_id))
         if self.selections is not None and request_id in self.selections:
@@ -141,59 +137,6 @@ class CompressionState:
         """Add `tokens` [R] entries to every head of the requests: see `PageTables.extend`."""
         return self.tables.extend(self.rows(request_ids), tokens)
 
-    def capture(
-        self,
-        request_id: str,
-        command: messages.Capture,
-        start: int,
-        first_token: int,
-        num_tokens: int,
-    ) -> Capture | None:
-        """Begin to copy the queries of this step's tokens that a scorer will look at.
-
-        Args:
-            start: index of the request's first token in the batch.
-            first_token: its position in the request.
-            num_tokens: its tokens in this step.
-        """
-        prompt_tokens, span = command
-        window_start = prompt_tokens - span
-        first = max(first_token, window_start)
-        last = first_token + num_tokens
-        if first >= last:
-            return None
-        window = self._windows.get(request_id)
-        if window is None or window[:2] != (prompt_tokens, span):
-            if first > window_start:
-                # The window's first queries are gone.
-                return None
-            shape = (len(self._parts), span, self._parts[0].num_heads, self.head_size)
-            try:
-                queries = self._cache.keys.new_empty(shape, dtype=self._parts[0].dtype)
-            except RuntimeError as error:
-                # The device is full: the policy that needs these queries will fail.
-                logger.warning("adakv: request %s: no memory for queries: %s", request_id, error)
-                return None
-            window = self._windows[request_id] = Window(prompt_tokens, span, queries)
-        return Capture(
-            start + first - first_token,
-            start + last - first_token,
-            window.queries[:, first - window_start : last - window_start],
-        )
-
-    def no_queries(self, tokens: int) -> Tensor:
-        """Return zeros [tokens, Hq, D] in the shape of a layer's queries."""
-        part = self._parts[0]
-        return self._cache.keys.new_zeros(
-            (tokens, part.num_heads, self.head_size), dtype=part.dtype
-        )
-
-    def drop_windows(self, request_ids: Iterable[str]) -> None:
-        """Drop queries of requests that do not capture any more."""
-        if self._windows:
-            for request_id in request_ids:
-                self._windows.pop(request_id, None)
-
     def compress(
         self,
         request_id: str,
@@ -209,7 +152,7 @@ class CompressionState:
             start: index of the request's first token in the batch.
             first_token: its position in the request.
         """
-        window = self._windows.pop(request_id, None)
+        window = self.windows.take(request_id)
         before = first_token - (command.prompt_tokens - command.query_span)
         earlier = None
         if before > 0 and window is not None:
@@ -285,7 +228,7 @@ class CompressionState:
         self, request_id: str, command: Evict | Recompress, tokens: int
     ) -> Tensor | None:
         """Return the window's queries from before this step's `tokens`, if they were captured."""
-        window = self._windows.pop(request_id, None)
+        window = self.windows.take(request_id)
         before = command.query_span - tokens
         if before <= 0 or window is None or window[:2] != (command.tokens, command.query_span):
             return None
@@ -358,10 +301,6 @@ class CompressionState:
     def packing(self) -> str:
         return self._cache.packing
 
-    def window(self, request_id: str) -> Window | None:
-        """Return the queries captured for a request's next eviction, if any."""
-        return self._windows.get(request_id)
-
     @torch.inference_mode()
     def export(self, request_id: str, room: Room | None = None) -> CompressedState:
         """Copy a compressed request's cache out, between two steps.
@@ -371,7 +310,7 @@ class CompressionState:
         """
         room = room or memory_on(self.tables.device, self._cache)
         state = copied(self._cache, self.tables, self._rows[request_id], room)
-        return state._replace(window=self.window(request_id))
+        return state._replace(window=self.windows.get(request_id))
 
     @torch.inference_mode()
     def restore(self, request_id: str, state: CompressedState, slabs: list[int]) -> None:
@@ -383,8 +322,7 @@ class CompressionState:
         self.forget(request_id)
         self._rows[request_id] = placed(self._cache, self.tables, state, slabs)
         if state.window is not None:
-            queries = state.window.queries.to(self.tables.device, copy=True)
-            self._windows[request_id] = state.window._replace(queries=queries)
+            self.windows.put(request_id, state.window)
 
     def check(self) -> None:
         """Assert the invariants of all page tables."""

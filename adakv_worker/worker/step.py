@@ -142,7 +142,7 @@ class StepWork:
         finally:
             self.step, self._late_watchers = None, []
         self._answer = self._finish(commands)
-        self.state.drop_windows(scheduler_output.num_scheduled_tokens.keys() - commands.capture)
+        self.state.windows.drop(scheduler_output.num_scheduled_tokens.keys() - commands.capture)
         if self._check_invariants:
             self.state.check()
         return result
@@ -264,7 +264,7 @@ class StepWork:
                     again = self.state.recompress(request_id, recompress, start, count)
                 watchers += [self._watched(again, "compress")] if again is not None else []
             elif capture := commands.capture.get(request_id):
-                watcher = self.state.capture(request_id, capture, start, first, count)
+                watcher = self.state.windows.capture(request_id, capture, start, first, count)
                 watchers += [watcher] if watcher is not None else []
             start += count
         return watchers

@@ -53,7 +53,7 @@ def _compress(
     command = Compress(choice, tokens, span, keep, list(range(1 + prompt, 1 + prompt + slabs)))
     compression = state.compress(_REQUEST, command, range(1, 1 + prompt), 0, tokens - span)
     for layer in range(layers):
-        compression.see(layer, state.no_queries(span))
+        compression.see(layer, state.windows.no_queries(span))
     state.finish_compressions()
     state.grow([_REQUEST])
     state.forget(_REQUEST)

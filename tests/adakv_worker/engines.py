@@ -176,7 +176,7 @@ class Engine:
             assert not self.runner.adakv.state._rows
             held = self.manager.held
             assert set(self.runner.adakv.state.held.cards) == {one.name for one in held or ()}
-            assert not self.runner.adakv.state._windows
+            assert not len(self.runner.adakv.state.windows)
 
     def close(self) -> None:
         """End the process groups, which all engines of a process share: one engine at a time."""

@@ -183,9 +183,9 @@ def test_a_window_whose_beginning_is_lost(
     traced = Traced(engine, "lost", prompt(520, seed=8), engine.params())
     (request,) = engine.scheduler.requests
     core.step()
-    assert engine.runner.adakv.state.window(request) is not None
+    assert engine.runner.adakv.state.windows.get(request) is not None
     # As without memory for it.
-    engine.runner.adakv.state.drop_windows([request])
+    engine.runner.adakv.state.windows.drop([request])
     run(engine, {"lost": traced})
     assert traced.result is not None
     result = traced.result._replace(kept=traced.kept_at[-1])

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adakv_worker.worker.compression import Window
 from adakv_worker.worker.packed_state import (
     CompressedState,
     PackedState,
@@ -18,6 +17,7 @@ from adakv_worker.worker.packed_state import (
     pack,
     unpack,
 )
+from adakv_worker.worker.windows import Window
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -22,12 +22,12 @@ from adakv_worker.messages import (
     answer_of,
     attach_commands,
 )
-from adakv_worker.worker.compression import Capture as CopiedQueries
 from adakv_worker.worker.held_moves import HeldMoves
 from adakv_worker.worker.moves import CacheKind, Moves
 from adakv_worker.worker.ranks import Ranks
 from adakv_worker.worker.step import Row, StepWork
 from adakv_worker.worker.timings import Timings
+from adakv_worker.worker.windows import Capture as CopiedQueries
 from tests.adakv_worker.worker.test_warm_up import DIM, HEADS, LAYERS, PAGE, make_state
 
 PROMPT, KEEP, SPAN = 100, 40, 16
