@@ -6,7 +6,6 @@ to the host's memory.
 """
 
 import itertools
-import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -18,14 +17,13 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from adakv_worker.core.free_blocks import next_blocks, to_the_front
 from adakv_worker.core.held import Held, Match, least_valuable
+from adakv_worker.core.held_index import HeldIndex
 from adakv_worker.core.host_tier import HostTier
 from adakv_worker.session_messages import TokenIds
 
 # Why a held cache is gone. reused: vLLM gave its blocks to a request. cap: the caches exceeded a
 # limit. idle: no request resumed it in time. forgotten: a reset dropped all caches.
 Reason = Literal["reused", "cap", "idle", "forgotten"]
-# A cache whose client names its session counts as used so many seconds later.
-_SESSION_LATER_S = 60.0
 
 
 class HeldCaches:
@@ -67,18 +65,14 @@ class HeldCaches:
         self._reach_blocks = reach_blocks
         self._most_blocks = most_blocks
         self._most = most
-        self._idle_s = idle_s
-        self._clock = clock
+        self._index = HeldIndex(idle_s, clock)
         self._held: OrderedDict[str, Held] = OrderedDict()
-        self._host = HostTier(host_blocks, self._value)
-        self._arrived = HostTier(arrived_blocks, self._value)
-        self._held_at_s: dict[str, float] = {}
-        self._by_scope: dict[str, dict[str, Held]] = {}
+        self._host = HostTier(host_blocks, self._index.value)
+        self._arrived = HostTier(arrived_blocks, self._index.value)
         self._owners: dict[int, str] = {}
         self._expected: dict[str, Held] = {}
         self._names = map(str, itertools.count())
         self._lost: list[Held] = []
-        self._lent: set[str] = set()
         self.blocks = 0
         # Since the engine's start.
         self.dropped: dict[str, int] = {"reused": 0, "cap": 0, "idle": 0, "forgotten": 0}
@@ -87,10 +81,10 @@ class HeldCaches:
         self._parks: list[str] = []
 
     def __len__(self) -> int:
-        return len(self._held_at_s)
+        return len(self._index)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._held_at_s
+        return name in self._index
 
     def get(self, name: str) -> Held:
         return self._held[name] if name in self._held else self._tier_of(name).get(name)
@@ -100,35 +94,20 @@ class HeldCaches:
         yield from self._host
         yield from self._arrived
 
-    def _value(self, held: Held) -> float:
-        """Return how late a cache was used; one that this step copies is worth most."""
-        if held.name in self._lent:
-            return math.inf
-        return self._held_at_s[held.name] + _SESSION_LATER_S * held.has_session
-
     def _tier_of(self, name: str) -> HostTier:
         """Return the part of the host's memory with a cache that is not in the pool."""
         return self._host if name in self._host else self._arrived
 
     def find(self, scope: str, token_ids: TokenIds) -> Match | None:
         """Return the held cache that saves most tokens of a request, or None."""
-        best, now = None, self._clock()
-        for held in self._by_scope.get(scope, {}).values():
-            # An engine without work has taken no step to drop it.
-            if self._is_idle(held, now):
-                continue
-            tokens = held.matching(token_ids)
-            if tokens and (best is None or tokens > best.tokens):
-                best = Match(held, tokens)
-        return best
+        return self._index.find(scope, token_ids)
 
     def young_blocks(self) -> int:
         """Return the blocks of caches that are younger than `patience_s`; 0 while not patient."""
         if not self.patient:
             return 0
-        since = self._clock() - self._patience_s
         young = itertools.takewhile(
-            lambda held: self._held_at_s[held.name] > since, reversed(self._held.values())
+            lambda held: self._index.age_s(held) < self._patience_s, reversed(self._held.values())
         )
         return sum(len(held.blocks) for held in young)
 
@@ -149,7 +128,7 @@ class HeldCaches:
         if held is None:
             return blocks
         if held.parked_blocks:
-            self._note(held)
+            self._index.add(held)
             self._put_on_host(held)
             self._publish(held, True)
             return blocks
@@ -160,13 +139,13 @@ class HeldCaches:
     def hold(self, held: Held) -> None:
         """Hold a cache, whose blocks the caller owns; the least recently used go to make room."""
         self._held[held.name] = held
-        self._note(held)
+        self._index.add(held)
         self._owners |= {block.block_id: held.name for block in held.blocks}
         self.blocks += len(held.blocks)
         self._pool.unpin_blocks(held.blocks, self._taken)
         self._publish(held, True)
         while self.blocks > self._most_blocks or len(self._held) > self._most:
-            self._lose(least_valuable(self._held.values(), self._value, held), "cap")
+            self._lose(least_valuable(self._held.values(), self._index.value, held), "cap")
 
     def arrive(self, held: Held, age_s: float = 0.0) -> None:
         """Hold a cache from another replica, which the workers have in the host's memory.
@@ -178,14 +157,13 @@ class HeldCaches:
             self._gone.append(held.name)
             self.dropped["cap"] += 1
             return
-        self._note(held)
-        self._held_at_s[held.name] -= age_s
+        self._index.add(held, age_s)
         self._put_on_host(held)
         self._publish(held, True)
 
     def refresh(self, name: str) -> None:
         """Count a held cache as used now: a request waits for it."""
-        self._held_at_s[name] = self._clock()
+        self._index.refresh(name)
         if name in self._held:
             self._held.move_to_end(name)
             self._to_the_end(self._held[name])
@@ -203,30 +181,26 @@ class HeldCaches:
             self._pool.touch(held.blocks)
         else:
             self._tier_of(name).take(name)
-        self._forget(held)
+        self._remove(held)
         return held
 
     def lend(self, name: str) -> Held:
         """Return a held cache for a copy; it stays held, unless others overwrite it."""
         self.refresh(name)
-        self._lent.add(name)
+        self._index.lend(name)
         return self.get(name)
 
     def next_step(self) -> None:
         """Forget idle caches, and keep those that are held out of the allocator's reach."""
-        self._lent.clear()
-        now = self._clock()
+        self._index.next_step()
         for tier in (self._held.values(), self._host):
-            for held in itertools.takewhile(lambda held: self._is_idle(held, now), list(tier)):
+            for held in itertools.takewhile(self._index.is_idle, list(tier)):
                 self._drop(held, "idle")
         # Arrived caches are not sorted by age.
-        for held in [held for held in self._arrived if self._is_idle(held, now)]:
+        for held in list(filter(self._index.is_idle, self._arrived)):
             self._drop(held, "idle")
         self._free_lost()
         self._move_back()
-
-    def _is_idle(self, held: Held, now_s: float) -> bool:
-        return now_s - self._held_at_s[held.name] > self._idle_s
 
     def forget(self) -> None:
         """Drop all held caches."""
@@ -260,14 +234,12 @@ class HeldCaches:
         assert len(owners) == self.blocks, "a block is held twice"
         assert owners == self._owners
         for held in self:
-            assert held is self._by_scope[held.scope][held.name]
             assert held.floor.tokens <= len(held.token_ids) <= held.entry_tokens
             for block in held.blocks:
                 assert block.ref_cnt == 0, f"block {block.block_id} is held and used"
                 assert block.block_hash is None, "a held block can be found as a prefix"
         assert not self._expected, "a cache was expected and not held"
-        count = len(list(self))
-        assert sum(map(len, self._by_scope.values())) == len(self._held_at_s) == count
+        self._index.check(self)
 
     def _taken(self, block: KVCacheBlock) -> None:
         """Lose the cache of a block that vLLM gives to a request, if a cache still has it."""
@@ -285,7 +257,7 @@ class HeldCaches:
         # The workers copy it before the step in which its blocks are written.
         self._parks.append(held.name)
         parked = replace(held, blocks=(), parked_blocks=len(held.blocks))
-        self._by_scope[held.scope][held.name] = parked
+        self._index.replace(parked)
         self._put_on_host(parked)
 
     def _put_on_host(self, held: Held) -> None:
@@ -303,27 +275,19 @@ class HeldCaches:
         self._end(held, reason)
 
     def _end(self, held: Held, reason: Reason) -> None:
-        self._forget(held)
+        self._remove(held)
         self._gone.append(held.name)
         self.dropped[reason] += 1
+
+    def _remove(self, held: Held) -> None:
+        self._index.remove(held)
+        self._publish(held, False)
 
     def _leave_pool(self, held: Held) -> None:
         del self._held[held.name]
         for block in held.blocks:
             del self._owners[block.block_id]
         self.blocks -= len(held.blocks)
-
-    def _note(self, held: Held) -> None:
-        self._held_at_s[held.name] = self._clock()
-        self._by_scope.setdefault(held.scope, {})[held.name] = held
-
-    def _forget(self, held: Held) -> None:
-        del self._held_at_s[held.name]
-        of_scope = self._by_scope[held.scope]
-        del of_scope[held.name]
-        if not of_scope:
-            del self._by_scope[held.scope]
-        self._publish(held, False)
 
     def _free_lost(self) -> None:
         """Move the blocks of lost caches to the front of the queue: vLLM takes them next."""
@@ -357,7 +321,7 @@ class HeldCaches:
         names: set[str] = set()
         if blocks <= 0:
             return names
-        for held in sorted(self._held.values(), key=self._value):
+        for held in sorted(self._held.values(), key=self._index.value):
             names.add(held.name)
             blocks -= len(held.blocks)
             if blocks <= 0:
