@@ -1,10 +1,13 @@
 """Hugging Face attention to keys and values of fewer bits, as caches store them."""
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -63,20 +66,49 @@ def assert_near_reference(
     assert sum(off) / len(off) < _TOLERANCE
 
 
-def attention_to(form: Form, storing: Callable[[Tensor, Form], Tensor]) -> str:
+def with_scales(model: Path, folder: Path, scales: tuple[float, float]) -> Path:
+    """Copy a model as one whose makers measured scales for a cache of `fp8`, and return `folder`.
+
+    Args:
+        scales: what stored keys and values of each layer are multiplied with.
+    """
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    settings = json.loads((folder / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+    settings["quantization_config"] = {
+        "quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": scheme,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(settings))
+    weights = load_file(folder / "model.safetensors")
+    for layer in range(settings["num_hidden_layers"]):
+        for name, scale in zip(("k_scale", "v_scale"), scales, strict=True):
+            weights[f"model.layers.{layer}.self_attn.{name}"] = torch.tensor([scale])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def attention_to(
+    form: Form,
+    storing: Callable[[Tensor, Form], Tensor],
+    scales: tuple[float, float] = (1.0, 1.0),
+) -> str:
     """Register an attention to keys and values that are stored so.
 
     Return its name for `Reference`.
+
+    Args:
+        scales: what stored keys and values are multiplied with.
     """
+    of_keys, of_values = scales
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any
     ) -> Any:
-        return eager_attention_forward(
-            module, query, storing(key, form), storing(value, form), *args, **kw
-        )
+        key = storing(key / of_keys, form) * of_keys
+        value = storing(value / of_values, form) * of_values
+        return eager_attention_forward(module, query, key, value, *args, **kw)
 
-    name = f"{storing.__name__} {form}"
+    name = f"{storing.__name__} {form} {scales}"
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, eager_mask)
     return name
