@@ -7,6 +7,7 @@ from typing import Any
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.input_processor import InputProcessor
 
 from adakv_worker.config import compression_config
 from adakv_worker.frontend.answer_tokens import current_answer_tokens
@@ -125,6 +126,11 @@ class BookedLLM(AsyncLLM):
     _sent: SentRequests | None = None
     _continued: ContinuedCore
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # vLLM calls it once for each request, before it makes one of each choice (`n`).
+        self.input_processor.assign_request_id = _begin  # type: ignore[method-assign]
+
     @property
     def sent(self) -> SentRequests:
         """The live requests of its engine core."""
@@ -147,7 +153,6 @@ class BookedLLM(AsyncLLM):
         super()._run_output_handler()
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
-        with_tenant(request)
         self._follow(request)
         try:
             await super()._add_request(request, *args, **kwargs)
@@ -168,6 +173,11 @@ class BookedLLM(AsyncLLM):
         if self._continued.can_go_on(request):
             states = self.output_processor.request_states
             answer.follow(_DecodedTokens(states, request.request_id))
+
+
+def _begin(request: EngineCoreRequest) -> None:
+    InputProcessor.assign_request_id(request)
+    with_tenant(request)
 
 
 class _DecodedTokens:

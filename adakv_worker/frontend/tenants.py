@@ -12,16 +12,11 @@ current_tenant: ContextVar[str | None] = ContextVar("adakv_tenant", default=None
 
 
 def with_tenant(request: EngineCoreRequest) -> None:
-    """Have a request share caches with those of its tenant alone.
-
-    The tenant is the current one, or, where a request from another engine goes on, the one that its
-    sampling parameters have brought.
-    """
-    params = request.sampling_params
-    extra = (params.extra_args if params is not None else None) or {}
-    tenant = current_tenant.get() or extra.get(TENANT_KEY)
+    """Have a request, which is not sent yet, share caches with those of its tenant alone."""
+    tenant = current_tenant.get()
     if tenant is None:
         return
     request.cache_salt = tenant_salt(tenant, request.cache_salt)
+    params = request.sampling_params
     if params is not None:
-        params.extra_args = {**extra, TENANT_KEY: tenant}
+        params.extra_args = {**(params.extra_args or {}), TENANT_KEY: tenant}

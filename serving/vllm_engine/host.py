@@ -27,8 +27,8 @@ from adakv_serve.serving.vllm_engine.options import (
     with_kv_events,
 )
 from adakv_serve.serving.vllm_engine.proofs import take_proofs
-from adakv_serve.serving.vllm_engine.sessions import SessionMiddleware
 from adakv_serve.serving.vllm_engine.surface import mend_surface
+from adakv_serve.serving.vllm_engine.tenants import TenantMiddleware
 from adakv_worker.compiled_products import bound_compiled_products
 from adakv_worker.config import CompressionConfig, compression_config
 from adakv_worker.frontend.kv_events import CacheChange, EventSockets, cache_changes
@@ -106,11 +106,10 @@ class VllmHost:
         assert isinstance(engine, BookedLLM)
         stats.sent = engine.sent
         app = await _app(engine, server_options(model, served_name, args, server_args))
-        if not compressing:
-            return cls(engine, app, stats, events, hang_s)
-        take_proofs(engine)
-        app = SessionMiddleware(ProofMiddleware(app))
-        return cls(engine, app, stats, events, hang_s)
+        if compressing:
+            take_proofs(engine)
+            app = ProofMiddleware(app)
+        return cls(engine, TenantMiddleware(app), stats, events, hang_s)
 
     @property
     def core(self) -> MovingCore:

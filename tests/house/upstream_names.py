@@ -38,6 +38,7 @@ UPSTREAM_NAMES = {
     },
     "adakv_worker.frontend": {
         "vllm.v1.engine.async_llm.AsyncLLM": "_add_request _run_output_handler",
+        "vllm.v1.engine.input_processor.InputProcessor": "assign_request_id",
         "vllm.v1.metrics.loggers.StatLoggerBase": "log_engine_initialized record",
         "vllm.v1.sample.logits_processor.interface.LogitsProcessor": (
             "apply is_argmax_invariant update_state validate_params"

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from adakv_serve.serving.http.asgi import Message
 from adakv_serve.serving.http.compression_proof import ProofMiddleware
 from adakv_serve.serving.http.tracing import annotate, carried, note_span, serving_span, span
-from adakv_serve.serving.vllm_engine.sessions import SessionMiddleware
+from adakv_serve.serving.vllm_engine.tenants import TenantMiddleware
 
 CLIENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -86,7 +86,7 @@ async def test_an_engine_finds_its_replicas_span(spans: Spans) -> None:
             pass
 
     scope = {"type": "http", "method": "POST", "headers": [(b"traceparent", CLIENT.encode())]}
-    await SessionMiddleware(ProofMiddleware(engine))(scope, receive, send)
+    await TenantMiddleware(ProofMiddleware(engine))(scope, receive, send)
     assert spans.parent_of("llm_request") == spans.id_of("replica")
 
 

@@ -8,14 +8,12 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from adakv_serve.serving.http.rendered import NotRendered
 from adakv_serve.serving.ingress.footprints import FootprintPredictor
 from adakv_serve.serving.vllm_engine.rendering import VllmRenderer
 from adakv_worker.config import CompressionConfig
-from tests.adakv_worker.engines import VOCABULARY, make_tiny_model
+from tests.serving.vllm_engine.worded import make_worded_model, words
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -24,16 +22,6 @@ OPTIONS: dict[str, Any] = {
     "kv_cache_memory_bytes": 32 << 20, "max_num_batched_tokens": 512, "max_num_seqs": 8,
     "enable_prefix_caching": False,
 }  # fmt: skip
-TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }} "
-    "{% if twice %}{{ message['content'] }} {% endif %}{% endfor %}"
-)
-
-
-def words(count: int) -> str:
-    return " ".join(f"w{number % 300}" for number in range(count))
-
-
 LONG, SHORT = words(300), words(40)
 ENDPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "completions": ("/v1/completions", {"prompt": LONG, "max_tokens": 4}),
@@ -51,16 +39,7 @@ ENDPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def worded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a tiny model whose tokens are words: `w0`, `w1`, ..."""
-    folder = make_tiny_model(tmp_path_factory.mktemp("worded"), heads=6, kv_heads=2)
-    vocabulary = {f"w{number}": number for number in range(VOCABULARY - 1)}
-    vocabulary["<unk>"] = VOCABULARY - 1
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-    return folder
+    return make_worded_model(tmp_path_factory.mktemp("worded"))
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")

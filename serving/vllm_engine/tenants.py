@@ -7,7 +7,7 @@ from adakv_worker.frontend.session_moves import probable_holder
 from adakv_worker.frontend.tenants import current_tenant
 
 
-class SessionMiddleware:
+class TenantMiddleware:
     """An ASGI app around a replica's, for the requests that it makes to the engine."""
 
     def __init__(self, app: ASGIApp) -> None:
