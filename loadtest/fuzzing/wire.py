@@ -61,6 +61,8 @@ _EXTRA_HEADERS: tuple[Headers, ...] = (
     [(b"expect", b"200-ok")],
     [(b"te", b"trailers"), (b"trailer", b"authorization")],
     [(b"x-priority", b"high"), (b"priority", b"u=9")],
+    [(b"x-vllm-priority", b"99999999999999999999")],
+    [(b"x-vllm-priority", b"-" + b"9" * 5000), (b"x-vllm-priority", b"1")],
     [(b"serve_multiplexed_model_id", b"other"), (b"x-serve-timeout", b"0")],
     [(b"x-session-id", b"a" * 300), (b"session-id", b"\xe2\x82\xac")],
     [(b"x-data-parallel-rank", b"-1")],

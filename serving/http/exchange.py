@@ -27,6 +27,7 @@ from adakv_serve.serving.http.failures import BackendFailure
 from adakv_serve.serving.http.key_limits import Admission, LimitReached
 from adakv_serve.serving.http.loggable import loggable
 from adakv_serve.serving.http.openai_error import error_event, error_messages
+from adakv_serve.serving.http.priority import with_usable_priority
 from adakv_serve.serving.http.tenants import TENANT_HEADER
 from adakv_serve.serving.http.tracing import annotate, serving_span
 
@@ -74,7 +75,9 @@ class Exchange:
         self._echo_request_id = not given
         self._scope = portable_scope(scope)
         self._scope["headers"] = [
-            *((name, value) for name, value in scope["headers"] if name not in _REPLACED_HEADERS),
+            *with_usable_priority(
+                [pair for pair in scope["headers"] if pair[0] not in _REPLACED_HEADERS]
+            ),
             (REQUEST_ID_HEADER, self._request_id.encode()),
         ]
         self._caller = door.keys.caller(route_path(self._scope), self._headers)
@@ -306,7 +309,7 @@ class Exchange:
             return
         self._broken_by = type_
         if self._is_event_stream:
-            event = error_event(status, text, type_=type_)
+            event = error_event(status, text, type_=type_, path=route_path(self._scope))
             await self._send({"type": "http.response.body", "body": event, "more_body": False})
         else:
             # Half a JSON body cannot be completed: only a closed connection shows the failure.

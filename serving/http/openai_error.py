@@ -33,6 +33,13 @@ def error_messages(
     ]
 
 
-def error_event(status: int, message: str, *, type_: str) -> bytes:
-    """Return the server-sent event that ends a broken stream."""
+def error_event(status: int, message: str, *, type_: str, path: str) -> bytes:
+    """Return the server-sent event that ends a broken stream.
+
+    Args:
+        path: of the request. Anthropic's clients pass over events without a name.
+    """
+    if path.startswith("/v1/messages"):
+        error = {"type": "error", "error": {"type": type_, "message": message}}
+        return b"event: error\ndata: " + json.dumps(error).encode() + b"\n\n"
     return b"data: " + error_body(status, message, type_=type_) + b"\n\n"

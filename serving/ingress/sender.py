@@ -1,14 +1,14 @@
 """What a request says of its client: tenant, session and priority."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 from adakv_serve.router.session_hints import session_key
+from adakv_serve.serving.http.priority import Headers, header_priority
 from adakv_serve.serving.http.rendered import Handling
 from adakv_serve.serving.http.tenants import TENANT_HEADER
 
 _SESSION_HEADER = b"x-session-id"
-_PRIORITY_HEADER = b"x-vllm-priority"
 
 
 class Sender(NamedTuple):
@@ -24,17 +24,14 @@ class Sender(NamedTuple):
     body_priority: int = 0
 
     @classmethod
-    def of(cls, headers: Iterable[tuple[bytes, bytes]]) -> Self:
+    def of(cls, headers: Headers) -> Self:
         """Return the client of a request that was let in. The first of equal headers counts."""
         named: dict[bytes, str] = {}
         for name, value in headers:
-            if name in (TENANT_HEADER, _SESSION_HEADER, _PRIORITY_HEADER):
+            if name in (TENANT_HEADER, _SESSION_HEADER):
                 named.setdefault(name, value.decode("latin-1"))
-        try:
-            priority = int(named.get(_PRIORITY_HEADER, ""))
-        except ValueError:
-            priority = None
-        return cls(named.get(TENANT_HEADER), named.get(_SESSION_HEADER) or None, priority)
+        session = named.get(_SESSION_HEADER) or None
+        return cls(named.get(TENANT_HEADER), session, header_priority(headers))
 
     def with_body(self, handling: Handling, options: Mapping[str, Any] | None = None) -> Self:
         """Return the client with what the body says.

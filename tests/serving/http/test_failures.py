@@ -4,6 +4,8 @@ import asyncio
 import json
 import logging
 
+import anthropic
+import httpx2
 import pytest
 
 from adakv_serve.serving.http.failures import NoReplica, Overloaded, ReplicaFault, ReplicaLost
@@ -15,6 +17,7 @@ from tests.serving.http.scripted_backend import (
     ScriptedBackend,
     chunk,
     client,
+    door_and_client,
     error_of,
     messages_of_the_door,
 )
@@ -103,6 +106,39 @@ async def test_a_failure_in_mid_stream_ends_the_stream_with_an_error_event(
     assert (error["type"], error["code"], error["param"]) == (type_, code, None)
     assert "secret" not in error["message"]
     assert len(backend.calls) == 1
+
+
+async def test_anthropics_client_raises_when_a_stream_breaks() -> None:
+    text = {
+        "type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "half"},
+    }  # fmt: skip
+    event = b"event: content_block_delta\ndata: " + json.dumps(text).encode() + b"\n\n"
+    backend = ScriptedBackend([[SSE_START, chunk(event)], ReplicaLost()])
+    door, _ = door_and_client(backend)
+    inside = httpx2.AsyncClient(transport=httpx2.ASGITransport(app=door))
+    asked = anthropic.AsyncAnthropic(
+        api_key="none", base_url="http://door", http_client=inside, max_retries=0
+    )
+    stream = await asked.messages.create(
+        model="llm", max_tokens=5, messages=[{"role": "user", "content": "?"}], stream=True
+    )
+    assert (await anext(stream)).type == "content_block_delta"
+    with pytest.raises(anthropic.APIStatusError, match="the replica that worked on this"):
+        await anext(stream)
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [(b"3", b"3"), (b"-9223372036854775808", b"-9223372036854775808"), (b"1" + b"0" * 20, None)],
+)
+async def test_a_priority_that_vllm_cannot_send_does_not_reach_it(
+    given: bytes, passed: bytes | None
+) -> None:
+    backend = ScriptedBackend([WHOLE])
+    headers = {"x-vllm-priority": given.decode()}
+    assert (await client(backend).post("/v1/completions", headers=headers)).status_code == 200
+    ((scope, _),) = backend.calls
+    assert dict(scope["headers"]).get(b"x-vllm-priority") == passed
 
 
 async def test_a_failure_in_a_json_body_aborts_the_connection() -> None:

@@ -21,9 +21,18 @@ def test_an_error_names_its_parameter_and_has_its_headers() -> None:
 
 
 def test_an_error_in_a_stream_is_one_event() -> None:
-    event = error_event(503, "gone", type_="ReplicaLost")
+    event = error_event(503, "gone", type_="ReplicaLost", path="/v1/completions")
     assert event.startswith(b"data: {")
     assert event.endswith(b"}\n\n")
     assert json.loads(event.removeprefix(b"data: ")) == {
         "error": {"message": "gone", "type": "ReplicaLost", "param": None, "code": 503}
     }
+
+
+def test_anthropics_clients_raise_what_ends_a_stream() -> None:
+    event = error_event(503, "gone", type_="ReplicaLost", path="/v1/messages")
+    name, data = event.removesuffix(b"\n\n").split(b"\n")
+    assert name == b"event: error"
+    assert json.loads(data.removeprefix(b"data: ")) == {
+        "type": "error", "error": {"type": "ReplicaLost", "message": "gone"},
+    }  # fmt: skip

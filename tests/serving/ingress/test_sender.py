@@ -36,6 +36,7 @@ def test_a_session_is_named_where_vllm_looks_for_it(
     [
         (None, 0, 0), (None, 3, 3), (b"-2", 3, -2), (b"0", 3, 0), (b"high", 3, 3), (b"", 3, 3),
         (b"9" * 5000, 3, 3), (b"\xb2", 3, 3), (None, 10**400, 10**400),
+        (b"%d" % 2**63, 3, 3), (b"%d" % (2**63 - 1), 3, 2**63 - 1), (b"-%d" % 10**20, 3, 3),
     ],
 )  # fmt: skip
 def test_a_headers_priority_counts_more_than_the_bodys(
