@@ -36,6 +36,9 @@ _OF_SERVE = (
     b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id",
 )  # fmt: skip
 _SESSION_ID = b"x-session-id"
+# Pages of any site may read these errors, which tell nothing: the middleware that knows which sites
+# may is inside the app.
+_READABLE = {"access-control-allow-origin": "*"}
 _LONGEST_ERROR_BYTES = 10_000
 
 
@@ -84,6 +87,7 @@ async def _send_refusal(refused: BodyRefused, scope: Scope, send: Send) -> None:
     # The body may follow all the same, and must not be read as the next request.
     headers = {
         "connection": "close",
+        **_READABLE,
         REQUEST_ID_HEADER.decode(): header(scope, REQUEST_ID_HEADER).decode("latin-1"),
     }
     for message in error_messages(
@@ -144,7 +148,8 @@ class _Errors:
         status = start["status"]
         type_ = _TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
         text = self._text.decode("utf-8", "replace")
-        begin, body = error_messages(status, text, type_=type_)
+        readable = {} if header(start, b"access-control-allow-origin") else _READABLE
+        begin, body = error_messages(status, text, type_=type_, headers=readable)
         others = [pair for pair in start.get("headers", ()) if pair[0] not in _REPLACED_HEADERS]
         begin["headers"] = [*begin["headers"], *others]
         await self._send(begin)

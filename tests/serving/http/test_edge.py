@@ -87,6 +87,13 @@ async def test_an_error_in_plain_text_comes_in_openais_form(status: int) -> None
     assert response.headers["retry-after"] == "3"
     assert int(response.headers["content-length"]) == len(response.content)
     assert response.headers.get_list("content-type") == ["application/json"]
+    assert response.headers["access-control-allow-origin"] == "*"
+
+
+async def test_an_error_of_the_app_keeps_the_sites_that_may_read_it() -> None:
+    named = PlainTextResponse("no", 404, {"access-control-allow-origin": "https://here"})
+    response = await serve(App(named)).get("/")
+    assert response.headers.get_list("access-control-allow-origin") == ["https://here"]
 
 
 @pytest.mark.parametrize("answer", [
@@ -135,6 +142,7 @@ def test_who_waits_to_send_a_body_is_asked_for_it_only_if_it_is_taken(
         assert answer.startswith(b"HTTP/1.1 %d " % status)
         if status == 413:
             assert b"\r\nx-request-id: one\r\n" in answer
+            assert b"\r\naccess-control-allow-origin: *\r\n" in answer
             assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == 413
             # Else what comes next would be read as the body.
             assert link.recv(65536) == b""
