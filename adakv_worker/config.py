@@ -35,7 +35,9 @@ class Section(BaseModel):
     """A part of the configuration that refuses unknown keys and names the nearest known one."""
 
     # A rejected input may be a secret, or lie beside one.
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -36,7 +36,7 @@ class ReplicaDemand(BaseModel):
 class ScalingTargets(BaseModel):
     """What the operator wants of a fleet."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     target_occupancy: float = Field(
         default=0.8, gt=0.0, le=1.0, description="Share of the blocks, and of the time, in use"
@@ -47,7 +47,6 @@ class ScalingTargets(BaseModel):
     keep_s: float = Field(
         default=300.0,
         ge=0.0,
-        allow_inf_nan=False,
         description="The fleet keeps the largest size that it needed in these seconds",
     )
     prefill_tokens_per_s: float = Field(

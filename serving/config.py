@@ -68,6 +68,8 @@ class AppConfig(Section):
         if isinstance(engine.get("hf_token"), str):
             raise ValueError(f"engine.hf_token {SHOWN}: set HF_TOKEN in the environment")
         check_engine_types(engine)
+        if int(engine.get("data_parallel_size") or 1) > 1:
+            raise ValueError("engine.data_parallel_size is 1 here: set replica.count instead")
         return engine
 
     @field_validator("server")

@@ -1,7 +1,7 @@
 """The sections of the application's configuration, each a key under `args:`."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
@@ -9,6 +9,9 @@ from adakv_serve.router import DEFAULT_KEY_PREFIX, DEFAULT_STORE_PORT
 from adakv_serve.router.score import Speeds
 from adakv_serve.router.stores import checked_url, has_password
 from adakv_worker.config import Section
+
+# A path with at least one part: "/" would open all endpoints.
+OpenedPath = Annotated[str, Field(pattern=r"^(/[^/?#\s]+)+/?$")]
 
 # Why a secret is refused.
 SHOWN = "would be in Serve's log and in `serve config`"
@@ -29,7 +32,12 @@ class ModelConfig(Section):
 class ReplicaConfig(Section):
     """Replicas of the engine: number, resources, queue, health."""
 
-    count: int = Field(default=2, ge=1, description="Number of engines")
+    count: int = Field(
+        default=2,
+        ge=1,
+        description="Number of engines; with autoscaling set it to `max_replicas`, for which the "
+        "front doors then have places",
+    )
     cpus: float = Field(default=1.0, ge=0.0, description="CPUs that Ray reserves for each replica")
     cpu_threads: int | None = Field(
         default=None, ge=1, description="Engine threads on CPU; None takes `cpus`, at least 1"
@@ -91,7 +99,7 @@ class IngressConfig(Section):
     max_count: int | None = Field(
         default=None, ge=1, description="Number of front doors under load; None keeps `count`"
     )
-    more_paths: list[str] = Field(
+    more_paths: list[OpenedPath] = Field(
         default_factory=list,
         description="Endpoints of vLLM that are closed otherwise, such as /v1/load_lora_adapter",
     )

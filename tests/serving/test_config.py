@@ -36,6 +36,7 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
     [
         ({"modle": {}}, "unknown key 'modle' in AppConfig: did you mean 'model'?"),
         ({"replica": {"cont": 1}}, "unknown key 'cont' in ReplicaConfig: did you mean 'count'?"),
+        ({"engine": {"data_parallel_size": 2}}, "engine.data_parallel_size is 1 here: set replica"),
         (
             {"compression": {"budget": 1}},
             "unknown key 'budget' in CompressionConfig: "
@@ -61,10 +62,15 @@ def test_a_wrong_configuration_is_refused_with_a_remedy(args: dict[str, Any], me
     assert message in str(caught.value)
 
 
+def _types(field: FieldInfo) -> tuple[Any, ...]:
+    return get_args(field.annotation) or (field.annotation,)
+
+
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, field in section.model_fields.items():
-        kinds = get_args(field.annotation) or (field.annotation,)
-        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        inner = [
+            kind for kind in _types(field) if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
         if inner:
             yield from _keys(inner[0], f"{prefix}{name}.")
         else:
@@ -78,6 +84,36 @@ def test_every_key_is_described_and_in_the_docs(key: str, field: FieldInfo) -> N
     *_, name = key.split(".")
     assert re.search(rf"\b{name}\b", DOCS)
     assert field.description or key.startswith("compression.")
+
+
+@pytest.mark.parametrize(
+    "key", [key for key, field in _keys(AppConfig) if float in _types(field)], ids=str
+)
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_no_number_is_infinite(key: str, number: float) -> None:
+    value: Any = number
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    with pytest.raises(ValidationError) as caught:
+        AppConfig.model_validate(value)
+    assert key in {".".join(map(str, error["loc"])) for error in caught.value.errors()}
+
+
+@pytest.mark.parametrize("path", ["/", "", "v1/load_lora_adapter", "/sleep?level=1", "//", "/a b"])
+def test_a_path_to_open_has_a_part_of_its_own(path: str) -> None:
+    with pytest.raises(ValidationError, match="more_paths"):
+        AppConfig.model_validate({"ingress": {"more_paths": [path]}})
+    AppConfig.model_validate({"ingress": {"more_paths": ["/v1/load_lora_adapter", "/sleep/"]}})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_front_doors_have_places_for_all_that_autoscaling_may_start(path: Path) -> None:
+    (application,) = yaml.safe_load(path.read_text())["applications"]
+    config = AppConfig.model_validate(application["args"])
+    for deployment in application.get("deployments", ()):
+        most = deployment.get("autoscaling_config", {}).get("max_replicas", 0)
+        if deployment["name"] == "Engine":
+            assert config.replica.count >= most
 
 
 @pytest.mark.parametrize(
