@@ -169,10 +169,14 @@ def _changes(
         "unknown paths", r"^( *http-request return status) 404 content-type text/plain .*$",
         rf"\1 {unknown}",
     )  # fmt: skip
-    tls = "" if front.certificate is None else _tls(front.certificate)
+    tls, rules = "", list(_rules(connections))
+    if front.certificate is not None:
+        tls = _tls(front.certificate)
+        # The application does not know that its clients use TLS.
+        rules.append(r"http-response replace-header location ^http:(.*) https:\\1")
     yield _Change(
         "front", r"^(frontend http_frontend\n *bind \S*:\d+)$",
-        "\n    ".join([rf"\g<1>{tls}", *_rules(connections)]),
+        "\n    ".join([rf"\g<1>{tls}", *rules]),
     )  # fmt: skip
 
 

@@ -27,13 +27,19 @@ from tests.serving.http.real_haproxy import (
 
 
 class Door(BaseHTTPRequestHandler):
-    """Answers 200 to health checks and all else, but closes the connection at `/small/gone`."""
+    """Answers 200 to health checks and all else.
+
+    It closes the connection at `/small/gone`, and sends clients elsewhere at `/small/moved`.
+    """
 
     def do_GET(self) -> None:
         if self.path == "/small/gone":
             self.connection.shutdown(socket.SHUT_RDWR)
             return
-        self.send_response(200)
+        moved = self.path == "/small/moved"
+        self.send_response(307 if moved else 200)
+        if moved:
+            self.send_header("location", f"http://{self.headers['host']}/small/here")
         self.send_header("content-length", "2")
         self.end_headers()
         self.wfile.write(b"ok")
@@ -140,6 +146,8 @@ def test_clients_may_use_tls(door: int, folder: Path) -> None:
     with running(path, port, own, ADAKV_TLS_CERTIFICATE=str(pem)):
         answer = httpx.get(f"https://127.0.0.1:{port}/small/v1/models", verify=context)
         assert answer.text == "ok"
+        moved = httpx.get(f"https://127.0.0.1:{port}/small/moved", verify=context)
+        assert moved.headers["location"] == f"https://127.0.0.1:{port}/small/here"
         with pytest.raises(httpx.HTTPError):
             httpx.get(f"http://127.0.0.1:{port}/small/v1/models").raise_for_status()
 
