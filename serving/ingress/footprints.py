@@ -4,7 +4,9 @@ import asyncio
 import hashlib
 import logging
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple
 
 from adakv_serve.router.footprint import Budget, Footprint, OutputQuantiles, predict, prefix_hashes
@@ -68,16 +70,19 @@ class FootprintPredictor:
         remembered_prompts: int = 512,
         page_tokens: int | None = None,
         remembered_tokens: int = _MOST_REMEMBERED_TOKENS,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """
         Args:
             compression: None if compression is off.
             prior_output_tokens: expected length of answers before the first.
             served_name: the model's name; requests for another name are for an adapter.
-            remembered_prompts: number of recent requests that are not rendered again.
+            remembered_prompts: number of recent requests that are not rendered again in the same
+                minute. Templates of chats may have the date and the time.
             page_tokens: entries of a compressed page; None for as many as a block has tokens.
             remembered_tokens: most tokens of those requests.
         """
+        self._clock = clock
         self._page_tokens = page_tokens
         self._renderer = renderer
         self._compression = compression
@@ -188,7 +193,8 @@ class FootprintPredictor:
         return Prediction(footprint, body, kind, answers, priority=sender.priority)
 
     async def _render(self, path: str, body: bytes) -> Rendered:
-        key = hashlib.sha256(path.encode() + b" " + body).digest()
+        minute = int(self._clock() // 60)
+        key = hashlib.sha256(f"{minute} {path} ".encode() + body).digest()
         known = self._rendered.get(key)
         if known is None:
             known = await self._renderer.render(path, body)

@@ -59,7 +59,9 @@ def letters(
     remembered: int = 512, compression: CompressionConfig | None = COMPRESSION
 ) -> tuple[Letters, FootprintPredictor]:
     renderer = Letters()
-    return renderer, FootprintPredictor(renderer, compression, 32, 100, "served", remembered)
+    return renderer, FootprintPredictor(
+        renderer, compression, 32, 100, "served", remembered, clock=lambda: 0.0
+    )
 
 
 async def asked(predictor: FootprintPredictor, *prompts: str, **fields: Any) -> Prediction:
@@ -332,7 +334,9 @@ async def test_what_the_engine_refuses_has_no_footprint(
 
 async def test_long_prompts_are_remembered_up_to_a_number_of_tokens() -> None:
     renderer = Letters()
-    predictor = FootprintPredictor(renderer, COMPRESSION, 32, remembered_tokens=1000)
+    predictor = FootprintPredictor(
+        renderer, COMPRESSION, 32, remembered_tokens=1000, clock=lambda: 0.0
+    )
     for _ in range(2):
         for letter in "abc":
             await footprint(predictor, letter * 300)
@@ -346,3 +350,12 @@ async def test_long_prompts_are_remembered_up_to_a_number_of_tokens() -> None:
     for _ in range(2):
         await footprint(predictor, "e" * 1001)
     assert renderer.calls == 7
+
+
+async def test_a_prompt_is_rendered_anew_in_another_minute() -> None:
+    now_s = 59.0
+    renderer = Letters()
+    predictor = FootprintPredictor(renderer, COMPRESSION, 32, clock=lambda: now_s)
+    for now_s in (0.0, 59.0, 60.0, 119.0):  # noqa: B007
+        await footprint(predictor, "what day is it?")
+    assert renderer.calls == 2
