@@ -27,6 +27,8 @@ from adakv_worker.config import CompressionConfig
 from adakv_worker.stored_dtypes import page_tokens
 
 _Render = Callable[[dict[str, Any]], Awaitable[Rendered]]
+# Parts of a response's input that are no text.
+_MEDIA = ("input_image", "input_file", "input_audio")
 
 
 class VllmRenderer:
@@ -153,7 +155,8 @@ class VllmRenderer:
 
     async def _response(self, fields: dict[str, Any]) -> Rendered:
         request = ResponsesRequest(**fields)
-        if request.previous_response_id is not None:
+        # Before an image is fetched, which the engine would do again.
+        if request.previous_response_id is not None or _has_media(fields["input"]):
             raise NotRendered("content")
         rendered = _checked(await self._online.render_responses(request, skip_mm_cache=True))
         if has_non_text_content(rendered.messages):
@@ -184,6 +187,15 @@ class VllmRenderer:
             [list(map(int, ids))], params.get("n") or 1, params.get("max_tokens"),
             params.get("extra_args"), fields.get("cache_salt"), fields.get("model"),
         )  # fmt: skip
+
+
+def _has_media(items: Any) -> bool:
+    """Return whether the input of a response has parts that are no text."""
+    if not isinstance(items, list):
+        return False
+    contents = [item.get("content") for item in items if isinstance(item, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, dict) and part.get("type") in _MEDIA for part in parts)
 
 
 def _handling(request: dict[str, Any]) -> Handling:

@@ -362,6 +362,12 @@ async def test_the_engine_answers_the_same_to_a_request_with_its_ids(
             "content",
         ),
         ("/v1/responses", {"input": "x", "previous_response_id": "resp_1"}, "content"),
+        (
+            "/v1/responses",
+            {"input": [{"role": "user", "content": [
+                {"type": "input_image", "image_url": "http://127.0.0.1:1/image"}]}]},
+            "content",
+        ),
         ("/v1/chat/completions", {"messages": []}, "malformed"),
         ("/v1/chat/completions", {}, "malformed"),
         ("/v1/completions", {"prompt": words(3000)}, "malformed"),
