@@ -58,12 +58,17 @@ def configured_facts(config: AppConfig) -> dict[str, Any]:
 
 
 def wanted_scale(application: str) -> Scale | None:
-    """Return the number of engines that Serve's controller wants; None if there are none."""
+    """Return the number of replicas that Serve's controller wants; None if there are none."""
     client = _get_global_client()
     assert client is not None, "an ingress is part of a cluster"
     applications: dict[str, Any] = client.get_serve_details()["applications"]
-    engine = applications.get(application, {}).get("deployments", {}).get("Engine")
+    deployments = applications.get(application, {}).get("deployments", {})
+    engine = deployments.get("Engine")
     if engine is None:
         return None
+    # Lenders report, too, and do not scale.
+    lenders = deployments.get("Lender", {}).get("target_num_replicas", 0)
     auto = engine["deployment_config"].get("autoscaling_config") or {}
-    return Scale(engine["target_num_replicas"], auto.get("min_replicas"), auto.get("max_replicas"))
+    bounds = (auto.get(name) for name in ("min_replicas", "max_replicas"))
+    least, most = (None if bound is None else bound + lenders for bound in bounds)
+    return Scale(engine["target_num_replicas"] + lenders, least, most)

@@ -68,6 +68,8 @@ class Routing:
         self._silent = metrics.Gauge(
             "adakv_routing_silent_replicas", "Running replicas without a fresh report"
         )
+        # Replicas that requests can be routed to; others, such as lenders, report too.
+        self._routable: Collection[str] = ()
         self._subscription: LedgerSubscription | None = None
         self._kept: list[KeptTask] = []
 
@@ -96,9 +98,12 @@ class Routing:
 
     @property
     def has_fresh_report(self) -> bool:
-        """Whether some replica's report is fresh. A replica with a silent engine sends none."""
-        view, now_s = self._chooser.view, time.monotonic()
-        return len(view.replica_ids) > view.silent(view.replica_ids, now_s)
+        """Whether some replica that can get requests has a fresh report.
+
+        A replica with a silent engine sends none.
+        """
+        silent = self._chooser.view.silent(self._routable, time.monotonic())
+        return len(self._routable) > silent
 
     def stop(self) -> None:
         """Follow the ledger no more."""
@@ -187,7 +192,8 @@ class Routing:
         self._chooser.view.unbook(footprint.booking)
 
     def retain(self, replica_ids: Collection[str]) -> None:
-        """Forget all replicas but these."""
+        """Forget all replicas but these, which can get requests."""
+        self._routable = replica_ids
         self._chooser.retain(replica_ids)
 
 

@@ -53,6 +53,10 @@ class Door:
 def test_a_report_is_fresh_for_a_while(age_s: float, fresh: bool) -> None:
     view = LocalView()
     routing = Routing(Chooser(view), log_decisions=False)
+    routing.retain({"one"})
+    assert not routing.has_fresh_report
+    # A lender reports, too, and gets no requests.
+    view.accept(occupancy("lender"), time.monotonic())
     assert not routing.has_fresh_report
     view.accept(occupancy("one"), time.monotonic() - age_s)
     assert routing.has_fresh_report is fresh
