@@ -4,7 +4,7 @@ import { addSamples } from "./charts.js";
 import { byId, make, percent, rate, setText, whole } from "./dom.js";
 import { follow, forgetKey, KeyRefused, storedKey, storeKey } from "./feed.js";
 import { showReplicas } from "./replicas.js";
-import { showDecisions, showEvents, showIngress, showReasons } from "./routing.js";
+import { forgetEvents, showDecisions, showEvents, showIngress, showReasons } from "./routing.js";
 import { offer } from "./tryit.js";
 
 let facts = null;
@@ -40,6 +40,7 @@ const on = {
   lost: (problem) => showStatus("lost", `reconnecting: ${problem}`),
   facts(data) {
     const isNew = facts === null;
+    if (facts?.ingress !== data.ingress) forgetEvents();
     facts = data;
     byId("fleet").hidden = false;
     byId("key-form").hidden = true;
@@ -59,7 +60,7 @@ const on = {
     showReasons(data.reasons);
     showDecisions(data.decisions, data.whole);
     const events = data.events.map((values) => named(["number", "at_s", "kind", "replica_id", "count"], values));
-    showEvents(events, data.whole);
+    showEvents(events);
   },
 };
 
@@ -71,11 +72,17 @@ function askForKey(problem) {
   byId("key").focus();
 }
 
+let isFollowing = false;
+
+// A feed that is followed already takes the newest key with its next try.
 async function start() {
+  if (isFollowing) return;
+  isFollowing = true;
   showStatus("waiting", "connecting");
   try {
     await follow(on);
   } catch (problem) {
+    isFollowing = false;
     if (!(problem instanceof KeyRefused)) throw problem;
     const had = storedKey() !== null;
     forgetKey();

@@ -37,10 +37,20 @@ export function showDecisions(decisions, isWhole) {
   while (body.rows.length > MOST) body.lastChild.remove();
 }
 
-export function showEvents(events, isWhole) {
+let lastEvent = 0;
+
+// Another ingress has other events, with numbers of their own.
+export function forgetEvents() {
+  byId("events").replaceChildren();
+  lastEvent = 0;
+}
+
+// A whole state repeats events, which screen readers would read aloud again.
+export function showEvents(events) {
   const list = byId("events");
-  if (isWhole) list.replaceChildren();
-  for (const { at_s, kind, replica_id, count } of events) {
+  for (const { number, at_s, kind, replica_id, count } of events) {
+    if (number <= lastEvent) continue;
+    lastEvent = number;
     const text = make("span", BAD.has(kind) ? { class: "bad" } : {}, make("span", { class: "id" }, replica_id), ` ${EVENTS[kind]?.(count) ?? kind}`);
     list.prepend(make("li", {}, make("time", {}, clock(at_s)), text));
   }
