@@ -14,7 +14,7 @@ help:  ## show this list
 
 serve: install  ## set up .venv and serve CONFIG (configs/cluster.yaml)
 	@echo "==> python -m adakv_serve.serving.run $(CONFIG)"
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; set -a; . configs/ray.env; exec python -m adakv_serve.serving.run $(CONFIG)
+	@PATH="$(abspath $(VENV))/bin:$$PATH"; set -a; . configs/ray.env; exec python -m adakv_serve.serving.run $(CONFIG)
 
 monitoring:  ## run Prometheus and, where it is installed, Grafana beside `make serve`
 	@scripts/monitoring
