@@ -40,6 +40,7 @@ START_FLAGS = {
     "num-cpus",
     "num-gpus",
     "port",
+    "object-store-memory",
     "node-manager-port",
     "object-manager-port",
     "min-worker-port",

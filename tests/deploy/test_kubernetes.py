@@ -75,6 +75,13 @@ def test_flags_of_ray_start_exist(values: dict[str, Any]) -> None:
         assert set(group["rayStartParams"]) <= START_FLAGS
 
 
+@pytest.mark.parametrize(("size", "half"), [("1.5Gi", 3 << 28), ("512Mi", 1 << 28), ("2G", 10**9)])
+def test_rays_objects_take_half_of_shared_memory(size: str, half: int) -> None:
+    both = {"worker": {"sharedMemory": size}, "head": {"sharedMemory": size}}
+    for group in groups(ray_service(both)).values():
+        assert group["rayStartParams"]["object-store-memory"] == str(half)
+
+
 def test_commands_that_kuberay_runs_in_the_image_exist() -> None:
     from ray.scripts.scripts import cli
 

@@ -23,6 +23,7 @@ headGroupSpec:
     num-cpus: "0"
     num-gpus: "0"
     port: "6379"
+    object-store-memory: {{ include "adakv.halfBytes" $values.head.sharedMemory | quote }}
     {{- include "adakv.ports" $root | nindent 4 }}
   template:
     {{- include "adakv.pod" (dict "root" $root "kind" "head" "group" $values.head) | nindent 4 }}
@@ -37,9 +38,19 @@ workerGroupSpecs:
       {{- if $values.gpu.enabled }}
       num-gpus: {{ include "adakv.gpus" $root | quote }}
       {{- end }}
+      object-store-memory: {{ include "adakv.halfBytes" $values.worker.sharedMemory | quote }}
       {{- include "adakv.ports" $root | nindent 6 }}
     template:
       {{- include "adakv.pod" (dict "root" $root "kind" "worker" "group" $values.worker) | nindent 6 }}
+{{- end -}}
+
+{{/* Half of a quantity, in bytes. Ray's objects get half of /dev/shm, and moving caches the rest: a
+store that is larger than /dev/shm would lie on the node's disk. */}}
+{{- define "adakv.halfBytes" -}}
+{{- $units := dict "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 "k" 1000 "M" 1000000 "G" 1000000000 "T" 1000000000000 -}}
+{{- $unit := regexFind "[A-Za-z]*$" . -}}
+{{- $number := regexFind "^[0-9.]+" . | float64 -}}
+{{- divf (mulf $number (get $units $unit | default 1)) 2 | int64 -}}
 {{- end -}}
 
 {{- define "adakv.ports" -}}
