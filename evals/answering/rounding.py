@@ -1,7 +1,8 @@
 """Simulated pages of few bits: what stays of a prompt, rounded, in pages of full precision.
 
-It shows what a format costs in quality where no attention kernel reads it. The formats are those of
-vLLM's caches with scales beside their entries. An answer's own entries stay exact.
+It shows what a format costs in quality on machines whose attention kernels do not read it. The
+formats are those of vLLM's caches with scales beside their entries. An answer's own entries stay
+exact.
 """
 
 import contextlib

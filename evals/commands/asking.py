@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budgets", nargs="*", type=int, default=(64, 128, 256, 512))
     parser.add_argument("--ratios", nargs="*", type=float, default=())
     parser.add_argument(
-        "--page-dtype", choices=("auto", "fp8", "fp8_e5m2"), default="auto",
+        "--page-dtype", choices=("auto", "fp8", "fp8_e5m2", "int8", "int4"), default="auto",
         help="how compressed prompts are stored, in an engine in this process",
     )  # fmt: skip
     parser.add_argument(
