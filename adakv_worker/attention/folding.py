@@ -64,7 +64,7 @@ class FoldingBuilder(AttentionMetadataBuilder[Any]):
         step, self.next_step = self.next_step, None
         if step is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[safe-super]
-        common = _without_first(common_attn_metadata, step.stock_row, step.stock_token)
+        common = without_first(common_attn_metadata, step.stock_row, step.stock_token)
         if common.num_reqs == 0:
             return self.metadata_class(**self._nothing(common), step=step, has_rest=False)
         stock = super().build(common_prefix_len, common, fast_build)  # type: ignore[safe-super]
@@ -110,7 +110,7 @@ class FoldingBuilder(AttentionMetadataBuilder[Any]):
         }
 
 
-def _without_first(
+def without_first(
     common: CommonAttentionMetadata, count: int, tokens: int
 ) -> CommonAttentionMetadata:
     """Return the metadata of the rows after the first `count`, which have `tokens` in all."""
@@ -121,6 +121,11 @@ def _without_first(
         for name in ("is_prefilling", "seq_lens_cpu_upper_bound", "req_idx")
         if (value := getattr(common, name)) is not None
     }
+    # Of prompts with images whose tokens attend to each other.
+    if (ranges := common.mm_req_doc_ranges) is not None:
+        by_request["mm_req_doc_ranges"] = {
+            row - count: of_row for row, of_row in ranges.items() if row >= count
+        }
     # Cached results for the whole batch are wrong for a part.
     caches = [field.name for field in fields(common) if field.name.endswith("_cache")]
     return replace(
