@@ -17,6 +17,8 @@ TokenIds = npt.NDArray[np.int32]
 TENANT_KEY = "adakv-tenant"
 # Likewise: the card of a held cache that has arrived from another engine.
 ARRIVAL_KEY = "adakv-arrival"
+# Two prompts that differ mostly do so early: they are compared piece by piece.
+_COMPARED_TOKENS = 1024
 # The medium in vLLM's KV events of prompts whose compressed cache is held.
 HELD_MEDIUM = "ADAKV_HELD"
 
@@ -163,8 +165,13 @@ def common_tokens(held: TokenIds, floor_tokens: int, asked: TokenIds) -> int:
     most = min(len(held), len(asked) - 1)
     if most < floor_tokens:
         return 0
-    different = np.flatnonzero(held[:most] != asked[:most])
-    common = int(different[0]) if len(different) else most
+    common = most
+    for start in range(0, most, _COMPARED_TOKENS):
+        end = min(start + _COMPARED_TOKENS, most)
+        different = np.flatnonzero(held[start:end] != asked[start:end])
+        if len(different):
+            common = start + int(different[0])
+            break
     return common if common >= max(floor_tokens, 1) else 0
 
 

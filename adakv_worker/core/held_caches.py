@@ -204,8 +204,11 @@ class HeldCaches:
 
     def forget(self) -> None:
         """Drop all held caches."""
-        for held in list(self):
+        forgotten = {held.name: held for held in self}
+        for held in forgotten.values():
             self._drop(held, "forgotten")
+        # Their content may be gone before the workers could copy it.
+        self._parks = [name for name in self._parks if name not in forgotten]
         self._free_lost()
 
     @property

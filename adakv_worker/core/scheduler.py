@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
@@ -231,7 +232,9 @@ class AdaKVSchedulerMixin(Scheduler):
                 if self._sessions is not None:
                     self._sessions.end_wait(request_id)
             for request_id in manager.take_whole():
-                if request := manager.requests.get(request_id):
+                request = manager.requests.get(request_id)
+                # One that was preempted in the same step begins anew.
+                if request is not None and request.phase is Phase.WHOLE:
                     self._proofs.note_whole(request_id, request.plan)
         return output
 
@@ -317,9 +320,13 @@ class AdaKVSchedulerMixin(Scheduler):
             self._manager.held.forget()
 
     def has_requests(self) -> bool:
-        """Return whether there is to be a step: also one that only frees workers' memory."""
+        """Return whether there is to be a step: also one that only frees workers' memory.
+
+        A paused engine may have no memory to work on until it goes on.
+        """
         held = self._manager.held if self._manager is not None else None
-        return super().has_requests() or (held is not None and held.has_gone)
+        has_gone = held is not None and held.has_gone
+        return super().has_requests() or (has_gone and self.pause_state is PauseState.UNPAUSED)
 
     def _leave(self, request: Request) -> None:
         """Hold the cache of a request that is about to lose its blocks."""

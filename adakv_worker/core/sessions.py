@@ -81,6 +81,9 @@ class Sessions:
         They take few blocks and little time; behind others that overwrite their caches they would
         compute everything. Nobody is overtaken for longer than `overtake_s`.
         """
+        if not len(self._held):
+            self._wanted.clear()
+            return
         overdue_since = now_s - self._config.overtake_s
         # Patience delays requests, so it has a limit even where `overtake_s` is 0.
         longest_s = self._config.overtake_s or self._config.patience_s

@@ -1,5 +1,6 @@
 """Held caches in vLLM's block pool: always free, found by tokens, lost when overwritten."""
 
+import numpy as np
 import pytest
 
 from tests.adakv_worker.core.held_pool import BLOCKS, IDLE_S, MOST, PATIENCE_S, Pool, tokens
@@ -31,6 +32,16 @@ def test_a_cache_saves_the_common_tokens_from_its_floor_on(
     match = pool.held.find("a", tokens(*asked))
     assert (match.tokens if match else 0) == saved
     assert match is None or match.held is held
+
+
+@pytest.mark.parametrize("common", [0, 1, 1023, 1024, 1025, 2048, 2500])
+def test_long_prompts_are_compared_to_their_first_difference(pool: Pool, common: int) -> None:
+    ids = np.arange(2500, dtype=np.int32)
+    pool.hold(ids, 2)
+    asked = np.append(ids, 7).astype(np.int32)
+    asked[common:] += 1
+    match = pool.held.find("a", asked)
+    assert (match.tokens if match else 0) == common
 
 
 def test_another_scope_finds_nothing(pool: Pool) -> None:
@@ -182,6 +193,14 @@ def test_a_reset_prefix_cache_has_no_held_caches_either(pool: Pool) -> None:
     pool.hold(tokens(1), 5)
     assert pool.pool.reset_prefix_cache()
     assert len(pool.held) == 0
+
+
+def test_what_a_reset_forgets_is_not_copied_to_the_host() -> None:
+    pool = Pool(host_blocks=7)
+    held = pool.hold(tokens(1, 2), 3)
+    pool.pool.get_new_blocks(BLOCKS - 1)
+    pool.held.forget()
+    assert (pool.held.take_parks(), pool.held.take_gone()) == ([], [held.name])
 
 
 def test_caches_go_to_the_host_when_their_blocks_are_taken() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.core.sched.interface import PauseState
 
 from adakv_serve.kernels.policies.presets import PRESETS
 from tests.adakv_worker.conversation import SESSIONS, Conversation
@@ -345,3 +346,17 @@ def test_a_reset_forgets_all_caches(engine: Engine, others_run: bool) -> None:
     (second,) = engine.run([asked], engine.params(max_tokens=4))
     assert second.proof is not None
     assert second.proof["session"]["skipped"] == "no_match"
+
+
+def test_a_paused_engine_takes_no_step_for_what_it_forgot(engine: Engine) -> None:
+    engine.run([prompt(300, seed=88)], engine.params(max_tokens=4))
+    # The cache is held with the step after its request has ended.
+    engine.run([prompt(5, seed=89)], engine.params(max_tokens=1))
+    scheduler = engine.scheduler
+    scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    engine.llm.llm_engine.reset_prefix_cache()
+    assert not scheduler.has_requests()
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert scheduler.has_requests()
+    engine.run([prompt(5, seed=89)], engine.params(max_tokens=1))
+    assert not scheduler.has_requests()
