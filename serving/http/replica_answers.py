@@ -13,6 +13,7 @@ from adakv_serve.serving.http.asgi import (
     call_app,
     is_event_stream,
 )
+from adakv_serve.serving.http.decoded import Decoded, current_decoded, with_decoded
 from adakv_serve.serving.http.encodable import unencodable_field
 from adakv_serve.serving.http.failures import BackendFailure, ReplicaDown, ReplicaFault, ReplicaLost
 from adakv_serve.serving.http.followed import BEGUN_WITH, tokens_message
@@ -68,8 +69,10 @@ class ReplicaAnswers:
             yield [self._signed(start), *rest]
             return
         answer = None if BEGUN_WITH not in scope else AnswerTokens(scope[BEGUN_WITH])
+        decoded, told = Decoded(len(scope.get(BEGUN_WITH) or ())), 0
         begun = False
-        async with aclosing(call_app(_followed(self._app, answer), scope, body)) as batches:
+        app = _followed(self._app, answer, decoded)
+        async with aclosing(call_app(app, scope, body)) as batches:
             async for batch in batches:
                 if self._is_dead() and _tells_error(batch):
                     raise ReplicaLost("the engine process died")
@@ -79,7 +82,12 @@ class ReplicaAnswers:
                         answer = None
                     batch[0] = self._signed(batch[0])
                 tokens = answer.take() if answer is not None else None
-                yield batch if tokens is None else [tokens_message(tokens), *batch]
+                if tokens is not None:
+                    batch = [tokens_message(tokens), *batch]
+                if decoded.tokens > told:
+                    told = decoded.tokens
+                    batch = with_decoded(batch, told)
+                yield batch
 
     def _signed(self, start: Message) -> Message:
         """Return the response's start with a header that names this replica."""
@@ -87,15 +95,17 @@ class ReplicaAnswers:
         return {**start, "headers": [*start.get("headers", ()), signature]}
 
 
-def _followed(app: ASGIApp, answer: AnswerTokens | None) -> ASGIApp:
+def _followed(app: ASGIApp, answer: AnswerTokens | None, decoded: Decoded) -> ASGIApp:
     """Return an app whose requests to the engine are those of an answer."""
 
     async def following(scope: Scope, receive: Receive, send: Send) -> None:
-        token = current_answer_tokens.set(answer)
+        tokens = current_answer_tokens.set(answer)
+        count = current_decoded.set(decoded)
         try:
             await app(scope, receive, send)
         finally:
-            current_answer_tokens.reset(token)
+            current_answer_tokens.reset(tokens)
+            current_decoded.reset(count)
 
     return following
 

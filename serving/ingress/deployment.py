@@ -24,6 +24,7 @@ from adakv_serve.serving.config import AppConfig
 from adakv_serve.serving.http.api_keys import vllm_keys
 from adakv_serve.serving.http.asgi import ASGIApp, Message, Scope, route_path
 from adakv_serve.serving.http.continued_streams import ContinuedStreams
+from adakv_serve.serving.http.decoded import without_decoded
 from adakv_serve.serving.http.door_settings import FrontDoorSettings
 from adakv_serve.serving.http.draining import Running
 from adakv_serve.serving.http.front_door import FrontDoor
@@ -114,11 +115,11 @@ class HandleBackend:
                 self._routing.answered(footprint)
             try:
                 while item is not None:
-                    batch = _batch(item)
+                    batch, decoded = without_decoded(_batch(item))
                     if _is_refusal(batch):
                         pay(-prompt)
                     before = counter.tokens
-                    counter.see(batch)
+                    counter.see(batch, decoded)
                     pay(counter.tokens - before)
                     yield batch
                     item = await anext(response, None)

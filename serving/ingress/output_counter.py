@@ -1,4 +1,4 @@
-"""Counts the tokens of a passing answer: by its usage, else by its stream's events."""
+"""Counts the tokens of a passing answer: as its engine does, else by its usage or its events."""
 
 import json
 import re
@@ -21,14 +21,23 @@ class OutputCounter:
     def __init__(self) -> None:
         self._events = 0
         self._usage = 0
+        self._decoded: int | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens counted so far."""
+        if self._decoded is not None:
+            return self._decoded
         return self._usage or max(0, self._events - _EVENTS_WITHOUT_TOKEN)
 
-    def see(self, batch: list[Message]) -> None:
-        """Count the tokens of the next response messages."""
+    def see(self, batch: list[Message], decoded: int | None = None) -> None:
+        """Count the tokens of the next response messages.
+
+        Args:
+            decoded: tokens that the engine has decoded so far; None if there is no news.
+        """
+        if decoded is not None:
+            self._decoded = decoded
         for message in batch:
             if body := body_of(message):
                 self._events += len(_EVENT.findall(body))

@@ -15,6 +15,7 @@ from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 from adakv_serve.serving.http.api_keys import VLLM_VARIABLE
 from adakv_serve.serving.http.asgi import ASGIApp
 from adakv_serve.serving.http.compression_proof import ProofMiddleware
+from adakv_serve.serving.vllm_engine.decoded import count_decoded
 from adakv_serve.serving.vllm_engine.hang_watch import HangWatch
 from adakv_serve.serving.vllm_engine.http_metrics import HttpMetrics
 from adakv_serve.serving.vllm_engine.load import CacheSize, EngineLoad, LoadStats
@@ -106,6 +107,7 @@ class VllmHost:
         assert isinstance(engine, BookedLLM)
         stats.sent = engine.sent
         app = await _app(engine, server_options(model, served_name, args, server_args))
+        count_decoded(engine)
         if compressing:
             take_proofs(engine)
             app = ProofMiddleware(app)

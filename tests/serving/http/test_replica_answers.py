@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from adakv_serve.serving.http.asgi import ASGIApp, Message, Receive, Scope, Send
+from adakv_serve.serving.http.decoded import current_decoded, without_decoded
 from adakv_serve.serving.http.failures import ReplicaDown, ReplicaFault, ReplicaLost
 from adakv_serve.serving.http.followed import BEGUN_WITH, parted
 from adakv_serve.serving.http.replica_answers import ReplicaAnswers
@@ -55,6 +56,25 @@ async def answer(
 async def test_an_answer_names_its_replica() -> None:
     ((start, _),) = await answer(Engine(JSON_START, chunk(b"{}", more=False)))
     assert (b"x-replica-id", b"replica-7") in start["headers"]
+
+
+@pytest.mark.parametrize("begun", [[], [7, 8]])
+async def test_an_answer_tells_how_many_tokens_were_decoded_for_it(begun: list[int]) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        count = current_decoded.get()
+        assert count is not None
+        # The first output repeats what another engine has begun.
+        count.note(len(begun))
+        await send(SSE_START)
+        for tokens in (1, 0, 5):
+            count.note(tokens)
+            await send(chunk(b"data: x\n\n", more=tokens < 5))
+
+    scope = {BEGUN_WITH: begun} if begun else {}
+    batches = await answer(Engine(), app=app, scope=scope)
+    told = [without_decoded(batch) for batch in batches]
+    assert [tokens for _, tokens in told if tokens is not None][-1] == 6
+    assert all(one["type"].startswith("http.") for batch, _ in told for one in parted(batch)[0])
 
 
 async def test_what_cannot_be_encoded_is_refused_before_the_app() -> None:

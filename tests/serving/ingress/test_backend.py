@@ -16,6 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from adakv_serve.router.footprint import Footprint
 from adakv_serve.serving.http.asgi import Message, Scope
+from adakv_serve.serving.http.decoded import with_decoded
 from adakv_serve.serving.http.door_settings import FrontDoorSettings
 from adakv_serve.serving.http.failures import (
     NoReplica,
@@ -203,6 +204,21 @@ async def test_a_request_that_a_replica_refuses_pays_nothing(status: int) -> Non
     ):
         pass
     assert (paid[0], sum(paid)) == (Predictor.FOOTPRINT.prompt_tokens, 0)
+
+
+async def test_a_request_pays_for_what_was_decoded_however_its_body_tells_it() -> None:
+    paid: list[int] = []
+    body: Message = {"type": "http.response.body", "body": b"data: {}\n\n"}
+    handle = Handle([START], with_decoded([body], 1), with_decoded([body], 64))
+    seen = [
+        message
+        async for batch in backend_of(handle, Predictor()).stream(
+            {"path": "/", "headers": []}, b"", paid.append
+        )
+        for message in batch
+    ]
+    assert seen == [START, body, body]
+    assert sum(paid) == Predictor.FOOTPRINT.prompt_tokens + 64
 
 
 async def test_a_body_with_the_prompts_ids_goes_along_with_its_length() -> None:

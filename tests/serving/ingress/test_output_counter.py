@@ -28,6 +28,18 @@ def test_events_are_counted_without_usage() -> None:
     assert counted(role, text, b"data: [DONE]\n\n") == 2
 
 
+def test_what_the_engine_counts_is_worth_more_than_what_a_body_tells() -> None:
+    counter = OutputCounter()
+    counter.see(
+        [{"type": "http.response.body", "body": b'data: {"usage": {"output_tokens": 9}}'}], 4
+    )
+    assert counter.tokens == 4
+    counter.see([{"type": "http.response.body", "body": b"data: [DONE]"}])
+    assert counter.tokens == 4
+    counter.see([{"type": "http.response.body", "body": b""}], 64)
+    assert counter.tokens == 64
+
+
 @pytest.mark.parametrize("name", ["completion_tokens", "output_tokens"])
 def test_usage_is_counted_by_either_name(name: str) -> None:
     usage = {"prompt_tokens": 5, name: 17, "output_tokens_details": {"reasoning_tokens": 3}}

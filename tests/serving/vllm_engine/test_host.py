@@ -9,6 +9,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from adakv_serve.serving.http.decoded import Decoded, current_decoded
 from adakv_serve.serving.http.rendered import NotRendered
 from adakv_serve.serving.ingress.footprints import FootprintPredictor
 from adakv_serve.serving.vllm_engine.rendering import VllmRenderer
@@ -227,6 +228,20 @@ async def test_requests_are_counted_once(client: httpx.AsyncClient) -> None:
         await ask(client, "completions", stream=stream)
         await ask(client, "completions", stream=stream, **BAD["logit_bias"])
     assert (await counted("2xx"), await counted("4xx")) == (before[0] + 2, before[1] + 2)
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+async def test_all_tokens_count_however_few_events_a_client_asks_for(
+    client: httpx.AsyncClient, choices: int
+) -> None:
+    token = current_decoded.set(count := Decoded())
+    response = await ask(
+        client, "completions", max_tokens=40, n=choices, stream=True, stream_interval=10**9,
+        ignore_eos=True,
+    )  # fmt: skip
+    current_decoded.reset(token)
+    assert len(events_of(response)) < 10
+    assert count.tokens == 40 * choices
 
 
 async def test_models_are_listed_and_shown(client: httpx.AsyncClient) -> None:
