@@ -113,3 +113,13 @@ def test_the_doctor_names_what_is_wrong_with_an_odd_file(
     assert done.returncode in (1, 2)
     assert named in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_command_names_the_package_that_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "adakv_serve.loadtest.soak", None)
+    assert main(["bench", "soak"]) == 1
+    assert "adakv bench soak: the package adakv_serve.loadtest.soak is missing" in (
+        capsys.readouterr().err
+    )

