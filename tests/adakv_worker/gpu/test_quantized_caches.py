@@ -1,17 +1,20 @@
 """Engines on the GPU's path whose caches, or compressed pages, store fewer bits."""
 
 import functools
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.adakv_worker.conversation import SESSIONS, Conversation
 from tests.adakv_worker.eight_bits import (
     Paged,
     as_stored,
     assert_near_reference,
     attention_to,
+    with_scales,
 )
 from tests.adakv_worker.engine.test_eviction import Traced, run
 from tests.adakv_worker.engines import (
@@ -21,6 +24,7 @@ from tests.adakv_worker.engines import (
     make_tiny_model,
     prompt,
 )
+from tests.adakv_worker.gpu import interpreted
 from tests.adakv_worker.gpu.test_backends import (
     Kind,
     compressed_and_whole,
@@ -28,7 +32,9 @@ from tests.adakv_worker.gpu.test_backends import (
     started,
 )
 
-_TRITON, _FLASH = Kind("Triton", use_v2=True), Kind("Flash", use_v2=True, graphs=True)
+_TRITON, _FLASH = (Kind(name, use_v2=True, graphs=True) for name in ("Triton", "Flash"))
+# Log-probabilities may differ by this on average.
+_CLOSE = 0.03
 # Bytes of an entry's keys in a head of 32 numbers, by format.
 _BYTES = {
     "fp8": 32, "int8_per_token_head": 36, "fp8_per_token_head": 36, "int4_per_token_head": 20,
@@ -77,8 +83,12 @@ def test_a_block_takes_as_many_bytes_as_its_numbers_and_scales(engine: Engine, f
 
 
 def test_compressed_and_whole_caches_in_one_batch(engine: Engine, reference: Reference) -> None:
+    replayed = interpreted.graphs.replayed
+    replayed.clear()
     for result in compressed_and_whole(engine):
         assert_near_reference(result, reference)
+    # The graphs' kernels read and write such blocks, too.
+    assert replayed
 
 
 def test_evictions_while_answers_are_written(engine: Engine, reference: Reference) -> None:
@@ -108,6 +118,17 @@ def test_a_cache_leaves_with_its_scales(engine: Engine, reference: Reference) ->
     run_with_a_move(engine, traced)
     assert traced.result is not None
     assert_near_reference(traced.result, reference, traced.kept_at)
+
+
+@pytest.mark.parametrize("use_v2", [True, False])
+def test_scales_of_a_checkpoint_count(model: Path, tmp_path: Path, use_v2: bool) -> None:
+    scales = (0.25, 0.125)
+    scaled = with_scales(model, tmp_path / "scaled", scales)
+    # The checkpoint says that its cache has eight bits.
+    with started(scaled, Kind("Triton", use_v2=use_v2)) as engine:
+        (result,) = engine.run([prompt(150, seed=9)], engine.params(max_tokens=4))
+    assert result.kept is not None
+    assert_near_reference(result, Reference(model, attention_to("fp8", as_stored, scales)))
 
 
 @pytest.fixture(
@@ -159,3 +180,23 @@ def test_such_pages_leave_with_their_scales(paging: tuple[Engine, Paged]) -> Non
     run_with_a_move(engine, traced)
     assert traced.result is not None
     paged.assert_near(traced.result, traced.kept_at)
+
+
+def test_the_next_turn_goes_on_in_such_pages(model: Path) -> None:
+    store = functools.partial(as_stored, form="int8")
+    paged = Paged(model, "int8 turns", store, store)
+    # Too little for a cache: it comes back from the host.
+    sessions = {**SESSIONS, "share": 0.002, "host_bytes": 64 << 20}
+    first = prompt(90, seed=31)
+    with started(
+        model, Kind("Triton", use_v2=True), sessions=sessions, page_dtype="int8"
+    ) as engine:
+        talk = Conversation(
+            engine, paged.for_prompt_of(len(first)), _CLOSE, difference=statistics.fmean
+        )
+        talk.turn(first, max_tokens=6)
+        talk.turn([*talk.tokens, *prompt(30, seed=32)], max_tokens=6)
+        assert talk.resumed == 95
+        assert talk.proof["session"]["source"] == "host"
+        assert talk.proof["page_tokens"] == PAGE_TOKENS["int8"]
+        engine.flush()
