@@ -12,7 +12,7 @@ from typing import NamedTuple
 # vLLM chooses its attention kernels by these flags of `/proc/cpuinfo`.
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd")
 
-# Of the container: by version 2 and version 1 of control groups.
+# These files limit a container's memory, in version 2 and version 1 of control groups.
 _MEMORY_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )  # fmt: skip

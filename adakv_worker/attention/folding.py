@@ -121,7 +121,7 @@ def without_first(
         for name in ("is_prefilling", "seq_lens_cpu_upper_bound", "req_idx")
         if (value := getattr(common, name)) is not None
     }
-    # Of prompts with images whose tokens attend to each other.
+    # vLLM names the ranges of image tokens that attend to each other by their row.
     if (ranges := common.mm_req_doc_ranges) is not None:
         by_request["mm_req_doc_ranges"] = {
             row - count: of_row for row, of_row in ranges.items() if row >= count

@@ -128,7 +128,8 @@ class BookedLLM(AsyncLLM):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # vLLM calls it once for each request, before it makes one of each choice (`n`).
+        # vLLM calls it once for each request, before it copies the request for each choice (`n`).
+        # It sends these copies past `_add_request`, and has no other hook before them.
         self.input_processor.assign_request_id = _begin  # type: ignore[method-assign]
 
     @property

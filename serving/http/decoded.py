@@ -1,13 +1,13 @@
-"""How many tokens an engine has decoded for an HTTP request, told to the ingress beside the body.
+"""Sends the ingress the number of tokens that an engine has decoded for an HTTP request.
 
-A body tells it only with usage, and its events may have many tokens or none.
+The ingress cannot count them in the body: one event of a stream may carry many tokens or none.
 """
 
 from contextvars import ContextVar
 
 from adakv_serve.serving.http.asgi import Message
 
-# The name of the message: no client can set or see it.
+# The type of the message. Clients can neither send nor see it.
 _DECODED = "adakv.decoded"
 
 
@@ -34,12 +34,15 @@ current_decoded: ContextVar[Decoded | None] = ContextVar("adakv_decoded", defaul
 
 
 def with_decoded(batch: list[Message], tokens: int) -> list[Message]:
-    """Return a batch of an answer's messages with the tokens decoded so far."""
+    """Append a message with the number of tokens decoded so far to a batch of an answer."""
     return [*batch, {"type": _DECODED, "tokens": tokens}]
 
 
 def without_decoded(batch: list[Message]) -> tuple[list[Message], int | None]:
-    """Return a batch's messages for the client, and its tokens; None if it tells no tokens."""
+    """Return the messages for the client, and the number of tokens decoded so far.
+
+    The number is None if the batch has no message with it.
+    """
     if not batch or batch[-1]["type"] != _DECODED:
         return batch, None
     return batch[:-1], batch[-1]["tokens"]

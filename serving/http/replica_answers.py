@@ -69,7 +69,8 @@ class ReplicaAnswers:
             yield [self._signed(start), *rest]
             return
         answer = None if BEGUN_WITH not in scope else AnswerTokens(scope[BEGUN_WITH])
-        decoded, told = Decoded(len(scope.get(BEGUN_WITH) or ())), 0
+        decoded = Decoded(len(scope.get(BEGUN_WITH) or ()))
+        sent_tokens = 0
         begun = False
         app = _followed(self._app, answer, decoded)
         async with aclosing(call_app(app, scope, body)) as batches:
@@ -84,9 +85,9 @@ class ReplicaAnswers:
                 tokens = answer.take() if answer is not None else None
                 if tokens is not None:
                     batch = [tokens_message(tokens), *batch]
-                if decoded.tokens > told:
-                    told = decoded.tokens
-                    batch = with_decoded(batch, told)
+                if decoded.tokens > sent_tokens:
+                    sent_tokens = decoded.tokens
+                    batch = with_decoded(batch, sent_tokens)
                 yield batch
 
     def _signed(self, start: Message) -> Message:

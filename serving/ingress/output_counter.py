@@ -34,7 +34,7 @@ class OutputCounter:
         """Count the tokens of the next response messages.
 
         Args:
-            decoded: tokens that the engine has decoded so far; None if there is no news.
+            decoded: tokens that the engine has decoded so far; None if it has sent no new number.
         """
         if decoded is not None:
             self._decoded = decoded

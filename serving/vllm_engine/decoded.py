@@ -27,5 +27,6 @@ def count_decoded(engine: AsyncLLM) -> None:
                 count.note(len(output.new_token_ids))
         return process_outputs(outputs, *args, **kwargs)
 
+    # vLLM has no hook for the outputs of requests.
     processor.add_request = adding  # type: ignore[method-assign]
     processor.process_outputs = processing  # type: ignore[method-assign, assignment]
