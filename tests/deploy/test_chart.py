@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+import yaml
 
 from adakv_serve.router.autoscaling import ScalingTargets
 from adakv_serve.serving.config import AppConfig
@@ -271,6 +272,25 @@ def test_prometheus_finds_the_port_that_ray_exports_metrics_on() -> None:
     for group in groups(ray_service(VARIANTS["all_on"])).values():
         ports = {one["name"]: one["containerPort"] for one in container(group)["ports"]}
         assert ports[endpoint["port"]] == int(group["rayStartParams"]["metrics-export-port"])
+
+
+def test_monitoring_brings_the_alerts_and_the_dashboard() -> None:
+    found = documents(VARIANTS["all_on"])
+    monitoring = ROOT / "configs" / "monitoring"
+    rule = kind(found, "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load((monitoring / "alerts.yml").read_text())
+    assert rule["metadata"]["labels"]["release"] == "prometheus"
+    dashboard = kind(found, "ConfigMap")
+    assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
+    text = (monitoring / "grafana" / "adakv.json").read_text()
+    assert json.loads(dashboard["data"]["adakv.json"]) == json.loads(text)
+
+
+def test_a_second_release_leaves_alerts_and_dashboard_to_the_first() -> None:
+    monitoring = {"enabled": True, "alerts": False, "dashboard": {"enabled": False}}
+    kinds = {one["kind"] for one in documents({"monitoring": monitoring})}
+    assert "PodMonitor" in kinds
+    assert kinds.isdisjoint({"PrometheusRule", "ConfigMap"})
 
 
 def test_volumes_hold_keys_certificate_and_models() -> None:

@@ -16,7 +16,7 @@ MANIFESTS = sorted((ROOT / "deploy" / "kuberay").glob("*.yaml"))
 # The oldest that Chart.yaml allows, and the newest that the package has.
 VERSIONS = ("1.25", kubernetes_validate.latest_version())
 # Their schemas are KubeRay's and the Prometheus operator's.
-CUSTOM = {"RayService", "PodMonitor"}
+CUSTOM = {"RayService", "PodMonitor", "PrometheusRule"}
 
 each_version = pytest.mark.parametrize("version", VERSIONS)
 

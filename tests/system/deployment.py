@@ -251,7 +251,7 @@ def dashboard_metrics() -> set[str]:
     """Those that the shipped dashboard asks for."""
     dashboard = json.loads((ROOT / "configs" / "monitoring" / "grafana" / "adakv.json").read_text())
     asked = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
-    return set(re.findall(r"ray_[a-z_]+", asked))
+    return set(re.findall(r"\bray_(?!io_)[a-z_]+", asked))
 
 
 def _is_called(process: psutil.Process, *names: str) -> bool:
