@@ -7,7 +7,7 @@ const CHARTS = [
   { title: "Tokens a second", lines: [["answers", "decode_tokens_per_s", "--compressed"], ["prompts", "prefill_tokens_per_s", "--lent"]], text: rate },
   { title: "Requests", lines: [["running", "running", "--compressed"], ["waiting", "waiting", "--lent"]], text: whole },
   { title: "Blocks in use", lines: [["of all blocks", "used_share", "--compressed"]], text: percent, top: 1 },
-  { title: "In a second", lines: [["preempted", "preempted", "--bad"], ["moved", "moved", "--borrowed"]], text: whole },
+  { title: "Requests a second", lines: [["preempted", "preempted_per_s", "--bad"], ["moved", "moved_per_s", "--borrowed"]], text: rate },
 ];
 
 let samples = [];
@@ -62,9 +62,18 @@ function draw() {
   }
 }
 
+// Large fleets have more than a second between two samples.
+function withShares(sample, before) {
+  const gap_s = before ? sample.at_s - before.at_s : 1;
+  return {
+    ...sample, used_share: sample.used_blocks / Math.max(sample.total_blocks, 1),
+    preempted_per_s: sample.preempted / gap_s, moved_per_s: sample.moved / gap_s,
+  };
+}
+
 export function addSamples(added) {
   const newest = samples.at(-1)?.at_s ?? 0;
-  for (const one of added) if (one.at_s > newest) samples.push({ ...one, used_share: one.used_blocks / Math.max(one.total_blocks, 1) });
+  for (const one of added) if (one.at_s > newest) samples.push(withShares(one, samples.at(-1)));
   samples = samples.slice(-MOST);
   if (!made.length) build();
   else draw();
