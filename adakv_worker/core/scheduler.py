@@ -294,6 +294,8 @@ class AdaKVSchedulerMixin(Scheduler):
     def _check_queue(self) -> None:
         waiting = {r.request_id for r in (*self.waiting, *self.kv_holding_waiting)}
         assert self._queue.names <= waiting, "a request is counted as waiting that does not wait"
+        if self._sessions is not None:
+            self._sessions.check(waiting)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         if self._manager is not None and ended_by_itself(request):

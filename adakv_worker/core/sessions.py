@@ -13,7 +13,7 @@ from adakv_serve.kernels.blocks import compressed_blocks_bound
 from adakv_serve.kernels.policies.presets import PolicyChoice
 from adakv_worker.config import FULL, SessionsConfig
 from adakv_worker.core.floor import Floor, Resumed
-from adakv_worker.core.held import Held, ToHold
+from adakv_worker.core.held import Held, Match, ToHold
 from adakv_worker.core.held_caches import HeldCaches
 from adakv_worker.core.manager import AdaKVManager
 from adakv_worker.core.plan import Plan, query_span
@@ -61,12 +61,15 @@ class Sessions:
         self._holds: dict[str, Hold] = {}
         # The held caches that waiting requests will probably begin with.
         self._wanted: dict[str, str] = {}
+        # Tokens of waiting requests, which are looked up in each step: a copy of a long prompt
+        # takes milliseconds.
+        self._tokens: dict[str, TokenIds] = {}
 
     def await_turn(self, request: Request, budget: RequestBudget) -> None:
         """Note a request that begins to wait: its held cache stays longer than others."""
         if not len(self._held) or not _may_share(request, budget):
             return
-        match = self._held.find(_scope(request, budget), _token_ids(request))
+        match = self._match(request, budget)
         if match is not None and match.tokens >= self._config.min_saved_tokens:
             self._wanted[request.request_id] = match.held.name
             self._held.refresh(match.held.name)
@@ -74,6 +77,7 @@ class Sessions:
     def end_wait(self, request_id: str) -> None:
         """Note that a request does not wait any more."""
         self._wanted.pop(request_id, None)
+        self._tokens.pop(request_id, None)
 
     def order(self, waiting: RequestQueue, now_s: float) -> None:
         """Move the requests that resume to the front of the queue, in their order.
@@ -111,7 +115,7 @@ class Sessions:
         """
         if not _may_share(request, budget):
             return plan
-        match = self._held.find(_scope(request, budget), _token_ids(request))
+        match = self._match(request, budget)
         skipped = "no_match"
         if match is not None:
             if match.tokens - hit_tokens >= self._config.min_saved_tokens:
@@ -127,6 +131,16 @@ class Sessions:
             skipped = "saves_little"
         record = SessionProof(1, 0, plan.prompt_tokens - hit_tokens, skipped=skipped)
         return replace(plan, session=record)
+
+    def _match(self, request: Request, budget: RequestBudget) -> Match | None:
+        """Return the held cache that saves most tokens of a waiting request, or None."""
+        if not len(self._held):
+            return None
+        tokens = self._tokens.get(request.request_id)
+        # The token of an asynchronous step may come after the request was preempted.
+        if tokens is None or len(tokens) != request.num_tokens:
+            tokens = self._tokens[request.request_id] = _token_ids(request)
+        return self._held.find(_scope(request, budget), tokens)
 
     def _copying(self, request_id: str, plan: Plan, held: Held) -> Plan:
         """Return a plan that copies its held cache if others wait for it and both have room."""
@@ -188,6 +202,11 @@ class Sessions:
             extra_keys=[(held.cache_salt,)] if held.cache_salt is not None else None,
         )  # fmt: skip
         pool.kv_event_queue.append(stored)
+
+    def check(self, waiting: set[str]) -> None:
+        """Assert that no other requests are noted than those that wait, by their ids."""
+        noted = self._wanted.keys() | self._tokens.keys()
+        assert noted <= waiting, "a request is noted as waiting that does not wait"
 
     def take_holds(self) -> dict[str, Hold]:
         """Return the requests whose caches are held since the last call."""
