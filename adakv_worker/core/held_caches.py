@@ -144,6 +144,10 @@ class HeldCaches:
         self.blocks += len(held.blocks)
         self._pool.unpin_blocks(held.blocks, self._taken)
         self._publish(held, True)
+        if len(held.blocks) > self._most_blocks:
+            # Others need not go for one that cannot stay.
+            self._lose(held, "cap")
+            return
         while self.blocks > self._most_blocks or len(self._held) > self._most:
             self._lose(least_valuable(self._held.values(), self._index.value, held), "cap")
 

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from tests.adakv_worker.core.held_pool import BLOCKS, IDLE_S, MOST, PATIENCE_S, Pool, tokens
+from tests.adakv_worker.core.held_pool import (
+    BLOCKS,
+    IDLE_S,
+    MOST,
+    MOST_BLOCKS,
+    PATIENCE_S,
+    Pool,
+    tokens,
+)
 
 
 @pytest.fixture
@@ -187,6 +195,17 @@ def test_other_free_blocks_are_overwritten_first(pool: Pool) -> None:
     pool.held.next_step()
     pool.pool.get_new_blocks(8)
     assert len(pool.held) == 0
+
+
+@pytest.mark.parametrize("host_blocks", [0, MOST_BLOCKS + 1])
+def test_a_cache_that_is_too_large_to_be_held_takes_no_other_with_it(host_blocks: int) -> None:
+    pool = Pool(host_blocks=host_blocks)
+    others = [pool.hold(tokens(1), 9), pool.hold(tokens(2), 9)]
+    large = pool.hold(tokens(3), MOST_BLOCKS + 1)
+    assert list(pool.held)[:2] == others
+    assert pool.held.take_parks() == [large.name] * (host_blocks > 0)
+    assert pool.held.take_gone() == [large.name] * (host_blocks == 0)
+    pool.held.check()
 
 
 def test_a_reset_prefix_cache_has_no_held_caches_either(pool: Pool) -> None:
