@@ -57,11 +57,16 @@ class LenderName(NamedTuple):
         return cls.of(name) if name.count("/") == 2 else None
 
 
+# Their files keep the memory of the largest caches that they held.
+_MOST_IDLE = 4
+
+
 class StateFiles:
     """Paths for caches' files, each in a folder that only this user can read.
 
     Paths are reused after success: overwriting a file is several times as fast as allocating its
-    memory. Each folder is locked as long as its process lives, also against other containers.
+    memory. A few are kept for that, however many were in use at once. Each folder is locked as long
+    as its process lives, also against other containers.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -78,7 +83,10 @@ class StateFiles:
         except BaseException:
             self._remove(path)
             raise
-        self._idle.append(path)
+        if len(self._idle) < _MOST_IDLE:
+            self._idle.append(path)
+        else:
+            self._remove(path)
 
     def clear(self) -> None:
         """Remove the files that are not in use."""

@@ -1,6 +1,7 @@
 """Parts of the spill that need no engine."""
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 
@@ -20,6 +21,20 @@ def test_only_what_dead_replicas_have_left_is_removed(tmp_path: Path) -> None:
     with files.path() as path:
         remove_orphans(tmp_path)
         assert list(tmp_path.iterdir()) == [path.parent]
+    files.clear()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_burst_of_moves_leaves_few_files(tmp_path: Path) -> None:
+    files = StateFiles(tmp_path)
+    with contextlib.ExitStack() as moves:
+        paths = [moves.enter_context(files.path()) for _ in range(32)]
+        for path in paths:
+            path.write_bytes(b"a cache")
+        assert len(list(tmp_path.iterdir())) == 32
+    assert len(list(tmp_path.iterdir())) < 8
+    with files.path() as path:
+        assert path in paths
     files.clear()
     assert not list(tmp_path.iterdir())
 
