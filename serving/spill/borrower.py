@@ -7,16 +7,17 @@ import logging
 import sys
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import redis
 
-from adakv_serve.router.lending.leases import Lease, Room
+from adakv_serve.router.lending.leases import Lease
 from adakv_serve.router.lending.redis_leases import LEASE_TTL_S, LendingLedger
-from adakv_serve.router.lending.spill_plan import Candidate, Peer, plan_spill
+from adakv_serve.router.lending.spill_plan import Candidate, plan_spill
 from adakv_serve.serving.http.tracing import note_span
+from adakv_serve.serving.spill.lenders import Lenders
 from adakv_serve.serving.spill.move import MoveReport, RequestMove, Send, SpillSettings, Stayed
 from adakv_serve.serving.spill.parcels import StateFiles
 from adakv_serve.serving.supervision import KeptTask, Supervisor
@@ -26,11 +27,6 @@ if TYPE_CHECKING:
     from adakv_worker.frontend.moving import Movable, MovingCore
 
 logger = logging.getLogger("ray.serve")
-
-# Weight of a new measurement of a lender's speed.
-_NEWEST = 0.3
-# Lenders whose speeds are remembered, those of the last moves.
-_MOST_SPEEDS = 256
 
 
 @dataclass
@@ -78,7 +74,7 @@ class Borrower:
         self._leases: dict[str, Lease] = {}
         self._past: dict[str, _Past] = {}
         self._stayed_at: dict[str, float] = {}
-        self._bytes_per_s: dict[str, float] = {}
+        self._lenders = Lenders(settings.bytes_per_s)
         self._tasks = tasks
         # One for each move.
         self._moves: set[asyncio.Task[None]] = set()
@@ -148,7 +144,8 @@ class Borrower:
         # Each running request may take one more block before the next look.
         pressing = load.running - load.blocks_free
         if self._draining:
-            needed, pressing = load.blocks_total, load.blocks_total
+            # Nobody is preempted for it: a request goes on here where no lender has blocks.
+            needed = load.blocks_total
             limits = replace(limits, worth=0.0, moves_of_a_request=sys.maxsize)
         # The load still counts requests that leave now, or have left since the engine reported it.
         if max(needed, pressing) <= 0 or self._leaving or load.told_at < self._left_at:
@@ -164,7 +161,7 @@ class Borrower:
         moves = plan_spill(
             max(needed, pressing),
             candidates,
-            self._peers(rooms),
+            self._lenders.peers(room for room in rooms if room.lender != self._replica_id),
             self._settings.prefill_tokens_per_s,
             limits,
             pressing_blocks=pressing,
@@ -175,16 +172,6 @@ class Borrower:
             )
             if await self._ledger.take(lease):
                 self._start_move(move.request_id, lease)
-
-    def _peers(self, rooms: Iterable[Room]) -> list[Peer]:
-        return [
-            Peer(lender, blocks, host_bytes, self._speed(lender))
-            for lender, blocks, host_bytes in rooms
-            if lender != self._replica_id
-        ]
-
-    def _speed(self, lender: str) -> float:
-        return self._bytes_per_s.get(lender, self._settings.bytes_per_s)
 
     def _candidate(self, movable: "Movable", load: "EngineLoad") -> Candidate:
         proof = movable.proof
@@ -246,6 +233,7 @@ class Borrower:
         except Exception as error:
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
             logger.warning("request %s does not go on at %s: %s", request_id, lender, problem)
+            self._lenders.avoid(lender)
             self._on_move(move.report(problem))
         finally:
             self._leaving.discard(move)
@@ -270,11 +258,7 @@ class Borrower:
                 await self._ledger.give_back(lease.lease_id)
 
     def _note(self, report: MoveReport, lease: Lease) -> None:
-        speeds, before = self._bytes_per_s, self._speed(report.lender)
-        speeds.pop(report.lender, None)
-        speeds[report.lender] = before + _NEWEST * (report.bytes_per_s - before)
-        if len(speeds) > _MOST_SPEEDS:
-            del speeds[next(iter(speeds))]
+        self._lenders.note(report)
         logger.info("spill moved %s", json.dumps(report.log_line() | {"to": lease.resource}))
         self._on_move(report)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import redis
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from adakv_serve.router.lending.redis_leases import LendingLedger
+from adakv_serve.serving.spill.parcels import Guest
 from tests.adakv_worker.proofs import make_proof
 from tests.serving.spill.borrowing import (
     SHORT,
+    Batches,
     Borrowing,
     is_gone,
     lend,
     only_arrives,
+    refuses,
     soon,
 )
 from tests.serving.spill.spill_pair import KEYS, LOAD
@@ -138,6 +142,40 @@ async def test_a_replica_that_is_removed_spares_no_cost(
     await borrowing.over()
 
 
+async def test_a_replica_that_is_removed_sends_no_request_to_wait_elsewhere(
+    ledger: LendingLedger, tmp_path: Path
+) -> None:
+    await lend(ledger, blocks=0, host_bytes=1 << 30)
+    borrowing = Borrowing(ledger, tmp_path)
+    borrowing.load = LOAD
+    await borrowing.asks()
+    borrowing.borrower.drain()
+    await borrowing.borrower.relieve()
+    assert not (await ledger.read()).leases
+
+
+@pytest.mark.parametrize("fails", [refuses, is_gone], ids=["of another version", "gone"])
+async def test_a_lender_that_has_failed_is_not_asked_again_at_once(
+    ledger: LendingLedger, tmp_path: Path, fails: Callable[[Guest], Batches]
+) -> None:
+    borrowing = Borrowing(ledger, tmp_path)
+    borrowing.send = fails
+    borrowing.borrower.drain()
+    await borrowing.asks()
+    await borrowing.borrower.relieve()
+    assert (await borrowing.moved()).problem is not None
+    await borrowing.over()
+    front = borrowing.front
+    front.decodes(borrowing.added[-1].request_id, make_proof())
+    await soon(front.moving.get_output_async())
+    await borrowing.borrower.relieve()
+    assert not (await ledger.read()).leases
+    await lend(ledger, lender="another")
+    await borrowing.borrower.relieve()
+    assert [lease.lender for lease in (await ledger.read()).leases] == ["another"]
+    await borrowing.borrower.stop()
+
+
 async def test_only_one_replica_gets_the_last_blocks(ledger: LendingLedger, tmp_path: Path) -> None:
     proof = make_proof()
     peak = proof.peak_blocks(1, 8)
@@ -164,6 +202,7 @@ async def test_a_request_moves_as_often_as_it_may(ledger: LendingLedger, tmp_pat
     front.decodes(borrowing.added[-1].request_id, make_proof())
     await soon(front.moving.get_output_async())
     assert len(front.moving.movable()) == 1
+    await lend(ledger, lender="another")
     await borrowing.borrower.relieve()
     assert not (await ledger.read()).leases
 
@@ -198,6 +237,7 @@ async def test_moves_of_a_request_that_has_ended_are_forgotten(
     await borrowing.moved()
     await borrowing.over()
     await borrowing.front.moving.abort_requests_async(["asked"])
+    await lend(ledger, lender="another")
     await borrowing.asks()
     await borrowing.borrower.relieve()
     assert len((await ledger.read()).leases) == 1
