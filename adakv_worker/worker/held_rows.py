@@ -126,10 +126,13 @@ class HeldRows:
         self._parked[name] = copied(self._cache, self._tables, row, host_memory(self._cache))
         self._tables.release(row)
 
-    def _copied(self, name: str) -> CompressedState:
-        """Copy a cache in pages, on its device."""
-        room = memory_on(self._tables.device, self._cache)
-        return copied(self._cache, self._tables, self._rows[name], room)
+    def _copied(self, row: int, cut_tokens: int, slabs: list[int]) -> int:
+        """Return a new row with a copy of a cache in pages, without its last tokens."""
+        lens = self._tables.lens(row).to("cpu", copy=True) - cut_tokens
+        copy = self._tables.place(lens, slabs)
+        sources = self._tables.filled_pages(row, lens)
+        move_pages(self._cache, sources, self._tables.filled_pages(copy))
+        return copy
 
     def drop(self, name: str) -> None:
         """Forget a cache."""
@@ -146,12 +149,13 @@ class HeldRows:
                 are the first.
             copies: whether the cache stays held, too.
         """
-        if copies or name in self._parked:
-            state = self._parked[name] if name in self._parked else self._copied(name)
+        if (state := self._parked.get(name)) is not None:
             if not copies:
                 del self._parked[name], self._cards[name]
             shorter = state.without_last(cut_tokens, self._tables.page_tokens)
             return placed(self._cache, self._tables, shorter, slabs)
+        if copies:
+            return self._copied(self._rows[name], cut_tokens, slabs)
         row = self._rows.pop(name)
         del self._cards[name]
         have = len(self._tables.pages(row)) // self._tables.layout.pages_per_block

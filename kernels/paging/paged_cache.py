@@ -9,7 +9,8 @@ from torch import Tensor
 from adakv_serve.kernels.dispatch import Operation
 
 _MOVED_PAGES = 64
-# Bytes of keys and values that a compaction on a CPU holds at a time.
+# Bytes of keys and values that are held at a time, in memory outside the budget: those that a
+# compaction on a CPU copies, and pages on their way to the host's memory and back.
 _COPIED_BYTES = 16 << 20
 
 
@@ -74,7 +75,9 @@ def read_pages(cache: PagedCache, pages: Tensor, keys: Tensor, values: Tensor) -
         if _is_whole(pool) and pool.device == content.device:
             torch.index_select(_whole_pages(pool), 0, pages, out=content)
         else:
-            content.view(len(pages), *pool.shape[1:]).copy_(pool.index_select(0, pages))
+            at_once = _pages_at_once(pool)
+            for some, part in zip(pages.split(at_once), content.split(at_once), strict=True):
+                part.view(len(some), *pool.shape[1:]).copy_(pool.index_select(0, some))
 
 
 def write_pages(cache: PagedCache, pages: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -83,7 +86,9 @@ def write_pages(cache: PagedCache, pages: Tensor, keys: Tensor, values: Tensor) 
         if _is_whole(pool) and pool.device == content.device:
             _whole_pages(pool).index_copy_(0, pages, content)
         else:
-            pool[pages] = content.view(len(pages), *pool.shape[1:]).to(pool.device)
+            at_once = _pages_at_once(pool)
+            for some, part in zip(pages.split(at_once), content.split(at_once), strict=True):
+                pool[some] = part.view(len(some), *pool.shape[1:]).to(pool.device)
 
 
 def clear_pages(cache: PagedCache, pages: Tensor) -> None:
@@ -100,6 +105,10 @@ def move_pages(cache: PagedCache, sources: Tensor, targets: Tensor) -> None:
         for pool in cache:
             whole = _whole_pages(pool) if _is_whole(pool) else pool
             whole[places] = whole.index_select(0, some)
+
+
+def _pages_at_once(pool: Tensor) -> int:
+    return max(1, _COPIED_BYTES // (2 * pool[0].numel() * pool.element_size()))
 
 
 def _is_whole(pool: Tensor) -> bool:

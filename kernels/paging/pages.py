@@ -140,10 +140,15 @@ class PageTables(Protocol):
             raise
         return row
 
-    def filled_pages(self, row: int) -> Tensor:
-        """Return page ids [p] that hold a request's entries: layer by layer, head by head."""
+    def filled_pages(self, row: int, lens: Tensor | None = None) -> Tensor:
+        """Return page ids [p] that hold a request's entries: layer by layer, head by head.
+
+        Args:
+            lens: entries [L, H], the first ones of each head, if not all.
+        """
         tables = self.tables(row)
-        return tables[columns(tables) < self.pages_for(self.lens(row))[..., None]].long()
+        filled = self.pages_for(self.lens(row) if lens is None else lens.to(tables.device))
+        return tables[columns(tables) < filled[..., None]].long()
 
     def pages_for(self, lens: Tensor) -> Tensor:
         """Return the number of pages, int64, for each of `lens` entries."""
