@@ -73,7 +73,9 @@ class MovingCore:
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         if self.prepare is not None:
-            await self.prepare(request)
+            # Routers must not take the engine for idle meanwhile.
+            with self._core.preparing(request):
+                await self.prepare(request)
         if request.sampling_params is not None:
             own = Own(request, request.request_id)
             self._own[request.request_id] = self._here[request.request_id] = own

@@ -1,7 +1,8 @@
 """Requests that a front end has sent to its engine core, and an `AsyncLLM` that books them."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from vllm.sampling_params import SamplingParams
@@ -21,7 +22,8 @@ class SentRequests:
     """Live requests of an engine core, by the engine core's names, oldest first.
 
     The scheduler's statistics cover the requests that it had received by then. A step with a long
-    prefill takes seconds; requests sent meanwhile are `unseen`.
+    prefill takes seconds; requests sent meanwhile are `unseen`, and so are those that are about to
+    be sent.
     """
 
     def __init__(self) -> None:
@@ -30,6 +32,16 @@ class SentRequests:
         self._unanswered: set[str] = set()
         # Requests sent after the last one that statistics covered. Ended ones stay for the order.
         self._unseen: dict[str, None] = {}
+        self._preparing: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def preparing(self, request_id: str, prefill_tokens: int) -> Iterator[None]:
+        """Count a request as about to be sent, inside the context."""
+        self._preparing[request_id] = prefill_tokens
+        try:
+            yield
+        finally:
+            del self._preparing[request_id]
 
     def send(self, request_id: str, prefill_tokens: int) -> None:
         """Add a request, before it is sent."""
@@ -55,16 +67,18 @@ class SentRequests:
             self._drop_ended()
 
     def unseen(self) -> list[str]:
-        """Return the live requests that statistics do not cover yet."""
-        return [request_id for request_id in self._unseen if request_id in self._live]
+        """Return the requests that statistics do not cover yet."""
+        sent = [request_id for request_id in self._unseen if request_id in self._live]
+        return [*sent, *self._preparing]
 
     def newest_but(self, count: int) -> list[str]:
-        """Return all live requests but the `count` oldest."""
-        return list(self._live)[count:]
+        """Return all requests but the `count` oldest."""
+        return [*list(self._live)[count:], *self._preparing]
 
     def prefill_tokens(self, request_ids: Iterable[str]) -> list[int]:
-        """Return the prompt tokens of these live requests."""
-        return [self._live[request_id] for request_id in request_ids]
+        """Return the prompt tokens of these requests."""
+        tokens = {**self._preparing, **self._live}
+        return [tokens[request_id] for request_id in request_ids]
 
     def unanswered(self, *, but: Iterable[str] = ()) -> list[str]:
         """Return the live requests without an output, except those of `but`."""
@@ -92,6 +106,10 @@ class BookedCore:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._core, name)
+
+    def preparing(self, request: EngineCoreRequest) -> AbstractContextManager[None]:
+        """Return a context in which a request is booked that is about to be sent."""
+        return self._sent.preparing(request.request_id, _prefill_tokens(request))
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
         if request.sampling_params is not None:

@@ -14,8 +14,25 @@ from vllm.v1.engine import EngineCoreRequest
 from adakv_worker.frontend.moving import MovingCore
 from adakv_worker.session_messages import ARRIVAL_KEY, Found, HeldCard
 
-# The replica that probably holds a cache for the requests of this task; None for none.
-probable_holder: ContextVar[str | None] = ContextVar("adakv_holder", default=None)
+
+class ProbableHolder:
+    """The replica that probably holds a cache for an HTTP request.
+
+    vLLM makes many engine requests of one that has several prompts or a beam search, in tasks of
+    their own. The first of them asks for the cache; for others it would be the same one.
+    """
+
+    def __init__(self, replica_id: str) -> None:
+        self._replica_id: str | None = replica_id
+
+    def take(self) -> str | None:
+        """Return the replica the first time, and then None."""
+        taken, self._replica_id = self._replica_id, None
+        return taken
+
+
+# Of the HTTP request of this task, if any.
+probable_holder: ContextVar[ProbableHolder | None] = ContextVar("adakv_holder", default=None)
 
 
 class SessionAsk(NamedTuple):
@@ -61,9 +78,8 @@ class SessionCore:
         """
 
         async def prepare(request: EngineCoreRequest) -> None:
-            holder, ask = probable_holder.get(), SessionAsk.of(request)
-            # All answers to one request would ask for the same.
-            probable_holder.set(None)
+            probable, ask = probable_holder.get(), SessionAsk.of(request)
+            holder = probable.take() if probable is not None and ask is not None else None
             if holder is not None and ask is not None:
                 await fetch(holder, ask)
 

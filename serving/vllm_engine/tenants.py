@@ -3,7 +3,7 @@
 from adakv_serve.serving.http.asgi import ASGIApp, Receive, Scope, Send
 from adakv_serve.serving.http.tenants import HOLDER, TENANT_HEADER
 from adakv_serve.serving.http.tracing import serving_span
-from adakv_worker.frontend.session_moves import probable_holder
+from adakv_worker.frontend.session_moves import ProbableHolder, probable_holder
 from adakv_worker.frontend.tenants import current_tenant
 
 
@@ -16,7 +16,8 @@ class TenantMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         named = dict(scope.get("headers", ())).get(TENANT_HEADER)
         tenant = current_tenant.set(named.decode("latin-1") if named is not None else None)
-        holder = probable_holder.set(scope.get(HOLDER))
+        holder_id = scope.get(HOLDER)
+        holder = probable_holder.set(ProbableHolder(holder_id) if holder_id is not None else None)
         headers = list(scope.get("headers", ()))
         try:
             with serving_span("replica", headers):

@@ -9,7 +9,12 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from adakv_worker.frontend.session_moves import SessionAsk, SessionCore, probable_holder
+from adakv_worker.frontend.session_moves import (
+    ProbableHolder,
+    SessionAsk,
+    SessionCore,
+    probable_holder,
+)
 from adakv_worker.frontend.tenants import current_tenant
 from adakv_worker.salts import tenant_salt
 from adakv_worker.session_messages import Found, HeldCard
@@ -220,10 +225,11 @@ async def test_a_request_is_prepared_before_its_engine_gets_it(
         await SessionCore(there.core).take_in(card, str(tmp_path / "state"))
 
     SessionCore(there.core).fetch_by(fetch)
-    token = probable_holder.set("holder")
+    token = probable_holder.set(ProbableHolder("holder"))
     try:
-        client = await asked(there, turn)
-        await asked(there, turn, skip_reading_prefix_cache=True)
+        await asked(there, prompt(300, 19), skip_reading_prefix_cache=True)
+        # As vLLM does with each prompt of a completion and each beam.
+        client, _ = await asyncio.gather(asked(there, turn), asked(there, prompt(300, 20)))
         probable_holder.reset(token)
         await asked(there, turn)
     finally:
@@ -246,9 +252,12 @@ async def test_a_client_that_leaves_while_its_request_is_prepared_leaves_nothing
     try:
         client = Client(there, prompt(300, 17), OPTIONS)
         await begun.wait()
+        (waiting,) = there.llm.sent.unseen()
+        assert there.llm.sent.prefill_tokens([waiting]) == [300]
         client.task.cancel()
         await asyncio.wait([client.task])
     finally:
         there.core.prepare = None
     assert not there.llm.output_processor.request_states
+    assert not there.llm.sent.unseen()
     assert (await asked(there, prompt(300, 18))).finish_reason == "length"
