@@ -47,6 +47,10 @@ class HeldMoves:
         """
         return self._clock() - card.held_at_s > self._config.sessions.max_idle_s
 
+    def _may_arrive(self, name: str) -> bool:
+        """Return whether another replica, which is configured as this one is, takes a cache."""
+        return self._held.nbytes(name) <= self._config.sessions.arrival_bytes
+
     def find(
         self, extra_args: dict[str, Any] | None, cache_salt: str | None, token_bytes: bytes
     ) -> list[Any] | None:
@@ -71,7 +75,8 @@ class HeldMoves:
     ) -> list[Any] | None:
         """Find a request's cache and write it to this rank's file; return it with its card.
 
-        Returns None if there is none, or none that is small enough for the tokens that it saves.
+        Returns None if there is none, or none that is small enough for the tokens that it saves and
+        for other replicas.
 
         Raises:
             OSError: there is no room for the file.
@@ -80,7 +85,7 @@ class HeldMoves:
         if fields is None:
             return None
         found = Found(*fields)
-        if found.nbytes > most_bytes_per_token * found.tokens:
+        if found.nbytes > most_bytes_per_token * found.tokens or not self._may_arrive(found.name):
             return None
         card = self.export(found.name, path)
         return None if card is None else [fields, card]
@@ -90,7 +95,7 @@ class HeldMoves:
         return [
             [*Found(name, len(card.token_ids), self._held.nbytes(name) * self._kind.ranks)]
             for name, card in reversed([*self._held.cards.items()])
-            if not card.has_adapter and not self._is_idle(card)
+            if not card.has_adapter and not self._is_idle(card) and self._may_arrive(name)
         ]
 
     def export(self, name: str, path: str) -> dict[str, Any] | None:

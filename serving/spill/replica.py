@@ -96,8 +96,9 @@ class ReplicaSpill:
             self._failed_moves += 1
 
     def _make_sessions(self, config: AppConfig, application: str) -> SessionTraffic | None:
-        """Return the traffic of held caches; None where requests leave none."""
-        if config.compression is None or not config.compression.sessions.enabled:
+        """Return the traffic of held caches; None where requests leave none, or none may come."""
+        sessions = config.compression.sessions if config.compression is not None else None
+        if sessions is None or not sessions.enabled or not sessions.arrival_bytes:
             return None
         peers = ReplicaPeers(self._name, application, self._ledger)
         traffic = SessionTraffic(

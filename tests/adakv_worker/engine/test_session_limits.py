@@ -201,5 +201,10 @@ def test_a_cache_that_never_fits_is_refused(
     (name,) = engine.runner.adakv.state.held.cards
     fields = moves.export(name, str(tmp_path / "cache"))
     assert "arrival_bytes" in moves.arrive("arrived", str(tmp_path / "cache"), fields)
+    # Nobody is sent what all refuse.
+    asked = HeldCard.of_fields(fields).token_bytes
+    assert moves.find(None, None, asked) is not None
+    assert moves.export_for(None, None, asked, float("inf"), str(tmp_path / "cache")) is None
+    assert moves.list() == []
     engine.flush()
     engine.close()
