@@ -221,9 +221,13 @@ class Recompression(Eviction):
             new = torch.zeros(shape, dtype=torch.bool, device=lens.device)
             new[..., self._among - keep :] = True
         position = torch.arange(int(lens.max()), device=lens.device)
-        age = position - (lens.long() - self._among)[..., None]
-        picked = new.gather(2, age.clamp(0, self._among - 1))
-        return (age < 0) | (picked & (age < self._among))
+        kept = torch.empty((*lens.shape, len(position)), dtype=torch.bool, device=lens.device)
+        # Ages of all layers at once would take many times the memory of what is kept.
+        for layer, begin in enumerate(lens.long() - self._among):
+            age = position - begin[:, None]
+            picked = new[layer].gather(1, age.clamp(0, self._among - 1))
+            kept[layer] = (age < 0) | (picked & (age < self._among))
+        return kept
 
 
 def _cat(parts: list[Tensor]) -> Tensor | None:
