@@ -153,8 +153,10 @@ class Engine:
 
     async def give_session(
         self, ask: "SessionAsk", most_bytes_per_token: float, to: Destination, holder: Addressee
-    ) -> Parcel | None:
-        """Return the held cache for another replica's request: see `SessionTraffic.give`.
+    ) -> "AsyncGenerator[Parcel | None, None]":
+        """Yield the held cache for another replica's request: see `SessionTraffic.give`.
+
+        None comes before it, as soon as this replica has a place for the call.
 
         Args:
             holder: this replica, for the request router, which finds it by this argument.
@@ -162,7 +164,9 @@ class Engine:
         Raises:
             LookupError: the addressee is gone.
         """
-        return await self._sessions(holder).give(ask, most_bytes_per_token, to)
+        sessions = self._sessions(holder)
+        yield None
+        yield await sessions.give(ask, most_bytes_per_token, to)
 
     async def take_session(self, parcel: Parcel, to: Addressee) -> bool:
         """Hold a cache of a replica that is to go; return whether it is whole.

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from adakv_worker.session_messages import Found, HeldCard
 
 
+# Longest wait for a place at another replica, while a request waits here.
+_PLACE_S = 2.0
+
+
 class Addressee(NamedTuple):
     """The one replica that a call is for; the request router finds it by this last argument."""
 
@@ -39,10 +43,16 @@ class ReplicaPeers:
     async def give(
         self, holder: str, ask: "SessionAsk", most_bytes_per_token: float, to: Destination
     ) -> Parcel | None:
-        call = self._call("give_session").remote(ask, most_bytes_per_token, to, Addressee(holder))
+        call = self._call("give_session", stream=True).remote(
+            ask, most_bytes_per_token, to, Addressee(holder)
+        )
         try:
-            parcel: Parcel | None = await call
-        except asyncio.CancelledError:
+            # A holder that is full has no place for it, and its queue may be long.
+            async with asyncio.timeout(_PLACE_S):
+                await anext(call)
+            parcel: Parcel | None
+            (parcel,) = [one async for one in call]
+        except BaseException:
             call.cancel()
             raise
         return parcel
