@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", type=int, metavar="K", help="send request K alone")
     parser.add_argument("--first", type=int, default=0, help="number of the first request")
     parser.add_argument("--concurrency", type=int, default=8)
-    parser.add_argument("--limit-s", type=float, default=120.0, help="a longer wait is a hang")
+    parser.add_argument("--limit-s", type=float, default=300.0, help="a longer wait is a hang")
     parser.add_argument("--url", help="of a running deployment; without it one is started")
     parser.add_argument("--store-url", help="its store; without it blocks and engines are not seen")
     parser.add_argument("--replicas", type=int, default=1, help="of the deployment at --url")

@@ -22,7 +22,6 @@ _PIECE_BYTES, _PIECE_S = 64, 0.1
 _WINDOW_BYTES = 2304
 # Log probabilities and the prompt make an answer of some hundred kilobytes.
 _LARGE = {"logprobs": 5, "echo": True, "prompt": SENTENCE * 30}
-_LIMIT_S = 120.0
 
 
 def _request(scene: Scene, *, stream: bool, **changes: object) -> bytes:
@@ -71,17 +70,17 @@ async def read_slowly(scene: Scene) -> Sequence[str]:
         for number in range(_SLOW_CLIENTS)
     ]
     found = await asyncio.gather(
-        *(asyncio.to_thread(_read_slowly, scene.url, one, _SLOW_S) for one in requests)
+        *(asyncio.to_thread(_read_slowly, scene, one, _SLOW_S) for one in requests)
     )
     return [problem for problem in found if problem is not None]
 
 
-def _read_slowly(url: str, request: bytes, slow_s: float) -> str | None:
+def _read_slowly(scene: Scene, request: bytes, slow_s: float) -> str | None:
     """Send a request and read its answer, slowly for a time; return what was wrong with it."""
-    parts = urlsplit(url)
+    parts = urlsplit(scene.url)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WINDOW_BYTES)
-        connection.settimeout(_LIMIT_S)
+        connection.settimeout(scene.hang_s)
         try:
             connection.connect((parts.hostname, parts.port))
             connection.sendall(request)

@@ -12,13 +12,17 @@ from adakv_serve.loadtest.servers.store import ProxiedStore
 
 
 class Scene(NamedTuple):
-    """store_port: of the server. store: None if the deployment has started its own."""
+    """
+    store_port: of the server. store: None if the deployment has started its own.
+    hang_s: an answer that takes longer never comes.
+    """
 
     url: str
     store_port: int
     model: str
     rng: random.Random
     store: ProxiedStore | None = None
+    hang_s: float = 180.0
 
     def one(self, role: str, without: str | None = None) -> psutil.Process:
         """Return a process of a role.
