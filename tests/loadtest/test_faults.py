@@ -140,9 +140,9 @@ def scene_of(url: str = "", store: ProxiedStore | None = None) -> Scene:
     return Scene(url, port, "fake", random.Random(0), store)
 
 
-def client_at(port: int) -> redis.asyncio.Redis:
+def client_at(port: int, timeout_s: float = 60.0) -> redis.asyncio.Redis:
     """A client that does not try again by itself."""
-    return redis.asyncio.Redis(port=port, socket_timeout=0.2, retry=Retry(NoBackoff(), 0))
+    return redis.asyncio.Redis(port=port, socket_timeout=timeout_s, retry=Retry(NoBackoff(), 0))
 
 
 async def failures_during(
@@ -203,9 +203,13 @@ async def test_a_killed_store_comes_back_at_its_address(store: ProxiedStore) -> 
 
 
 async def test_a_store_that_is_out_of_reach_lives_on(store: ProxiedStore) -> None:
-    async with client_at(store.port) as parted, client_at(store.server_port) as beside:
-        await until_it_takes_writes(parted)
-        assert await failures_during(store.stall(2.0), parted) == {redis.TimeoutError}
+    async with (
+        client_at(store.port, timeout_s=0.2) as waiting,
+        client_at(store.port) as parted,
+        client_at(store.server_port) as beside,
+    ):
+        await until_it_takes_writes(waiting)
+        assert await failures_during(store.stall(2.0), waiting) == {redis.TimeoutError}
         await until_it_takes_writes(parted)
         assert await failures_during(store.cut(2.0), parted) == {redis.ConnectionError}
         await until_it_takes_writes(parted)
