@@ -115,7 +115,8 @@ def view(browser: Any, deployment: Deployment) -> Iterator[View]:
 @contextmanager
 def load(deployment: Deployment, requests: int = 10) -> Iterator[list["Future[Any]"]]:
     """Long prompts with long answers, all at once."""
-    client = deployment.client(timeout=600)
+    # The front door has a queue of eight, which ten at once fill on a slow machine.
+    client = deployment.client(timeout=600, max_retries=20)
 
     def ask(number: int) -> Any:
         prompt = (
