@@ -115,9 +115,7 @@ async def disturb(target: Target, names: Sequence[str], args: argparse.Namespace
         slow_s = await _slow_s(users)
         recovery = Recovery(client, watch, users, slow_s)
         rng = random.Random(args.seed)
-        scene = Scene(
-            target.url, target.store_port, card["id"], rng, target.store, hang_s=args.hang_s
-        )
+        scene = Scene(target.url, target.store_port, card["id"], rng, args.hang_s, target.store)
         began_s, struck, wrong = time.monotonic(), [], []
         await asyncio.sleep(_QUIET_S)
         for name in names:

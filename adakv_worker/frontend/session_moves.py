@@ -31,7 +31,7 @@ class ProbableHolder:
         return taken
 
 
-# Of the HTTP request of this task, if any.
+# A task that works for no HTTP request has none.
 probable_holder: ContextVar[ProbableHolder | None] = ContextVar("adakv_holder", default=None)
 
 

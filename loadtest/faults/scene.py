@@ -21,8 +21,8 @@ class Scene(NamedTuple):
     store_port: int
     model: str
     rng: random.Random
+    hang_s: float
     store: ProxiedStore | None = None
-    hang_s: float = 180.0
 
     def one(self, role: str, without: str | None = None) -> psutil.Process:
         """Return a process of a role.

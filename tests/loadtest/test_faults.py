@@ -137,7 +137,7 @@ def store() -> Iterator[ProxiedStore]:
 
 def scene_of(url: str = "", store: ProxiedStore | None = None) -> Scene:
     port = 0 if store is None else store.server_port
-    return Scene(url, port, "fake", random.Random(0), store)
+    return Scene(url, port, "fake", random.Random(0), 60.0, store)
 
 
 def client_at(port: int, timeout_s: float = 60.0) -> redis.asyncio.Redis:

@@ -62,6 +62,15 @@ class Borrowing:
     async def moved(self) -> MoveReport:
         return await soon(self.reports.get())
 
+    async def fails_and_is_compressed_again(self) -> None:
+        """Let a new request leave for a lender that fails, and be computed where it began."""
+        await self.asks()
+        await self.borrower.relieve()
+        assert (await self.moved()).problem is not None
+        await self.over()
+        self.front.decodes(self.added[-1].request_id, make_proof())
+        await soon(self.front.moving.get_output_async())
+
     async def over(self) -> None:
         """Wait until every lease has ended."""
         async with asyncio.timeout(60):

@@ -21,7 +21,6 @@ from tests.serving.spill.borrowing import (
     lend,
     only_arrives,
     refuses,
-    soon,
 )
 from tests.serving.spill.spill_pair import KEYS, LOAD
 
@@ -161,13 +160,7 @@ async def test_a_lender_that_has_failed_is_not_asked_again_at_once(
     borrowing = Borrowing(ledger, tmp_path)
     borrowing.send = fails
     borrowing.borrower.drain()
-    await borrowing.asks()
-    await borrowing.borrower.relieve()
-    assert (await borrowing.moved()).problem is not None
-    await borrowing.over()
-    front = borrowing.front
-    front.decodes(borrowing.added[-1].request_id, make_proof())
-    await soon(front.moving.get_output_async())
+    await borrowing.fails_and_is_compressed_again()
     await borrowing.borrower.relieve()
     assert not (await ledger.read()).leases
     await lend(ledger, lender="another")
@@ -193,15 +186,8 @@ async def test_only_one_replica_gets_the_last_blocks(ledger: LendingLedger, tmp_
 async def test_a_request_moves_as_often_as_it_may(ledger: LendingLedger, tmp_path: Path) -> None:
     borrowing = Borrowing(ledger, tmp_path, limits={"moves_of_a_request": 1})
     borrowing.send = is_gone
-    await borrowing.asks()
-    await borrowing.borrower.relieve()
-    assert (await borrowing.moved()).problem is not None
-    await borrowing.over()
-    # It is compressed again where it began.
-    front = borrowing.front
-    front.decodes(borrowing.added[-1].request_id, make_proof())
-    await soon(front.moving.get_output_async())
-    assert len(front.moving.movable()) == 1
+    await borrowing.fails_and_is_compressed_again()
+    assert len(borrowing.front.moving.movable()) == 1
     await lend(ledger, lender="another")
     await borrowing.borrower.relieve()
     assert not (await ledger.read()).leases
