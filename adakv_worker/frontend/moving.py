@@ -109,6 +109,15 @@ class MovingCore:
 
     # Calls of a replica that has too little room.
 
+    async def cache_kind(self) -> str:
+        """Return a name that engines share which can read each other's caches.
+
+        Raises:
+            ConnectionError: the engine core has ended.
+        """
+        kind: str = (await self.call_workers("adakv_cache_kind", ()))[0]
+        return kind
+
     def movable(self) -> list[Movable]:
         """Return the compressed requests that are here and can move, the oldest first."""
         return [

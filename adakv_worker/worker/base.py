@@ -221,6 +221,9 @@ class AdaKVWorkerMixin(WorkerBase):
         with self._timed(lambda timings: timings.sampling()):
             return super().sample_tokens(grammar_output)  # type: ignore[arg-type]
 
+    def adakv_cache_kind(self) -> str:
+        return self._work.moves.kind.name
+
     @torch.inference_mode()
     def adakv_export(self, request_id: str, path: str, policy: str) -> list[int] | None:
         return self._work.moves.export(request_id, path, policy)

@@ -4,6 +4,7 @@ Each tensor-parallel rank has a file of its own, with its rank as the suffix.
 """
 
 import functools
+import hashlib
 import json
 import struct
 from collections.abc import Callable, Sequence
@@ -50,6 +51,12 @@ class CacheKind(NamedTuple):
     ranks: int
     packing: str
 
+    @property
+    def name(self) -> str:
+        """Return a name that engines share which can read each other's caches."""
+        shared = self._replace(rank=0)
+        return hashlib.blake2b(repr(tuple(shared)).encode(), digest_size=16).hexdigest()
+
     def header(self, policy: str, token_ids: Sequence[int] | TokenIds) -> StateHeader:
         """Return the header for the cache of these tokens."""
         return StateHeader(**self._asdict(), policy=policy, token_hash=hash_tokens(token_ids))
@@ -74,6 +81,7 @@ class Moves:
     """Exports of one worker's compressed requests, and caches staged for requests to come.
 
     staged: caches that have arrived, by the name they came with.
+    kind: properties of the caches.
     files: their files, mapped.
     """
 
@@ -81,7 +89,7 @@ class Moves:
         self.staged: dict[str, Moved] = {}
         self._state = state
         self._batch = batch
-        self._kind = kind
+        self.kind = kind
         self.files = MappedFiles()
 
     def export(self, request_id: str, path: str, policy: str) -> list[int] | None:
@@ -98,8 +106,8 @@ class Moves:
             return None
         random, window = self._batch.random_state(request_id), self._state.windows.get(request_id)
         # The last token is not computed yet.
-        header = self._kind.header(policy, tokens[:-1])
-        file = rank_file(path, self._kind.rank)
+        header = self.kind.header(policy, tokens[:-1])
+        file = rank_file(path, self.kind.rank)
         export = functools.partial(self._state.export, request_id)
         write_state(export, header, file, self.files, window, random)
         return tokens
@@ -109,9 +117,9 @@ class Moves:
 
         The file must last until the request has begun, or until `unstage`.
         """
-        header = self._kind.header(policy, token_ids[:-1])
+        header = self.kind.header(policy, token_ids[:-1])
         try:
-            self.staged[name] = read_state(rank_file(path, self._kind.rank), header, self.files)
+            self.staged[name] = read_state(rank_file(path, self.kind.rank), header, self.files)
         except StateRefused as error:
             return str(error)
         return None

@@ -10,11 +10,15 @@ RESOURCES: tuple[Resource, ...] = ("blocks", "host_bytes")
 
 
 class Offer(NamedTuple):
-    """The most that a lender lends in all, present leases included."""
+    """The most that a lender lends in all, present leases included.
+
+    cache_kind: name of the kind of caches that it can read; those of another kind it would refuse.
+    """
 
     lender: str
     blocks: int
     host_bytes: int
+    cache_kind: str = ""
 
     def of(self, resource: Resource) -> int:
         return self.blocks if resource == "blocks" else self.host_bytes

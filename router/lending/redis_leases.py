@@ -8,7 +8,8 @@ Keys, under `{prefix}:{application}:lending:`:
 
 Each script first removes expired entries. So nothing depends on replicas' clocks, and a replica
 that dies needs no clean-up. A jump of Redis' clock only makes leases expire earlier or later. What
-a script does grows with the logarithm of the number of lenders, except `read`.
+a script does grows with the logarithm of the number of lenders, except `read`, and `best` while
+most lenders have caches of another kind, as in a rolling update.
 
 If Redis has evicted one of the keys, the others make no sense: a lease without its end would last
 for ever. Then a script removes all of them, as if the store had been flushed. Lenders offer again
@@ -135,16 +136,34 @@ _GIVE_BACK = """
 return remove_lease(ARGV[1])
 """
 _BEST = """
+local count, kind = tonumber(ARGV[1]), ARGV[2]
 local best, seen = {}, {}
+
+local function reads_kind(lender)
+    local is_readable, offer = pcall(cjson.decode, redis.call('HGET', offers, lender))
+    return is_readable and type(offer) == 'table' and (offer.cache_kind or '') == kind
+end
+
+local function add(lender)
+    if seen[lender] then return end
+    seen[lender] = true
+    local blocks = redis.call('ZSCORE', rooms.blocks, lender)
+    local host_bytes = redis.call('ZSCORE', rooms.host_bytes, lender)
+    table.insert(best, {lender, blocks, host_bytes})
+end
+
 for _, key in pairs(rooms) do
-    for _, lender in ipairs(redis.call('ZREVRANGE', key, 0, ARGV[1] - 1)) do
-        if not seen[lender] then
-            seen[lender] = true
-            local blocks = redis.call('ZSCORE', rooms.blocks, lender)
-            local host_bytes = redis.call('ZSCORE', rooms.host_bytes, lender)
-            table.insert(best, {lender, blocks, host_bytes})
+    local found, first = 0, 0
+    repeat
+        local lenders = redis.call('ZREVRANGE', key, first, first + count - 1)
+        for _, lender in ipairs(lenders) do
+            if found < count and reads_kind(lender) then
+                found = found + 1
+                add(lender)
+            end
         end
-    end
+        first = first + count
+    until found == count or #lenders < count
 end
 return best
 """
@@ -189,8 +208,9 @@ class LendingLedger:
 
         An offer below what is lent ends no lease, but allows no new one.
         """
-        payload = json.dumps({"blocks": offer.blocks, "host_bytes": offer.host_bytes})
-        await self._run(_OFFER, offer.lender, payload, _ms(ttl_s))
+        fields = offer._asdict()
+        lender = fields.pop("lender")
+        await self._run(_OFFER, lender, json.dumps(fields), _ms(ttl_s))
 
     async def withdraw(self, lender: str) -> None:
         """Remove a lender's offer. Its leases cannot be renewed, and expire."""
@@ -218,12 +238,15 @@ class LendingLedger:
         """End a lease. Return False if it had ended before."""
         return await self._run(_GIVE_BACK, lease_id) == 1
 
-    async def best(self, count: int = _BEST_LENDERS) -> list[Room]:
+    async def best(self, cache_kind: str = "", count: int = _BEST_LENDERS) -> list[Room]:
         """Return the lenders with the most room: `count` by blocks, and as many by host memory.
 
         The one with the most blocks comes first.
+
+        Args:
+            cache_kind: name of the kind of caches that they must be able to read.
         """
-        found = cast(list[tuple[bytes, bytes, bytes]], await self._run(_BEST, count))
+        found = cast(list[tuple[bytes, bytes, bytes]], await self._run(_BEST, count, cache_kind))
         rooms = [
             Room(_text(name), int(float(blocks)), int(float(size))) for name, blocks, size in found
         ]
@@ -264,8 +287,11 @@ def _items(pairs: list[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _offer(name: str, fields: dict[str, Any]) -> Offer | None:
-    amounts = [fields.get(resource, 0) for resource in RESOURCES]
-    return Offer(name, *amounts) if all(isinstance(one, int) for one in amounts) else None
+    blocks, host_bytes = fields.get("blocks", 0), fields.get("host_bytes", 0)
+    kind = fields.get("cache_kind", "")
+    if isinstance(blocks, int) and isinstance(host_bytes, int) and isinstance(kind, str):
+        return Offer(name, blocks, host_bytes, kind)
+    return None
 
 
 def _lease(name: str, fields: dict[str, Any]) -> Lease | None:

@@ -50,6 +50,7 @@ class Borrower:
         load: Callable[[], "EngineLoad"],
         ledger: LendingLedger,
         replica_id: str,
+        cache_kind: str,
         send: Send,
         block_bytes: int,
         settings: SpillSettings,
@@ -58,6 +59,7 @@ class Borrower:
     ) -> None:
         """
         Args:
+            cache_kind: name of the kind of caches that lenders must be able to read.
             send: sends a request to its lender, and yields its outputs.
             block_bytes: size of one KV block of all layers.
             tasks: runs its background tasks.
@@ -66,6 +68,7 @@ class Borrower:
         self._load = load
         self._ledger = ledger
         self._replica_id = replica_id
+        self._cache_kind = cache_kind
         self._send = send
         self._block_bytes = block_bytes
         self._settings = settings
@@ -157,7 +160,7 @@ class Borrower:
         ]
         if not candidates:
             return
-        rooms = await self._ledger.best()
+        rooms = await self._ledger.best(self._cache_kind)
         moves = plan_spill(
             max(needed, pressing),
             candidates,

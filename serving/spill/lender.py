@@ -56,6 +56,7 @@ class Lender:
         load: Callable[[], "EngineLoad"],
         ledger: LendingLedger,
         replica_id: str,
+        cache_kind: str,
         share: float,
         folder: Path,
         park_bytes: int,
@@ -64,6 +65,7 @@ class Lender:
     ) -> None:
         """
         Args:
+            cache_kind: name of the kind of caches that the engine can read.
             share: offered part of the blocks that no request here will need.
             max_requests: number of requests from which on nothing more is offered.
             folder: folder in memory for caches from other nodes.
@@ -74,6 +76,7 @@ class Lender:
         self._load = load
         self._ledger = ledger
         self._replica_id = replica_id
+        self._cache_kind = cache_kind
         self._share = share
         self._files = StateFiles(folder)
         self._park_bytes = park_bytes
@@ -175,10 +178,10 @@ class Lender:
         """Return the present offer: lent blocks, and a share of those that can be spared."""
         load = self._load()
         if self._silent() or load.running + load.waiting >= self._max_requests:
-            return Offer(self._replica_id, self.lent_blocks, 0)
+            return Offer(self._replica_id, self.lent_blocks, 0, self._cache_kind)
         leased = sum(guest.growth_blocks for guest in self._guests.values())
         # The engine's own figure includes growth of guests, too, so the larger one counts.
         growth = max(leased, load.blocks_reserved_growth)
         spare = load.blocks_free - growth - (load.waiting_blocks or 0)
         blocks = self.lent_blocks + max(0, int(self._share * spare))
-        return Offer(self._replica_id, blocks, self._park_bytes)
+        return Offer(self._replica_id, blocks, self._park_bytes, self._cache_kind)

@@ -11,7 +11,7 @@ from adakv_serve.serving.spill.move import MoveReport
 _NEWEST = 0.3
 # Lenders whose speeds are remembered, those of the last moves.
 _MOST_SPEEDS = 256
-# A lender of another version refuses all caches, and each refused one is computed anew.
+# A lender that has failed may fail for each request, and each of them is computed anew.
 _AVOIDED_S = 60.0
 
 

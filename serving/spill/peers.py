@@ -29,10 +29,17 @@ class Addressee(NamedTuple):
 class ReplicaPeers:
     """Calls the other replicas of this one's deployment by its handle."""
 
-    def __init__(self, name: LenderName, application: str, ledger: LendingLedger) -> None:
+    def __init__(
+        self, name: LenderName, application: str, ledger: LendingLedger, cache_kind: str
+    ) -> None:
+        """
+        Args:
+            cache_kind: name of the kind of caches that others must be able to read.
+        """
         self._name = name
         self._application = application
         self._ledger = ledger
+        self._cache_kind = cache_kind
         self._handle: Any = None
 
     def _call(self, method: str, **options: Any) -> Any:
@@ -67,7 +74,7 @@ class ReplicaPeers:
 
     async def others(self) -> list[str]:
         own, others = self._name, []
-        for room in await self._ledger.best():
+        for room in await self._ledger.best(self._cache_kind):
             name = LenderName.parse(room.lender)
             if name is not None and name.deployment == own.deployment and name != own:
                 others.append(room.lender)

@@ -69,6 +69,7 @@ class ReplicaSpill:
             load=host.load,
             ledger=self._ledger,
             replica_id=str(name),
+            cache_kind=host.cache_kind,
             share=spill.lend_share,
             folder=self._folder,
             park_bytes=spill.park_bytes,
@@ -81,6 +82,7 @@ class ReplicaSpill:
             load=host.load,
             ledger=self._ledger,
             replica_id=str(name),
+            cache_kind=host.cache_kind,
             send=_sender(name, keys.application, lenders),
             block_bytes=host.block_bytes,
             settings=_settings(config),
@@ -100,12 +102,13 @@ class ReplicaSpill:
         sessions = config.compression.sessions if config.compression is not None else None
         if sessions is None or not sessions.enabled or not sessions.arrival_bytes:
             return None
-        peers = ReplicaPeers(self._name, application, self._ledger)
+        peers = ReplicaPeers(self._name, application, self._ledger, self._host.cache_kind)
         traffic = SessionTraffic(
             core=self._host.sessions,
             peers=peers,
             pack=peers.pack,
             node_id=self._name.node_id,
+            cache_kind=self._host.cache_kind,
             folder=self._folder,
             prefill_tokens_per_s=config.routing.prefill_tokens_per_s,
             speed=MoveSpeed(config.spill.bytes_per_s),

@@ -51,10 +51,14 @@ class Parcel(NamedTuple):
 
 
 class Destination(NamedTuple):
-    """Where the receiver wants the files of a cache: a path of its own, and its node."""
+    """Where the receiver wants the files of a cache: a path of its own, and its node.
+
+    cache_kind: name of the kind of caches that it can read.
+    """
 
     node_id: str
     path: str
+    cache_kind: str
 
 
 class SessionMove(NamedTuple):
@@ -121,6 +125,7 @@ class SessionTraffic:
         peers: Peers,
         pack: Callable[[Path], Sequence[Any]],
         node_id: str,
+        cache_kind: str,
         folder: Path,
         prefill_tokens_per_s: float,
         speed: MoveSpeed,
@@ -132,6 +137,7 @@ class SessionTraffic:
         Args:
             pack: returns the arrays of a cache's files, for another node.
             node_id: this replica's node.
+            cache_kind: name of the kind of caches that the engine can read.
             prefill_tokens_per_s: speed at which a prompt would be computed instead.
             speed: the speed at which caches come.
             interval_s: time between two looks for caches to hand over.
@@ -141,6 +147,7 @@ class SessionTraffic:
         self._peers = peers
         self._pack = pack
         self._node_id = node_id
+        self._cache_kind = cache_kind
         self._files = StateFiles(folder)
         self._prefill_tokens_per_s = prefill_tokens_per_s
         self._speed = speed
@@ -168,7 +175,7 @@ class SessionTraffic:
         most = self._speed.bytes_per_s / self._prefill_tokens_per_s
         # The receiver owns the files, because it knows when it has read them.
         with self._files.path() as path:
-            to = Destination(self._node_id, str(path))
+            to = Destination(self._node_id, str(path), self._cache_kind)
             parcel, own = await asyncio.gather(
                 self._peers.give(holder, ask, most, to), self._core.find(ask)
             )
@@ -191,8 +198,11 @@ class SessionTraffic:
 
         Args:
             most_bytes_per_token: larger caches would take longer to move than to compute.
-            to: where the other replica waits for it. On another node it takes arrays instead.
+            to: where the other replica waits for it. On another node it takes arrays instead. It
+                gets nothing if it cannot read this replica's caches, as in a rolling update.
         """
+        if to.cache_kind != self._cache_kind:
+            return None
         if to.node_id == self._node_id:
             exported = await self._core.export_for(ask, most_bytes_per_token, to.path)
             return None if exported is None else _parcel(*exported, to.path)

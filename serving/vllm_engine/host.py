@@ -60,9 +60,15 @@ class VllmHost:
         stats: LoadStats,
         kv_events: EventSockets | None = None,
         hang_s: float = DEFAULT_HANG_S,
+        cache_kind: str = "",
     ) -> None:
+        """
+        Args:
+            cache_kind: name of the kind of caches that a movable engine can read.
+        """
         self.engine = engine
         self.app = app
+        self.cache_kind = cache_kind
         self._stats = stats
         self._kv_events = kv_events
         self._watch = HangWatch(engine.is_paused, self._end_processes, hang_s)
@@ -111,7 +117,8 @@ class VllmHost:
         if compressing:
             take_proofs(engine)
             app = ProofMiddleware(app)
-        return cls(engine, TenantMiddleware(app), stats, events, hang_s)
+        kind = await engine.engine_core.cache_kind() if movable else ""
+        return cls(engine, TenantMiddleware(app), stats, events, hang_s, kind)
 
     @property
     def core(self) -> MovingCore:

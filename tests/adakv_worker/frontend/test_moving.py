@@ -42,6 +42,13 @@ async def follow(here: Side, there: Side, departure: Departure, path: str) -> No
                 return
 
 
+async def test_engines_that_can_exchange_requests_name_the_same_kind_of_caches(
+    sides: tuple[Side, Side],
+) -> None:
+    here, there = sides
+    assert await here.core.cache_kind() == await there.core.cache_kind()
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "seeded"])
 async def test_its_client_notices_nothing(
     sides: tuple[Side, Side], tmp_path: Path, options: dict[str, Any]

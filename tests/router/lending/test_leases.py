@@ -106,12 +106,24 @@ async def test_the_best_lenders_have_most_of_either_memory(ledger: LendingLedger
     for number in range(20):
         await ledger.offer(Offer(f"{number:02}", number, 1000 - number))
     await ledger.take(lease("one", amount=10, lender="19"))
-    assert await ledger.best(2) == [
+    assert await ledger.best(count=2) == [
         Room("18", 18, 982), Room("17", 17, 983), Room("01", 1, 999), Room("00", 0, 1000),
     ]  # fmt: skip
     await ledger.give_back("one")
     await ledger.withdraw("18")
-    assert [room.lender for room in await ledger.best(2)][:2] == ["19", "17"]
+    assert [room.lender for room in await ledger.best(count=2)][:2] == ["19", "17"]
+
+
+async def test_the_best_lenders_can_read_the_caches(
+    ledger: LendingLedger, client: redis.Redis
+) -> None:
+    for number in range(40):
+        await ledger.offer(Offer(f"{number:02}", number, number, "old" if number > 2 else "new"))
+    # One that no version has written.
+    client.hset(LendingKeys.of(KEYS).offers, "39", "no offer")
+    assert await ledger.best("new", 2) == [Room("02", 2, 2), Room("01", 1, 1)]
+    assert [room.lender for room in await ledger.best("old", 2)] == ["38", "37"]
+    assert not await ledger.best()
 
 
 @pytest.mark.parametrize("evicted", LendingKeys._fields)

@@ -48,7 +48,7 @@ class Borrowing:
         self.looks = 0
         self.borrower = Borrower(
             core=self.front.moving, load=self._look, ledger=ledger, replica_id="borrower",
-            send=lambda guest: self.send(guest), block_bytes=1000,
+            cache_kind="kind",            send=lambda guest: self.send(guest), block_bytes=1000,
             settings=SpillSettings(**settings), tasks=Supervisor(), on_move=self.reports.put_nowait,
         )  # fmt: skip
 
@@ -127,6 +127,10 @@ async def ends_early(guest: Guest) -> Batches:
 
 
 async def lend(
-    ledger: LendingLedger, blocks: int = 100, host_bytes: int = 0, lender: str = "lender"
+    ledger: LendingLedger,
+    blocks: int = 100,
+    host_bytes: int = 0,
+    lender: str = "lender",
+    cache_kind: str = "kind",
 ) -> None:
-    await ledger.offer(Offer(lender, blocks, host_bytes), ttl_s=600)
+    await ledger.offer(Offer(lender, blocks, host_bytes, cache_kind), ttl_s=600)

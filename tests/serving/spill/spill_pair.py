@@ -37,11 +37,11 @@ class Pair:
         self.ledger = LendingLedger(url, KEYS)
         self.lender = Lender(
             core=there.core, load=lambda: self.lender_load, ledger=self.ledger, replica_id="lender",
-            share=0.5, folder=folder, park_bytes=1 << 24, max_requests=64,
+            cache_kind="",            share=0.5, folder=folder, park_bytes=1 << 24, max_requests=64,
         )  # fmt: skip
         self.borrower = Borrower(
             core=here.core, load=lambda: self.load, ledger=self.ledger, replica_id="borrower",
-            send=lambda guest: self.send(guest), block_bytes=BLOCK_BYTES,
+            cache_kind="",            send=lambda guest: self.send(guest), block_bytes=BLOCK_BYTES,
             settings=SpillSettings(
                 SpillLimits(worth=0.0001, overhead_s=0.0), interval_s=0.05, expected_tokens=64,
                 prefill_tokens_per_s=500.0, first_output_s=60.0, parked_s=60.0,

@@ -169,6 +169,21 @@ async def test_a_lender_that_has_failed_is_not_asked_again_at_once(
     await borrowing.borrower.stop()
 
 
+async def test_a_request_stays_where_lenders_cannot_read_its_cache(
+    ledger: LendingLedger, tmp_path: Path
+) -> None:
+    borrowing = Borrowing(ledger, tmp_path)
+    await borrowing.asks()
+    await lend(ledger, cache_kind="of another version")
+    borrowing.borrower.drain()
+    await borrowing.borrower.relieve()
+    assert not (await ledger.read()).leases
+    await lend(ledger, lender="another")
+    await borrowing.borrower.relieve()
+    assert (await borrowing.moved()).lender == "another"
+    await borrowing.borrower.stop()
+
+
 async def test_only_one_replica_gets_the_last_blocks(ledger: LendingLedger, tmp_path: Path) -> None:
     proof = make_proof()
     peak = proof.peak_blocks(1, 8)

@@ -51,8 +51,8 @@ class Fixture:
         core: Any = Core()
         self.lender = Lender(
             core=core, load=lambda: self.load, ledger=self.ledger,
-            replica_id="lender", share=0.5, folder=folder, park_bytes=1000, max_requests=8,
-            silent=lambda: self.silent,
+            replica_id="lender", cache_kind="kind", share=0.5, folder=folder, park_bytes=1000,
+            max_requests=8, silent=lambda: self.silent,
         )  # fmt: skip
 
     @property
@@ -175,7 +175,7 @@ async def test_a_lender_offers_from_its_start_to_its_stop(tmp_path: Path) -> Non
             async with asyncio.timeout(60):
                 while not await offers():
                     pass
-            assert await offers() == [Offer("lender", 100, 1000)]
+            assert await offers() == [Offer("lender", 100, 1000, "kind")]
             await lending.lender.stop()
             assert not await offers()
         await lending.ledger.close()

@@ -65,7 +65,9 @@ class Core:
 class Replica:
     """A replica's traffic and the other replicas, by name."""
 
-    def __init__(self, folder: Path, held: list[Found], node: str = "node") -> None:
+    def __init__(
+        self, folder: Path, held: list[Found], node: str = "node", cache_kind: str = "kind"
+    ) -> None:
         self.core, self.node = Core(held), node
         self.now_s, self.folder = 0.0, folder
         self.speed = MoveSpeed(1e6, lambda: self.now_s)
@@ -76,6 +78,7 @@ class Replica:
             peers=self,
             pack=self.pack,
             node_id=node,
+            cache_kind=cache_kind,
             folder=folder,
             prefill_tokens_per_s=1000.0,
             speed=self.speed,
@@ -163,6 +166,19 @@ async def test_a_cache_stays_as_it_is_until_its_receiver_has_taken_it_in(
     await first
     assert here.core.arrived == [CONTENT]
     await other.traffic.stop()
+
+
+async def test_a_replica_of_another_version_is_given_nothing(
+    pair: tuple[Replica, Replica],
+) -> None:
+    _, there = pair
+    newer = Replica(there.folder, [], cache_kind="of another version")
+    newer.replicas["holder"] = there
+    await fetch(newer)
+    # It would have refused the cache after a copy, which takes the holder's memory and time.
+    assert not newer.core.arrived
+    assert not newer.moves
+    await newer.traffic.stop()
 
 
 async def test_slow_moves_are_forgotten(pair: tuple[Replica, Replica]) -> None:
