@@ -23,153 +23,13 @@ from typing import Any, NamedTuple, cast
 
 from adakv_serve.router.ledger.redis_ledger import LedgerKeys
 from adakv_serve.router.ledger.store_client import SOCKET_TIMEOUT_S, connect
+from adakv_serve.router.lending import scripts
 from adakv_serve.router.lending.leases import RESOURCES, Lease, Lending, Offer, Room
 
 OFFER_TTL_S = 5.0
 LEASE_TTL_S = 10.0
 # A plan moves a few requests at once, and others take from the same lenders.
 _BEST_LENDERS = 16
-
-_BEGIN = """
-local offers, leases, offer_ends, lease_ends = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local lent, rooms = KEYS[5], {blocks = KEYS[6], host_bytes = KEYS[7]}
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-
--- Brings a lender's room up to date.
-local function rank(lender)
-    local text = redis.call('HGET', offers, lender)
-    local offer = text and cjson.decode(text)
-    for resource, room in pairs(rooms) do
-        if offer then
-            local sum = tonumber(redis.call('HGET', lent, resource .. ':' .. lender) or '0')
-            redis.call('ZADD', room, math.max(0, (offer[resource] or 0) - sum), lender)
-        else
-            redis.call('ZREM', room, lender)
-        end
-    end
-end
-
-local function remove_offer(lender)
-    redis.call('HDEL', offers, lender)
-    redis.call('ZREM', offer_ends, lender)
-    rank(lender)
-end
-
-local function add_lent(lease, sign)
-    local name = lease.resource .. ':' .. lease.lender
-    local change = string.format('%.0f', sign * lease.amount)
-    if redis.call('HINCRBY', lent, name, change) <= 0 then redis.call('HDEL', lent, name) end
-    rank(lease.lender)
-end
-
-local function remove_lease(id)
-    local text = redis.call('HGET', leases, id)
-    redis.call('ZREM', lease_ends, id)
-    if not text then return 0 end
-    redis.call('HDEL', leases, id)
-    add_lent(cjson.decode(text), -1)
-    return 1
-end
-
-local function is_whole()
-    local offered, leased = redis.call('HLEN', offers), redis.call('HLEN', leases)
-    for _, key in ipairs({offer_ends, rooms.blocks, rooms.host_bytes}) do
-        if redis.call('ZCARD', key) ~= offered then return false end
-    end
-    if redis.call('ZCARD', lease_ends) ~= leased then return false end
-    return (redis.call('HLEN', lent) > 0) == (leased > 0)
-end
-
-local function remove_ended()
-    for _, lender in ipairs(redis.call('ZRANGEBYSCORE', offer_ends, '-inf', now)) do
-        remove_offer(lender)
-    end
-    for _, id in ipairs(redis.call('ZRANGEBYSCORE', lease_ends, '-inf', now)) do
-        remove_lease(id)
-    end
-end
-
--- Unreadable entries and keys of other types raise errors, for ever if they stayed.
-local is_readable, is_kept = pcall(function()
-    if not is_whole() then return false end
-    remove_ended()
-    return true
-end)
-if not (is_readable and is_kept) then redis.call('DEL', unpack(KEYS)) end
-
-local function answer()
-"""
-_END = """
-end
-local answered = answer()
-for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, %d) end
-return answered
-"""
-# Far longer than any offer or lease: for applications that are gone.
-_IDLE_MS = 3_600_000
-_OFFER = """
-redis.call('HSET', offers, ARGV[1], ARGV[2])
-redis.call('ZADD', offer_ends, now + ARGV[3], ARGV[1])
-rank(ARGV[1])
-"""
-_WITHDRAW = """
-remove_offer(ARGV[1])
-"""
-_TAKE = """
-local id, wanted, ttl = ARGV[1], cjson.decode(ARGV[2]), ARGV[3]
-if redis.call('HEXISTS', leases, id) == 1 then return 1 end
-local room = redis.call('ZSCORE', rooms[wanted.resource], wanted.lender)
-if not room or tonumber(room) < wanted.amount then return 0 end
-redis.call('HSET', leases, id, ARGV[2])
-redis.call('ZADD', lease_ends, now + ttl, id)
-add_lent(wanted, 1)
-return 1
-"""
-_RENEW = """
-local text = redis.call('HGET', leases, ARGV[1])
-if not text or redis.call('HEXISTS', offers, cjson.decode(text).lender) == 0 then return 0 end
-redis.call('ZADD', lease_ends, now + ARGV[2], ARGV[1])
-return 1
-"""
-_GIVE_BACK = """
-return remove_lease(ARGV[1])
-"""
-_BEST = """
-local count, kind = tonumber(ARGV[1]), ARGV[2]
-local best, seen = {}, {}
-
-local function reads_kind(lender)
-    local is_readable, offer = pcall(cjson.decode, redis.call('HGET', offers, lender))
-    return is_readable and type(offer) == 'table' and (offer.cache_kind or '') == kind
-end
-
-local function add(lender)
-    if seen[lender] then return end
-    seen[lender] = true
-    local blocks = redis.call('ZSCORE', rooms.blocks, lender)
-    local host_bytes = redis.call('ZSCORE', rooms.host_bytes, lender)
-    table.insert(best, {lender, blocks, host_bytes})
-end
-
-for _, key in pairs(rooms) do
-    local found, first = 0, 0
-    repeat
-        local lenders = redis.call('ZREVRANGE', key, first, first + count - 1)
-        for _, lender in ipairs(lenders) do
-            if found < count and reads_kind(lender) then
-                found = found + 1
-                add(lender)
-            end
-        end
-        first = first + count
-    until found == count or #lenders < count
-end
-return best
-"""
-_READ = """
-return {redis.call('HGETALL', offers), redis.call('HGETALL', leases)}
-"""
 
 
 class LendingKeys(NamedTuple):
@@ -199,9 +59,7 @@ class LendingLedger:
     def __init__(self, url: str, keys: LedgerKeys, timeout_s: float = SOCKET_TIMEOUT_S) -> None:
         self._keys = LendingKeys.of(keys)
         self._client = connect(url, timeout_s)
-        bodies = (_OFFER, _WITHDRAW, _TAKE, _RENEW, _GIVE_BACK, _BEST, _READ)
-        end = _END % _IDLE_MS
-        self._scripts = {body: self._client.register_script(_BEGIN + body + end) for body in bodies}
+        self._scripts = {one: self._client.register_script(one) for one in scripts.ALL}
 
     async def offer(self, offer: Offer, ttl_s: float = OFFER_TTL_S) -> None:
         """Add or change a lender's offer for `ttl_s`. Repeat the call before they are over.
@@ -210,11 +68,11 @@ class LendingLedger:
         """
         fields = offer._asdict()
         lender = fields.pop("lender")
-        await self._run(_OFFER, lender, json.dumps(fields), _ms(ttl_s))
+        await self._run(scripts.OFFER, lender, json.dumps(fields), _ms(ttl_s))
 
     async def withdraw(self, lender: str) -> None:
         """Remove a lender's offer. Its leases cannot be renewed, and expire."""
-        await self._run(_WITHDRAW, lender)
+        await self._run(scripts.WITHDRAW, lender)
 
     async def take(self, lease: Lease, ttl_s: float = LEASE_TTL_S) -> bool:
         """Add a lease if enough of the lender's offer is left. The borrower chooses its id.
@@ -228,15 +86,15 @@ class LendingLedger:
             raise ValueError(f"not a lease, which needs an amount and two replicas: {lease}")
         fields = lease._asdict()
         lease_id = fields.pop("lease_id")
-        return await self._run(_TAKE, lease_id, json.dumps(fields), _ms(ttl_s)) == 1
+        return await self._run(scripts.TAKE, lease_id, json.dumps(fields), _ms(ttl_s)) == 1
 
     async def renew(self, lease_id: str, ttl_s: float = LEASE_TTL_S) -> bool:
         """Make a lease last `ttl_s` from now. Return False if it or its offer has ended."""
-        return await self._run(_RENEW, lease_id, _ms(ttl_s)) == 1
+        return await self._run(scripts.RENEW, lease_id, _ms(ttl_s)) == 1
 
     async def give_back(self, lease_id: str) -> bool:
         """End a lease. Return False if it had ended before."""
-        return await self._run(_GIVE_BACK, lease_id) == 1
+        return await self._run(scripts.GIVE_BACK, lease_id) == 1
 
     async def best(self, cache_kind: str = "", count: int = _BEST_LENDERS) -> list[Room]:
         """Return the lenders with the most room: `count` by blocks, and as many by host memory.
@@ -246,9 +104,10 @@ class LendingLedger:
         Args:
             cache_kind: name of the kind of caches that they must be able to read.
         """
-        found = cast(list[tuple[bytes, bytes, bytes]], await self._run(_BEST, count, cache_kind))
+        found = await self._run(scripts.BEST, count, cache_kind)
         rooms = [
-            Room(_text(name), int(float(blocks)), int(float(size))) for name, blocks, size in found
+            Room(_text(name), int(float(blocks)), int(float(size)))
+            for name, blocks, size in cast(list[tuple[bytes, bytes, bytes]], found)
         ]
         return sorted(rooms, key=lambda room: (-room.blocks, -room.host_bytes, room.lender))
 
@@ -257,7 +116,7 @@ class LendingLedger:
 
         Fields and resources that only a newer version knows, and unreadable entries, are left out.
         """
-        offers, leases = cast(list[list[bytes]], await self._run(_READ))
+        offers, leases = cast(list[list[bytes]], await self._run(scripts.READ))
         return Lending(
             sorted(filter(None, (_offer(*item) for item in _items(offers)))),
             sorted(filter(None, (_lease(*item) for item in _items(leases)))),
@@ -266,8 +125,8 @@ class LendingLedger:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _run(self, body: str, *arguments: str | int) -> object:
-        return await self._scripts[body](keys=list(self._keys), args=list(arguments))
+    async def _run(self, script: str, *arguments: str | int) -> object:
+        return await self._scripts[script](keys=list(self._keys), args=list(arguments))
 
 
 def _ms(seconds: float) -> int:

@@ -62,32 +62,36 @@ class ReplicaSpill:
         self._metrics = SpillMetrics()
         self._moves = self._failed_moves = 0
         self._ledger = LendingLedger(url, keys)
-        spill = config.spill
-        self._folder = Path(spill.folder)
-        self.lender = Lender(
-            core=host.core,
-            load=host.load,
-            ledger=self._ledger,
-            replica_id=str(name),
-            cache_kind=host.cache_kind,
-            share=spill.lend_share,
-            folder=self._folder,
-            park_bytes=spill.park_bytes,
-            max_requests=min(host.max_running, config.max_ongoing_requests),
-            silent=lambda: host.silent,
-        )
+        self._folder = Path(config.spill.folder)
+        self.lender = self._make_lender(config)
         self.sessions = self._make_sessions(config, keys.application)
+        send = _sender(name, keys.application, lenders)
         self._borrower = Borrower(
             core=host.core,
             load=host.load,
             ledger=self._ledger,
             replica_id=str(name),
             cache_kind=host.cache_kind,
-            send=_sender(name, keys.application, lenders),
+            send=send,
             block_bytes=host.block_bytes,
             settings=_settings(config),
             tasks=tasks,
             on_move=self._note_move,
+        )
+
+    def _make_lender(self, config: AppConfig) -> Lender:
+        host, spill = self._host, config.spill
+        return Lender(
+            core=host.core,
+            load=host.load,
+            ledger=self._ledger,
+            replica_id=str(self._name),
+            cache_kind=host.cache_kind,
+            share=spill.lend_share,
+            folder=self._folder,
+            park_bytes=spill.park_bytes,
+            max_requests=min(host.max_running, config.max_ongoing_requests),
+            silent=lambda: host.silent,
         )
 
     def _note_move(self, report: MoveReport) -> None:
