@@ -7,6 +7,7 @@ import io
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -298,18 +299,23 @@ def test_a_folder_that_is_no_environment_stays(machine: Machine) -> None:
 def test_a_terminal_shows_what_is_fetched(machine: Machine) -> None:
     ours, theirs = pty.openpty()
     url = "https://example.org/a/b/torch-2.13.0-cp311.whl"
+    seen = machine.root / "seen"
     process = machine.start(
         stdout=theirs,
         TERM="xterm",
         COLUMNS="200",
-        FAKE_PIP=f"echo 'Downloading {url} (184.3 MB)'; sleep 1.2",
+        FAKE_PIP=f"echo 'Downloading {url} (184.3 MB)'; until [ -e {seen} ]; do sleep 0.1; done",
     )
-    process.wait(300)
-    shown = os.read(ours, 1 << 16).decode()
+    name, wheel = "==> torch 2.13.0, CPU build", "Downloading torch-2.13.0-cp311.whl (184.3 MB)"
+    drawn = re.compile(rf"\r\x1b\[K{re.escape(name)}  \d+:\d\d  {re.escape(wheel)}")
+    shown = ""
+    while not drawn.search(shown):
+        assert select.select([ours], [], [], 300)[0], shown
+        shown += os.read(ours, 1 << 16).decode()
+    seen.touch()
+    assert process.wait(300) == 0
     for one in (ours, theirs):
         os.close(one)
-    name, wheel = "==> torch 2.13.0, CPU build", "Downloading torch-2.13.0-cp311.whl (184.3 MB)"
-    assert re.search(rf"\r\x1b\[K{re.escape(name)}  0:01  {re.escape(wheel)}", shown)
 
 
 def _step() -> ModuleType:
