@@ -111,7 +111,7 @@ class Client:
 async def idle(side: Side) -> bool:
     """Return whether the engine holds nothing, or will not before long."""
     core = side.core
-    for _ in range(200):
+    for _ in range(1200):
         if not core.guests and not core.away and not side.llm.output_processor.request_states:
             return True
         # vLLM signals no end of its own bookkeeping.

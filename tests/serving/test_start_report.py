@@ -102,5 +102,5 @@ def test_a_report_that_gets_no_answer_ends_with_a_line() -> None:
         raise TimeoutError
 
     StartReport(CONFIG, silent, said.append).follow()
-    eventually(lambda: said, 10, "the line")
+    eventually(lambda: said, what="the line")
     assert said == ["no more of the start: Serve does not answer (TimeoutError)"]

@@ -149,7 +149,7 @@ def test_probes_leave_a_fleet_at_zero_and_a_request_brings_it_back(served: Serve
     # Serve starts a replica within seconds of a request. Nothing tells that none came.
     end_s = time.monotonic() + 15
     while time.monotonic() < end_s:
-        assert httpx.get(f"{served.base_url}/health", timeout=5).status_code == 200
+        assert httpx.get(f"{served.base_url}/health", timeout=60).status_code == 200
         assert live() == 0
         time.sleep(0.5)
     client = openai.OpenAI(base_url=f"{served.base_url}/v1", api_key="any", max_retries=0)

@@ -122,9 +122,9 @@ def test_a_connection_that_the_store_has_closed_is_replaced(
 async def test_reports_are_published_too(store_url: str, client: redis.Redis) -> None:
     listener = client.pubsub(ignore_subscribe_messages=True)
     listener.subscribe(KEYS.channel)
-    listener.get_message(timeout=1)
+    listener.get_message(timeout=60)
     await _publish(store_url, "a")
-    message = listener.get_message(timeout=5)
+    message = listener.get_message(timeout=60)
     assert message is not None
     assert b'"replica_id":"a"' in message["data"]
 

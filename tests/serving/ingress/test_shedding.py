@@ -25,7 +25,7 @@ class Queue:
 
     async def holds(self, *priorities: int) -> None:
         """Wait until it holds these, and until the ingress knows that they have their places."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while sorted(one.priority for one in self.waiting) != sorted(priorities):
                 await asyncio.sleep(0.005)
             sheddable = sum(priority > 0 for priority in priorities)

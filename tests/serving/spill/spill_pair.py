@@ -59,15 +59,13 @@ class Pair:
         self.load = LOAD
         assert await idle(self.here)
         assert await idle(self.there)
-        for _ in range(100):
-            left = [
-                *(await self.ledger.read()).leases,
-                *filter(None, (self.lender.lent_blocks, self.borrower.borrowed_blocks)),
-            ]
-            if not left:
-                break
-            await asyncio.sleep(0.05)
-        assert not left
+        async with asyncio.timeout(60):
+            while (
+                (await self.ledger.read()).leases
+                or self.lender.lent_blocks
+                or self.borrower.borrowed_blocks
+            ):
+                await asyncio.sleep(0.05)
 
 
 async def until(condition: Callable[[], Any]) -> None:
