@@ -3,8 +3,9 @@
 Sessions of all kinds ask a deployment with sessions and spill; a tenth of the clients leave. Every
 `--every-s` seconds: memory, files, threads and connections of each process, blocks, held sessions
 and waiting requests of each replica, the store's keys. It fails where one of them grows faster than
-its limit over the second half of the run (the median of the slopes between all pairs of samples),
-where a request fails, or where replicas still hold something afterwards.
+its limit over the second half of the run, where a request fails, or where replicas still hold
+something afterwards. The slope is that of the medians of twelve spans of that half (the median of
+all pairs' slopes), and it counts if it is surely above 0 (the lower end of its 95 % interval).
 """
 
 import argparse

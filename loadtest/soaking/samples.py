@@ -72,12 +72,13 @@ class Samples:
 
 
 def table(trends: dict[Name, Trend]) -> Iterator[str]:
-    """Yield a line for each trend: the ends of the second half, the slope, the limit."""
+    """Yield a line for each trend: the ends of the second half, slope and least slope, limit."""
     width = max((len(subject) for subject, _ in trends), default=0)
-    yield f"{'':{width}} {'':19} {'half':>9} {'end':>9} {'an hour':>9} {'limit':>7}"
+    heads = f"{'half':>9} {'end':>9} {'an hour':>9} {'at least':>9} {'limit':>7}"
+    yield f"{'':{width}} {'':19} {heads}"
     for (subject, measure), one in sorted(trends.items()):
         mark = "  GROWS" if one.grows else ""
         yield (
             f"{subject:{width}} {measure:19} {one.first:9.1f} {one.last:9.1f} {one.per_hour:+9.1f}"
-            f" {LIMITS[measure].per_hour:7.0f}{mark}"
+            f" {one.least_per_hour:+9.1f} {LIMITS[measure].per_hour:7.0f}{mark}"
         )

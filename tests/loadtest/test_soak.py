@@ -35,7 +35,9 @@ def line(per_hour: float, start: float = 100.0, count: int = 120) -> list[Sample
 
 @pytest.mark.parametrize("per_hour", [-30.0, 0.0, 0.5, 30.0])
 def test_the_slope_of_a_line_is_its_own(per_hour: float) -> None:
-    assert theil_sen(line(per_hour)) * HOUR_S == pytest.approx(per_hour, abs=1e-9)
+    middle, least = theil_sen(line(per_hour))
+    assert middle * HOUR_S == pytest.approx(per_hour, abs=1e-9)
+    assert least * HOUR_S == pytest.approx(per_hour, abs=1e-9)
 
 
 def test_a_quarter_of_wild_samples_moves_the_slope_little() -> None:
@@ -44,12 +46,12 @@ def test_a_quarter_of_wild_samples_moves_the_slope_little() -> None:
         sample._replace(value=rng.uniform(0, 10_000)) if at % 4 == 0 else sample
         for at, sample in enumerate(samples)
     ]
-    assert theil_sen(wild) * HOUR_S == pytest.approx(20.0, abs=5.0)
+    assert theil_sen(wild).middle * HOUR_S == pytest.approx(20.0, abs=5.0)
 
 
 def test_too_little_has_no_slope() -> None:
-    assert theil_sen([]) == theil_sen([Sample(1.0, 5.0)]) == 0.0
-    assert theil_sen([Sample(1.0, 5.0), Sample(1.0, 9.0)]) == 0.0
+    assert theil_sen([]) == theil_sen([Sample(1.0, 5.0)]) == (0.0, 0.0)
+    assert theil_sen([Sample(1.0, 5.0), Sample(1.0, 9.0)]) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -73,10 +75,29 @@ def test_growth_within_the_noise_is_none() -> None:
     assert not found.grows
 
 
+@pytest.mark.parametrize(("per_hour", "least", "most"), [(0.0, 0, 8), (90.0, 92, 100)])
+def test_memory_that_rises_and_falls_grows_if_it_does_so_from_a_higher_level_each_time(
+    per_hour: float, least: int, most: int
+) -> None:
+    """An engine on CPUs gives memory back every five minutes, and needs now more and now less."""
+    growing = 0
+    for seed in range(100):
+        rng = random.Random(seed)
+        needed = [rng.gauss(0.0, 20.0) for _ in range(24)]
+        samples = [
+            Sample(at_s, per_hour * at_s / HOUR_S + 200 * (at_s % 300) / 300 + needed[at_s // 300])
+            for at_s in range(0, 7200, 21)
+        ]
+        found = trend(samples, 2 * HOUR_S, LIMITS["memory_mib"])
+        assert found is not None
+        growing += found.grows
+    assert least <= growing <= most
+
+
 def test_what_grows_only_in_the_first_half_does_not_grow() -> None:
     warming = [Sample(at_s, min(value, 150.0)) for at_s, value in line(100.0)]
     found = trend(warming, HOUR_S, LIMIT)
-    assert found == Trend(150.0, 150.0, 0.0, False)
+    assert found == Trend(150.0, 150.0, 0.0, 0.0, False)
 
 
 def test_a_process_that_came_late_or_went_early_has_no_trend() -> None:
