@@ -107,7 +107,7 @@ class MovingCore:
             raise outputs
         return outputs
 
-    # Calls of a replica that has too little room.
+    # Calls of a replica that lends and borrows.
 
     async def cache_kind(self) -> str:
         """Return a name that engines share which can read each other's caches.
